@@ -1,0 +1,1 @@
+"""Runnable training recipes for the optimizers of ``tf_lbopt``."""

@@ -1,0 +1,133 @@
+"""Flag parsers and the error that ends a recipe with one line and exit code 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from absl import flags
+
+EXIT_BAD_FLAG = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
+
+
+class FlagValueError(ValueError):
+    """A flag has a value the recipe cannot use.
+
+    Args:
+        flag: The flag's name without dashes.
+        expected: What the flag accepts.
+        received: What it was given.
+    """
+
+    def __init__(self, flag: str, expected: str, received: object) -> None:
+        super().__init__(f"--{flag}: expected {expected}, received {received}")
+
+
+class IntegerParser(flags.ArgumentParser):
+    """Parses an integer of at least ``minimum`` and at most ``maximum``."""
+
+    flag_type_name = "int"
+
+    def __init__(self, minimum: int = 1, maximum: int | None = None) -> None:
+        super().__init__()
+        self.minimum = minimum
+        self.maximum = maximum
+        self.syntactic_help = "a positive integer" if minimum == 1 else f"an integer >= {minimum}"
+        if maximum is not None:
+            self.syntactic_help = f"an integer from {minimum} to {maximum}"
+
+    def parse(self, argument: str | int) -> int:
+        try:
+            value = int(argument)
+        except ValueError:
+            value = self.minimum - 1
+        if value < self.minimum or (self.maximum is not None and value > self.maximum):
+            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
+        return value
+
+    def flag_type(self) -> str:
+        return self.flag_type_name
+
+
+class PositiveFloatParser(flags.ArgumentParser):
+    """Parses a finite number greater than zero."""
+
+    syntactic_help = "a positive number"
+
+    def parse(self, argument: str | float) -> float:
+        try:
+            value = float(argument)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
+        return value
+
+    def flag_type(self) -> str:
+        return "float"
+
+
+def define_integer(
+    values: flags.FlagValues,
+    name: str,
+    default: int | None,
+    help_text: str,
+    *,
+    minimum: int = 1,
+    maximum: int | None = None,
+) -> None:
+    """Defines an integer flag with a lower and an optional upper bound."""
+    parser = IntegerParser(minimum, maximum)
+    flags.DEFINE(parser, name, default, help_text, flag_values=values)
+
+
+def define_positive_float(
+    values: flags.FlagValues, name: str, default: float | None, help_text: str
+) -> None:
+    """Defines a flag that takes a finite number greater than zero."""
+    flags.DEFINE(PositiveFloatParser(), name, default, help_text, flag_values=values)
+
+
+def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Parses the command line into ``values``.
+
+    Args:
+        values: The recipe's flags.
+        argv: The command line, program name first.
+
+    Raises:
+        FlagValueError: A flag is unknown, has a bad value, or an argument is no flag.
+    """
+    known = ", ".join(f"--{name}" for name in sorted(values))
+    try:
+        rest = values(list(argv))[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise FlagValueError(
+            error.flagname, f"one of the flags {known}", "an unknown flag"
+        ) from error
+    except flags.IllegalFlagValueError as error:
+        # The parsers above name what they expect; absl puts "flag --name=value: " before it.
+        head, _, reason = str(error).partition(": ")
+        name, _, received = head.removeprefix("flag --").partition("=")
+        if reason.startswith("expected "):
+            expected, _, received = reason.removeprefix("expected ").partition(", received ")
+        else:
+            expected, received = "true or false", repr(received)
+        raise FlagValueError(name, expected, received) from error
+    except flags.Error as error:
+        raise FlagValueError("flags", "a well-formed command line", error) from error
+    if rest:
+        raise FlagValueError("flags", "only flags of the form --name=value", repr(rest[0]))
+
+
+def help_text(values: flags.FlagValues, program: str, summary: str) -> str:
+    """Formats usage, summary and all flags with their defaults."""
+    lines = [f"usage: {program} [--flag=value ...]", "", summary, "", "flags:"]
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.default_as_str is None else f" [default: {flag.default_as_str}]"
+        boolean = flag.boolean and name != "help"
+        lines.append(f"  --{'[no]' if boolean else ''}{name}{default}")
+        lines.append(f"      {flag.help}")
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The table, the plot and the JSON file of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from official_recipes.common.files import atomic_write
+from official_recipes.quickstart.training import RunResult
+
+
+def result_table(data_name: str, replicas: int, results: list[RunResult]) -> Table:
+    """Returns one row per run: optimizer, batch, rate, updates, test accuracy, seconds."""
+    table = Table(title=f"{data_name}, {replicas} CPU replicas")
+    table.add_column("optimizer")
+    for heading in ("batch", "learning rate", "updates", "test accuracy", "seconds"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        accuracy = f"{result.test_accuracy[-1]:.2%}"
+        table.add_row(
+            result.settings.optimizer,
+            str(result.settings.batch_size),
+            f"{result.settings.learning_rate:g}",
+            str(result.updates),
+            f"{accuracy} (diverged)" if result.diverged else accuracy,
+            f"{result.seconds:.1f}",
+        )
+    return table
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes ``content`` as JSON; numbers that are infinite or NaN become ``null``."""
+    with atomic_write(path) as temporary:
+        text = json.dumps(_without_nonfinite(content), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def comparison_record(data_name: str, replicas: int, results: list[RunResult]) -> dict:
+    """Returns a comparison as plain data for :func:`write_json`."""
+    return {
+        "data": data_name,
+        "replicas": replicas,
+        "runs": [
+            {
+                **asdict(result.settings),
+                "updates": result.updates,
+                "updates_per_epoch": result.updates_per_epoch,
+                "diverged": result.diverged,
+                "final_test_accuracy": result.test_accuracy[-1],
+                "seconds": round(result.seconds, 3),
+                "train_loss": result.train_loss,
+                "test_loss": result.test_loss,
+                "test_accuracy": result.test_accuracy,
+            }
+            for result in results
+        ],
+    }
+
+
+def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResult]) -> None:
+    """Draws test accuracy and training loss over epochs and over updates as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        2, 2, figsize=(11, 7.5), sharex="col", sharey="row", layout="constrained"
+    )
+    for index, result in enumerate(results):
+        epochs = list(range(1, len(result.train_loss) + 1))
+        updates = [epoch * result.updates_per_epoch for epoch in epochs]
+        style = {
+            "label": result.settings.label,
+            "color": f"C{index}",
+            "linestyle": "-" if result.settings.batch_size == _largest_batch(results) else "--",
+            "linewidth": 1.8,
+            "marker": "o" if len(epochs) < 10 else None,
+            "markersize": 4,
+        }
+        for column, x in enumerate((epochs, updates)):
+            axes[0, column].plot(x, [100 * value for value in result.test_accuracy], **style)
+            axes[1, column].plot(x, result.train_loss, **style)
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[1, 0].set_ylabel("training loss (epoch mean)")
+    axes[1, 0].set_yscale("log")
+    axes[1, 0].set_xlabel("epoch")
+    axes[1, 1].set_xlabel("weight updates (log scale)")
+    axes[1, 1].set_xscale("log")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    figure.suptitle(f"{data_name}, {replicas} CPU replicas: same weights at the start")
+    try:
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+    finally:
+        plt.close(figure)
+
+
+def _largest_batch(results: list[RunResult]) -> int:
+    return max(result.settings.batch_size for result in results)
+
+
+def _without_nonfinite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,39 @@
+"""The one place that touches private names of TensorFlow and Keras.
+
+Each function says what it needs the private name for, and on which version it was checked.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.distribute import distribute_utils
+from tensorflow.python.eager import context
+from tensorflow.python.framework import ops
+from tensorflow.python.ops import control_flow_util
+
+
+def per_replica(values: Sequence[Any]) -> Any:
+    """Bundles one tensor per local replica into a value that ``tf.distribute`` can reduce.
+
+    The public ``experimental_distribute_values_from_function`` refuses some strategies inside a
+    ``tf.function``; ``regroup`` is what it calls. Checked on TensorFlow 2.20.0.
+    """
+    return distribute_utils.regroup(tuple(values), always_wrap=True)
+
+
+def in_xla_context() -> bool:
+    """Whether the ops built now are going to be compiled by XLA. Checked on TensorFlow 2.20.0."""
+    return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
+
+
+def anonymous_variable(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:
+    """The handle of a variable that lives as long as the handle does (one execution).
+
+    A resource variable of that name is reference counted by the run time instead of being kept in
+    the resource manager, so it serves as scratch memory for kernels that write only into
+    variables. Checked on TensorFlow 2.20.0.
+    """
+    return tf.raw_ops.VarHandleOp(
+        dtype=dtype, shape=shape, shared_name=context.anonymous_name(), debug_name="scratch"
+    )

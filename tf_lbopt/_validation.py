@@ -1,0 +1,89 @@
+"""Argument checks: every error names the argument, what was expected and what was received."""
+
+import math
+import numbers
+from typing import Any
+
+
+def real(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+    optional: bool = False,
+) -> Any:
+    """Checks that ``value`` is a real number between ``low`` and ``high`` and returns it as float.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the caller was given.
+        low: Least value allowed (excluded if ``low_open``).
+        high: Greatest value allowed (excluded if ``high_open``).
+        low_open: Whether ``low`` itself is refused.
+        high_open: Whether ``high`` itself is refused.
+        optional: Whether ``None`` passes through.
+
+    Raises:
+        TypeError: ``value`` is not a real number (a bool is none).
+        ValueError: ``value`` is NaN or outside the interval.
+    """
+    if value is None and optional:
+        return None
+    expected = _interval(low, high, low_open, high_open) + (" or None" if optional else "")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`{name}` must be {expected}. Received: {name}={value!r} "
+            f"(of type {type(value).__name__})"
+        )
+    number = float(value)
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (above and below):
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+    return number
+
+
+def integer(name: str, value: Any, *, low: int, optional: bool = False) -> Any:
+    """Checks that ``value`` is a whole number of at least ``low`` and returns it as int.
+
+    Raises:
+        TypeError: ``value`` is not an integer.
+        ValueError: ``value`` is below ``low``.
+    """
+    if value is None and optional:
+        return None
+    expected = f"an integer >= {low}" + (" or None" if optional else "")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"`{name}` must be {expected}. Received: {name}={value!r} "
+            f"(of type {type(value).__name__})"
+        )
+    if value < low:
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Checks that ``value`` is True or False.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{name}` must be True or False. Received: {name}={value!r} "
+            f"(of type {type(value).__name__})"
+        )
+    return value
+
+
+def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return "a real number"
+    if math.isinf(high):
+        return f"a real number {'>' if low_open else '>='} {low:g}"
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
+    return f"a real number in {left}{low:g}, {high:g}{right}"

@@ -1,0 +1,1 @@
+"""The only room that knows `tf.distribute`: the road of one update."""

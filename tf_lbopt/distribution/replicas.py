@@ -1,0 +1,81 @@
+"""Running code on every replica from outside, and summing over replicas."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_lbopt import _compat
+from tf_lbopt.rules.norms import Gradient
+
+
+def on_each_replica(
+    strategy: tf.distribute.Strategy,
+    anchor: tf.Variable,
+    fn: Callable[..., Sequence[tf.Tensor]],
+    *args: Any,
+) -> list[tuple[tf.Tensor, ...]]:
+    """Calls ``fn`` once for every local replica, from a cross-replica context.
+
+    In ``fn`` a distributed variable reads and writes that replica's own copy, whatever its
+    aggregation, and a per-replica value in ``args`` is that replica's tensor. No collective may be
+    started there, but ``tf.cond`` may.
+
+    Args:
+        strategy: The strategy whose cross-replica context this is.
+        anchor: Any variable of the strategy: it names the devices.
+        fn: Takes ``args``, returns a list of tensors (at least one, so that eager and graph mode
+            have something to group).
+        *args: Structures of tensors, per-replica and mirrored values.
+
+    Returns:
+        For each tensor that ``fn`` returns, the tuple of the local replicas' values.
+    """
+    return strategy.extended.update(
+        anchor, lambda _, *local_args: fn(*local_args), args=args, group=False
+    )
+
+
+def sum_over_replicas(
+    strategy: tf.distribute.Strategy,
+    values: Sequence[Any],
+    destinations: Sequence[tf.Variable],
+) -> list[Any]:
+    """One packed SUM all-reduce for each dtype, from a cross-replica context.
+
+    Args:
+        strategy: The strategy whose cross-replica context this is.
+        values: Per-replica dense tensors and ``IndexedSlices``.
+        destinations: For each value a variable, on whose devices the sum is wanted.
+
+    Returns:
+        The mirrored sums. Those of ``IndexedSlices`` may have repeated indices.
+    """
+    if strategy.num_replicas_in_sync == 1:
+        return list(values)
+    results: dict[int, Any] = {}
+    groups: dict[tf.DType, list[int]] = {}
+    for index, value in enumerate(values):
+        groups.setdefault(_dtype_of(value), []).append(index)
+    # Packing concatenates, and tensors of different dtypes can not be concatenated.
+    for group in groups.values():
+        reduced = strategy.extended.batch_reduce_to(
+            tf.distribute.ReduceOp.SUM, [(values[i], destinations[i]) for i in group]
+        )
+        results.update(zip(group, reduced, strict=True))
+    return [results[index] for index in range(len(values))]
+
+
+def bundle(per_replica_lists: Sequence[tuple[Gradient, ...]]) -> list[Any]:
+    """Per-replica values out of the tuples that `on_each_replica` returns."""
+    return [
+        values[0] if len(values) == 1 else _compat.per_replica(values)
+        for values in per_replica_lists
+    ]
+
+
+def _dtype_of(value: Any) -> tf.DType:
+    local = getattr(value, "values", None)
+    if isinstance(local, tuple):  # a per-replica value; IndexedSlices.values is a tensor
+        return local[0].dtype
+    return value.dtype

@@ -1,0 +1,102 @@
+"""LARS for Keras 3."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from tf_lbopt import _validation, rules
+from tf_lbopt.optimizers.base import LayerwiseOptimizer, with_common_arguments
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class LARS(LayerwiseOptimizer):
+    """Layer-wise adaptive rate scaling.
+
+    Momentum SGD whose rate is scaled, for every layer (trainable variable), by how large its
+    weights are against its gradient:
+
+        g ← ḡ + λ w
+        ρ = τ ‖w‖ / ‖g‖          1 where either norm is 0 or the layer is excluded
+        u ← β u + η ρ g
+        w ← w − u                with nesterov: w ← w − (β u + η ρ g)
+
+    It equals tf-models-official's `lars.LARS`, except that an empty exclusion list excludes
+    nothing here.
+
+    Args:
+        learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable
+            without arguments.
+        momentum: β in [0, 1). Defaults to 0.9.
+        trust_coefficient: τ > 0. Defaults to 0.001.
+        nesterov: Whether to use Nesterov momentum. Defaults to `False`.
+        weight_decay: λ ≥ 0, coupled: part of g and of its norm. Defaults to `None`.
+        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay
+            (usually biases and normalization scales). Defaults to `None`: all decay.
+        exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
+            excluded from weight decay; `[]` excludes none.
+        {common_arguments}
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = LARS(learning_rate=1.0, trust_coefficient=0.1)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([0.6, 0.8])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.7, 3.6]
+
+    References:
+        You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks"
+        (arXiv:1708.03888), Algorithm 1.
+    """
+
+    rule_class = rules.LARS
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        nesterov: bool = False,
+        weight_decay: float | None = None,
+        exclude_from_weight_decay: Sequence[Any] | None = None,
+        exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            learning_rate,
+            weight_decay=weight_decay,
+            exclude_from_weight_decay=exclude_from_weight_decay,
+            exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            **kwargs,
+        )
+        self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
+        self.trust_coefficient = _validation.real(
+            "trust_coefficient", trust_coefficient, low=0.0, low_open=True
+        )
+        self.nesterov = _validation.boolean("nesterov", nesterov)
+
+    def rule(self) -> rules.Rule:
+        """The algorithm with the current hyper-parameters."""
+        return rules.LARS(
+            momentum=self.momentum,
+            trust_coefficient=self.trust_coefficient,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )
+
+    def slot_names(self) -> tuple[str, ...]:
+        """The velocity, unless momentum is 0."""
+        return self.rule_class.slots if self.momentum else ()
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "trust_coefficient": self.trust_coefficient,
+            "nesterov": self.nesterov,
+        }

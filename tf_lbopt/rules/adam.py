@@ -1,0 +1,85 @@
+"""Adam's moments and direction, as a pure function and in place."""
+
+import tensorflow as tf
+
+from tf_lbopt import _compat
+from tf_lbopt.rules.norms import compute_dtype
+
+_FUSED_DTYPES = (tf.float32, tf.float64)
+
+
+def adam(m, v, gradient, step, beta_1, beta_2, epsilon):
+    """Adam's moments after a gradient, and the bias-corrected direction.
+
+    ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``, direction ``m̂ / (√v̂ + ε)`` with
+    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``.
+
+    Args:
+        m: First moment.
+        v: Second moment.
+        gradient: g, of the same shape.
+        step: t, the number of this update, from 1; a float scalar.
+        beta_1: Decay of the first moment.
+        beta_2: Decay of the second moment.
+        epsilon: ε, outside the square root and after bias correction, as in Keras.
+
+    Returns:
+        ``(m, v, direction)``.
+
+    References:
+        Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
+    """
+    m = beta_1 * m + (1.0 - beta_1) * gradient
+    v = beta_2 * v + (1.0 - beta_2) * gradient * gradient
+    m_hat = m / (1.0 - beta_1**step)
+    v_hat = v / (1.0 - beta_2**step)
+    return m, v, m_hat / (tf.sqrt(v_hat) + epsilon)
+
+
+def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=None) -> tf.Tensor:
+    """`adam` on the moment variables, in place.
+
+    Args:
+        m: First moment, a variable.
+        v: Second moment, a variable.
+        gradient: g, dense, of the compute dtype.
+        step: t, the number of this update, from 1; a scalar of the compute dtype.
+        beta_1: Decay of the first moment.
+        beta_2: Decay of the second moment.
+        epsilon: ε.
+        offset: What to add to the direction (decay), a tensor, or ``None``.
+
+    Returns:
+        ``direction + offset``, a tensor of the compute dtype.
+    """
+    dtype = compute_dtype(m.dtype)
+    beta_1, beta_2 = tf.constant(beta_1, dtype), tf.constant(beta_2, dtype)
+    if m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
+        new_m, new_v, direction = adam(
+            tf.cast(m, dtype), tf.cast(v, dtype), gradient, step, beta_1, beta_2, epsilon
+        )
+        m.assign(tf.cast(new_m, m.dtype))
+        v.assign(tf.cast(new_v, v.dtype))
+        return direction if offset is None else direction + offset
+
+    # The fused kernel subtracts `lr` times the direction from whatever variable it is given: with a
+    # rate of -1, a scratch one that starts at the offset ends as direction + offset, in one pass.
+    beta_1_power, beta_2_power = beta_1**step, beta_2**step
+    scratch = _compat.anonymous_variable(m.shape, dtype)
+    tf.raw_ops.AssignVariableOp(
+        resource=scratch, value=tf.zeros(m.shape, dtype) if offset is None else offset
+    )
+    tf.raw_ops.ResourceApplyAdam(
+        var=scratch,
+        m=m.handle,
+        v=v.handle,
+        beta1_power=beta_1_power,
+        beta2_power=beta_2_power,
+        lr=-tf.ones([], dtype),
+        beta1=beta_1,
+        beta2=beta_2,
+        # The kernel's ε is added before the correction of v: √v + ε√(1−β₂ᵗ) = √(1−β₂ᵗ)(√v̂ + ε).
+        epsilon=epsilon * tf.sqrt(1.0 - beta_2_power),
+        grad=gradient,
+    )
+    return tf.raw_ops.ReadVariableOp(resource=scratch, dtype=dtype)

@@ -1,0 +1,108 @@
+"""Momentum: the two textbook forms, each as a pure function and as an in-place update.
+
+The in-place updates are what rules call. They take TensorFlow's fused kernels, which read and write
+every byte once, and fall back on the pure form where there is no kernel (half precision, which is
+computed in float32).
+"""
+
+import tensorflow as tf
+
+from tf_lbopt.rules.norms import compute_dtype
+
+_FUSED_DTYPES = (tf.float32, tf.float64)
+
+
+def heavy_ball(buffer, direction, learning_rate, momentum):
+    """Momentum with the learning rate outside: ``u ← β u + d``, ``w ← w − η u``.
+
+    Args:
+        buffer: u, the momentum buffer.
+        direction: d, what one update adds to it.
+        learning_rate: η, a scalar.
+        momentum: β in [0, 1).
+
+    Returns:
+        ``(u, delta)``, where ``delta`` is added to the weights.
+    """
+    buffer = momentum * buffer + direction
+    return buffer, -learning_rate * buffer
+
+
+def velocity(velocity, direction, learning_rate, momentum, nesterov=False):
+    """Momentum with the learning rate inside: ``v ← β v − η d``, ``w ← w + v``.
+
+    The form of Keras's SGD. With ``nesterov``, ``w ← w + β v − η d``.
+
+    Args:
+        velocity: v, the velocity.
+        direction: d, the gradient or what stands for it.
+        learning_rate: η, a scalar.
+        momentum: β in [0, 1).
+        nesterov: Whether to look one step ahead.
+
+    Returns:
+        ``(v, delta)``, where ``delta`` is added to the weights.
+    """
+    velocity = momentum * velocity - learning_rate * direction
+    delta = momentum * velocity - learning_rate * direction if nesterov else velocity
+    return velocity, delta
+
+
+def apply_heavy_ball(variable, buffer, direction, learning_rate, momentum) -> None:
+    """`heavy_ball` on variables, in place; ``buffer`` is ``None`` where ``momentum`` is 0."""
+    if buffer is None:
+        apply_delta(variable, direction, -learning_rate)
+        return
+    if variable.dtype in _FUSED_DTYPES:
+        tf.raw_ops.ResourceApplyMomentum(
+            var=variable.handle,
+            accum=buffer.handle,
+            lr=tf.cast(learning_rate, variable.dtype),
+            grad=direction,
+            momentum=tf.cast(momentum, variable.dtype),
+        )
+        return
+    _assign_pure(heavy_ball, variable, buffer, direction, learning_rate, momentum)
+
+
+def apply_velocity(
+    variable, velocity_variable, direction, learning_rate, momentum, nesterov=False
+) -> None:
+    """`velocity` on variables, in place; ``velocity_variable`` is ``None`` where momentum is 0."""
+    if velocity_variable is None:
+        apply_delta(variable, direction, -learning_rate)
+        return
+    if variable.dtype in _FUSED_DTYPES:
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle,
+            accum=velocity_variable.handle,
+            lr=tf.cast(learning_rate, variable.dtype),
+            grad=direction,
+            momentum=tf.cast(momentum, variable.dtype),
+            use_nesterov=nesterov,
+        )
+        return
+    _assign_pure(
+        velocity, variable, velocity_variable, direction, learning_rate, momentum, nesterov
+    )
+
+
+def apply_delta(variable, direction, scale) -> None:
+    """``w ← w + scale · direction``, in place."""
+    if variable.dtype in _FUSED_DTYPES:
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=variable.handle, alpha=-tf.cast(scale, variable.dtype), delta=direction
+        )
+        return
+    dtype = compute_dtype(variable.dtype)
+    new = tf.cast(variable, dtype) + tf.cast(scale, dtype) * direction
+    variable.assign(tf.cast(new, variable.dtype))
+
+
+def _assign_pure(step, variable, slot, direction, learning_rate, momentum, *args) -> None:
+    dtype = compute_dtype(variable.dtype)
+    new_slot, delta = step(
+        tf.cast(slot, dtype), direction, tf.cast(learning_rate, dtype), momentum, *args
+    )
+    slot.assign(tf.cast(new_slot, slot.dtype))
+    variable.assign(tf.cast(tf.cast(variable, dtype) + delta, variable.dtype))

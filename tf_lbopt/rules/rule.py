@@ -1,0 +1,105 @@
+"""What a rule is: an optimizer's arithmetic on one replica, without a word about distribution."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import tensorflow as tf
+
+from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
+
+
+@dataclasses.dataclass
+class Layer:
+    """One trainable variable, as a rule sees it on one replica.
+
+    Attributes:
+        variable: The weights; a rule writes the new ones into it.
+        gradient: The mean gradient over the global batch, finite, clipped, of the compute dtype;
+            dense, or ``tf.IndexedSlices`` without repeated indices.
+        gradient_norm: Its Euclidean norm.
+        slots: The rule's state for this variable, by slot name.
+        decayed: Whether weight decay applies.
+        adapted: Whether layer-wise adaptation (a trust ratio) applies.
+    """
+
+    variable: tf.Variable
+    gradient: Gradient
+    gradient_norm: tf.Tensor
+    slots: Mapping[str, tf.Variable]
+    decayed: bool = True
+    adapted: bool = True
+
+    @property
+    def dtype(self) -> tf.DType:
+        """The dtype that arithmetic on this layer is done in."""
+        return compute_dtype(self.variable.dtype)
+
+    def weights(self) -> tf.Tensor:
+        """The current weights, in the compute dtype."""
+        return tf.cast(self.variable, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is common to all layers of one update.
+
+    Attributes:
+        learning_rate: η, a float scalar.
+        index: t, how many updates were made before this one; an integer scalar.
+    """
+
+    learning_rate: tf.Tensor
+    index: tf.Tensor
+
+
+class Rule(abc.ABC):
+    """An algorithm: hyper-parameters, the slots it keeps and the statistics it needs."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Names of the variables that it keeps for each trainable variable."""
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """What it must know of the sub-batches beyond their mean gradient."""
+
+    @abc.abstractmethod
+    def update(self, layers: Sequence[Layer], step: Step) -> None:
+        """Writes new weights and slots for one update."""
+
+
+def dense(gradient: Gradient) -> tf.Tensor:
+    """The gradient as a dense tensor.
+
+    Momentum and moments decay on every row of an embedding, looked up or not, so rules that keep
+    them read and write the whole table, as Keras's do.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.scatter_nd(
+        tf.expand_dims(gradient.indices, 1),
+        gradient.values,
+        tf.cast(gradient.dense_shape, gradient.indices.dtype),
+    )
+
+
+def coupled_weight_decay(
+    layers: Sequence[Layer], weight_decay: float | None
+) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """``g + λ w`` for every layer that decays (else ``g``), with its norm.
+
+    Args:
+        layers: The layers.
+        weight_decay: λ, or ``None``.
+
+    Returns:
+        A ``(dense gradient, norm)`` pair for each layer.
+    """
+    results = [(dense(layer.gradient), layer.gradient_norm) for layer in layers]
+    if not weight_decay:
+        return results
+    decayed = [index for index, layer in enumerate(layers) if layer.decayed]
+    sums = [results[i][0] + weight_decay * layers[i].weights() for i in decayed]
+    for i, total, total_norm in zip(decayed, sums, norms(sums), strict=True):
+        results[i] = (total, total_norm)
+    return results

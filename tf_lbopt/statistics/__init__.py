@@ -1,0 +1,1 @@
+"""What is known of the sub-batches of one update."""
