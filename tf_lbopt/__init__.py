@@ -1,4 +1,18 @@
 """Large-batch optimizers for TensorFlow and Keras, exact under `tf.distribute`."""
 
+from tf_lbopt import callbacks, schedules
 from tf_lbopt._version import __version__
-from tf_lbopt.optimizers import LAMB, LARS, SNGM
+from tf_lbopt.optimizers import LAMB, LARS, SNGM, LossScaleOptimizer
+from tf_lbopt.registry import OptimizerInfo, list_optimizers
+
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SNGM",
+    "LossScaleOptimizer",
+    "OptimizerInfo",
+    "__version__",
+    "callbacks",
+    "list_optimizers",
+    "schedules",
+]

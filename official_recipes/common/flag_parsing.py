@@ -38,6 +38,7 @@ class IntegerParser(flags.ArgumentParser):
             self.syntactic_help = f"an integer from {minimum} to {maximum}"
 
     def parse(self, argument: str | int) -> int:
+        """Returns the integer, or raises ``ValueError`` naming what was expected."""
         try:
             value = int(argument)
         except ValueError:
@@ -47,6 +48,7 @@ class IntegerParser(flags.ArgumentParser):
         return value
 
     def flag_type(self) -> str:
+        """Returns the type's name for help texts."""
         return self.flag_type_name
 
 
@@ -56,6 +58,7 @@ class PositiveFloatParser(flags.ArgumentParser):
     syntactic_help = "a positive number"
 
     def parse(self, argument: str | float) -> float:
+        """Returns the number, or raises ``ValueError`` naming what was expected."""
         try:
             value = float(argument)
         except ValueError:
@@ -65,6 +68,7 @@ class PositiveFloatParser(flags.ArgumentParser):
         return value
 
     def flag_type(self) -> str:
+        """Returns the type's name for help texts."""
         return "float"
 
 
@@ -104,7 +108,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         rest = values(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
         raise FlagValueError(
-            error.flagname, f"one of the flags {known}", "an unknown flag"
+            error.flagname, f"one of the flags {known}", "a flag that is unknown"
         ) from error
     except flags.IllegalFlagValueError as error:
         # The parsers above name what they expect; absl puts "flag --name=value: " before it.
@@ -115,7 +119,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         else:
             expected, received = "true or false", repr(received)
         raise FlagValueError(name, expected, received) from error
-    except flags.Error as error:
+    except (flags.Error, ValueError) as error:
         raise FlagValueError("flags", "a well-formed command line", error) from error
     if rest:
         raise FlagValueError("flags", "only flags of the form --name=value", repr(rest[0]))

@@ -13,10 +13,10 @@ import math
 import pickle
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, Protocol, cast
 
 import numpy as np
 
@@ -154,11 +154,13 @@ class MnistSource:
 
     @property
     def train_size(self) -> int:
+        """The number of training images."""
         path = self._path("train-labels-idx1-ubyte")
         with _open_maybe_gzip(path) as file:
             return _read_idx_shape(file, path)[0]
 
     def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels."""
         stems = (
             "train-images-idx3-ubyte",
             "train-labels-idx1-ubyte",
@@ -198,11 +200,11 @@ def _plain_or_gzip(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def _open_maybe_gzip(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _open_maybe_gzip(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def _read_idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
+def _read_idx_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
     magic = file.read(4)
     if len(magic) != 4 or magic[:3] != b"\x00\x00\x08" or magic[3] == 0:
         raise DataFormatError(f"{path} is not an IDX file of unsigned bytes")
@@ -230,10 +232,12 @@ class CifarJpegSource:
 
     @property
     def train_size(self) -> int:
+        """The number of training images."""
         labels = self._original_order("train")
         return len(self._encoded()["train"]) if labels is None else len(labels)
 
     def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels."""
         encoded = self._encoded()
         total = sum(len(images) for images in encoded.values())
         splits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -264,7 +268,7 @@ class CifarJpegSource:
                     if split not in encoded or class_name not in class_index:
                         raise DataFormatError(f"{self.archive}: unexpected member {member.name}")
                     key = (class_index[class_name], int(Path(file_name).stem))
-                    encoded[split][key] = archive.extractfile(member).read()
+                    encoded[split][key] = cast(IO[bytes], archive.extractfile(member)).read()
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataFormatError(f"{self.archive} is a damaged archive: {error}") from error
         except ValueError as error:
@@ -302,10 +306,14 @@ def _decode_jpegs(
 ) -> np.ndarray:
     import tensorflow as tf
 
+    def decode(jpeg: tf.Tensor) -> tf.Tensor:
+        # The default method is faster and darkens red and blue by about 1 in 255 on average.
+        return tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
+
     images = np.empty((len(jpegs), 32, 32, 3), np.uint8)
     dataset = (
         tf.data.Dataset.from_tensor_slices(jpegs)
-        .map(lambda jpeg: tf.io.decode_jpeg(jpeg, channels=3), num_parallel_calls=tf.data.AUTOTUNE)
+        .map(decode, num_parallel_calls=tf.data.AUTOTUNE)
         .batch(500)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -340,6 +348,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> object:
+        """Returns an allowed class; anything else is an error."""
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in CIFAR-10 data")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
@@ -355,9 +364,11 @@ class CifarPickleSource:
 
     @property
     def train_size(self) -> int:
+        """The number of training images."""
         return sum(len(self._batch(f"data_batch_{index}")[1]) for index in range(1, 6))
 
     def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels."""
         names = [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]
         batches = []
         for index, name in enumerate(names):
@@ -383,7 +394,7 @@ class CifarPickleSource:
 
 
 @contextlib.contextmanager
-def _as_format_error(path: Path):
+def _as_format_error(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -12,12 +12,12 @@ _strategy: tf.distribute.MirroredStrategy | None = None
 
 
 def quiet_tensorflow() -> None:
-    """Hides TensorFlow's start-up log lines and selects it as the Keras backend.
+    """Hides TensorFlow's C++ log lines and selects it as the Keras backend.
 
     Takes effect only before the first import of TensorFlow and Keras. Values that the user has
     set in the environment stay, except a Keras backend other than TensorFlow.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
 
 

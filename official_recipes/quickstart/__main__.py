@@ -76,7 +76,7 @@ def _run(options: Options) -> None:
         if options.tune:
             data = hold_out_validation(data)
         trainer = Trainer(strategy, data, options.seed)
-        runner = _Runner(trainer, progress)
+        runner = _Runner(trainer, progress, only_final_test=options.tune)
         if options.tune:
             _tune(options, data, runner)
         else:
@@ -134,8 +134,9 @@ def _planned_runs(options: Options) -> list[RunSettings]:
 class _Runner:
     """Trains with a progress bar per run and leaves one line per finished run."""
 
-    def __init__(self, trainer: Trainer, progress: Progress) -> None:
+    def __init__(self, trainer: Trainer, progress: Progress, *, only_final_test: bool) -> None:
         self._trainer = trainer
+        self._only_final_test = only_final_test
         self._progress = progress
 
     def run(self, run: RunSettings) -> RunResult:
@@ -144,7 +145,9 @@ class _Runner:
         total = updates_per_epoch(self._trainer.data, run.batch_size) * run.epochs
         task = self._progress.add_task(f"{run.label}, rate {run.learning_rate:g}", total=total)
         result = self._trainer.run(
-            run, lambda updates: self._progress.update(task, completed=updates)
+            run,
+            lambda updates: self._progress.update(task, completed=updates),
+            only_final_test=self._only_final_test,
         )
         self._progress.remove_task(task)
         self._progress.console.print(
@@ -166,6 +169,7 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 

@@ -30,6 +30,7 @@ class DigitsSource:
     train_size: int = 1797 - _DIGITS_TEST_SIZE
 
     def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels."""
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

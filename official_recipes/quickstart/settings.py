@@ -24,7 +24,7 @@ class DataDefaults:
 
 
 DATA_DEFAULTS = {
-    "digits": DataDefaults(small_batch_size=16, batch_size=512, epochs=40),
+    "digits": DataDefaults(small_batch_size=32, batch_size=512, epochs=30),
     "mnist": DataDefaults(small_batch_size=128, batch_size=4096, epochs=5),
     "cifar10": DataDefaults(small_batch_size=128, batch_size=4096, epochs=10),
 }

@@ -133,12 +133,19 @@ class Trainer:
         keras.utils.set_random_seed(seed)
         self._initial_weights = build_model(data).get_weights()
 
-    def run(self, run: RunSettings, on_batch: Callable[[int], None] | None = None) -> RunResult:
+    def run(
+        self,
+        run: RunSettings,
+        on_batch: Callable[[int], None] | None = None,
+        *,
+        only_final_test: bool = False,
+    ) -> RunResult:
         """Trains once.
 
         Args:
             run: Optimizer, batch, epochs, learning rate and seed.
             on_batch: Called after every update with the number of updates made.
+            only_final_test: Whether to test after the last epoch only, which is faster.
 
         Returns:
             The curves of the run.
@@ -147,10 +154,11 @@ class Trainer:
         per_epoch = updates_per_epoch(data, run.batch_size)
         total = per_epoch * run.epochs
         keras.utils.set_random_seed(run.seed)
+        warmup = round(total * settings.WARMUP_FRACTION)
         schedule = WarmupPolynomialDecay(
             run.learning_rate,
-            decay_steps=total,
-            warmup_steps=round(total * settings.WARMUP_FRACTION),
+            decay_steps=total - warmup,
+            warmup_steps=warmup,
             power=settings.DECAY_POWER,
         )
         with self._strategy.scope():
@@ -176,7 +184,9 @@ class Trainer:
             .batch(validation_batch)
             .repeat(),
             validation_steps=math.ceil(len(data.test_labels) / validation_batch),
+            validation_freq=run.epochs if only_final_test else 1,
             callbacks=callbacks,
+            shuffle=False,  # The dataset shuffles.
             verbose=0,
         ).history
         return RunResult(
@@ -184,8 +194,9 @@ class Trainer:
             updates=int(model.optimizer.iterations.numpy()),
             updates_per_epoch=per_epoch,
             train_loss=_floats(history["loss"]),
-            test_loss=_floats(history["val_loss"]),
-            test_accuracy=_floats(history["val_accuracy"]),
+            # A run that diverges before its only test has nothing to report.
+            test_loss=_floats(history.get("val_loss", [math.nan])),
+            test_accuracy=_floats(history.get("val_accuracy", [math.nan])),
             seconds=time.perf_counter() - started,
         )
 

@@ -79,3 +79,20 @@ def _dtype_of(value: Any) -> tf.DType:
     if isinstance(local, tuple):  # a per-replica value; IndexedSlices.values is a tensor
         return local[0].dtype
     return value.dtype
+
+
+def once_for_all_replicas(fn: Callable[[], None]) -> None:
+    """Calls ``fn`` eagerly, once, wherever this is called from; in a replica context, by all.
+
+    Replicas are threads that trace the same code: what creates variables must run in one of them.
+    """
+
+    def call(_: Any = None) -> None:
+        with tf.init_scope():
+            fn()
+
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        call()
+    else:
+        context.merge_call(call)

@@ -21,7 +21,7 @@ from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_replicas
 from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.statistics.sparse import merge_repeated_indices
+from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,15 +165,6 @@ def _mean(
     elif destination.loss_scale is None:
         return sums, sum_norms
     return (
-        [_divide(total, divisor) for total in sums],
+        [divide(total, divisor) for total in sums],
         [n / tf.cast(divisor, n.dtype) for n in sum_norms],
     )
-
-
-def _divide(gradient: Gradient, divisor: tf.Tensor) -> Gradient:
-    divisor = tf.cast(divisor, gradient.dtype)
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            gradient.values / divisor, gradient.indices, dense_shape=gradient.dense_shape
-        )
-    return gradient / divisor

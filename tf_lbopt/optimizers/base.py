@@ -15,8 +15,9 @@ import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.distribution.replicas import once_for_all_replicas
 from tf_lbopt.distribution.road import Clip, Destination, travel
-from tf_lbopt.optimizers.exclusion import Exclusion, name_pattern, path_of
+from tf_lbopt.optimizers.exclusion import Exclusion, name_pattern, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import Layer, Rule, Step
 
@@ -129,7 +130,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             created = self.add_optimizer_variables(variables, list(names))
             self._slots = dict(zip(names, created, strict=True))
         if self._accumulation is not None:
-            self._accumulation.build([_tensorflow_variable(v) for v in variables])
+            self._accumulation.build([tensorflow_variable(v) for v in variables])
 
     def _check_trainable(self, variable: Any) -> None:
         if getattr(variable, "overwrite_with_gradient", False):
@@ -137,7 +138,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
                 f"{type(self).__name__} can not train variables that are overwritten by their "
                 f"gradients (float8 scales). Received: {path_of(variable)}"
             )
-        if not self._strategy.extended.variable_created_in_scope(_tensorflow_variable(variable)):
+        if not self._strategy.extended.variable_created_in_scope(tensorflow_variable(variable)):
             raise ValueError(
                 f"{type(self).__name__} must be created under the strategy of the variables that "
                 "it trains: call its constructor inside `with strategy.scope():`. Received: the "
@@ -186,15 +187,17 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         grads = list(grads)
         if not grads:
             return
-        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        variables = (
+            self._trainable_variables if trainable_variables is None else trainable_variables
+        )
         variables = list(variables)
         if not self.built:
-            if trainable_variables is None:
+            if given is None:
                 raise ValueError(
                     "`trainable_variables` must be given to the first call, or the optimizer built "
                     "before by `optimizer.build(trainable_variables)`. Received: None"
                 )
-            self._build_in_replica_context(variables)
+            once_for_all_replicas(lambda: self.build(variables))
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must have one entry per trainable variable. "
@@ -208,7 +211,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         travel(
             [gradient for gradient, _ in pairs],
             [self._get_variable_index(variable) for _, variable in pairs],
-            [_tensorflow_variable(variable) for _, variable in pairs],
+            [tensorflow_variable(variable) for _, variable in pairs],
             Destination(
                 apply=self._apply_on_replica,
                 discard=self._discard_on_replica,
@@ -233,7 +236,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             variable = self._trainable_variables[index]
             layers.append(
                 Layer(
-                    variable=_tensorflow_variable(variable),
+                    variable=tensorflow_variable(variable),
                     gradient=gradient,
                     gradient_norm=norm,
                     slots={name: slots[index].value for name, slots in self._slots.items()},
@@ -246,7 +249,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             variable = self._trainable_variables[index]
             constraint = getattr(variable, "constraint", None)
             if constraint is not None:
-                target = _tensorflow_variable(variable)
+                target = tensorflow_variable(variable)
                 target.assign(constraint(tf.convert_to_tensor(target)))
         if self.use_ema:
             self._average_on_replica()
@@ -258,7 +261,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
     def _average_on_replica(self) -> None:
         iterations = tf.convert_to_tensor(self._iterations)
         pairs = [
-            (_tensorflow_variable(variable), average.value)
+            (tensorflow_variable(variable), average.value)
             for variable, average in zip(
                 self._trainable_variables, self._model_variables_moving_average, strict=True
             )
@@ -277,19 +280,6 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             due = (iterations + 1) % self.ema_overwrite_frequency == 0
             tf.cond(due, overwrite, lambda: tf.constant(True))
 
-    def _build_in_replica_context(self, variables: Sequence[Any]) -> None:
-        # All replicas run this method, each in its thread; the cross-replica context is entered by
-        # one of them for all.
-        def build(_: tf.distribute.Strategy) -> None:
-            with tf.init_scope(), tf.name_scope(self.name):
-                self.build(variables)
-
-        context = tf.distribute.get_replica_context()
-        if context is None:
-            self.build(variables)
-        else:
-            context.merge_call(build)
-
     def _check_known(self, variables: Sequence[Any]) -> None:
         for variable in variables:
             if self._var_key(variable) not in self._trainable_variables_indices:
@@ -303,10 +293,14 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
 
     # -- loss scaling from outside -----------------------------------------------------------------
 
+    def expect_loss_scaling(self, right_across_replicas: bool) -> None:
+        """Tells the optimizer that a wrapper scales the loss, and how well."""
+        self._loss_scaled_from_outside = not right_across_replicas
+
     def __setattr__(self, name: str, value: Any) -> None:
         # Keras's LossScaleOptimizer gives no other sign of itself to the optimizer it wraps.
         if name == "loss_scale_factor" and "_loss_scaled_from_outside" in self.__dict__:
-            self._loss_scaled_from_outside = value is None
+            self.expect_loss_scaling(right_across_replicas=value is not None)
         super().__setattr__(name, value)
 
     def _warn_of_foreign_loss_scaling(self) -> None:
@@ -425,10 +419,6 @@ def with_common_arguments(cls: type) -> type:
     return cls
 
 
-def _tensorflow_variable(variable: Any) -> tf.Variable:
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
 def _checked_learning_rate(learning_rate: Any) -> Any:
     if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule) or callable(
         learning_rate
@@ -446,9 +436,7 @@ def _checked_learning_rate(learning_rate: Any) -> Any:
         ) from error
 
 
-def _without_missing(
-    grads: Sequence[Any], variables: Sequence[Any]
-) -> list[tuple[Gradient, Any]]:
+def _without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:
     pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
     if not pairs:
         raise ValueError(

@@ -13,6 +13,11 @@ def path_of(variable: Any) -> str:
     return getattr(variable, "path", None) or variable.name.split(":")[0]
 
 
+def tensorflow_variable(variable: Any) -> tf.Variable:
+    """The TensorFlow variable in a Keras one (or the thing itself)."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
 class Exclusion:
     """A set of variables given as regexes over the variable path, or as the variables themselves.
 
@@ -80,8 +85,4 @@ def name_pattern(pattern: str) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return _tensorflow_variable(one) is _tensorflow_variable(other)
-
-
-def _tensorflow_variable(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    return tensorflow_variable(one) is tensorflow_variable(other)

@@ -28,9 +28,7 @@ class LAMB(Rule):
         """One update; see the class."""
         directions = [self._direction(layer, step) for layer in layers]
         adapted = [index for index, layer in enumerate(layers) if layer.adapted]
-        all_norms = norms(
-            [layers[i].variable for i in adapted] + [directions[i] for i in adapted]
-        )
+        all_norms = norms([layers[i].variable for i in adapted] + [directions[i] for i in adapted])
         ratios = {
             index: trust_ratio(weight_norm, direction_norm)
             for index, weight_norm, direction_norm in zip(

@@ -30,9 +30,7 @@ class LARS(Rule):
         """One update; see the class."""
         gradients = coupled_weight_decay(layers, self.weight_decay)
         adapted = [index for index, layer in enumerate(layers) if layer.adapted]
-        weight_norms = dict(
-            zip(adapted, norms([layers[i].variable for i in adapted]), strict=True)
-        )
+        weight_norms = dict(zip(adapted, norms([layers[i].variable for i in adapted]), strict=True))
         for index, (layer, (gradient, norm)) in enumerate(zip(layers, gradients, strict=True)):
             rate = tf.cast(step.learning_rate, layer.dtype)
             if layer.adapted:

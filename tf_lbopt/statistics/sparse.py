@@ -1,4 +1,4 @@
-"""Sparse gradients with repeated indices."""
+"""Arithmetic on gradients that may be sparse."""
 
 import tensorflow as tf
 
@@ -21,3 +21,13 @@ def merge_repeated_indices(gradient: Gradient) -> Gradient:
     indices, positions = tf.unique(gradient.indices)
     values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.shape(indices)[0])
     return tf.IndexedSlices(values, indices, dense_shape=gradient.dense_shape)
+
+
+def divide(gradient: Gradient, divisor: tf.Tensor) -> Gradient:
+    """``gradient / divisor`` by a scalar, sparse or dense."""
+    divisor = tf.cast(divisor, gradient.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            gradient.values / divisor, gradient.indices, dense_shape=gradient.dense_shape
+        )
+    return gradient / divisor

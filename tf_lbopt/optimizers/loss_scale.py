@@ -1,0 +1,198 @@
+"""Dynamic loss scaling that sees an overflow on every replica."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _validation
+from tf_lbopt.distribution.replicas import (
+    on_each_replica,
+    once_for_all_replicas,
+    sum_over_replicas,
+)
+from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.statistics.sparse import divide
+
+# Beyond these a scale is no longer a scale: 0 and Inf would never be left again.
+_LEAST_SCALE = 2.0**-100
+_GREATEST_SCALE = 2.0**100
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """Dynamic loss scaling for `mixed_float16`, right across replicas.
+
+    The loss is multiplied by the scale and the gradients divided by it. A NaN or Inf on any one
+    replica, in any micro-step, discards the whole update on all of them and halves the scale;
+    `dynamic_growth_steps` updates in a row without one double it. (Keras's own class looks at
+    replica 0 only.)
+
+    Around an optimizer of this package the wrapper works under gradient accumulation too: the
+    scale changes between updates, never within one. Around a stock Keras optimizer it guards
+    every call.
+
+    Args:
+        inner_optimizer: The optimizer to wrap. Its `loss_scale_factor` is cleared.
+        initial_scale: The first loss scale, > 0. Defaults to 2¹⁵.
+        dynamic_growth_steps: Finite updates in a row before the scale doubles, ≥ 1. Defaults to
+            2000.
+        name: The optimizer's name.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range.
+
+    Example:
+        >>> optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=8.0)
+        >>> w = keras.Variable([1.0])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([8.0])], [w])     # the gradient is 1
+        >>> float(w.numpy()[0])
+        0.5
+        >>> optimizer.apply([keras.ops.convert_to_tensor([float("inf")])], [w])
+        >>> float(w.numpy()[0]), float(optimizer.dynamic_scale.numpy())
+        (0.5, 4.0)
+        >>> int(optimizer.skipped_updates.numpy())
+        1
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        initial_scale: float = 2.0**15,
+        dynamic_growth_steps: int = 2000,
+        name: str | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
+            raise TypeError(
+                "`inner_optimizer` must be a keras.optimizers.Optimizer. "
+                f"Received: inner_optimizer={inner_optimizer!r}"
+            )
+        if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "`inner_optimizer` must not scale the loss itself. "
+                f"Received: {type(inner_optimizer).__name__}"
+            )
+        super().__init__(
+            inner_optimizer,
+            initial_scale=_validation.real(
+                "initial_scale", initial_scale, low=0.0, low_open=True, high=_GREATEST_SCALE
+            ),
+            dynamic_growth_steps=_validation.integer(
+                "dynamic_growth_steps", dynamic_growth_steps, low=1
+            ),
+            name=name,
+            **kwargs,
+        )
+        self._strategy = tf.distribute.get_strategy()
+        # Keras creates these two in `build` and scales the loss by a constant before: a custom
+        # loop traced unbuilt would keep that constant for ever.
+        self.step_counter = self.add_variable((), dtype="int64", name="step_counter")
+        self.dynamic_scale = self.add_variable(
+            (),
+            initializer=keras.initializers.Constant(self.initial_scale),
+            dtype="float32",
+            name="dynamic_scale",
+        )
+        if isinstance(inner_optimizer, LargeBatchOptimizer):
+            inner_optimizer.expect_loss_scaling(right_across_replicas=True)
+            self._own_skipped_updates = None
+        else:
+            self._own_skipped_updates = self.add_variable(
+                (), dtype="int64", aggregation="only_first_replica", name="skipped_updates"
+            )
+
+    @property
+    def skipped_updates(self) -> keras.Variable:
+        """How many updates were discarded; an integer variable, saved with the state."""
+        if self._own_skipped_updates is None:
+            return self.inner_optimizer.skipped_updates
+        return self._own_skipped_updates
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Builds the inner optimizer for a list of trainable variables."""
+        if self.built:
+            return
+        self.inner_optimizer.build(var_list)
+        super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss times the current scale."""
+        return keras.ops.multiply(loss, keras.ops.cast(self.dynamic_scale, loss.dtype))
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Updates the variables with gradients of the scaled loss.
+
+        Args:
+            grads: One gradient per variable: dense, ``tf.IndexedSlices`` or ``None``.
+            trainable_variables: The variables; by default those that the optimizer was built with.
+
+        Raises:
+            ValueError: As the inner optimizer's `apply`.
+        """
+        grads = list(grads)
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError(
+                    "`trainable_variables` must be given to the first call, or the optimizer built "
+                    "before by `optimizer.build(trainable_variables)`. Received: None"
+                )
+            trainable_variables = list(trainable_variables)
+            once_for_all_replicas(lambda: self.build(trainable_variables))
+        if isinstance(self.inner_optimizer, LargeBatchOptimizer):
+            self.inner_optimizer.apply_scaled(
+                grads,
+                trainable_variables,
+                loss_scale=lambda: tf.convert_to_tensor(self.dynamic_scale),
+                after=self._adjust_scale,
+            )
+        else:
+            self._apply_stock(grads, trainable_variables)
+
+    def _apply_stock(self, grads: list[Any], trainable_variables: Sequence[Any] | None) -> None:
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError("`apply` must be called in a replica context.")
+        non_finite = tf.cast(tf.logical_not(_all_finite(grads)), tf.float32)
+
+        def apply_inner(local_grads: list[Any]) -> None:
+            scale = tf.convert_to_tensor(self.dynamic_scale)
+            unscaled = [None if g is None else divide(g, scale) for g in local_grads]
+            self.inner_optimizer.apply(unscaled, trainable_variables)
+
+        def cross_replica(strategy: tf.distribute.Strategy, flag: Any, values: list[Any]) -> None:
+            anchor = self.dynamic_scale.value
+            total = sum_over_replicas(strategy, [flag], [anchor])[0]
+            finite = tf.equal(strategy.experimental_local_results(total)[0], 0.0)
+
+            def run() -> tf.Tensor:
+                strategy.extended.call_for_each_replica(apply_inner, args=(values,))
+                return tf.constant(True)
+
+            def adjust(finite_here: tf.Tensor) -> list[tf.Tensor]:
+                self._adjust_scale(finite_here)
+                self.skipped_updates.value.assign_add(tf.cast(~finite_here, tf.int64))
+                return [finite_here]
+
+            tf.cond(finite, run, lambda: tf.constant(True))
+            on_each_replica(strategy, anchor, adjust, finite)
+
+        context.merge_call(cross_replica, args=(non_finite, grads))
+
+    def _adjust_scale(self, finite: tf.Tensor) -> None:
+        """Halves or doubles this replica's copy of the scale."""
+        scale, counter = self.dynamic_scale.value, self.step_counter.value
+        count = tf.where(finite, counter + 1, tf.zeros([], counter.dtype))
+        grow = count >= self.dynamic_growth_steps
+        factor = tf.where(finite, tf.where(grow, 2.0, 1.0), 0.5)
+        scale.assign(tf.clip_by_value(scale * factor, _LEAST_SCALE, _GREATEST_SCALE))
+        counter.assign(tf.where(grow, tf.zeros_like(count), count))
+
+
+def _all_finite(grads: Sequence[Any]) -> tf.Tensor:
+    values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads if g is not None]
+    if not values:
+        raise ValueError("No gradients provided for any variable: all of `grads` are None.")
+    return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values]))

@@ -1,0 +1,55 @@
+"""The table of all optimizers; tests and recipes go through it."""
+
+import dataclasses
+import fnmatch
+
+from tf_lbopt import optimizers
+from tf_lbopt.optimizers.base import LargeBatchOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerInfo:
+    """One optimizer of the package.
+
+    Attributes:
+        name: Lower-case name, as recipes and configurations use it.
+        cls: The Keras 3 class.
+        paper: Where the algorithm is defined.
+        slots: Names of the variables kept for each trainable variable.
+        statistics: What it needs to know of the sub-batches beyond their mean gradient.
+    """
+
+    name: str
+    cls: type[LargeBatchOptimizer]
+    paper: str
+    slots: tuple[str, ...]
+    statistics: tuple[str, ...]
+
+
+def _row(name: str, cls: type[LargeBatchOptimizer], paper: str) -> OptimizerInfo:
+    return OptimizerInfo(name, cls, paper, cls.rule_class.slots, cls.rule_class.statistics)
+
+
+_TABLE = (
+    _row("sngm", optimizers.SNGM, "Zhao et al., arXiv:2007.13985, Algorithm 1"),
+    _row("lars", optimizers.LARS, "You, Gitman, Ginsburg 2017, arXiv:1708.03888, Algorithm 1"),
+    _row("lamb", optimizers.LAMB, "You et al. 2020, arXiv:1904.00962, Algorithm 2"),
+)
+
+
+def list_optimizers(pattern: str = "*") -> list[OptimizerInfo]:
+    """The optimizers whose name fits a shell-style pattern, in the order of the table.
+
+    Args:
+        pattern: For example ``"la*"``; case does not matter. Defaults to all.
+
+    Returns:
+        Frozen rows, possibly none.
+
+    Example:
+        >>> [info.name for info in list_optimizers("la*")]
+        ['lars', 'lamb']
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"`pattern` must be a string. Received: pattern={pattern!r}")
+    return [info for info in _TABLE if fnmatch.fnmatchcase(info.name, pattern.lower())]
