@@ -187,10 +187,8 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         grads = list(grads)
         if not grads:
             return
-        variables = (
-            self._trainable_variables if trainable_variables is None else trainable_variables
-        )
-        variables = list(variables)
+        given = trainable_variables
+        variables = list(self._trainable_variables if given is None else given)
         if not self.built:
             if given is None:
                 raise ValueError(
