@@ -1,6 +1,7 @@
 """Running code on every replica from outside, and summing over replicas."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import tensorflow as tf
@@ -96,3 +97,8 @@ def once_for_all_replicas(fn: Callable[[], None]) -> None:
         call()
     else:
         context.merge_call(call)
+
+
+def inside_scope(strategy: tf.distribute.Strategy) -> AbstractContextManager[Any]:
+    """The strategy's scope, entered if no strategy is in force yet."""
+    return nullcontext() if tf.distribute.has_strategy() else strategy.scope()

@@ -15,10 +15,10 @@ import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
-from tf_lbopt.distribution.replicas import once_for_all_replicas
+from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas
 from tf_lbopt.distribution.road import Clip, Destination, travel
 from tf_lbopt.optimizers.exclusion import Exclusion, name_pattern, path_of, tensorflow_variable
-from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import Layer, Rule, Step
 
 _ACCUMULATION_KEY = "accumulation"
@@ -119,18 +119,31 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         for variable in variables:
             self._check_trainable(variable)
+        with inside_scope(self._strategy):
+            self._create_variables(variables)
+
+    def _create_variables(self, variables: list[Any]) -> None:
         # Keras's accumulators are mirrored, ours are not: it must not make its own.
         steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, None
         try:
             super().build(variables)
         finally:
             self.gradient_accumulation_steps = steps
-        names = self.slot_names()
-        if names:
-            created = self.add_optimizer_variables(variables, list(names))
-            self._slots = dict(zip(names, created, strict=True))
+        self._slots = {name: [] for name in self.slot_names()}
+        for variable in variables:
+            for name, slots in self._slots.items():
+                slots.append(self._add_slot(variable, name))
         if self._accumulation is not None:
             self._accumulation.build([tensorflow_variable(v) for v in variables])
+
+    def _add_slot(self, variable: Any, name: str) -> keras.Variable:
+        # In float32 for half-precision weights, whose own dtype has no room for a second moment.
+        with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
+            return self.add_variable(
+                shape=variable.shape,
+                dtype=compute_dtype(variable.dtype).name,
+                name=f"{path_of(variable).replace('/', '_')}_{name}",
+            )
 
     def _check_trainable(self, variable: Any) -> None:
         if getattr(variable, "overwrite_with_gradient", False):

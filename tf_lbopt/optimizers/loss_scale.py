@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.replicas import (
+    inside_scope,
     on_each_replica,
     once_for_all_replicas,
     sum_over_replicas,
@@ -115,7 +116,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.built:
             return
         self.inner_optimizer.build(var_list)
-        super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
+        with inside_scope(self._strategy):
+            super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times the current scale."""

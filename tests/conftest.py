@@ -1,0 +1,52 @@
+"""Logical CPU devices, and one strategy per set of them.
+
+Several MirroredStrategy objects in a process share collective keys and break each other, so every
+number of replicas has one strategy, with devices and keys of its own.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import functools
+import pathlib
+
+import pytest
+import tensorflow as tf
+
+_FIRST_DEVICE = {2: 1, 4: 3, 8: 7}
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration() for _ in range(15)],
+)
+
+
+@functools.cache
+def strategy_of(replicas: int) -> tf.distribute.Strategy:
+    """The process's strategy for a number of replicas: 1 (none at all), 2, 4 or 8."""
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    first = _FIRST_DEVICE[replicas]
+    # TensorFlow's own hook for tests: without it all strategies number their groups from 1.
+    tf.distribute.MirroredStrategy._collective_key_base = 100_000 * replicas
+    return tf.distribute.MirroredStrategy([f"CPU:{first + i}" for i in range(replicas)])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_state():
+    import keras
+
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy("float32")
+    keras.backend.clear_session()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real data sets; skips where it is absent."""
+    default = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("TF_LBOPT_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("no real data: set TF_LBOPT_DATA to a folder of data sets")
+    return folder

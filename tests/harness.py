@@ -1,0 +1,185 @@
+"""Runs one optimizer over sub-batches of gradients, on any split into replicas and micro-steps."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from conftest import strategy_of
+
+import tf_lbopt
+
+SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+SHAPES = [(6, 5), (5,), (3, 3, 2, 4)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table tests: an optimizer with arguments under which all of it is at work."""
+
+    name: str
+    cls: type
+    arguments: dict[str, Any]
+
+    def __call__(self, **kwargs: Any) -> keras.optimizers.Optimizer:
+        return self.cls(**{**self.arguments, **kwargs})
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+ARGUMENTS = {
+    "sngm": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "lars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
+    "lamb": {"learning_rate": 0.05, "weight_decay": 0.01},
+}
+CASES = [Case(info.name, info.cls, ARGUMENTS[info.name]) for info in tf_lbopt.list_optimizers()]
+
+
+def initial_weights(shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype("float32") for shape in shapes]
+
+
+def sub_batch_gradients(
+    updates: int, sub_batches: int = 8, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0
+) -> list[list[list[np.ndarray]]]:
+    """``[update][sub-batch][layer]``, every sub-batch different, layers of different sizes."""
+    rng = np.random.default_rng(seed)
+    scales = [10.0**-i for i in range(len(shapes))]
+    means = [scale * rng.normal(size=shape) for scale, shape in zip(scales, shapes, strict=True)]
+    return [
+        [
+            [
+                (mean + scale * rng.normal(size=mean.shape)).astype("float32")
+                for mean, scale in zip(means, scales, strict=True)
+            ]
+            for _ in range(sub_batches)
+        ]
+        for _ in range(updates)
+    ]
+
+
+def mean_gradients(gradients: Any) -> list[list[np.ndarray]]:
+    """``[update][layer]`` in float64."""
+    return [
+        [
+            np.mean([np.asarray(g, np.float64) for g in layer], axis=0)
+            for layer in zip(*update, strict=True)
+        ]
+        for update in gradients
+    ]
+
+
+class Run:
+    """Variables and an optimizer under a strategy, updated by a traced custom loop."""
+
+    def __init__(
+        self,
+        make: Callable[..., keras.optimizers.Optimizer],
+        replicas: int = 1,
+        micro_steps: int = 1,
+        weights: Sequence[np.ndarray] | None = None,
+        dtype: str | None = None,
+        wrap: Callable[[Any], Any] = lambda optimizer: optimizer,
+        build: bool = True,
+        function: Callable[..., Any] = tf.function,
+        **kwargs: Any,
+    ):
+        self.replicas, self.micro_steps = replicas, micro_steps
+        self.strategy = strategy_of(replicas)
+        if micro_steps > 1:
+            kwargs["gradient_accumulation_steps"] = micro_steps
+        with self.strategy.scope():
+            self.variables = [
+                keras.Variable(w, dtype=dtype, name=f"layer_{i}")
+                for i, w in enumerate(initial_weights() if weights is None else weights)
+            ]
+            self.inner = make(**kwargs)
+            self.optimizer = wrap(self.inner)
+        if build:
+            self.optimizer.build(self.variables)
+        self.traces = 0
+        self._step = function(self._step_python)
+
+    def _step_python(self, gradients: Any) -> None:
+        def replica_step(local: Any) -> None:
+            self.traces += 1
+            local = [_divided(g, self.replicas) for g in local]
+            self.optimizer.apply_gradients(zip(local, self.variables, strict=True))
+
+        self.strategy.run(replica_step, args=(gradients,))
+
+    def micro_step(self, per_replica: Sequence[Sequence[Any]]) -> None:
+        """One call, with ``[replica][layer]`` gradients."""
+        if self.replicas == 1:
+            self._step(per_replica[0])
+            return
+        self._step(
+            [
+                self.strategy.experimental_distribute_values_from_function(
+                    lambda context, layer=layer: per_replica[context.replica_id_in_sync_group][
+                        layer
+                    ]
+                )
+                for layer in range(len(per_replica[0]))
+            ]
+        )
+
+    def update(self, sub_batches: Sequence[Sequence[Any]]) -> "Run":
+        """One update, from ``replicas × micro_steps`` sub-batches."""
+        tensors = [[_as_tensor(g) for g in layers] for layers in sub_batches]
+        for m in range(self.micro_steps):
+            self.micro_step(tensors[m * self.replicas : (m + 1) * self.replicas])
+        return self
+
+    def updates(self, gradients: Sequence[Any]) -> "Run":
+        for sub_batches in gradients:
+            self.update(sub_batches)
+        return self
+
+    def weights(self) -> list[np.ndarray]:
+        return [v.numpy() for v in self.variables]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a skipped update must not change."""
+        variables = [*self.variables, *self.inner.variables]
+        return {
+            f"{i}:{v.path}": v.numpy()
+            for i, v in enumerate(variables)
+            if "skipped_updates" not in v.path
+        }
+
+    def copies(self) -> list[list[np.ndarray]]:
+        """``[variable][replica]`` of the weights and the optimizer's variables."""
+        everything = [*self.variables, *self.optimizer.variables]
+        return [
+            [c.numpy() for c in self.strategy.experimental_local_results(v.value)]
+            for v in everything
+        ]
+
+
+def assert_replicas_identical(run: Run) -> None:
+    for copies in run.copies():
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copies[0], copy)
+
+
+def assert_states_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(one.values())
+    for (key, a), (_, b) in zip(one.items(), other.items(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=key)
+
+
+def _as_tensor(gradient: Any) -> Any:
+    return gradient if isinstance(gradient, tf.IndexedSlices) else tf.convert_to_tensor(gradient)
+
+
+def _divided(gradient: Any, replicas: int) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            gradient.values / replicas, gradient.indices, dense_shape=gradient.dense_shape
+        )
+    return gradient / replicas

@@ -1,0 +1,208 @@
+"""Every optimizer against its float64 reference, and against the implementations it must equal."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from harness import CASES, SPLITS, Run, initial_weights, mean_gradients, sub_batch_gradients
+from references import REFERENCES
+
+import tf_lbopt
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def assert_close(got, expected, **tolerance):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE))
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+def test_equals_the_reference_on_every_split(case, replicas, micro_steps):
+    gradients = sub_batch_gradients(6)
+    run = Run(case, replicas, micro_steps).updates(gradients)
+    expected = REFERENCES[case.name](initial_weights(), mean_gradients(gradients), **case.arguments)
+    assert_close(run.weights(), expected)
+    assert run.optimizer.iterations.numpy() == 6
+    assert run.optimizer.skipped_updates.numpy() == 0
+    # The updates moved the weights by far more than the tolerance.
+    assert all(
+        np.abs(a - b).max() > 1e-3 for a, b in zip(run.weights(), initial_weights(), strict=True)
+    )
+
+
+VARIANTS = [
+    ("sngm", {"momentum": 0.0}),
+    ("sngm", {"weight_decay": None}),
+    ("lars", {"momentum": 0.0}),
+    ("lars", {"nesterov": True}),
+    ("lars", {"weight_decay": None}),
+    ("lamb", {"weight_decay": None}),
+    ("lamb", {"beta_1": 0.0, "beta_2": 0.5, "epsilon": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=str)
+def test_variants_equal_the_reference(name, changes):
+    case = next(c for c in CASES if c.name == name)
+    arguments = {**case.arguments, **changes}
+    gradients = sub_batch_gradients(5, sub_batches=2)
+    run = Run(case, replicas=2, **changes).updates(gradients)
+    assert_close(
+        run.weights(), REFERENCES[name](initial_weights(), mean_gradients(gradients), **arguments)
+    )
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("adaptation", [None, [], ["layer_2"]], ids=str)
+def test_exclusions_equal_the_reference(name, adaptation):
+    case = next(c for c in CASES if c.name == name)
+    gradients = sub_batch_gradients(4, sub_batches=1)
+    run = Run(
+        case,
+        exclude_from_weight_decay=["layer_1"],
+        exclude_from_layer_adaptation=adaptation,
+    ).updates(gradients)
+    adapts = {None: [True, False, True], "[]": [True] * 3, "['layer_2']": [True, True, False]}
+    expected = REFERENCES[name](
+        initial_weights(),
+        mean_gradients(gradients),
+        **case.arguments,
+        decays=[True, False, True],
+        adapts=adapts[adaptation if adaptation is None else str(adaptation)],
+    )
+    assert_close(run.weights(), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2), (1, 4)])
+def test_schedules_count_updates(case, replicas, micro_steps):
+    schedule = tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 6, warmup_steps=2, power=2.0)
+    gradients = sub_batch_gradients(7, sub_batches=4)
+    run = Run(case, replicas, micro_steps, learning_rate=schedule).updates(gradients)
+
+    def rate(t):
+        return 0.1 * t / 2 if t < 2 else 0.1 * (1 - (t - 2) / 6) ** 2
+
+    expected = REFERENCES[case.name](
+        initial_weights(), mean_gradients(gradients), **{**case.arguments, "learning_rate": rate}
+    )
+    assert_close(run.weights(), expected)
+
+
+CLIPS = [{"clipnorm": 0.3}, {"clipvalue": 0.05}, {"global_clipnorm": 0.5}]
+
+
+def _clip(layers, clipnorm=None, clipvalue=None, global_clipnorm=None):
+    if clipvalue:
+        return [np.clip(g, -clipvalue, clipvalue) for g in layers]
+    if clipnorm:
+        return [g * min(1.0, clipnorm / np.linalg.norm(g)) for g in layers]
+    norm = np.sqrt(sum(np.sum(g**2) for g in layers))
+    return [g * min(1.0, global_clipnorm / norm) for g in layers]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("clip", CLIPS, ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2)])
+def test_clips_the_mean_gradient(case, clip, replicas, micro_steps):
+    # Every replica's own gradient is far beyond the limit, so clipping them first would show.
+    gradients = sub_batch_gradients(4, sub_batches=4)
+    run = Run(case, replicas, micro_steps, **clip).updates(gradients)
+    means = mean_gradients(gradients)
+    clipped = [_clip(layers, **clip) for layers in means]
+    expected = REFERENCES[case.name](initial_weights(), clipped, **case.arguments)
+    assert_close(run.weights(), expected)
+    unclipped = REFERENCES[case.name](initial_weights(), means, **case.arguments)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected, unclipped, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+def test_loss_scale_factor_is_taken_out_again(case, replicas, micro_steps):
+    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
+    scaled = [[[g * np.float32(1024) for g in ls] for ls in update] for update in gradients]
+    run = Run(case, replicas, micro_steps, loss_scale_factor=1024.0).updates(scaled)
+    plain = Run(case, replicas, micro_steps).updates(gradients)
+    assert_close(run.weights(), plain.weights(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+def test_tiny_and_huge_gradients(case, scale):
+    """Squares of these underflow or overflow in float32."""
+    gradients = sub_batch_gradients(3, sub_batches=2)
+    scaled = [[[g * np.float32(scale) for g in ls] for ls in update] for update in gradients]
+    arguments = {"weight_decay": None, **({"epsilon": 0.0} if case.name == "lamb" else {})}
+    if case.name == "lamb" and not 1e-15 < scale < 1e15:
+        pytest.skip("the second moment itself is not a float32 number here, as in Adam")
+    run = Run(case, replicas=2, **arguments).updates(scaled)
+    expected = REFERENCES[case.name](
+        initial_weights(), mean_gradients(scaled), **{**case.arguments, **arguments}
+    )
+    assert_close(run.weights(), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_zero_gradients_do_no_harm(case):
+    gradients = [[[np.zeros_like(w) for w in initial_weights()]]] * 2
+    run = Run(case).updates(gradients)
+    expected = REFERENCES[case.name](initial_weights(), mean_gradients(gradients), **case.arguments)
+    assert_close(run.weights(), expected)
+    assert all(np.isfinite(w).all() for w in run.weights())
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+def test_other_dtypes(case, dtype, replicas, micro_steps):
+    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
+    run = Run(case, replicas, micro_steps, dtype=dtype)
+    cast = [[[tf.cast(g, dtype) for g in ls] for ls in update] for update in gradients]
+    run.updates(cast)
+    assert all(v.dtype == dtype for v in run.variables)
+    tolerance = {"float64": 1e-7, "bfloat16": 3e-2, "float16": 5e-3}[dtype]
+    expected = REFERENCES[case.name](initial_weights(), mean_gradients(gradients), **case.arguments)
+    for got, want in zip(run.variables, expected, strict=True):
+        np.testing.assert_allclose(
+            tf.cast(got.value, tf.float64), want, rtol=tolerance, atol=tolerance
+        )
+
+
+def test_lamb_equals_keras_lamb():
+    gradients = sub_batch_gradients(10, sub_batches=1)
+    ours = Run(tf_lbopt.LAMB, learning_rate=0.02, epsilon=1e-7).updates(gradients)
+    theirs = Run(keras.optimizers.Lamb, learning_rate=0.02, epsilon=1e-7).updates(gradients)
+    assert_close(ours.weights(), theirs.weights())
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("excluded", [None, ["layer_1"]], ids=str)
+def test_equals_tf_models(name, excluded):
+    """With weight decay and exclusions; tf-models-official 2.20."""
+    if name == "lars":
+        module = pytest.importorskip("official.modeling.optimization.lars")
+        arguments = {"learning_rate": 0.3, "momentum": 0.9, "nesterov": False}
+        theirs = module.LARS(
+            eeta=0.05,
+            weight_decay_rate=0.02,
+            exclude_from_weight_decay=excluded,
+            **arguments,
+        )
+        make = tf_lbopt.LARS
+        arguments["trust_coefficient"] = 0.05
+    else:
+        module = pytest.importorskip("official.modeling.optimization.lamb")
+        arguments = {"learning_rate": 0.02, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-6}
+        theirs = module.LAMB(
+            weight_decay_rate=0.02, exclude_from_weight_decay=excluded, **arguments
+        )
+        make = tf_lbopt.LAMB
+    gradients = sub_batch_gradients(10, sub_batches=1)
+    variables = [tf.Variable(w, name=f"layer_{i}") for i, w in enumerate(initial_weights())]
+    for (layers,) in gradients:
+        theirs.apply_gradients(zip([tf.constant(g) for g in layers], variables, strict=True))
+    ours = Run(make, weight_decay=0.02, exclude_from_weight_decay=excluded, **arguments)
+    ours.updates(gradients)
+    assert_close(ours.weights(), [v.numpy() for v in variables])
