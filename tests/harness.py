@@ -99,8 +99,8 @@ class Run:
             ]
             self.inner = make(**kwargs)
             self.optimizer = wrap(self.inner)
-        if build:
-            self.optimizer.build(self.variables)
+            if build:
+                self.optimizer.build(self.variables)
         self.traces = 0
         self._step = function(self._step_python)
 

@@ -115,8 +115,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Builds the inner optimizer for a list of trainable variables."""
         if self.built:
             return
-        self.inner_optimizer.build(var_list)
         with inside_scope(self._strategy):
+            self.inner_optimizer.build(var_list)
             super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
 
     def scale_loss(self, loss: Any) -> Any:

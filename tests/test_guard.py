@@ -1,0 +1,226 @@
+"""A non-finite value anywhere discards the whole update everywhere, and nothing else changes."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy_of
+from harness import CASES, Run, assert_replicas_identical, assert_states_equal, sub_batch_gradients
+
+import tf_lbopt
+
+
+def poisoned(sub_batches, index, value, layer=2):
+    copies = [[g.copy() for g in layers] for layers in sub_batches]
+    copies[index][layer].flat[1] = value
+    return copies
+
+
+def accumulators(run):
+    accumulation = run.inner._accumulation
+    if accumulation is None:
+        return []
+    return [
+        copy.numpy()
+        for accumulator in accumulation.accumulators
+        for copy in run.strategy.experimental_local_results(accumulator)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(
+    ("replicas", "micro_steps", "where", "value"),
+    [
+        (1, 1, 0, np.nan),
+        (1, 4, 0, np.inf),
+        (1, 4, 3, np.nan),
+        (4, 1, 0, np.inf),
+        (4, 1, 3, np.nan),
+        (2, 2, 1, -np.inf),  # replica 1, micro-step 0
+        (2, 2, 2, np.nan),  # replica 0, micro-step 1
+    ],
+)
+def test_skips_the_whole_update(case, replicas, micro_steps, where, value):
+    good = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
+    run = Run(case, replicas, micro_steps, use_ema=True).update(good[0])
+    before = run.state()
+    run.update(poisoned(good[1], where, value))
+    assert_states_equal(before, run.state())
+    assert run.optimizer.skipped_updates.numpy() == 1
+    assert run.optimizer.iterations.numpy() == 1
+    assert all(not a.any() for a in accumulators(run))
+    assert_replicas_identical(run)
+
+    run.update(good[2])
+    never_poisoned = Run(case, replicas, micro_steps, use_ema=True).updates([good[0], good[2]])
+    assert_states_equal(never_poisoned.state(), run.state())
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(
+    ("replicas", "micro_steps", "where"), [(1, 1, 0), (1, 2, 0), (4, 1, 3), (2, 2, 1), (2, 2, 2)]
+)
+def test_loss_scale_halves_wherever_it_overflows(case, replicas, micro_steps, where):
+    def wrap(optimizer):
+        return tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=64.0, dynamic_growth_steps=2)
+
+    good = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
+
+    def scaled(update, scale):
+        return [[g * np.float32(scale) for g in layers] for layers in update]
+
+    run = Run(case, replicas, micro_steps, wrap=wrap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.update(scaled(good[0], 64))
+    before = run.state()
+    run.update(scaled(poisoned(good[1], where, np.inf), 64))
+    assert_states_equal(before, run.state())
+    assert run.optimizer.dynamic_scale.numpy() == 32.0
+    assert run.optimizer.skipped_updates.numpy() == 1
+    assert run.optimizer.iterations.numpy() == 1
+    assert all(not a.any() for a in accumulators(run))
+    assert_replicas_identical(run)
+
+    run.update(scaled(good[2], 32))
+    assert run.optimizer.dynamic_scale.numpy() == 32.0
+    run.update(scaled(good[3], 32))
+    assert run.optimizer.dynamic_scale.numpy() == 64.0  # two finite updates in a row
+    unscaled = Run(case, replicas, micro_steps).updates([good[0], good[2], good[3]])
+    for a, b in zip(run.weights(), unscaled.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_loss_scale_around_a_stock_optimizer(replicas):
+    def make(**kwargs):
+        return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
+
+    def wrap(optimizer):
+        return tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=8.0)
+
+    good = sub_batch_gradients(3, sub_batches=replicas)
+    scaled = [[[g * np.float32(8) for g in layers] for layers in update] for update in good]
+    run = Run(make, replicas, wrap=wrap).update(scaled[0])
+    before = run.state()
+    run.update(poisoned(scaled[1], replicas - 1, np.nan))
+    assert_states_equal(before, run.state())
+    assert run.optimizer.dynamic_scale.numpy() == 4.0
+    assert run.optimizer.skipped_updates.numpy() == 1
+    assert_replicas_identical(run)
+    run.update([[g * np.float32(0.5) for g in layers] for layers in scaled[2]])
+    plain = Run(make, replicas).updates([good[0], good[2]])
+    for a, b in zip(run.weights(), plain.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("micro_steps", "where"), [(1, 1), (1, 0), (2, 1), (2, 2)])
+def test_under_the_wrapper_that_keras_adds(case, micro_steps, where):
+    """Weights, slots and iterations are safe; its scale may not be, and a warning says so."""
+    good = sub_batch_gradients(2, sub_batches=2 * micro_steps)
+    scaled = [[[g * np.float32(16) for g in layers] for layers in update] for update in good]
+    run = Run(
+        case,
+        2,
+        micro_steps,
+        wrap=lambda o: keras.optimizers.LossScaleOptimizer(o, initial_scale=16.0),
+    )
+    with pytest.warns(UserWarning, match=r"tf_lbopt\.LossScaleOptimizer"):
+        run.update(scaled[0])
+    plain = Run(case, 2, micro_steps).update(good[0])
+    for a, b in zip(run.weights(), plain.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    before = run.state()
+    run.update(poisoned(scaled[1], where, np.inf))
+    after = run.state()
+    assert_states_equal(before, after)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # warned of once
+        run.update(scaled[0])
+
+
+def test_loss_scale_unbuilt_custom_loop_uses_the_current_scale():
+    """The first trace happens before `build`; the scale must not be frozen in it."""
+    optimizer = tf_lbopt.LossScaleOptimizer(
+        tf_lbopt.SNGM(0.1), initial_scale=4.0, dynamic_growth_steps=1
+    )
+    variable = keras.Variable([1.0, 2.0])
+    scales = []
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(variable.value**2)
+            scaled = optimizer.scale_loss(loss)
+        optimizer.apply(tape.gradient(scaled, [variable.value]), [variable])
+        return scaled / loss
+
+    for _ in range(3):
+        scales.append(float(step()))
+    assert scales == [4.0, 8.0, 16.0]
+
+
+def test_loss_scale_stays_a_number():
+    optimizer = tf_lbopt.LossScaleOptimizer(
+        tf_lbopt.SNGM(0.1), initial_scale=2.0**99, dynamic_growth_steps=1
+    )
+    variable = keras.Variable([1.0, 2.0])
+    for _ in range(4):
+        optimizer.apply([tf.constant([1.0, 1.0])], [variable])
+    assert optimizer.dynamic_scale.numpy() == 2.0**100
+    optimizer.dynamic_scale.assign(2.0**-99)
+    for _ in range(4):
+        optimizer.apply([tf.constant([np.nan, 1.0])], [variable])
+    assert optimizer.dynamic_scale.numpy() == 2.0**-100
+
+
+def _mixed_float16_model():
+    return keras.Sequential(
+        [keras.Input([6]), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(1)]
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("micro_steps", [None, 2])
+def test_fit_in_mixed_float16(replicas, micro_steps):
+    """Through `fit`: half of the rows of one batch overflow float16 on the last replica only."""
+    keras.config.set_dtype_policy("mixed_float16")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 6)).astype("float32")
+    y = x.sum(axis=1, keepdims=True)
+    x[24:32] = 6e4  # the second half of batch 1, all of which the last replica gets
+    with strategy_of(replicas).scope():
+        model = _mixed_float16_model()
+        optimizer = tf_lbopt.LossScaleOptimizer(
+            tf_lbopt.SNGM(0.05, gradient_accumulation_steps=micro_steps), initial_scale=2.0**10
+        )
+        model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    history = model.fit(
+        x,
+        y,
+        batch_size=16,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        callbacks=[tf_lbopt.callbacks.SkippedUpdates()],
+    )
+    assert model.optimizer is optimizer
+    assert history.history["skipped_updates"] == [1, 2, 3]
+    assert optimizer.dynamic_scale.numpy() == 2.0**10 / 8
+    assert optimizer.iterations.numpy() == 3 * (1 if micro_steps else 3)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+def test_float16_wrapper_of_compile_is_reported_once():
+    keras.config.set_dtype_policy("mixed_float16")
+    x = np.full((16, 6), 0.01, "float32")
+    with strategy_of(2).scope():
+        model = _mixed_float16_model()
+        model.compile(optimizer=tf_lbopt.LAMB(0.01), loss="mse", jit_compile=False)
+    with pytest.warns(UserWarning, match=r"tf_lbopt\.LossScaleOptimizer"):
+        model.fit(x, x[:, :1], batch_size=8, verbose=0)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert model.optimizer.inner_optimizer.iterations.numpy() == 2

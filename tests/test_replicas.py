@@ -1,0 +1,259 @@
+"""What holds on every replica: equal bits, sparse as dense, one packed reduction, no retracing."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy_of
+from harness import (
+    CASES,
+    Run,
+    assert_replicas_identical,
+    initial_weights,
+    sub_batch_gradients,
+)
+
+import tf_lbopt
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 2), (4, 1), (8, 1)])
+def test_replicas_stay_bit_identical(case, replicas, micro_steps):
+    shapes = [(130, 140), (7,)]  # one beyond the size where norms take the other branch
+    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps, shapes=shapes)
+    run = Run(case, replicas, micro_steps, weights=initial_weights(shapes), use_ema=True)
+    for sub_batches in gradients:
+        run.update(sub_batches)
+        assert_replicas_identical(run)
+
+
+def _slices(rng, rows, size, width):
+    indices = rng.integers(0, rows, size=size).astype("int64")
+    values = rng.normal(size=(size, width)).astype("float32")
+    return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant([rows, width]))
+
+
+def _dense(slices):
+    return tf.convert_to_tensor(slices)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (1, 3), (4, 1), (2, 2)])
+@pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.5}, {"clipvalue": 0.1}], ids=str)
+def test_sparse_equals_dense(case, replicas, micro_steps, extra):
+    """Over five updates, with repeated indices in one replica and between replicas."""
+    if extra and (replicas, micro_steps) != (4, 1):
+        pytest.skip("clipping is one code path for all splits")
+    rng = np.random.default_rng(3)
+    weights = initial_weights([(6, 3), (4,)])
+    sparse, dense = [], []
+    for _ in range(5):
+        update = [
+            [_slices(rng, 6, 8, 3), tf.constant(rng.normal(size=4), tf.float32)]
+            for _ in range(replicas * micro_steps)
+        ]
+        sparse.append(update)
+        dense.append([[_dense(embedding), bias] for embedding, bias in update])
+    one = Run(case, replicas, micro_steps, weights=weights, **extra).updates(sparse)
+    other = Run(case, replicas, micro_steps, weights=weights, **extra).updates(dense)
+    for a, b in zip(one.weights(), other.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    assert np.abs(one.weights()[0] - weights[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+def test_missing_gradients_leave_the_variable_alone(case, replicas, micro_steps):
+    gradients = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
+    run = Run(case, replicas, micro_steps)
+    with pytest.warns(UserWarning, match="layer_1"):
+        _updates_with_missing(run, [[[g, None, h] for g, _, h in update] for update in gradients])
+    np.testing.assert_array_equal(run.weights()[1], initial_weights()[1])
+    reference = Run(
+        case, replicas, micro_steps, weights=[initial_weights()[0], initial_weights()[2]]
+    ).updates([[[g, h] for g, _, h in update] for update in gradients])
+    for got, want in zip([run.weights()[0], run.weights()[2]], reference.weights(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+def _updates_with_missing(run, updates):
+    for sub_batches, m in itertools.product(updates, range(run.micro_steps)):
+        part = sub_batches[m * run.replicas : (m + 1) * run.replicas]
+        present = [[tf.constant(g) for g in layers if g is not None] for layers in part]
+        if run.replicas == 1:
+            values = present[0]
+        else:
+            values = [
+                run.strategy.experimental_distribute_values_from_function(
+                    lambda c, layer=layer, present=present: present[c.replica_id_in_sync_group][
+                        layer
+                    ]
+                )
+                for layer in range(2)
+            ]
+
+        @tf.function
+        def step(values, run=run):
+            def replica_step(local):
+                first, last = (g / run.replicas for g in local)
+                run.optimizer.apply([first, None, last], run.variables)
+
+            run.strategy.run(replica_step, args=(values,))
+
+        step(values)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+def test_no_retracing(case, replicas, micro_steps):
+    run = Run(case, replicas, micro_steps, learning_rate=0.1)
+    run.updates(sub_batch_gradients(2, sub_batches=replicas * micro_steps))
+    traces = run.traces
+    run.optimizer.learning_rate = 0.05
+    run.updates(sub_batch_gradients(3, sub_batches=replicas * micro_steps))
+    assert run.traces == traces
+
+
+def _nodes(function, op_prefix):
+    """All nodes of a concrete function's graph and of the functions it calls."""
+    definition = function.graph.as_graph_def()
+    nodes = list(definition.node)
+    for nested in definition.library.function:
+        nodes.extend(nested.node_def)
+    return [node for node in nodes if node.op.startswith(op_prefix)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_one_packed_reduction_per_update(case, micro_steps):
+    run = Run(case, 2, micro_steps)
+    gradients = sub_batch_gradients(1, sub_batches=2)[0]
+    values = [
+        run.strategy.experimental_distribute_values_from_function(
+            lambda c, layer=layer: tf.constant(gradients[c.replica_id_in_sync_group][layer])
+        )
+        for layer in range(3)
+    ]
+    function = run._step.get_concrete_function(values)
+    assert len(_nodes(function, "CollectiveReduce")) == 2  # one on each of two replicas
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_unbuilt_in_a_replica_context(case, micro_steps):
+    """A custom loop that never calls `build`: the variables are made in the first trace."""
+    gradients = sub_batch_gradients(3, sub_batches=2 * micro_steps)
+    late = Run(case, 2, micro_steps, build=False).updates(gradients)
+    early = Run(case, 2, micro_steps).updates(gradients)
+    for a, b in zip(late.weights(), early.weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_eager(case):
+    gradients = sub_batch_gradients(2, sub_batches=4)
+    eager = Run(case, 2, 2, function=lambda f: f).updates(gradients)
+    traced = Run(case, 2, 2).updates(gradients)
+    for a, b in zip(eager.weights(), traced.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_jit_compiled_on_one_device(case, micro_steps):
+    gradients = sub_batch_gradients(3, sub_batches=micro_steps)
+    jit = Run(case, 1, micro_steps, function=lambda f: tf.function(f, jit_compile=True))
+    jit.updates(gradients)
+    plain = Run(case, 1, micro_steps).updates(gradients)
+    for a, b in zip(jit.weights(), plain.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_jit_compiled_sparse_gradients():
+    rng = np.random.default_rng(0)
+    weights = initial_weights([(6, 3), (4,)])
+    gradients = [
+        [[_slices(rng, 6, 8, 3), tf.constant(rng.normal(size=4), tf.float32)]] for _ in range(3)
+    ]
+    for case in CASES:
+        jit = Run(case, weights=weights, function=lambda f: tf.function(f, jit_compile=True))
+        jit.updates(gradients)
+        plain = Run(case, weights=weights).updates(gradients)
+        for a, b in zip(jit.weights(), plain.weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_average_of_weights_once_per_update(replicas):
+    """`use_ema` and its overwriting, by update and not by micro-step."""
+    micro_steps = 4 // replicas
+    gradients = sub_batch_gradients(5, sub_batches=4)
+    plain = Run(tf_lbopt.SNGM, replicas, micro_steps, learning_rate=0.1)
+    averaged = Run(
+        tf_lbopt.SNGM, replicas, micro_steps, learning_rate=0.1, use_ema=True, ema_momentum=0.5
+    )
+    expected = None
+    for update in gradients:
+        plain.update(update)
+        averaged.update(update)
+        now = plain.weights()
+        expected = (
+            now
+            if expected is None
+            else [0.5 * e + 0.5 * w for e, w in zip(expected, now, strict=True)]
+        )
+    for a, b in zip(averaged.weights(), plain.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    averaged.optimizer.finalize_variable_values(averaged.variables)
+    for a, b in zip(averaged.weights(), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_replicas_identical(averaged)
+
+    overwriting = Run(
+        tf_lbopt.SNGM,
+        replicas,
+        micro_steps,
+        learning_rate=0.1,
+        use_ema=True,
+        ema_momentum=0.5,
+        ema_overwrite_frequency=3,
+    )
+    overwriting.updates(gradients[:2])
+    plain = Run(tf_lbopt.SNGM, replicas, micro_steps, learning_rate=0.1).updates(gradients[:2])
+    np.testing.assert_allclose(overwriting.weights()[0], plain.weights()[0], rtol=1e-6)
+    before = overwriting.weights()
+    overwriting.update(gradients[2])
+    plain.update(gradients[2])
+    assert np.abs(overwriting.weights()[0] - plain.weights()[0]).max() > 1e-3
+    assert np.abs(overwriting.weights()[0] - before[0]).max() > 1e-3
+
+
+def test_constraints_hold_on_every_replica():
+    strategy = strategy_of(2)
+    with strategy.scope():
+        variable = keras.Variable(np.ones(4, "float32"), name="constrained")
+        variable.constraint = keras.constraints.NonNeg()
+        optimizer = tf_lbopt.SNGM(5.0)
+
+    @tf.function
+    def step():
+        strategy.run(lambda: optimizer.apply([tf.constant([1.0, -1.0, 2.0, 0.0])], [variable]))
+
+    step()
+    for copy in strategy.experimental_local_results(variable.value):
+        assert copy.numpy().min() == 0.0
+        assert copy.numpy().max() > 1.0
+
+
+def test_wrong_strategy_and_wrong_context_say_so():
+    with strategy_of(2).scope():
+        variable = keras.Variable(np.ones(4, "float32"), name="mirrored")
+    with pytest.raises(ValueError, match=r"strategy\.scope\(\).*Received: the variable mirrored"):
+        tf_lbopt.SNGM(0.1).build([variable])
+    with strategy_of(2).scope():
+        optimizer = tf_lbopt.SNGM(0.1)
+        optimizer.build([variable])
+        with pytest.raises(ValueError, match="replica context"):
+            optimizer.apply([tf.ones([4])], [variable])

@@ -1,0 +1,223 @@
+"""Configuration and saved state: a loaded optimizer goes on in lockstep, bit for bit."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy_of
+from harness import CASES, Run, assert_states_equal, initial_weights, sub_batch_gradients
+from tensorflow.python.framework import config as tensorflow_config
+
+import tf_lbopt
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _determinism():
+    tf.config.experimental.enable_op_determinism()
+    yield
+    tensorflow_config.disable_op_determinism()  # there is no public way back
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_config_round_trip(case):
+    optimizer = case(
+        weight_decay=0.25,
+        clipnorm=2.0,
+        use_ema=True,
+        ema_momentum=0.5,
+        ema_overwrite_frequency=7,
+        gradient_accumulation_steps=3,
+        loss_scale_factor=4.0,
+        exclude_from_weight_decay=["bias$"],
+        name="mine",
+    )
+    config = optimizer.get_config()
+    restored = case.cls.from_config(json.loads(json.dumps(config)))
+    assert restored.get_config() == config
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["exclude_from_weight_decay"] == ["bias$"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_serialization_with_a_schedule(case):
+    schedule = tf_lbopt.schedules.WarmupCosineDecay(0.3, 10, warmup_steps=2, alpha=0.1)
+    for wrap in (lambda o: o, lambda o: tf_lbopt.LossScaleOptimizer(o, 4.0, 7)):
+        optimizer = wrap(case(learning_rate=schedule))
+        text = json.dumps(keras.saving.serialize_keras_object(optimizer))
+        restored = keras.saving.deserialize_keras_object(json.loads(text))
+        assert type(restored) is type(optimizer)
+        assert restored.get_config() == optimizer.get_config()
+
+
+def _lockstep(case, replicas, micro_steps, save_after, save, tmp_path, wrap=lambda o: o):
+    """Runs 20 updates (and some micro-steps), saves, loads into fresh objects, runs 20 more."""
+    total = sub_batch_gradients(8, sub_batches=replicas * micro_steps)
+    micro_batches = [
+        update[m * replicas : (m + 1) * replicas]
+        for i in range(40)
+        for update in [total[i % len(total)]]
+        for m in range(micro_steps)
+    ]
+    arguments = {"use_ema": True, "wrap": wrap}
+    original = Run(case, replicas, micro_steps, **arguments)
+    for batch in micro_batches[:save_after]:
+        original.micro_step([[tf.constant(g) for g in layers] for layers in batch])
+    load = save(original, tmp_path)
+    fresh = Run(case, replicas, micro_steps, weights=initial_weights(seed=99), **arguments)
+    load(fresh)
+    assert_states_equal(original.state(), fresh.state())
+    for batch in micro_batches[save_after:]:
+        for run in (original, fresh):
+            run.micro_step([[tf.constant(g) for g in layers] for layers in batch])
+    assert_states_equal(original.state(), fresh.state())
+    assert original.optimizer.iterations.numpy() == 40
+
+
+def _by_checkpoint(run, tmp_path):
+    path = tf.train.Checkpoint(
+        variables=[v.value for v in run.variables], optimizer=run.optimizer
+    ).save(str(tmp_path / "checkpoint"))
+
+    def load(fresh):
+        tf.train.Checkpoint(
+            variables=[v.value for v in fresh.variables], optimizer=fresh.optimizer
+        ).restore(path).assert_consumed()
+
+    return load
+
+
+def _by_own_variables(run, tmp_path):
+    stores = [{}]
+    run.optimizer.save_own_variables(stores[0])
+    if run.optimizer is not run.inner:
+        stores.append({})
+        run.inner.save_own_variables(stores[1])
+    weights = run.weights()
+    for number, store in enumerate(stores):
+        np.savez(tmp_path / f"{number}.npz", **store)
+
+    def load(fresh):
+        for variable, value in zip(fresh.variables, weights, strict=True):
+            variable.assign(value)
+        fresh.optimizer.load_own_variables(dict(np.load(tmp_path / "0.npz")))
+        if fresh.optimizer is not fresh.inner:
+            fresh.inner.load_own_variables(dict(np.load(tmp_path / "1.npz")))
+
+    return load
+
+
+SAVERS = [_by_checkpoint, _by_own_variables]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("save", SAVERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("replicas", "micro_steps", "save_after"), [(1, 1, 20), (2, 1, 20), (1, 3, 62), (2, 2, 41)]
+)
+def test_lockstep_after_loading(case, save, replicas, micro_steps, save_after, tmp_path):
+    """The last two save in mid-accumulation, where replicas have different sums."""
+    _lockstep(case, replicas, micro_steps, save_after, save, tmp_path)
+
+
+@pytest.mark.parametrize("save", SAVERS, ids=lambda f: f.__name__)
+def test_lockstep_under_loss_scaling(save, tmp_path):
+    _lockstep(
+        CASES[0],
+        2,
+        2,
+        41,
+        save,
+        tmp_path,
+        wrap=lambda o: tf_lbopt.LossScaleOptimizer(o, initial_scale=2.0),
+    )
+
+
+def test_restore_before_build(tmp_path):
+    """`restore` on a fresh optimizer whose variables do not exist yet."""
+    gradients = sub_batch_gradients(2, sub_batches=4)
+    original = Run(CASES[0], 2, 2).update(gradients[0])
+    original.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][:2]])
+    path = tf.train.Checkpoint(
+        variables=[v.value for v in original.variables], optimizer=original.optimizer
+    ).save(str(tmp_path / "checkpoint"))
+    fresh = Run(CASES[0], 2, 2, weights=initial_weights(seed=99), build=False)
+    tf.train.Checkpoint(
+        variables=[v.value for v in fresh.variables], optimizer=fresh.optimizer
+    ).restore(path)
+    for run in (original, fresh):
+        run.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][2:]])
+    assert_states_equal(original.state(), fresh.state())
+
+
+@pytest.mark.parametrize("save", SAVERS, ids=lambda f: f.__name__)
+def test_other_number_of_replicas_starts_the_accumulators_empty(save, tmp_path, caplog):
+    gradients = sub_batch_gradients(3, sub_batches=4)
+    original = Run(CASES[0], 2, 2).update(gradients[0])
+    updated = original.state()
+    original.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][:2]])
+    load = save(original, tmp_path)
+    fresh = Run(CASES[0], 4, 2, weights=initial_weights(seed=99))
+    # Something is in the accumulators before; none of it may stay.
+    fresh.micro_step([[tf.constant(g) for g in layers] for layers in gradients[2]])
+    with caplog.at_level("WARNING"):
+        load(fresh)
+    assert "on 2 replicas" in caplog.text
+    assert "start empty" in caplog.text
+    assert_states_equal(updated, fresh.state())
+    eight = sub_batch_gradients(1, sub_batches=8, seed=7)[0]
+    fresh.update(eight)
+    reference = Run(CASES[0], 4, 2)
+    for v, w in zip(
+        [*reference.variables, *reference.inner.variables],
+        [*original.variables, *original.inner.variables],
+        strict=True,
+    ):
+        v.assign(w.numpy())
+    assert_states_equal(reference.update(eight).state(), fresh.state())
+
+
+def test_between_updates_nothing_is_stored_for_the_accumulators(caplog):
+    run = Run(CASES[0], 2, 2).update(sub_batch_gradients(1, sub_batches=4)[0])
+    store = {}
+    run.optimizer.save_own_variables(store)
+    assert "accumulation" not in store
+    other = Run(CASES[0], 4, 2)
+    with caplog.at_level("WARNING"):
+        other.optimizer.load_own_variables(store)
+    assert not caplog.text
+    assert other.optimizer.iterations.numpy() == 1
+
+
+def _model(optimizer):
+    model = keras.Sequential(
+        [keras.Input([5]), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)]
+    )
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_keras_file_in_mid_accumulation(case, replicas, tmp_path):
+    """`model.save` after 5 batches with 2 micro-steps per update; the file goes on where it was."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 5)).astype("float32")
+    y = rng.normal(size=(40, 1)).astype("float32")
+    fit = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    with strategy_of(replicas).scope():
+        model = _model(case(gradient_accumulation_steps=2))
+    model.fit(x, y, **fit)
+    assert model.optimizer.iterations.numpy() == 2
+    model.save(tmp_path / "model.keras")
+    with strategy_of(replicas).scope():
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is case.cls
+    for one in (model, loaded):
+        one.fit(x, y, **fit)
+        assert one.optimizer.iterations.numpy() == 5
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
