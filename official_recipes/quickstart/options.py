@@ -104,7 +104,7 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string(
         "output_dir",
-        "quickstart_results",
+        "runs/quickstart",
         "Folder for quickstart.png and quickstart.json, made if missing.",
         flag_values=values,
     )

@@ -24,7 +24,7 @@ class DataDefaults:
 
 
 DATA_DEFAULTS = {
-    "digits": DataDefaults(small_batch_size=32, batch_size=512, epochs=30),
+    "digits": DataDefaults(small_batch_size=32, batch_size=512, epochs=40),
     "mnist": DataDefaults(small_batch_size=128, batch_size=4096, epochs=5),
     "cifar10": DataDefaults(small_batch_size=128, batch_size=4096, epochs=10),
 }
@@ -36,11 +36,11 @@ DATA_DEFAULTS = {
 # They are the starting point on other data, where --tune finds better ones.
 SMALL_BATCH_LEARNING_RATE = 0.03
 LEARNING_RATES = {
-    "momentum": 0.1,
-    "adam": 0.01,
-    "lars": 1.0,
-    "lamb": 0.01,
-    "sngm": 0.1,
+    "momentum": 0.3,
+    "adam": 0.003,
+    "lars": 30.0,
+    "lamb": 0.03,
+    "sngm": 0.3,
 }
 
 # Where no rate is listed above and the optimizer's constructor has no default either.

@@ -21,7 +21,7 @@ _STOCK_OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "momentum": lambda learning_rate: keras.optimizers.SGD(learning_rate, momentum=0.9),
     "adam": keras.optimizers.Adam,
 }
-_EVALUATION_BATCH = 1000
+_TEST_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class RunResult:
         updates: Weight updates made.
         updates_per_epoch: Weight updates in one epoch.
         train_loss: Mean loss over the epoch's batches.
-        test_loss: Loss on the test split after the epoch.
-        test_accuracy: Accuracy on the test split after the epoch, from 0 to 1.
+        test_loss: Loss on the test split after the epoch (after the last one only, if so asked).
+        test_accuracy: Accuracy on the test split, from 0 to 1, likewise.
         seconds: Wall time of ``fit``, building the graph included.
     """
 
@@ -153,6 +153,7 @@ class Trainer:
         data = self.data
         per_epoch = updates_per_epoch(data, run.batch_size)
         total = per_epoch * run.epochs
+        keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
         keras.utils.set_random_seed(run.seed)
         warmup = round(total * settings.WARMUP_FRACTION)
         schedule = WarmupPolynomialDecay(
@@ -167,24 +168,18 @@ class Trainer:
             model.compile(
                 optimizer=_factory(run.optimizer)(learning_rate=schedule),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                metrics=["accuracy"],
             )
-        # Both datasets repeat and their steps are counted: fit then keeps its iterators, which
-        # take longer to make, epoch after epoch, than these short epochs take to run.
-        validation_batch = self._evaluation_batch()
-        callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN()]
+        test = _TestCurve(data, final_epoch=run.epochs if only_final_test else None)
+        callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN(), test]
         if on_batch is not None:
             callbacks.append(_BatchCounter(on_batch))
         started = time.perf_counter()
+        # The dataset repeats and its steps are counted: fit then keeps its iterator, which takes
+        # longer to make, epoch after epoch, than a short epoch takes to run.
         history = model.fit(
             self._training_batches(run),
             epochs=run.epochs,
             steps_per_epoch=per_epoch,
-            validation_data=tf.data.Dataset.from_tensor_slices((data.test_images, data.test_labels))
-            .batch(validation_batch)
-            .repeat(),
-            validation_steps=math.ceil(len(data.test_labels) / validation_batch),
-            validation_freq=run.epochs if only_final_test else 1,
             callbacks=callbacks,
             shuffle=False,  # The dataset shuffles.
             verbose=0,
@@ -194,9 +189,8 @@ class Trainer:
             updates=int(model.optimizer.iterations.numpy()),
             updates_per_epoch=per_epoch,
             train_loss=_floats(history["loss"]),
-            # A run that diverges before its only test has nothing to report.
-            test_loss=_floats(history.get("val_loss", [math.nan])),
-            test_accuracy=_floats(history.get("val_accuracy", [math.nan])),
+            test_loss=test.loss,
+            test_accuracy=test.accuracy,
             seconds=time.perf_counter() - started,
         )
 
@@ -214,16 +208,36 @@ class Trainer:
             .prefetch(2)
         )
 
-    def _evaluation_batch(self) -> int:
-        # fit needs a first batch that splits evenly; a shorter last one is weighted correctly.
-        replicas = self._strategy.num_replicas_in_sync
-        largest = min(_EVALUATION_BATCH, len(self.data.test_labels))
-        if largest < replicas:
-            raise ValueError(
-                f"expected at least one test image per replica, received {largest} test images "
-                f"for {replicas} replicas"
-            )
-        return largest - largest % replicas
+
+class _TestCurve(keras.callbacks.Callback):
+    """Tests after epochs, on one device with the first replica's weights.
+
+    All replicas hold the same weights. The validation of ``fit`` would make a distributed
+    iterator after every epoch, which takes longer than an epoch on the digits.
+    """
+
+    def __init__(self, data: ImageData, final_epoch: int | None) -> None:
+        super().__init__()
+        self.loss: list[float] = []
+        self.accuracy: list[float] = []
+        self._images = data.test_images
+        self._labels = data.test_labels
+        self._final_epoch = final_epoch
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        # A run that diverges stops before its final epoch; it is tested where it stops.
+        if self._final_epoch not in (None, epoch + 1) and not self.model.stop_training:
+            return
+        logits = np.concatenate(
+            [self._logits(start) for start in range(0, len(self._images), _TEST_BATCH)]
+        )
+        loss = keras.losses.sparse_categorical_crossentropy(self._labels, logits, from_logits=True)
+        self.loss.append(float(np.mean(loss)))
+        self.accuracy.append(float(np.mean(logits.argmax(axis=-1) == self._labels)))
+
+    def _logits(self, start: int) -> np.ndarray:
+        images = self._images[start : start + _TEST_BATCH]
+        return keras.ops.convert_to_numpy(self.model(images, training=False))
 
 
 class _BatchCounter(keras.callbacks.Callback):

@@ -57,7 +57,10 @@ def tune_learning_rate(
         for index in range(middle - _RATES_AT_FIRST // 2, middle + _RATES_AT_FIRST // 2 + 1)
     }
     while True:
-        best = max(scores, key=lambda index: (scores[index].accuracy, -scores[index].loss))
+        # Rounded, so that the order of a sum does not decide a tie.
+        best = max(
+            scores, key=lambda index: (round(scores[index].accuracy, 9), -scores[index].loss)
+        )
         beyond = {min(scores): best - 1, max(scores): best + 1}.get(best)
         if beyond is None or len(scores) >= _RATES_AT_MOST:
             break

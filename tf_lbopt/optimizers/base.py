@@ -57,6 +57,8 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
     rule_class: ClassVar[type[Rule]]
     """The algorithm; a subclass names it."""
 
+    gradient_accumulation_steps: int | None
+
     def __init__(
         self,
         learning_rate: Any,

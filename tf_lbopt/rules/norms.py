@@ -6,10 +6,11 @@ is taken where it is exact, and a form scaled by the greatest element where it i
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
-Gradient = tf.Tensor | tf.IndexedSlices
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 # Within these bounds a float32 sum of squares has lost nothing: what underflowed (elements below
 # 1.1e-19, of which there are fewer than 2**31) is less than 3e-29 in all.

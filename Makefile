@@ -1,0 +1,52 @@
+# Two commands do all the set-up on a fresh machine with Python 3.11: make quickstart, make test.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py README.md $(shell find tf_lbopt official_recipes -type f -not -name '*.pyc' 2>/dev/null)
+# Tests import the installed package, so pytest is called as a script: `python -m` adds this folder.
+PYTEST := TF_LBOPT_INSTALLED=1 $(BIN)/pytest
+JOBS ?= 2
+
+.PHONY: setup quickstart test test-all lint types format benchmark clean
+
+setup: .venv/.installed
+
+.venv/.dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt build
+	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt '.[recipes,dev]'
+	touch $@
+
+.venv/.installed: .venv/.dependencies $(SOURCES)
+	rm -rf dist build
+	$(BIN)/python -m build --wheel --outdir dist . >dist.log 2>&1 || { cat dist.log; exit 1; }
+	rm -f dist.log
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+quickstart: setup
+	$(BIN)/python -m official_recipes.quickstart
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+test: lint types
+	$(PYTEST) -n $(JOBS) --dist worksteal -m 'not long' tests
+
+test-all: lint types
+	$(PYTEST) -n $(JOBS) --dist worksteal tests
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: setup
+	$(BIN)/python -m benchmarks.update_time
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

@@ -1,0 +1,1 @@
+"""Benchmarks of the package; none is needed to use it."""

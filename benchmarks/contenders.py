@@ -1,0 +1,153 @@
+"""The optimizers that are compared, and what can be counted of them without a clock."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import tf_lbopt
+from benchmarks.shapes import Shape, count, tiny
+
+LEARNING_RATE = 1e-9
+"""So small that all optimizers can work on one set of weights without moving it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One optimizer of the comparison.
+
+    Attributes:
+        name: As in the flag and the table.
+        create: Makes it; takes ``gradient_accumulation_steps`` unless it is ``legacy``.
+        legacy: Whether it is one of tf_keras.
+        micro_steps: Calls per update; above 1 for those that need several sub-batches.
+    """
+
+    name: str
+    create: Callable[..., Any]
+    legacy: bool = False
+    micro_steps: int = 1
+
+    def optimizer(self, variables: Sequence[Any]) -> Any:
+        """The optimizer that is timed, built for the variables."""
+        if self.legacy:
+            return self.create()  # creates its slots in the first update
+        accumulation = {"gradient_accumulation_steps": self.micro_steps}
+        optimizer = self.create(**accumulation if self.micro_steps > 1 else {})
+        optimizer.build(variables)
+        return optimizer
+
+    def apply(
+        self, optimizer: Any, gradients: Sequence[tf.Tensor], variables: Sequence[Any]
+    ) -> None:
+        """One update, in a replica context."""
+        for _ in range(self.micro_steps):
+            if self.legacy:
+                optimizer.apply_gradients(
+                    [(g, v.value) for g, v in zip(gradients, variables, strict=True)]
+                )
+            else:
+                optimizer.apply(gradients, variables)
+
+
+def contenders(weight_decay: float, replicas: int) -> tuple[list[Contender], list[tuple[str, str]]]:
+    """All optimizers, and ``(name, reason)`` of those that can not run here."""
+    ours = [
+        Contender(
+            info.name,
+            _creator(info.cls, weight_decay=weight_decay or None),
+            # One replica without accumulation is a single sub-batch, of which there is no
+            # variance: such rules get two micro-steps.
+            micro_steps=2 if info.statistics and replicas == 1 else 1,
+        )
+        for info in tf_lbopt.list_optimizers()
+    ]
+    from_keras = [
+        Contender(f"keras_{cls.__name__.lower()}", _creator(cls, weight_decay=weight_decay or None))
+        for cls in (keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.Lamb)
+    ]
+    from_models, skipped = _tf_models(weight_decay)
+    return [*ours, *from_keras, *from_models], skipped
+
+
+def update_function(
+    contender: Contender,
+    optimizer: Any,
+    variables: Sequence[Any],
+    gradients: Sequence[tf.Tensor],
+    strategy: tf.distribute.Strategy,
+) -> Any:
+    """One whole update on all replicas as one concrete function."""
+
+    def on_replica() -> None:
+        # tf.distribute takes one tensor on all replicas for one value, not for one per replica.
+        own_gradients = [tf.identity(gradient) for gradient in gradients]
+        contender.apply(optimizer, own_gradients, variables)
+
+    @tf.function(autograph=False)
+    def update() -> None:
+        strategy.run(on_replica)
+
+    return update.get_concrete_function()
+
+
+def slots_per_parameter(optimizer: Any, shapes: Sequence[Shape]) -> float:
+    """How many floats the optimizer keeps per parameter, by the shapes of its variables."""
+    variables = optimizer.variables
+    return _state_like(variables() if callable(variables) else variables, shapes)
+
+
+def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -> float | None:
+    """What gradient accumulation adds per parameter; ``None`` where there is none.
+
+    Args:
+        contender: The optimizer.
+        variables: Variables to build it for, of the shapes `tiny`.
+    """
+    if contender.legacy:
+        return None
+    without, accumulating = contender.create(), contender.create(gradient_accumulation_steps=2)
+    for optimizer in (without, accumulating):
+        optimizer.build(variables)
+    # Ours are no part of `variables`: they differ between replicas and are saved another way.
+    own = getattr(accumulating, "_accumulation", None)
+    added = _state_like([*accumulating.variables, *(own.accumulators if own else ())], tiny())
+    return added - _state_like(without.variables, tiny())
+
+
+def collective_reductions(update: Any, replicas: int) -> float:
+    """Collective reductions per replica and update, counted in the graph and its functions."""
+    graph = update.graph.as_graph_def()
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    return sum(node.op.startswith("CollectiveReduce") for node in nodes) / replicas
+
+
+def _creator(cls: type, **settings: Any) -> Callable[..., Any]:
+    settings["learning_rate"] = LEARNING_RATE
+    if "momentum" in inspect.signature(cls).parameters:
+        settings["momentum"] = 0.9
+    return lambda **more: cls(**settings, **more)
+
+
+def _state_like(variables: Sequence[Any], shapes: Sequence[Shape]) -> float:
+    known = set(shapes)
+    sizes = (math.prod(v.shape) for v in variables if tuple(v.shape) in known)
+    return sum(sizes) / count(shapes)
+
+
+def _tf_models(weight_decay: float) -> tuple[list[Contender], list[tuple[str, str]]]:
+    try:
+        from official.modeling.optimization import lamb, lars
+    except ImportError as error:
+        reason = f"tf-models-official can not be imported ({error})"
+        return [], [(name, reason) for name in ("tf_models_lars", "tf_models_lamb")]
+    return [
+        Contender(name, _creator(cls, weight_decay_rate=weight_decay), legacy=True)
+        for name, cls in (("tf_models_lars", lars.LARS), ("tf_models_lamb", lamb.LAMB))
+    ], []

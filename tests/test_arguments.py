@@ -1,0 +1,462 @@
+"""Every wrong argument is refused with its name, what was expected and what was received."""
+
+import fractions
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers_arguments import accepts, gradients_for, minimal_arguments, named_variables
+
+import tf_lbopt
+from tf_lbopt import schedules
+
+INFOS = tf_lbopt.list_optimizers()
+NAN = math.nan
+over_optimizers = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_state():
+    """In place of the costly one for all tests: nothing here leaves global state behind."""
+
+
+def refused(call, error, argument, expected, value):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert argument in message
+    assert expected in message
+    assert "Received" in message
+    assert repr(value) in message.partition("Received")[2]
+
+
+def cases(table):
+    """``(argument, value, error, expected)`` from ``{argument: (expected, {error: values})}``."""
+    return [
+        pytest.param(argument, value, error, expected, id=f"{argument}={value!r}")
+        for argument, (expected, wrong) in table.items()
+        for error, values in wrong.items()
+        for value in values
+    ]
+
+
+NON_NEGATIVE = "a real number >= 0"
+POSITIVE = "a real number > 0"
+SHARE = "a real number in [0, 1)"
+
+COMMON = {
+    "learning_rate": (
+        NON_NEGATIVE,
+        {ValueError: [-0.1, NAN, -math.inf], TypeError: ["0.1", True, None, [0.1], 1j]},
+    ),
+    "weight_decay": (
+        NON_NEGATIVE + " or None",
+        {ValueError: [-1e-4, NAN], TypeError: ["0.1", True, [0.1]]},
+    ),
+    **{
+        clip: (POSITIVE + " or None", {ValueError: [0.0, -1.0, NAN], TypeError: ["1", True]})
+        for clip in ("clipnorm", "clipvalue", "global_clipnorm")
+    },
+    "loss_scale_factor": (
+        POSITIVE + " or None",
+        {ValueError: [0, -8.0, NAN], TypeError: ["8", True]},
+    ),
+    "gradient_accumulation_steps": (
+        "an integer >= 2 or None",
+        {ValueError: [1, 0, -2], TypeError: [2.5, 2.0, "2", True]},
+    ),
+}
+
+OWN = {
+    **{
+        argument: (
+            SHARE,
+            {ValueError: [1.0, -0.1, 1.5, NAN], TypeError: ["0.9", True, None]},
+        )
+        for argument in ("momentum", "beta_1", "beta_2")
+    },
+    "epsilon": (NON_NEGATIVE, {ValueError: [-1e-8, NAN], TypeError: ["1e-8", True, None]}),
+    "trust_coefficient": (
+        POSITIVE,
+        {ValueError: [0, 0.0, -0.001, NAN], TypeError: ["0.001", True, None]},
+    ),
+    "nesterov": ("True or False", {TypeError: ["yes", 1, 0, None]}),
+}
+
+EXCLUSION_LIST = "a list of variables or of regular expressions over the variable path"
+
+
+@over_optimizers
+@pytest.mark.parametrize(("argument", "value", "error", "expected"), cases(COMMON))
+def test_common_arguments(info, argument, value, error, expected):
+    arguments = {**minimal_arguments(info), argument: value}
+    refused(lambda: info.cls(**arguments), error, argument, expected, value)
+
+
+@pytest.mark.parametrize(
+    ("info", "argument", "value", "error", "expected"),
+    [
+        pytest.param(info, *case.values, id=f"{info.name}-{case.id}")
+        for info in INFOS
+        for case in cases(OWN)
+        if accepts(info, case.values[0])
+    ],
+)
+def test_own_arguments(info, argument, value, error, expected):
+    arguments = {**minimal_arguments(info), argument: value}
+    refused(lambda: info.cls(**arguments), error, argument, expected, value)
+
+
+@pytest.mark.parametrize(
+    ("info", "argument", "value"),
+    [
+        pytest.param(info, argument, value, id=f"{info.name}-{argument}={value!r}")
+        for info in INFOS
+        for argument, values in {
+            "learning_rate": [0, 0.0, 1, np.float32(0.5), fractions.Fraction(1, 3)],
+            "weight_decay": [None, 0, 0.0, 1e-4, 3],
+            "momentum": [0, 0.0, 0.999],
+            "beta_1": [0, 0.9999],
+            "beta_2": [0, 0.9999],
+            "epsilon": [0, 1e-3],
+            "trust_coefficient": [1e-9, 1, 50.0],
+            "nesterov": [True, False],
+        }.items()
+        for value in values
+        if argument in ("learning_rate", "weight_decay") or accepts(info, argument)
+    ],
+)
+def test_the_ends_of_the_intervals_are_accepted(info, argument, value):
+    optimizer = info.cls(**{**minimal_arguments(info), argument: value})
+    got = getattr(optimizer, argument)
+    if argument == "learning_rate":
+        assert float(got) == pytest.approx(float(value))
+    else:
+        assert got == value
+
+
+@over_optimizers
+@pytest.mark.parametrize(
+    "argument",
+    ["learning_rate", "weight_decay", "clipnorm", "clipvalue", "global_clipnorm"],
+)
+def test_infinity_is_no_real_number(info, argument):
+    arguments = {**minimal_arguments(info), argument: math.inf}
+    refused(lambda: info.cls(**arguments), ValueError, argument, "a real number", math.inf)
+
+
+@over_optimizers
+def test_learning_rate_may_be_a_schedule_or_a_callable(info):
+    arguments = minimal_arguments(info)
+    schedule = schedules.WarmupPolynomialDecay(0.3, 10)
+    assert float(info.cls(**{**arguments, "learning_rate": schedule}).learning_rate) == (
+        pytest.approx(0.3)
+    )
+    optimizer = info.cls(**{**arguments, "learning_rate": lambda: 0.25})
+    assert float(optimizer.learning_rate) == pytest.approx(0.25)
+
+
+@over_optimizers
+@pytest.mark.parametrize(
+    "clips",
+    [
+        {"clipnorm": 1.0, "clipvalue": 2.0},
+        {"clipnorm": 1.0, "global_clipnorm": 2.0},
+        {"clipvalue": 1.0, "global_clipnorm": 2.0},
+        {"clipnorm": 1.0, "clipvalue": 2.0, "global_clipnorm": 3.0},
+    ],
+    ids="-".join,
+)
+def test_two_clips_at_once(info, clips):
+    with pytest.raises(ValueError, match="Only one of") as caught:
+        info.cls(**minimal_arguments(info), **clips)
+    for name, value in clips.items():
+        assert f"{name}={value}" in str(caught.value).partition("Received")[2]
+
+
+@over_optimizers
+def test_unknown_keyword(info):
+    with pytest.raises((TypeError, ValueError), match=r"not recognized.*unknown_argument.*17"):
+        info.cls(**minimal_arguments(info), unknown_argument=17)
+
+
+@over_optimizers
+@pytest.mark.parametrize("value", [1.5, -0.5])
+def test_ema_momentum(info, value):
+    arguments = {**minimal_arguments(info), "use_ema": True, "ema_momentum": value}
+    refused(lambda: info.cls(**arguments), ValueError, "ema_momentum", "[0, 1]", value)
+
+
+EXCLUDING = pytest.mark.parametrize(
+    ("info", "argument"),
+    [
+        pytest.param(info, argument, id=f"{info.name}-{argument}")
+        for info in INFOS
+        for argument in ("exclude_from_weight_decay", "exclude_from_layer_adaptation")
+        if argument == "exclude_from_weight_decay" or accepts(info, argument)
+    ],
+)
+
+
+@EXCLUDING
+@pytest.mark.parametrize("value", ["bias", b"bias", 3, True])
+def test_exclusion_that_is_no_list(info, argument, value):
+    arguments = {**minimal_arguments(info), argument: value}
+    refused(lambda: info.cls(**arguments), TypeError, argument, EXCLUSION_LIST, value)
+
+
+@EXCLUDING
+@pytest.mark.parametrize("entry", [3, None, b"bias", 1.5, ["bias"]])
+def test_exclusion_entry_of_unknown_type(info, argument, entry):
+    arguments = {**minimal_arguments(info), argument: ["gamma", entry]}
+    refused(lambda: info.cls(**arguments), TypeError, argument, EXCLUSION_LIST, entry)
+
+
+@EXCLUDING
+@pytest.mark.parametrize("entry", ["(", "[a-", "*bias"])
+def test_exclusion_entry_that_is_no_regular_expression(info, argument, entry):
+    arguments = {**minimal_arguments(info), argument: ["gamma", entry]}
+    refused(lambda: info.cls(**arguments), ValueError, argument, EXCLUSION_LIST, entry)
+
+
+@over_optimizers
+def test_keras_way_of_excluding_refuses_a_bare_string(info):
+    """It would be read letter by letter, and exclude every name with a b, an i, an a or an s."""
+    optimizer = info.cls(**minimal_arguments(info))
+    with pytest.raises(TypeError, match=r"Received.*bias"):
+        optimizer.exclude_from_weight_decay(var_names="bias")
+
+
+@over_optimizers
+def test_keras_way_of_excluding_refuses_what_is_no_regular_expression(info):
+    optimizer = info.cls(**minimal_arguments(info))
+    with pytest.raises(ValueError, match=r"exclude_from_weight_decay.*regular expression"):
+        optimizer.exclude_from_weight_decay(var_names=["("])
+
+
+# -- gradients and variables -----------------------------------------------------------------------
+
+
+@over_optimizers
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_gradients_that_do_not_fit_the_variables(info, built, count):
+    variables = named_variables()
+    optimizer = info.cls(**minimal_arguments(info))
+    if built:
+        optimizer.build(variables)
+    before = [v.numpy() for v in variables]
+    gradients = (2 * gradients_for(variables))[:count]
+    with pytest.raises(
+        ValueError, match=rf"`grads`.*one entry per.*Received: {count} gradients for 3 variables"
+    ):
+        optimizer.apply(gradients, variables)
+    for value, variable in zip(before, variables, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@over_optimizers
+def test_unknown_variable(info):
+    variables = named_variables()
+    optimizer = info.cls(**minimal_arguments(info))
+    optimizer.build(variables[:2])
+    with pytest.raises(ValueError, match=r"Unknown variable: norm/gamma"):
+        optimizer.apply(gradients_for(variables), variables)
+    assert int(optimizer.iterations.numpy()) == 0
+
+
+@over_optimizers
+def test_all_gradients_none(info):
+    variables = named_variables()
+    optimizer = info.cls(**minimal_arguments(info))
+    with pytest.raises(ValueError, match=r"(?s)all of `grads` are None.*Received.*dense/kernel"):
+        optimizer.apply([None] * 3, variables)
+
+
+@over_optimizers
+def test_some_gradients_none(info):
+    variables = named_variables()
+    before = [v.numpy() for v in variables]
+    arguments = minimal_arguments(info)
+    optimizer = info.cls(**arguments)
+    first, _, third = gradients_for(variables)
+    for call in range(arguments.get("gradient_accumulation_steps", 1)):
+        with pytest.warns(UserWarning, match=r"dense/bias.*left unchanged"):
+            optimizer.apply([first * (1.0 + call), None, third * (1.0 - 0.1 * call)], variables)
+    assert int(optimizer.iterations.numpy()) == 1
+    changed = [not np.array_equal(v.numpy(), old) for v, old in zip(variables, before, strict=True)]
+    assert changed == [True, False, True]
+
+
+@over_optimizers
+def test_first_call_without_variables(info):
+    variables = named_variables()
+    optimizer = info.cls(**minimal_arguments(info))
+    with pytest.raises(ValueError, match=r"`trainable_variables` must be given.*Received: None"):
+        optimizer.apply(gradients_for(variables))
+
+
+@over_optimizers
+def test_later_calls_need_no_variables(info):
+    variables = named_variables()
+    arguments = minimal_arguments(info)
+    optimizer = info.cls(**arguments)
+    optimizer.build(variables)
+    for call in range(arguments.get("gradient_accumulation_steps", 1)):
+        optimizer.apply(gradients_for(variables, seed=call))
+    assert int(optimizer.iterations.numpy()) == 1
+
+
+# -- loss scaling ----------------------------------------------------------------------------------
+
+LOSS_SCALE = {
+    "initial_scale": (
+        "a real number in (0, ",
+        {ValueError: [0.0, -1.0, NAN, math.inf], TypeError: ["1", True, None]},
+    ),
+    "dynamic_growth_steps": (
+        "an integer >= 1",
+        {ValueError: [0, -5], TypeError: [2.5, "2", True, None]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("argument", "value", "error", "expected"), cases(LOSS_SCALE))
+def test_loss_scale_arguments(argument, value, error, expected):
+    refused(
+        lambda: tf_lbopt.LossScaleOptimizer(tf_lbopt.SNGM(0.1), **{argument: value}),
+        error, argument, expected, value,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["sgd", None, tf_lbopt.SNGM])
+def test_loss_scale_needs_an_optimizer(value):
+    refused(
+        lambda: tf_lbopt.LossScaleOptimizer(value),
+        TypeError, "inner_optimizer", "keras.optimizers.Optimizer", value,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrapper", [keras.optimizers.LossScaleOptimizer, tf_lbopt.LossScaleOptimizer]
+)
+def test_loss_is_not_scaled_twice(wrapper):
+    with pytest.raises(
+        ValueError, match=r"`inner_optimizer` must not scale.*Received: LossScaleOptimizer"
+    ):
+        tf_lbopt.LossScaleOptimizer(wrapper(tf_lbopt.SNGM(0.1)))
+
+
+@pytest.mark.parametrize("inner", [tf_lbopt.SNGM, keras.optimizers.SGD])
+def test_loss_scale_gradients_and_variables(inner):
+    variables = named_variables()
+    optimizer = tf_lbopt.LossScaleOptimizer(inner(0.1))
+    with pytest.raises(ValueError, match=r"`trainable_variables` must be given.*Received: None"):
+        optimizer.apply(gradients_for(variables))
+    with pytest.raises(ValueError, match="all of `grads` are None"):
+        optimizer.apply([None] * 3, variables)
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+SCHEDULE = {
+    "initial_learning_rate": (
+        NON_NEGATIVE,
+        {ValueError: [-0.1, NAN], TypeError: ["0.1", True, None]},
+    ),
+    "decay_steps": ("an integer >= 1", {ValueError: [0, -3], TypeError: [2.5, "2", True, None]}),
+    "warmup_steps": ("an integer >= 0", {ValueError: [-1], TypeError: [0.5, "2", True, None]}),
+}
+POLYNOMIAL = {
+    "power": (POSITIVE, {ValueError: [0.0, -1.0, NAN], TypeError: ["2", True, None]}),
+    "end_learning_rate": (NON_NEGATIVE, {ValueError: [-1.0, NAN], TypeError: ["0", False, None]}),
+}
+COSINE = {
+    "alpha": ("a real number in [0, 1]", {ValueError: [-0.1, 1.1, NAN], TypeError: ["0", True]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "argument", "value", "error", "expected"),
+    [
+        pytest.param(cls, *case.values, id=f"{cls.__name__}-{case.id}")
+        for cls, own in (
+            (schedules.WarmupPolynomialDecay, POLYNOMIAL),
+            (schedules.WarmupCosineDecay, COSINE),
+        )
+        for case in cases({**SCHEDULE, **own})
+    ],
+)
+def test_schedule_arguments(cls, argument, value, error, expected):
+    arguments = {"initial_learning_rate": 0.1, "decay_steps": 10, argument: value}
+    refused(lambda: cls(**arguments), error, argument, expected, value)
+
+
+SCALING = {
+    "base_learning_rate": (NON_NEGATIVE, {ValueError: [-0.1, NAN], TypeError: ["1", True, None]}),
+    "base_batch_size": ("an integer >= 1", {ValueError: [0, -8], TypeError: [2.5, "8", True]}),
+    "batch_size": ("an integer >= 1", {ValueError: [0, -8], TypeError: [2.5, "8", True, None]}),
+}
+
+
+@pytest.mark.parametrize("rule", [schedules.linear_scaling, schedules.sqrt_scaling])
+@pytest.mark.parametrize(("argument", "value", "error", "expected"), cases(SCALING))
+def test_scaling_rule_arguments(rule, argument, value, error, expected):
+    arguments = {"base_learning_rate": 0.1, "base_batch_size": 8, "batch_size": 16}
+    refused(lambda: rule(**{**arguments, argument: value}), error, argument, expected, value)
+
+
+WRONG_POSITIVE = (POSITIVE, {ValueError: [0, -1.0, NAN], TypeError: ["1", True, None]})
+COROLLARY_1 = {
+    **dict.fromkeys(("gradient_budget", "smoothness", "noise", "initial_gap"), WRONG_POSITIVE),
+    "momentum": OWN["momentum"],
+}
+
+
+@pytest.mark.parametrize(("argument", "value", "error", "expected"), cases(COROLLARY_1))
+def test_corollary_1_arguments(argument, value, error, expected):
+    arguments = {
+        "gradient_budget": 1e6, "smoothness": 10.0, "noise": 2.0, "initial_gap": 1.0,
+        "momentum": 0.9, argument: value,
+    }  # fmt: skip
+    refused(lambda: schedules.sngm_corollary_1(**arguments), error, argument, expected, value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "expected"), cases({"gradient_budget": WRONG_POSITIVE})
+)
+def test_corollary_2_arguments(argument, value, error, expected):
+    refused(lambda: schedules.sngm_corollary_2(value), error, argument, expected, value)
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "expected"),
+    cases(
+        {
+            "max_consecutive": (
+                "an integer >= 1 or None",
+                {ValueError: [0, -1], TypeError: [2.5, "5", True]},
+            )
+        }
+    ),
+)
+def test_skipped_updates_arguments(argument, value, error, expected):
+    refused(lambda: tf_lbopt.callbacks.SkippedUpdates(value), error, argument, expected, value)
+
+
+@pytest.mark.parametrize("value", [3, None, ["lars"], b"lars"])
+def test_list_optimizers_pattern(value):
+    refused(lambda: tf_lbopt.list_optimizers(value), TypeError, "pattern", "a string", value)
+
+
+@over_optimizers
+def test_variables_overwritten_by_their_gradients(info):
+    variable = keras.Variable(tf.ones([2]), name="scale")
+    variable.overwrite_with_gradient = True
+    with pytest.raises(ValueError, match=r"overwritten by their gradients.*Received: scale"):
+        info.cls(**minimal_arguments(info)).build([variable])

@@ -1,0 +1,198 @@
+"""The table of optimizers, and that everything public is documented."""
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+
+import keras
+import pytest
+from helpers_arguments import minimal_arguments, named_variables
+
+import tf_lbopt
+from tf_lbopt import callbacks, schedules
+from tf_lbopt.optimizers.base import LargeBatchOptimizer
+
+INFOS = tf_lbopt.list_optimizers()
+over_optimizers = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+
+SCHEDULE_NAMES = [
+    name
+    for name, value in vars(schedules).items()
+    if not name.startswith("_") and getattr(value, "__module__", None) == schedules.__name__
+]
+PUBLIC = {
+    **{
+        name: getattr(tf_lbopt, name)
+        for name in tf_lbopt.__all__
+        if callable(getattr(tf_lbopt, name))
+    },
+    **{name: getattr(callbacks, name) for name in callbacks.__all__},
+    **{name: getattr(schedules, name) for name in SCHEDULE_NAMES},
+}
+over_public = pytest.mark.parametrize("name", PUBLIC)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_state():
+    """In place of the costly one for all tests: nothing here leaves global state behind."""
+
+
+def modules():
+    names = [m.name for m in pkgutil.walk_packages(tf_lbopt.__path__, tf_lbopt.__name__ + ".")]
+    return [tf_lbopt, *(importlib.import_module(name) for name in names)]
+
+
+@over_optimizers
+def test_rows_are_frozen(info):
+    for field in dataclasses.fields(info):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(info, field.name, None)
+    assert isinstance(info.slots, tuple)
+    assert isinstance(info.statistics, tuple)
+    hash(info)
+
+
+def test_the_table_can_not_be_changed_through_the_list():
+    tf_lbopt.list_optimizers().clear()
+    assert tf_lbopt.list_optimizers() == INFOS
+    assert INFOS
+
+
+def test_names():
+    names = [info.name for info in INFOS]
+    assert len(set(names)) == len(names)
+    assert len({info.cls for info in INFOS}) == len(names)
+    for info in INFOS:
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", info.name)
+        assert info.name.replace("_", "") == info.cls.__name__.lower()
+
+
+def test_patterns():
+    names = [info.name for info in INFOS]
+    assert [i.name for i in tf_lbopt.list_optimizers("*")] == names
+    assert [i.name for i in tf_lbopt.list_optimizers("LA*")] == [
+        name for name in names if name.startswith("la")
+    ]
+    assert [i.name for i in tf_lbopt.list_optimizers("l?rs")] == ["lars"]
+    assert [i.name for i in tf_lbopt.list_optimizers("la[mx]b")] == ["lamb"]
+    assert tf_lbopt.list_optimizers("nothing-like-this") == []
+    assert tf_lbopt.list_optimizers("lar") == []
+    for info in INFOS:
+        assert tf_lbopt.list_optimizers(info.name) == [info]
+
+
+@over_optimizers
+def test_slots_are_what_the_optimizer_creates(info):
+    variables = named_variables()
+    optimizer = info.cls(**minimal_arguments(info))
+    before = {id(v) for v in optimizer.variables}
+    optimizer.build(variables)
+    created = [v for v in optimizer.variables if id(v) not in before]
+    per_variable = [v for v in created if tuple(v.shape) == tuple(variables[0].shape)]
+    assert len(per_variable) == len(info.slots)
+    assert sorted(v.name for v in created) == sorted(
+        variable.path.replace("/", "_") + "_" + slot
+        for variable in variables
+        for slot in info.slots
+    )
+
+
+@pytest.mark.parametrize("name", ["sngm", "lars"])
+def test_no_slot_without_momentum(name):
+    (info,) = tf_lbopt.list_optimizers(name)
+    optimizer = info.cls(**minimal_arguments(info), momentum=0.0)
+    before = len(optimizer.variables)
+    optimizer.build(named_variables())
+    assert len(optimizer.variables) == before
+
+
+@over_optimizers
+def test_classes_are_public_and_registered(info):
+    assert getattr(tf_lbopt, info.cls.__name__) is info.cls
+    assert info.cls.__name__ in tf_lbopt.__all__
+    assert issubclass(info.cls, LargeBatchOptimizer)
+    assert issubclass(info.cls, keras.optimizers.Optimizer)
+    name = keras.saving.get_registered_name(info.cls)
+    assert name == f"tf_lbopt>{info.cls.__name__}"
+    assert keras.saving.get_registered_object(name) is info.cls
+    assert info.cls.rule_class.slots == info.slots
+    assert info.cls.rule_class.statistics == info.statistics
+
+
+@over_optimizers
+def test_configuration_round_trip(info):
+    optimizer = info.cls(**minimal_arguments(info))
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
+    assert type(again) is info.cls
+    assert again.get_config() == optimizer.get_config()
+    parameters = {
+        name
+        for name, parameter in inspect.signature(info.cls).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    assert parameters <= set(optimizer.get_config())
+
+
+# -- documentation ---------------------------------------------------------------------------------
+
+
+@over_public
+def test_docstrings(name):
+    thing = PUBLIC[name]
+    text = inspect.getdoc(thing) or ""
+    assert text.splitlines()[0].strip().endswith(".")
+    is_record = dataclasses.is_dataclass(thing)
+    section = "Attributes:" if is_record else "Args:"
+    assert section in text
+    assert "{" not in text.split(section)[1].split("Example")[0], "a placeholder was left"
+    documented = set(re.findall(r"^\s+\**(\w+): ", text.split(section)[1], flags=re.MULTILINE))
+    parameters = {
+        parameter.name
+        for parameter in inspect.signature(thing).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    assert parameters <= documented
+    if not is_record:
+        assert ">>> " in text
+        assert "Example:" in text
+
+
+@over_public
+def test_public_methods_have_docstrings(name):
+    if inspect.isclass(PUBLIC[name]):
+        for method, value in vars(PUBLIC[name]).items():
+            if not method.startswith("_") and (callable(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{method}"
+
+
+@over_optimizers
+def test_papers(info):
+    (number,) = re.findall(r"arXiv:(\d{4}\.\d{4,5})", info.paper)
+    references = inspect.getdoc(info.cls).split("References:")[1]
+    assert number in references
+    assert re.search(r"Algorithm \d", info.paper)
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULE_NAMES if inspect.isfunction(PUBLIC[n])])
+def test_papers_of_the_rules_of_thumb(name):
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}", inspect.getdoc(PUBLIC[name]).split("References:")[1])
+
+
+def test_examples_run():
+    finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
+    with_examples, failures = set(), []
+    for module in modules():
+        for test in finder.find(module, module.__name__):
+            if not test.examples:
+                continue
+            output = []
+            runner.run(test, out=output.append)
+            with_examples.add(test.name.rpartition(".")[2])
+            if output:
+                failures.append("".join(output))
+    assert not failures, "\n".join(failures)
+    expected = {n for n, thing in PUBLIC.items() if not dataclasses.is_dataclass(thing)}
+    assert expected <= with_examples

@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tf_lbopt
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {info.name: info for info in tf_lbopt.list_optimizers()}
+SLOTS = {name: len(info.slots) for name, info in OURS.items()} | {
+    "keras_sgd": 1,
+    "keras_adam": 2,
+    "keras_lamb": 2,
+    "tf_models_lars": 1,
+    "tf_models_lamb": 2,
+}
+
+
+def run_benchmark(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.update_time", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one replica", "two replicas"])
+def record(request, tmp_path_factory):
+    pytest.importorskip("rich")
+    path = tmp_path_factory.mktemp("update_time") / "record.json"
+    done = run_benchmark(
+        "--shapes=tiny",
+        "--repeats=3",
+        "--warmup=1",
+        f"--replicas={request.param}",
+        f"--output={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "× momentum floor" in done.stdout
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows_of(record):
+    (comparison,) = record["comparisons"]
+    return {row["name"]: row for row in comparison["optimizers"]}
+
+
+def test_record_says_what_was_measured(record):
+    assert record["machine"]["cores"] >= 1
+    assert record["versions"]["tensorflow"].startswith("2.")
+    assert record["settings"]["repeats"] == 3
+    (comparison,) = record["comparisons"]
+    assert comparison["variables"] == len(comparison["shapes"]) == 7
+    assert comparison["memory_copy"]["median_ms"] > 0
+    assert comparison["resident_bytes"]["peak"] > 0
+
+
+def test_every_optimizer_has_a_row_or_a_reason(record):
+    rows = rows_of(record)
+    skipped = {entry["name"]: entry["reason"] for entry in record["skipped"]}
+    assert set(rows) | set(skipped) == set(SLOTS)
+    assert set(skipped) <= {"tf_models_lars", "tf_models_lamb"}
+    for row in rows.values():
+        assert len(row["all_ms"]) == 3
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert (row["times_keras_lamb"] is not None) == ("lamb" in row["name"])
+
+
+def test_slots_are_as_documented(record):
+    for name, row in rows_of(record).items():
+        assert row["slots_per_parameter"] == SLOTS[name], name
+        assert row["times_momentum_floor"] == pytest.approx(
+            row["times_own_floor"] * (3 + 2 * SLOTS[name]) / 5
+        )
+
+
+def test_accumulation_adds_one_accumulator(record):
+    for name, row in rows_of(record).items():
+        expected = None if name.startswith("tf_models") else 1
+        assert row["accumulators_per_parameter"] == expected, name
+
+
+def test_reductions_are_packed(record):
+    replicas = record["settings"]["replicas"]
+    for name, row in rows_of(record).items():
+        if name not in OURS or not OURS[name].statistics:
+            expected = 1 if replicas > 1 else 0
+            assert row["collective_reductions_per_replica"] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("shapes", "resnet51"),
+        ("optimizers", "sngm,adamant"),
+        ("repeats", "0"),
+        ("weight_decay", "-1"),
+        ("replicas", "none"),
+        ("output", "no/such/folder/record.json"),
+        ("unknown", "1"),
+    ],
+)
+def test_bad_flag_ends_in_one_line(flag, value):
+    pytest.importorskip("rich")
+    done = run_benchmark(f"--{flag}={value}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"--{flag}: expected ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_shapes_are_those_of_the_models(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import shapes
+
+    assert (len(shapes.resnet50()), shapes.count(shapes.resnet50())) == (161, 25_557_032)
+    # Without its masked-language head BERT-base has 199 variables and 109 482 240 parameters.
+    head = 768 * 768 + 3 * 768 + 30522
+    assert len(shapes.bert_base()) == 199 + 5
+    assert shapes.count(shapes.bert_base()) == 109_482_240 + head
