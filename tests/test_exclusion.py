@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tf_lbopt
-from tf_lbopt.optimizers.exclusion import Exclusion, name_pattern
+from tf_lbopt.optimizers.exclusion import Exclusion
 
 INFOS = tf_lbopt.list_optimizers()
 LAYERWISE = [info for info in INFOS if accepts(info, "exclude_from_layer_adaptation")]
@@ -167,7 +167,7 @@ PATTERNS = [
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_keras_names_are_searched_as_keras_does(pattern):
-    exclusion = Exclusion("exclude_from_weight_decay", [name_pattern(pattern)])
+    exclusion = Exclusion("exclude_from_weight_decay", [{"name": pattern}])
     variables = []
     for scope in ("dense", "block/gamma", "a", "bias"):
         with keras.name_scope(scope.split("/")[0]), keras.name_scope(scope.split("/")[-1]):

@@ -257,3 +257,22 @@ def test_wrong_strategy_and_wrong_context_say_so():
         optimizer.build([variable])
         with pytest.raises(ValueError, match="replica context"):
             optimizer.apply([tf.ones([4])], [variable])
+
+
+@pytest.mark.parametrize("function", [tf.function, lambda f: f], ids=["traced", "eager"])
+def test_one_tensor_for_all_replicas_is_summed_too(function):
+    """A captured constant is the same object on every replica."""
+    strategy = strategy_of(2)
+    gradient = tf.constant([0.25, 0.5])
+    slices = tf.IndexedSlices(tf.ones([1, 2]), tf.constant([1]), tf.constant([3, 2]))
+    with strategy.scope():
+        variables = [keras.Variable(np.zeros(2, "float32")), keras.Variable(np.zeros((3, 2)))]
+        optimizer = tf_lbopt.LARS(1.0, momentum=0.0)
+
+    @function
+    def step():
+        strategy.run(lambda: optimizer.apply([gradient, slices], variables))
+
+    step()
+    np.testing.assert_allclose(variables[0].numpy(), [-0.5, -1.0])
+    np.testing.assert_allclose(variables[1].numpy(), [[0, 0], [-2, -2], [0, 0]])

@@ -28,7 +28,7 @@ def real(
 
     Raises:
         TypeError: ``value`` is not a real number (a bool is none).
-        ValueError: ``value`` is NaN or outside the interval.
+        ValueError: ``value`` is NaN, infinite or outside the interval.
     """
     if value is None and optional:
         return None
@@ -39,6 +39,8 @@ def real(
             f"(of type {type(value).__name__})"
         )
     number = float(value)
+    if math.isinf(number):
+        raise ValueError(f"`{name}` must be finite, {expected}. Received: {name}={value!r}")
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (above and below):

@@ -30,10 +30,10 @@ DATA_DEFAULTS = {
 }
 
 # Peak learning rates. Chosen with `python -m official_recipes.quickstart --tune` on the digits, on
-# a validation part of the training split (the test split plays no part), the same way for every
-# optimizer: five rates a factor of about three apart, more while the best one lies at an end, two
-# seeds, and the best mean validation accuracy at the end of training, ties to the lower loss.
-# They are the starting point on other data, where --tune finds better ones.
+# a validation part of the training split (the test split plays no part in the choice), the same way
+# for every optimizer: five rates a factor of about three apart, more while the best one lies at an
+# end, two seeds, and the best mean validation accuracy at the end of training, ties to the lower
+# loss. They are the starting point on other data, where --tune finds better ones.
 SMALL_BATCH_LEARNING_RATE = 0.03
 LEARNING_RATES = {
     "momentum": 0.3,

@@ -1,6 +1,7 @@
 """Watching for discarded updates."""
 
 import logging
+import math
 from typing import Any
 
 import keras
@@ -43,9 +44,12 @@ class SkippedUpdates(keras.callbacks.Callback):
         )
         self._updates = 0
         self._skipped_at_last_update = 0
+        self._last_scale: float | None = None
+        self._halvings = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts counting from the optimizer's present state."""
+        self._last_scale, self._halvings = None, 0
         self._updates, self._skipped_at_last_update = self._counts()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -68,12 +72,23 @@ class SkippedUpdates(keras.callbacks.Callback):
             logs["skipped_updates"] = self._counts()[1]
 
     def _counts(self) -> tuple[int, int]:
-        optimizer = self.model.optimizer
-        if not hasattr(optimizer, "skipped_updates"):
-            optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        outer = self.model.optimizer
+        optimizer = outer
+        if not hasattr(outer, "skipped_updates"):
+            optimizer = getattr(outer, "inner_optimizer", outer)
         if not hasattr(optimizer, "skipped_updates"):
             raise ValueError(
                 "SkippedUpdates needs an optimizer of tf_lbopt (or tf_lbopt.LossScaleOptimizer "
-                f"around another). Received: {type(self.model.optimizer).__name__}"
+                f"around another). Received: {type(outer).__name__}"
             )
-        return int(optimizer.iterations.numpy()), int(optimizer.skipped_updates.numpy())
+        if optimizer is not outer and outer.built:
+            self._watch_scale(float(outer.dynamic_scale.numpy()))
+        skipped = int(optimizer.skipped_updates.numpy()) + self._halvings
+        return int(optimizer.iterations.numpy()), skipped
+
+    def _watch_scale(self, scale: float) -> None:
+        # What Keras's LossScaleOptimizer discards never reaches the optimizer inside; all that can
+        # be seen of it is that the scale was halved.
+        if self._last_scale is not None and 0 < scale < self._last_scale:
+            self._halvings += round(math.log2(self._last_scale / scale))
+        self._last_scale = scale

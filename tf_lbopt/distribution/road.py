@@ -1,6 +1,6 @@
 """The one road that every gradient travels, from a replica to its weights.
 
-    1 local       float32 or wider
+    1 local       in the dtype that the arithmetic is done in, float32 or wider
     2 accumulate  on all but the last micro-step: add to this replica's sums and stop
     3 reduce      one packed SUM all-reduce
     4 guard       not finite anywhere: change nothing, count
@@ -87,8 +87,11 @@ def travel(
             "Expected: a call inside the function given to `strategy.run`. Received: a call in the "
             "cross-replica context (directly under `strategy.scope()`)."
         )
-    local = [_to_compute_dtype(gradient) for gradient in gradients]
     indices, variables = tuple(indices), tuple(variables)
+    local = [
+        _to_dtype(gradient, compute_dtype(variable.dtype))
+        for gradient, variable in zip(gradients, variables, strict=True)
+    ]
 
     def guarded_update(sums: list[Gradient], prepared: Any) -> list[tf.Tensor]:
         sums = [merge_repeated_indices(total) for total in sums]
@@ -148,8 +151,10 @@ def travel(
     context.merge_call(cross_replica, args=(local,))
 
 
-def _to_compute_dtype(gradient: Gradient) -> Gradient:
-    return tf.cast(gradient, compute_dtype(gradient.dtype))
+def _to_dtype(gradient: Gradient, dtype: tf.DType) -> Gradient:
+    # The identity makes each replica's tensor an object of its own: `merge_call` takes one that all
+    # of them share (a captured constant) for a value without replicas, which is never summed.
+    return tf.identity(tf.cast(gradient, dtype))
 
 
 def _mean(

@@ -17,7 +17,7 @@ from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas
 from tf_lbopt.distribution.road import Clip, Destination, travel
-from tf_lbopt.optimizers.exclusion import Exclusion, name_pattern, path_of, tensorflow_variable
+from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import Layer, Rule, Step
 
@@ -79,6 +79,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
                 low=2,
                 optional=True,
             )
+        _check_averaging(kwargs)
         super().__init__(_checked_learning_rate(learning_rate), **kwargs)
         # Not handed to Keras's base class, which would apply it a second time, decoupled.
         self.weight_decay = _validation.real("weight_decay", weight_decay, low=0.0, optional=True)
@@ -345,10 +346,15 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "`exclude_from_weight_decay()` must be called before the optimizer is built."
             )
-        for variable in var_list or ():
+        for variable in listed("var_list", var_list):
+            if isinstance(variable, str):
+                raise TypeError(
+                    "`var_list` must be a list of variables; names go into `var_names`. "
+                    f"Received an entry of type str: {variable!r}"
+                )
             self._decay_exclusion.add(variable)
-        for name in var_names or ():
-            self._decay_exclusion.add(name_pattern(name))
+        for name in listed("var_names", var_names):
+            self._decay_exclusion.add_name(name)
         self._decay_excluded_by_argument = True
 
     def decays(self, variable: Any) -> bool:
@@ -447,6 +453,14 @@ def _checked_learning_rate(learning_rate: Any) -> Any:
             f"without arguments. Received: learning_rate={learning_rate!r} "
             f"(of type {type(learning_rate).__name__})"
         ) from error
+
+
+def _check_averaging(kwargs: dict[str, Any]) -> None:
+    _validation.boolean("use_ema", kwargs.get("use_ema", False))
+    _validation.real("ema_momentum", kwargs.get("ema_momentum", 0.99), low=0.0, high=1.0)
+    _validation.integer(
+        "ema_overwrite_frequency", kwargs.get("ema_overwrite_frequency"), low=1, optional=True
+    )
 
 
 def _without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:

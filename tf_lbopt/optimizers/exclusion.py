@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+_EXPECTED = "a list of variables or of regular expressions over the variable path"
+
 
 def path_of(variable: Any) -> str:
     """The path of a Keras variable, or the name of a TensorFlow one without its output number."""
@@ -23,66 +25,74 @@ class Exclusion:
 
     Args:
         argument: The name of the optimizer's argument, for error messages.
-        entries: Strings (searched for in the path as regular expressions) and variables, or
+        entries: Strings (searched for in the path as regular expressions), variables, and, as
+            `config` writes them, ``{"name": regex}`` for regexes over the variable's own name; or
             ``None`` for nothing.
 
     Raises:
-        TypeError: An entry is neither, or ``entries`` is a bare string.
+        TypeError: An entry is none of these, or ``entries`` is no list of them.
         ValueError: An entry is no valid regular expression.
     """
 
     def __init__(self, argument: str, entries: Iterable[Any] | None):
         self._argument = argument
-        self._patterns: list[re.Pattern[str]] = []
+        self._path_patterns: list[re.Pattern[str]] = []
+        self._name_patterns: list[re.Pattern[str]] = []
         self._variables: list[Any] = []
-        expected = "a list of variables or of regular expressions over the variable path"
-        if isinstance(entries, (str, bytes)) or (
-            entries is not None and not isinstance(entries, Iterable)
-        ):
-            raise TypeError(f"`{argument}` must be {expected}. Received: {argument}={entries!r}")
-        for entry in entries or ():
-            self.add(entry, expected)
+        for entry in listed(argument, entries):
+            self.add(entry)
 
-    def add(self, entry: Any, expected: str = "a variable or a regular expression") -> None:
-        """Adds one variable or regular expression."""
-        argument = self._argument
+    def add(self, entry: Any) -> None:
+        """Adds one variable or regular expression over the path."""
         if isinstance(entry, str):
-            try:
-                self._patterns.append(re.compile(entry))
-            except re.error as error:
-                raise ValueError(
-                    f"`{argument}` must be {expected}. "
-                    f"Received: {entry!r}, which is no regular expression ({error})"
-                ) from error
+            self._path_patterns.append(self._compiled(entry))
         elif isinstance(entry, (keras.Variable, tf.Variable)):
             self._variables.append(entry)
+        elif isinstance(entry, dict) and list(entry) == ["name"]:
+            self.add_name(entry["name"])
         else:
             raise TypeError(
-                f"`{argument}` must be {expected}. "
+                f"`{self._argument}` must be {_EXPECTED}. "
                 f"Received an entry of type {type(entry).__name__}: {entry!r}"
             )
 
+    def add_name(self, pattern: str) -> None:
+        """Adds a regular expression over the variable's own name, the last part of its path."""
+        self._name_patterns.append(self._compiled(pattern))
+
+    def _compiled(self, pattern: str) -> re.Pattern[str]:
+        try:
+            return re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"`{self._argument}` must be {_EXPECTED}. "
+                f"Received: {pattern!r}, which is no regular expression ({error})"
+            ) from error
+
     def __contains__(self, variable: Any) -> bool:
         path = path_of(variable)
-        return any(_same(variable, other) for other in self._variables) or any(
-            pattern.search(path) for pattern in self._patterns
+        name = path.rpartition("/")[2]
+        return (
+            any(tensorflow_variable(variable) is tensorflow_variable(v) for v in self._variables)
+            or any(pattern.search(path) for pattern in self._path_patterns)
+            or any(pattern.search(name) for pattern in self._name_patterns)
         )
 
-    def config(self) -> list[str]:
-        """Regular expressions that stand for the same variables in a fresh process."""
+    def config(self) -> list[str | dict[str, str]]:
+        """Entries that stand for the same variables in a fresh process."""
         exact = [f"^{re.escape(path_of(variable))}$" for variable in self._variables]
-        return [pattern.pattern for pattern in self._patterns] + exact
+        names = [{"name": pattern.pattern} for pattern in self._name_patterns]
+        return [pattern.pattern for pattern in self._path_patterns] + exact + names
 
 
-def name_pattern(pattern: str) -> str:
-    """A regex over paths that finds ``pattern`` in the variable's own name, the last component.
+def listed(argument: str, entries: Iterable[Any] | None) -> list[Any]:
+    """The entries as a list.
 
-    ``Optimizer.exclude_from_weight_decay(var_names=…)`` of Keras looks at names, not at paths.
+    Raises:
+        TypeError: They are no list (a bare string would be read letter by letter).
     """
-    if pattern.startswith("^"):
-        return f"(?:^|/)(?:{pattern[1:]})[^/]*$"
-    return f"(?:{pattern})[^/]*$"
-
-
-def _same(one: Any, other: Any) -> bool:
-    return tensorflow_variable(one) is tensorflow_variable(other)
+    if isinstance(entries, (str, bytes, dict)) or (
+        entries is not None and not isinstance(entries, Iterable)
+    ):
+        raise TypeError(f"`{argument}` must be {_EXPECTED}. Received: {argument}={entries!r}")
+    return list(entries or ())

@@ -7,7 +7,7 @@ computed in float32).
 
 import tensorflow as tf
 
-from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.rules.norms import compute_dtype, scalar
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
 
@@ -57,9 +57,9 @@ def apply_heavy_ball(variable, buffer, direction, learning_rate, momentum) -> No
         tf.raw_ops.ResourceApplyMomentum(
             var=variable.handle,
             accum=buffer.handle,
-            lr=tf.cast(learning_rate, variable.dtype),
+            lr=scalar(learning_rate, variable.dtype),
             grad=direction,
-            momentum=tf.cast(momentum, variable.dtype),
+            momentum=scalar(momentum, variable.dtype),
         )
         return
     _assign_pure(heavy_ball, variable, buffer, direction, learning_rate, momentum)
@@ -76,9 +76,9 @@ def apply_velocity(
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
             accum=velocity_variable.handle,
-            lr=tf.cast(learning_rate, variable.dtype),
+            lr=scalar(learning_rate, variable.dtype),
             grad=direction,
-            momentum=tf.cast(momentum, variable.dtype),
+            momentum=scalar(momentum, variable.dtype),
             use_nesterov=nesterov,
         )
         return
@@ -91,18 +91,18 @@ def apply_delta(variable, direction, scale) -> None:
     """``w ← w + scale · direction``, in place."""
     if variable.dtype in _FUSED_DTYPES:
         tf.raw_ops.ResourceApplyGradientDescent(
-            var=variable.handle, alpha=-tf.cast(scale, variable.dtype), delta=direction
+            var=variable.handle, alpha=-scalar(scale, variable.dtype), delta=direction
         )
         return
     dtype = compute_dtype(variable.dtype)
-    new = tf.cast(variable, dtype) + tf.cast(scale, dtype) * direction
+    new = tf.cast(variable, dtype) + scalar(scale, dtype) * direction
     variable.assign(tf.cast(new, variable.dtype))
 
 
 def _assign_pure(step, variable, slot, direction, learning_rate, momentum, *args) -> None:
     dtype = compute_dtype(variable.dtype)
     new_slot, delta = step(
-        tf.cast(slot, dtype), direction, tf.cast(learning_rate, dtype), momentum, *args
+        tf.cast(slot, dtype), direction, scalar(learning_rate, dtype), momentum, *args
     )
     slot.assign(tf.cast(new_slot, slot.dtype))
     variable.assign(tf.cast(tf.cast(variable, dtype) + delta, variable.dtype))

@@ -16,8 +16,8 @@ Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 # 1.1e-19, of which there are fewer than 2**31) is less than 3e-29 in all.
 _LEAST_SAFE_SQUARE = 1e-20
 _GREATEST_SAFE_SQUARE = 1e37
-# Up to this size the scaled form costs nothing worth a branch. Biases and normalization scales
-# belong here, which are often exactly zero and would send everything else down the slow branch.
+# Tensors up to this size branch apart from the others: biases and normalization scales are often
+# exactly zero, which sends what branches with them the slow way.
 _SMALL = 1 << 14
 
 
@@ -25,6 +25,13 @@ def compute_dtype(dtype: tf.DType) -> tf.DType:
     """The dtype arithmetic on ``dtype`` is done in: float32 for half precision, else itself."""
     dtype = tf.as_dtype(dtype)
     return tf.float32 if dtype.size < 4 else dtype
+
+
+def scalar(value: tf.Tensor | float, dtype: tf.DType) -> tf.Tensor:
+    """A number as a tensor of ``dtype``, without passing a Python float through float32."""
+    if isinstance(value, (int, float)):
+        return tf.constant(value, dtype)
+    return tf.cast(value, dtype)
 
 
 def norm(tensor: Gradient) -> tf.Tensor:
@@ -51,25 +58,31 @@ def norms(tensors: Sequence[Gradient]) -> list[tf.Tensor]:
     """Euclidean norms of several tensors, each as `norm` defines it, in one go."""
     values = [_as_values(tensor) for tensor in tensors]
     results: dict[int, tf.Tensor] = {}
-    one_pass = []
+    groups: dict[str, list[int]] = {}
     for index, value in enumerate(values):
         size = value.shape.num_elements()
-        if value.dtype != tf.float64 and (size is None or size > _SMALL):
-            one_pass.append(index)
-        elif value.dtype == tf.float64:
-            results[index] = tf.sqrt(_sum_of_squares(value))
-        else:
+        if value.dtype == tf.float64:
             results[index] = _scaled_norm(value)
-    if one_pass:
-        squares = tf.stack([_sum_of_squares(values[index]) for index in one_pass])
-        safe = (squares >= _LEAST_SAFE_SQUARE) & (squares <= _GREATEST_SAFE_SQUARE)
-        roots = tf.cond(
-            tf.reduce_all(safe),
-            lambda: tf.sqrt(squares),
-            lambda: tf.stack([_scaled_norm(values[index]) for index in one_pass]),
-        )
-        results.update(zip(one_pass, tf.unstack(roots, num=len(one_pass)), strict=True))
+        else:
+            groups.setdefault("large" if size is None or size > _SMALL else "small", []).append(
+                index
+            )
+    for group in groups.values():
+        roots = _norms_in_one_pass([values[index] for index in group])
+        results.update(zip(group, roots, strict=True))
     return [results[index] for index in range(len(values))]
+
+
+def _norms_in_one_pass(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Norms of float32 tensors; all are computed once more, scaled, if one of them needs it."""
+    squares = tf.stack([_sum_of_squares(value) for value in values])
+    safe = (squares >= _LEAST_SAFE_SQUARE) & (squares <= _GREATEST_SAFE_SQUARE)
+    roots = tf.cond(
+        tf.reduce_all(safe),
+        lambda: tf.sqrt(squares),
+        lambda: tf.stack([_scaled_norm(value) for value in values]),
+    )
+    return tf.unstack(roots, num=len(values))
 
 
 def global_norm(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -96,6 +109,8 @@ def _sum_of_squares(value: tf.Tensor) -> tf.Tensor:
 
 
 def _scaled_norm(value: tf.Tensor) -> tf.Tensor:
-    # The maximum of nothing (an IndexedSlices without rows) would be -inf.
-    greatest = tf.maximum(tf.reduce_max(tf.abs(value)), tf.zeros([], value.dtype))
-    return greatest * tf.sqrt(_sum_of_squares(tf.math.divide_no_nan(value, greatest)))
+    # A maximum may pass over NaN (it does under XLA), so NaN must survive the division: the divisor
+    # is never 0. The maximum of nothing (an IndexedSlices without rows) is -inf.
+    greatest = tf.reduce_max(tf.abs(value))
+    divisor = tf.where(greatest > 0, greatest, tf.ones_like(greatest))
+    return divisor * tf.sqrt(_sum_of_squares(value / divisor))
