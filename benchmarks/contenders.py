@@ -115,9 +115,12 @@ def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -
     without, accumulating = contender.create(), contender.create(gradient_accumulation_steps=2)
     for optimizer in (without, accumulating):
         optimizer.build(variables)
-    # Ours are no part of `variables`: they differ between replicas and are saved another way.
+    # Ours are no part of `variables` (they differ between replicas and are saved another way) and
+    # appear with the first gradients.
     own = getattr(accumulating, "_accumulation", None)
-    added = _state_like([*accumulating.variables, *(own.accumulators if own else ())], tiny())
+    if own is not None:
+        accumulating.apply([tf.ones(v.shape) for v in variables], variables)
+    added = _state_like([*accumulating.variables, *(own.variables() if own else ())], tiny())
     return added - _state_like(without.variables, tiny())
 
 

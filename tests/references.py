@@ -1,6 +1,7 @@
 """The algorithms once more, independently: NumPy, float64, one function per optimizer.
 
-Each takes initial weights and ``[update][layer]`` mean gradients and returns the final weights.
+Each base takes initial weights and ``[update][layer]`` gradients and returns the final weights;
+`reference` takes ``[update][sub-batch][layer]`` gradients for any optimizer of the registry.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,8 +90,111 @@ def lamb(
     return w
 
 
-REFERENCES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
+def sgd(
+    weights, gradients, learning_rate, momentum=0.0, nesterov=False, weight_decay=0.0, decays=None
+):
+    w = [np.array(x, np.float64) for x in weights]
+    u = [np.zeros_like(x) for x in w]
+    decays = decays or [True] * len(w)
+    for t, update in enumerate(gradients):
+        eta = _rate(learning_rate, t)
+        for i in range(len(w)):
+            g = update[i] + (weight_decay or 0.0) * w[i] * decays[i]
+            u[i] = momentum * u[i] - eta * g
+            w[i] = w[i] + (momentum * u[i] - eta * g if nesterov else u[i])
+    return w
+
+
+def adam(
+    weights,
+    gradients,
+    learning_rate=0.001,
+    beta_1=0.9,
+    beta_2=0.999,
+    epsilon=1e-7,
+    weight_decay=0.0,
+    decays=None,
+):
+    w = [np.array(x, np.float64) for x in weights]
+    m = [np.zeros_like(x) for x in w]
+    v = [np.zeros_like(x) for x in w]
+    decays = decays or [True] * len(w)
+    for t, update in enumerate(gradients):
+        eta = _rate(learning_rate, t)
+        alpha = eta * np.sqrt(1 - beta_2 ** (t + 1)) / (1 - beta_1 ** (t + 1))
+        for i in range(len(w)):
+            w[i] = w[i] - eta * (weight_decay or 0.0) * w[i] * decays[i]
+            m[i] = beta_1 * m[i] + (1 - beta_1) * update[i]
+            v[i] = beta_2 * v[i] + (1 - beta_2) * update[i] ** 2
+            w[i] = w[i] - alpha * m[i] / (np.sqrt(v[i]) + epsilon)
+    return w
+
+
+def gsnr(sub_batches, gamma):
+    """r of one layer from its ``[sub-batch, ...]`` gradients, by the definitions of the package."""
+    g = np.asarray(sub_batches, np.float64)
+    if len(g) < 2:
+        return np.ones(g.shape[1:])
+    mean, variance = g.mean(axis=0), g.var(axis=0)
+    live = np.any(g != 0, axis=0)
+    resolved = live & (variance > 1e-7 * np.mean(g**2, axis=0))
+    r = np.where(resolved, mean**2 / np.where(resolved, variance, 1.0), 0.0)
+    layer_mean = r[resolved].mean() if resolved.any() else 1.0
+    r = np.clip(r / (layer_mean or 1.0), gamma, 1.0)
+    return np.where(resolved, r, np.where(live, 1.0, gamma))
+
+
+def variance_reduced(gradients, gamma=0.1, beta_3=None, clip=lambda layers: layers):
+    """``[update][layer]`` gradients r ḡ (or p̂ ḡ) from ``[update][sub-batch][layer]``."""
+    p = None
+    results = []
+    for t, update in enumerate(gradients):
+        live = [layers for layers in update if any(np.any(g) for g in layers)] or update
+        r = [gsnr(layer, gamma) for layer in zip(*live, strict=True)]
+        if beta_3 is not None:
+            p = p or [np.zeros_like(x) for x in r]
+            p = [beta_3 * a + (1 - beta_3) * b for a, b in zip(p, r, strict=True)]
+            r = [a / (1 - beta_3 ** (t + 1)) for a in p]
+        means = clip(mean_gradients([update])[0])
+        results.append([a * b for a, b in zip(r, means, strict=True)])
+    return results
+
+
+def mean_gradients(gradients):
+    """``[update][layer]`` in float64, from ``[update][sub-batch][layer]``."""
+    return [
+        [np.mean(np.asarray(layer, np.float64), axis=0) for layer in zip(*update, strict=True)]
+        for update in gradients
+    ]
+
+
+BASES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "sngm": sngm,
     "lars": lars,
     "lamb": lamb,
+    "vr_sgd": sgd,
+    "vr_momentum": lambda *a, **k: sgd(*a, **{"momentum": 0.9, **k}),
+    "vr_adam": adam,
+    "vr_lars": lars,
+    "vr_lamb": lamb,
 }
+BETA_3 = {"vr_adam": 0.9, "vr_lamb": 0.9}
+
+
+def reference(name, weights, sub_batches, clip=lambda layers: layers, **arguments):
+    """Final weights of an optimizer of the registry.
+
+    Args:
+        name: Its name there.
+        weights: Initial weights.
+        sub_batches: ``[update][sub-batch][layer]`` gradients.
+        clip: Clips the mean gradient, a list of layers.
+        **arguments: The optimizer's.
+    """
+    if name.startswith("vr_"):
+        gamma = arguments.pop("gamma", 0.1)
+        beta_3 = arguments.pop("beta_3", BETA_3.get(name))
+        gradients = variance_reduced(sub_batches, gamma, beta_3, clip)
+    else:
+        gradients = [clip(layers) for layers in mean_gradients(sub_batches)]
+    return BASES[name](weights, gradients, **arguments)

@@ -24,8 +24,8 @@ def accumulators(run):
         return []
     return [
         copy.numpy()
-        for accumulator in accumulation.accumulators
-        for copy in run.strategy.experimental_local_results(accumulator)
+        for variable in accumulation.variables()
+        for copy in run.strategy.experimental_local_results(variable)
     ]
 
 

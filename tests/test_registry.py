@@ -118,8 +118,8 @@ def test_classes_are_public_and_registered(info):
     name = keras.saving.get_registered_name(info.cls)
     assert name == f"tf_lbopt>{info.cls.__name__}"
     assert keras.saving.get_registered_object(name) is info.cls
-    assert info.cls.rule_class.slots == info.slots
-    assert info.cls.rule_class.statistics == info.statistics
+    assert info.cls.slots == info.slots
+    assert info.cls.statistics == info.statistics
 
 
 @over_optimizers
@@ -170,10 +170,12 @@ def test_public_methods_have_docstrings(name):
 
 @over_optimizers
 def test_papers(info):
-    (number,) = re.findall(r"arXiv:(\d{4}\.\d{4,5})", info.paper)
-    references = inspect.getdoc(info.cls).split("References:")[1]
-    assert number in references
-    assert re.search(r"Algorithm \d", info.paper)
+    references = " ".join(inspect.getdoc(info.cls).split("References:")[1].split())
+    number = re.search(r"arXiv:(\d{4}\.\d{4,5})", info.paper)
+    identified = number.group(1) if number else info.paper.split(", ")[0]
+    assert len(identified) > 9
+    assert identified in references
+    assert re.search(r"Algorithm \d|section \d", info.paper)
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULE_NAMES if inspect.isfunction(PUBLIC[n])])

@@ -2,15 +2,30 @@
 
 from tf_lbopt import callbacks, schedules
 from tf_lbopt._version import __version__
-from tf_lbopt.optimizers import LAMB, LARS, SNGM, LossScaleOptimizer
+from tf_lbopt.optimizers import (
+    LAMB,
+    LARS,
+    SNGM,
+    VRLAMB,
+    VRLARS,
+    VRSGD,
+    LossScaleOptimizer,
+    VRAdam,
+    VRMomentum,
+)
 from tf_lbopt.registry import OptimizerInfo, list_optimizers
 
 __all__ = [
     "LAMB",
     "LARS",
     "SNGM",
+    "VRLAMB",
+    "VRLARS",
+    "VRSGD",
     "LossScaleOptimizer",
     "OptimizerInfo",
+    "VRAdam",
+    "VRMomentum",
     "__version__",
     "callbacks",
     "list_optimizers",

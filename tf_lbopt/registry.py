@@ -27,13 +27,20 @@ class OptimizerInfo:
 
 
 def _row(name: str, cls: type[LargeBatchOptimizer], paper: str) -> OptimizerInfo:
-    return OptimizerInfo(name, cls, paper, cls.rule_class.slots, cls.rule_class.statistics)
+    return OptimizerInfo(name, cls, paper, cls.slots, cls.statistics)
 
+
+_VRGD = "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)"
 
 _TABLE = (
     _row("sngm", optimizers.SNGM, "Zhao et al., arXiv:2007.13985, Algorithm 1"),
     _row("lars", optimizers.LARS, "You, Gitman, Ginsburg 2017, arXiv:1708.03888, Algorithm 1"),
     _row("lamb", optimizers.LAMB, "You et al. 2020, arXiv:1904.00962, Algorithm 2"),
+    _row("vr_sgd", optimizers.VRSGD, f"{_VRGD}, Algorithm 1"),
+    _row("vr_momentum", optimizers.VRMomentum, f"{_VRGD}, section 4.2"),
+    _row("vr_adam", optimizers.VRAdam, f"{_VRGD}, section 4.2"),
+    _row("vr_lars", optimizers.VRLARS, f"{_VRGD}, section 4.2"),
+    _row("vr_lamb", optimizers.VRLAMB, f"{_VRGD}, section 4.2"),
 )
 
 

@@ -4,130 +4,190 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.rules.norms import Gradient, compute_dtype
+from tf_lbopt.statistics.accumulators import DenseAccumulator, SparseAccumulator, any_nonzero
 
 _logger = logging.getLogger(__name__)
 
 
 class Accumulation(tf.train.experimental.PythonState):
-    """The sums of each replica's gradients over the micro-steps of one update.
+    """What each replica keeps of its gradients over the micro-steps of one update.
 
-    An accumulator is a mirrored variable whose copies differ. What checkpoints store of a mirrored
-    variable is its first copy, so this object stores all copies itself, as one string, and only in
-    mid-accumulation: between updates there is nothing to store.
+    An accumulator is made of mirrored variables whose copies differ. What checkpoints store of a
+    mirrored variable is its first copy, so this object stores all copies itself, as one string, and
+    only in mid-accumulation: between updates there is nothing to store.
 
     Args:
         strategy: The strategy under which the variables live.
         steps: Micro-steps per update.
+        with_variance: Whether the variance of the gradients is followed.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, steps: int):
+    def __init__(self, strategy: tf.distribute.Strategy, steps: int, with_variance: bool = False):
         super().__init__()
         self._strategy = strategy
         self.steps = steps
-        self.accumulators: list[tf.Variable] = []
+        self.with_variance = with_variance
+        self.live: tf.Variable  # how many micro-steps were live; made with the first accumulators
+        self.accumulators: dict[int, DenseAccumulator | SparseAccumulator] = {}
         self._micro_step: tf.Variable | None = None
         self._pending: bytes | None = None
 
-    def build(self, variables: Sequence[tf.Variable]) -> None:
-        """Creates one accumulator per variable, in float32 or wider."""
-        with self._strategy.scope():
-            self._micro_step = tf.Variable(
-                0,
-                trainable=False,
-                dtype=tf.int64,
-                name="micro_step",
-                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            )
-            for variable in variables:
+    def prepare(
+        self, indices: Sequence[int], variables: Sequence[tf.Variable], gradients: Sequence[Any]
+    ) -> None:
+        """Creates what the gradients of a call need: in a cross-replica context, eagerly.
+
+        Gradients decide the kind of accumulator: what arrives as ``IndexedSlices`` is kept by rows
+        (by the whole table under XLA, which wants static shapes).
+        """
+        missing = [
+            (index, variable, gradient)
+            for index, variable, gradient in zip(indices, variables, gradients, strict=True)
+            if index not in self.accumulators
+        ]
+        if not missing:
+            return
+        by_rows = not _compat.in_xla_context()
+        with tf.init_scope(), self._strategy.scope():
+            if self._micro_step is None:
+                self._micro_step = self._variable(0, tf.TensorShape([]), tf.int64)
+                self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
+            for index, variable, gradient in missing:
+                sparse = by_rows and isinstance(_first(gradient), tf.IndexedSlices)
+                kind = SparseAccumulator if sparse else DenseAccumulator
                 with self._strategy.extended.colocate_vars_with(variable):
-                    self.accumulators.append(
-                        tf.Variable(
-                            tf.zeros(variable.shape, compute_dtype(variable.dtype)),
-                            trainable=False,
-                            name="gradient_accumulator",
-                        )
+                    self.accumulators[index] = kind(
+                        variable.shape,
+                        compute_dtype(variable.dtype),
+                        self.with_variance,
+                        self._variable,
                     )
-        if self._pending is not None:
-            self.deserialize(self._pending)
+            if self._pending is not None:
+                self.deserialize(self._pending)
+
+    def _variable(
+        self, value: Any, shape: tf.TensorShape, dtype: tf.DType | None = None
+    ) -> tf.Variable:
+        return tf.Variable(
+            value, shape=shape, dtype=dtype, trainable=False, name="gradient_accumulator"
+        )
 
     @property
     def micro_step(self) -> tf.Variable:
         """How many micro-steps of the current update are in the accumulators."""
         if self._micro_step is None:
-            raise ValueError("The accumulators do not exist before the optimizer is built.")
+            raise ValueError("The accumulators do not exist before the first gradients arrive.")
         return self._micro_step
 
     def add(self, indices: Sequence[int], gradients: Sequence[Gradient]) -> None:
         """Adds one micro-step's gradients to this replica's accumulators, in place."""
+        count = tf.convert_to_tensor(self.live)
+        live = any_nonzero(list(gradients)) if self.with_variance else tf.constant(True)
         for index, gradient in zip(indices, gradients, strict=True):
-            accumulator = self.accumulators[index]
-            if isinstance(gradient, tf.IndexedSlices):
-                accumulator.scatter_add(gradient)
-            else:
-                accumulator.assign_add(gradient)
+            self.accumulators[index].add(gradient, live, count)
+        self.live.assign(count + tf.cast(live, count.dtype))
+
+    def read(
+        self, indices: Sequence[int]
+    ) -> tuple[list[Gradient], list[tf.Tensor | None], tf.Tensor]:
+        """This replica's sums, variances (or ``None``) and number of live micro-steps."""
+        # `read_value` and not a conversion: its result bears the replica's device, without which
+        # the reduction does not pack it with the others.
+        count = self.live.read_value()
+        pairs = [self.accumulators[index].read(count) for index in indices]
+        return [total for total, _ in pairs], [variance for _, variance in pairs], count
 
     def clear(self) -> None:
         """Empties this replica's accumulators."""
-        for accumulator in self.accumulators:
-            accumulator.assign(tf.zeros(accumulator.shape, accumulator.dtype))
+        for accumulator in self.accumulators.values():
+            accumulator.clear()
         self.micro_step.assign(0)
+        self.live.assign(0.0)
+
+    def variables(self) -> list[tf.Variable]:
+        """What is kept for the trainable variables."""
+        return [v for accumulator in self.accumulators.values() for v in accumulator.variables()]
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, tf.Variable]:
+        return {
+            "live": self.live,
+            **{
+                f"{index}/{accumulator.kind}/{number}": variable
+                for index, accumulator in self.accumulators.items()
+                for number, variable in enumerate(accumulator.variables())
+            },
+        }
 
     def serialize(self) -> bytes:
-        """What a checkpoint stores: the replicas' sums, or nothing between updates."""
+        """What a checkpoint stores: the replicas' accumulators, or nothing between updates."""
         if self._micro_step is None:
             return self._pending or b""
         micro_step = int(self.micro_step.numpy())
         if not micro_step:
             return b""
-        copies = [self._strategy.experimental_local_results(a) for a in self.accumulators]
-        local = len(copies[0])
         replicas = self._strategy.num_replicas_in_sync
-        header = {"micro_step": micro_step, "steps": self.steps, "replicas": replicas}
-        if local != replicas:
-            # Other workers' sums can not be reached from here; loading will start empty.
-            header["micro_step"] = 0
+        copies = {
+            name: self._strategy.experimental_local_results(variable)
+            for name, variable in self._state().items()
+        }
+        # Other workers' accumulators can not be reached from here; loading will start empty.
+        complete = len(copies["live"]) == replicas
+        header = {
+            "micro_step": micro_step if complete else 0,
+            "steps": self.steps,
+            "replicas": replicas,
+        }
         buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            **{
-                f"{index}/{replica}": copies[index][replica].numpy()
-                for index in range(len(copies))
-                for replica in range(local)
-                if header["micro_step"]
-            },
-        )
+        arrays = {
+            f"{name}/{replica}": copy.numpy()
+            for name, local in copies.items()
+            for replica, copy in enumerate(local)
+            if complete
+        }
+        np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
         return buffer.getvalue()
 
     def deserialize(self, string_value: bytes) -> None:
-        """Restores what `serialize` stored; before `build` it is kept until then.
+        """Restores what `serialize` stored; before the accumulators exist it is kept until then.
 
-        Under another number of replicas or micro-steps the stored sums have no place to go: the
+        Under another number of replicas or micro-steps what was stored has no place to go: the
         accumulators start empty, with a warning.
         """
         if self._micro_step is None:
             self._pending = string_value
             return
         self._pending = None
-        self._assign_empty()
+        copies = {
+            name: self._strategy.experimental_local_results(variable)
+            for name, variable in self._state().items()
+        }
+        for local in copies.values():
+            for copy in local:
+                empty = [0 if size is None else size for size in copy.shape]
+                copy.assign(tf.zeros(empty, copy.dtype))
+        self.micro_step.assign(0)
         if not string_value:
             return
         with np.load(io.BytesIO(string_value)) as stored:
             header = json.loads(stored["header"].tobytes().decode())
             replicas = self._strategy.num_replicas_in_sync
-            copies = [self._strategy.experimental_local_results(a) for a in self.accumulators]
+            names = {f"{name}/{r}" for name, local in copies.items() for r in range(len(local))}
             fits = (
-                header["replicas"] == replicas == len(copies[0])
+                header["replicas"] == replicas
                 and header["steps"] == self.steps
-                and header["micro_step"]
+                and names == set(stored.files) - {"header"}
                 and all(
-                    f"{index}/0" in stored and stored[f"{index}/0"].shape == tuple(copy[0].shape)
-                    for index, copy in enumerate(copies)
+                    copy.shape.is_compatible_with(stored[f"{name}/0"].shape)
+                    for name, (copy, *_) in copies.items()
                 )
             )
             if not fits:
@@ -139,13 +199,14 @@ class Accumulation(tf.train.experimental.PythonState):
                     header["replicas"], header["steps"], replicas, self.steps,
                 )  # fmt: skip
                 return
-            for index, copy in enumerate(copies):
-                for replica, variable in enumerate(copy):
-                    variable.assign(stored[f"{index}/{replica}"])
+            for name, local in copies.items():
+                for replica, variable in enumerate(local):
+                    variable.assign(stored[f"{name}/{replica}"])
             self.micro_step.assign(header["micro_step"])
 
-    def _assign_empty(self) -> None:
-        for accumulator in self.accumulators:
-            for copy in self._strategy.experimental_local_results(accumulator):
-                copy.assign(tf.zeros(copy.shape, copy.dtype))
-        self.micro_step.assign(0)
+
+def _first(value: Any) -> Any:
+    """The gradient itself, or the first replica's of a per-replica value."""
+    if isinstance(value, tf.distribute.DistributedValues):
+        return value.values[0]
+    return value

@@ -1,8 +1,9 @@
 """The one road that every gradient travels, from a replica to its weights.
 
     1 local       in the dtype that the arithmetic is done in, float32 or wider
-    2 accumulate  on all but the last micro-step: add to this replica's sums and stop
-    3 reduce      one packed SUM all-reduce
+    2 accumulate  on all but the last micro-step: add to this replica's accumulators and stop
+    3 reduce      one packed SUM all-reduce; for the variance a second one, of the squared
+                  deviations from the mean that the first one gave
     4 guard       not finite anywhere: change nothing, count
     5 shape       mean, clip
     6 apply       hand over to the optimizer, on each replica
@@ -20,7 +21,9 @@ import tensorflow as tf
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_replicas
 from tf_lbopt.rules import clip as clipping
+from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
+from tf_lbopt.statistics.accumulators import any_nonzero, deviation_from_mean
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
 
@@ -34,23 +37,43 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True)
+class Arrival:
+    """What arrives at the end of the road, on one replica.
+
+    Attributes:
+        indices: Of the variables, as the optimizer counts them.
+        gradients: Their mean gradients, clipped; sparse ones without repeated indices.
+        norms: The norms of those.
+        moments: Of the unclipped gradients over the sub-batches, or ``None`` where not declared.
+        prepared: What `Destination.prepare` returned.
+    """
+
+    indices: Sequence[int]
+    gradients: list[Gradient]
+    norms: list[tf.Tensor]
+    moments: list[SubBatchMoments | None]
+    prepared: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Destination:
     """What an optimizer provides for the gradients to travel to.
 
     Attributes:
-        apply: On each replica: writes the update, given the indices of the variables, their mean
-            gradients and the norms of those, and what `prepare` returned.
+        apply: On each replica: writes the update.
         discard: On each replica: counts a skipped update.
         prepare: In the cross-replica context, once per update: what all replicas must agree on
             (the learning rate).
+        statistics: What must be known of the sub-batches beyond their mean gradient.
         loss_scale: The factor to take out of the gradients again, read on each replica, or
             ``None``.
         after: On each replica, after every update or skip: told whether it was finite.
     """
 
-    apply: Callable[[Sequence[int], list[Gradient], list[tf.Tensor], Any], None]
+    apply: Callable[[Arrival], None]
     discard: Callable[[], None]
     prepare: Callable[[], Any]
+    statistics: tuple[str, ...] = ()
     loss_scale: Callable[[], tf.Tensor] | None = None
     after: Callable[[tf.Tensor], None] | None = None
 
@@ -75,7 +98,7 @@ def travel(
         destination: What to do at the end of the road.
         anchor: A variable that exists on every replica.
         clip: Limits of the mean gradient.
-        accumulation: The replicas' sums, or ``None`` without accumulation.
+        accumulation: The replicas' accumulators, or ``None`` without accumulation.
 
     Raises:
         ValueError: Not called in a replica context.
@@ -87,25 +110,156 @@ def travel(
             "Expected: a call inside the function given to `strategy.run`. Received: a call in the "
             "cross-replica context (directly under `strategy.scope()`)."
         )
-    indices, variables = tuple(indices), tuple(variables)
     local = [
         _to_dtype(gradient, compute_dtype(variable.dtype))
         for gradient, variable in zip(gradients, variables, strict=True)
     ]
+    journey = _Journey(tuple(indices), tuple(variables), destination, anchor, clip, accumulation)
+    context.merge_call(journey.cross_replicas, args=(local,))
 
-    def guarded_update(sums: list[Gradient], prepared: Any) -> list[tf.Tensor]:
+
+@dataclasses.dataclass(frozen=True)
+class _Journey:
+    """One call of `travel`, from the cross-replica context on."""
+
+    indices: tuple[int, ...]
+    variables: tuple[tf.Variable, ...]
+    destination: Destination
+    anchor: tf.Variable
+    clip: Clip
+    accumulation: Accumulation | None
+
+    def cross_replicas(self, strategy: tf.distribute.Strategy, gradients: list[Any]) -> None:
+        accumulation = self.accumulation
+        if accumulation is None:
+            self._reduce_and_update(strategy, gradients)
+            return
+
+        def add(local: list[Gradient]) -> list[tf.Tensor]:
+            accumulation.add(self.indices, local)
+            return [tf.constant(True)]
+
+        def last() -> tf.Tensor:
+            self._reduce_and_update(strategy, None)
+            return tf.constant(True)
+
+        def advance() -> tf.Tensor:
+            accumulation.micro_step.assign_add(1)
+            return tf.constant(True)
+
+        accumulation.prepare(self.indices, self.variables, gradients)
+        on_each_replica(strategy, self.anchor, add, gradients)
+        is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
+        tf.cond(is_last, last, advance)
+
+    # -- reduce ------------------------------------------------------------------------------------
+
+    def _reduce_and_update(
+        self, strategy: tf.distribute.Strategy, gradients: list[Any] | None
+    ) -> None:
+        arguments: tuple[Any, ...]
+        if "variance" in self.destination.statistics:
+            arguments = self._reduce_with_variance(strategy, gradients)
+        else:
+            if gradients is None:
+                gradients = bundle(on_each_replica(strategy, self.anchor, self._own_sums))
+            arguments = (sum_over_replicas(strategy, gradients, self.variables),)
+        prepared = self.destination.prepare()
+        on_each_replica(
+            strategy,
+            self.anchor,
+            lambda *local: self._guarded_update(prepared, *local),
+            *arguments,
+        )
+
+    def _own_sums(self) -> list[Gradient]:
+        return self._own_moments(None)[0]
+
+    def _own_moments(
+        self, local: list[Gradient] | None
+    ) -> tuple[list[Gradient], list[tf.Tensor | None], tf.Tensor]:
+        """This replica's sums, variances and number of live micro-steps.
+
+        Without accumulation these are the gradients themselves; with it, those accumulated.
+        """
+        if self.accumulation is not None:
+            return self.accumulation.read(self.indices)
+        local = [merge_repeated_indices(gradient) for gradient in local or ()]
+        return local, [None] * len(local), tf.cast(any_nonzero(local), tf.float32)
+
+    def _reduce_with_variance(
+        self, strategy: tf.distribute.Strategy, gradients: list[Any] | None
+    ) -> tuple[list[Any], list[Any], Any]:
+        size = len(self.indices)
+
+        def read(*local: list[Gradient]) -> list[Any]:
+            sums, variances, count = self._own_moments(*(local or (None,)))
+            return [*sums, count, *(v for v in variances if v is not None)]
+
+        own = bundle(
+            on_each_replica(
+                strategy, self.anchor, read, *(() if gradients is None else (gradients,))
+            )
+        )
+        sums, count, variances = own[:size], own[size], own[size + 1 :]
+        reduced = sum_over_replicas(strategy, [*sums, count], [*self.variables, self.anchor])
+        all_sums, all_count = reduced[:size], reduced[size]
+
+        def deviations(*local: Any) -> list[tf.Tensor]:
+            own_sums, own_count, own_variances, totals, total_count = local
+            return [
+                deviation_from_mean(
+                    own_sum,
+                    own_variance,
+                    own_count,
+                    merge_repeated_indices(total),
+                    total_count,
+                )
+                for own_sum, own_variance, total in zip(
+                    own_sums, own_variances or [None] * size, totals, strict=True
+                )
+            ]
+
+        parts = bundle(
+            on_each_replica(
+                strategy, self.anchor, deviations, sums, count, variances, all_sums, all_count
+            )
+        )
+        return all_sums, sum_over_replicas(strategy, parts, self.variables), all_count
+
+    # -- on each replica ---------------------------------------------------------------------------
+
+    def _guarded_update(
+        self,
+        prepared: Any,
+        sums: list[Gradient],
+        variances: list[tf.Tensor] | None = None,
+        count: tf.Tensor | None = None,
+    ) -> list[tf.Tensor]:
+        destination, accumulation = self.destination, self.accumulation
         sums = [merge_repeated_indices(total) for total in sums]
         sum_norms = norms(sums)
         finite = all_finite(sum_norms)
 
         def apply() -> tf.Tensor:
-            means, mean_norms = _mean(sums, sum_norms, destination, accumulation)
-            clipped, clipped_norms = clipping.clip(means, mean_norms, **dataclasses.asdict(clip))
+            means, mean_norms = self._mean(sums, sum_norms)
+            clipped, clipped_norms = clipping.clip(
+                means, mean_norms, **dataclasses.asdict(self.clip)
+            )
+            moments: list[SubBatchMoments | None] = [None] * len(sums)
+            if variances is not None:
+                moments = [
+                    SubBatchMoments(total, variance, count)
+                    for total, variance in zip(sums, variances, strict=True)
+                ]
             destination.apply(
-                indices,
-                clipped,
-                norms(clipped) if clipped_norms is None else clipped_norms,
-                prepared,
+                Arrival(
+                    self.indices,
+                    clipped,
+                    norms(clipped) if clipped_norms is None else clipped_norms,
+                    moments,
+                    prepared,
+                )
             )
             return finite
 
@@ -120,56 +274,23 @@ def travel(
             destination.after(finite)
         return [finite]
 
-    def reduce_and_update(strategy: tf.distribute.Strategy, values: list[Any]) -> None:
-        sums = sum_over_replicas(strategy, values, variables)
-        on_each_replica(strategy, anchor, guarded_update, sums, destination.prepare())
-
-    def cross_replica(strategy: tf.distribute.Strategy, values: list[Any]) -> None:
-        if accumulation is None:
-            reduce_and_update(strategy, values)
-            return
-
-        def add(local_values: list[Gradient]) -> list[tf.Tensor]:
-            accumulation.add(indices, local_values)
-            return [tf.constant(True)]
-
-        def read() -> list[tf.Tensor]:
-            return [accumulation.accumulators[i].read_value() for i in indices]
-
-        def last() -> tf.Tensor:
-            reduce_and_update(strategy, bundle(on_each_replica(strategy, anchor, read)))
-            return tf.constant(True)
-
-        def advance() -> tf.Tensor:
-            accumulation.micro_step.assign_add(1)
-            return tf.constant(True)
-
-        on_each_replica(strategy, anchor, add, values)
-        is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
-        tf.cond(is_last, last, advance)
-
-    context.merge_call(cross_replica, args=(local,))
+    def _mean(
+        self, sums: list[Gradient], sum_norms: list[tf.Tensor]
+    ) -> tuple[list[Gradient], list[tf.Tensor]]:
+        """The mean gradient of the loss itself: without the loss scale, over all micro-steps."""
+        loss_scale, accumulation = self.destination.loss_scale, self.accumulation
+        if loss_scale is None and accumulation is None:
+            return sums, sum_norms
+        divisor = tf.ones([]) if loss_scale is None else loss_scale()
+        if accumulation is not None:
+            divisor *= tf.cast(accumulation.steps, divisor.dtype)
+        return (
+            [divide(total, divisor) for total in sums],
+            [n / tf.cast(divisor, n.dtype) for n in sum_norms],
+        )
 
 
 def _to_dtype(gradient: Gradient, dtype: tf.DType) -> Gradient:
     # The identity makes each replica's tensor an object of its own: `merge_call` takes one that all
     # of them share (a captured constant) for a value without replicas, which is never summed.
     return tf.identity(tf.cast(gradient, dtype))
-
-
-def _mean(
-    sums: list[Gradient],
-    sum_norms: list[tf.Tensor],
-    destination: Destination,
-    accumulation: Accumulation | None,
-) -> tuple[list[Gradient], list[tf.Tensor]]:
-    """The mean gradient of the loss itself: without the loss scale, over all micro-steps."""
-    divisor = tf.ones([]) if destination.loss_scale is None else destination.loss_scale()
-    if accumulation is not None:
-        divisor *= tf.cast(accumulation.steps, divisor.dtype)
-    elif destination.loss_scale is None:
-        return sums, sum_norms
-    return (
-        [divide(total, divisor) for total in sums],
-        [n / tf.cast(divisor, n.dtype) for n in sum_norms],
-    )

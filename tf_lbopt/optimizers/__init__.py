@@ -4,5 +4,18 @@ from tf_lbopt.optimizers.lamb import LAMB
 from tf_lbopt.optimizers.lars import LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
 from tf_lbopt.optimizers.sngm import SNGM
+from tf_lbopt.optimizers.vr_adam import VRAdam
+from tf_lbopt.optimizers.vr_layerwise import VRLAMB, VRLARS
+from tf_lbopt.optimizers.vr_sgd import VRSGD, VRMomentum
 
-__all__ = ["LAMB", "LARS", "SNGM", "LossScaleOptimizer"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SNGM",
+    "VRLAMB",
+    "VRLARS",
+    "VRSGD",
+    "LossScaleOptimizer",
+    "VRAdam",
+    "VRMomentum",
+]

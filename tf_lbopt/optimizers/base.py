@@ -16,7 +16,7 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas
-from tf_lbopt.distribution.road import Clip, Destination, travel
+from tf_lbopt.distribution.road import Arrival, Clip, Destination, travel
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import Layer, Rule, Step
@@ -54,8 +54,11 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         **kwargs: The other arguments of Keras's optimizers.
     """
 
-    rule_class: ClassVar[type[Rule]]
-    """The algorithm; a subclass names it."""
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Names of the variables kept for each trainable variable."""
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """What must be known of the sub-batches beyond their mean gradient."""
 
     gradient_accumulation_steps: int | None
 
@@ -95,7 +98,11 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         self._slots: dict[str, list[keras.Variable]] = {}
         self._loss_scaled_from_outside = False
         self._accumulation = (
-            Accumulation(self._strategy, self.gradient_accumulation_steps)
+            Accumulation(
+                self._strategy,
+                self.gradient_accumulation_steps,
+                with_variance="variance" in self.statistics,
+            )
             if self.gradient_accumulation_steps
             else None
         )
@@ -106,7 +113,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
 
     def slot_names(self) -> tuple[str, ...]:
         """The slots that this configuration of the rule keeps."""
-        return self.rule_class.slots
+        return self.slots
 
     # -- variables ---------------------------------------------------------------------------------
 
@@ -136,8 +143,6 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         for variable in variables:
             for name, slots in self._slots.items():
                 slots.append(self._add_slot(variable, name))
-        if self._accumulation is not None:
-            self._accumulation.build([tensorflow_variable(v) for v in variables])
 
     def _add_slot(self, variable: Any, name: str) -> keras.Variable:
         # In float32 for half-precision weights, whose own dtype has no room for a second moment.
@@ -230,6 +235,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
                 apply=self._apply_on_replica,
                 discard=self._discard_on_replica,
                 prepare=lambda: tf.convert_to_tensor(self.learning_rate),
+                statistics=self.statistics,
                 loss_scale=loss_scale,
                 after=after,
             ),
@@ -238,15 +244,11 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             accumulation=self._accumulation,
         )
 
-    def _apply_on_replica(
-        self,
-        indices: Sequence[int],
-        gradients: list[Gradient],
-        gradient_norms: list[tf.Tensor],
-        learning_rate: tf.Tensor,
-    ) -> None:
+    def _apply_on_replica(self, arrival: Arrival) -> None:
         layers = []
-        for index, gradient, norm in zip(indices, gradients, gradient_norms, strict=True):
+        for index, gradient, norm, moments in zip(
+            arrival.indices, arrival.gradients, arrival.norms, arrival.moments, strict=True
+        ):
             variable = self._trainable_variables[index]
             layers.append(
                 Layer(
@@ -256,10 +258,12 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
                     slots={name: slots[index].value for name, slots in self._slots.items()},
                     decayed=self.decays(variable),
                     adapted=self.adapts(variable),
+                    moments=moments,
                 )
             )
-        self.rule().update(layers, Step(learning_rate, tf.convert_to_tensor(self._iterations)))
-        for index in indices:
+        step = Step(arrival.prepared, tf.convert_to_tensor(self._iterations))
+        self.rule().update(layers, step)
+        for index in arrival.indices:
             variable = self._trainable_variables[index]
             constraint = getattr(variable, "constraint", None)
             if constraint is not None:
@@ -379,7 +383,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Keras saving: all variables and, in mid-accumulation, every replica's sums."""
         super().save_own_variables(store)
-        if self._accumulation is not None and self.built:
+        if self._accumulation is not None:
             sums = self._accumulation.serialize()
             if sums:
                 store[_ACCUMULATION_KEY] = np.frombuffer(sums, np.uint8)
@@ -388,7 +392,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         """Keras loading, of what `save_own_variables` saved."""
         keys = list(store.keys())
         super().load_own_variables({key: store[key] for key in keys if key != _ACCUMULATION_KEY})
-        if self._accumulation is not None and self.built:
+        if self._accumulation is not None:
             sums = np.asarray(store[_ACCUMULATION_KEY]) if _ACCUMULATION_KEY in keys else None
             self._accumulation.deserialize(b"" if sums is None else sums.tobytes())
 

@@ -53,7 +53,7 @@ class LAMB(LayerwiseOptimizer):
         (arXiv:1904.00962), Algorithm 2.
     """
 
-    rule_class = rules.LAMB
+    slots = rules.LAMB.slots
 
     def __init__(
         self,

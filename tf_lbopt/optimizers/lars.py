@@ -53,7 +53,7 @@ class LARS(LayerwiseOptimizer):
         (arXiv:1708.03888), Algorithm 1.
     """
 
-    rule_class = rules.LARS
+    slots = rules.LARS.slots
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class LARS(LayerwiseOptimizer):
 
     def slot_names(self) -> tuple[str, ...]:
         """The velocity, unless momentum is 0."""
-        return self.rule_class.slots if self.momentum else ()
+        return self.slots if self.momentum else ()
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

@@ -49,7 +49,7 @@ class SNGM(LargeBatchOptimizer):
         Training" (arXiv:2007.13985), Algorithm 1, eq. 7 and 8.
     """
 
-    rule_class = rules.SNGM
+    slots = rules.SNGM.slots
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SNGM(LargeBatchOptimizer):
 
     def slot_names(self) -> tuple[str, ...]:
         """The momentum buffer, unless momentum is 0."""
-        return self.rule_class.slots if self.momentum else ()
+        return self.slots if self.momentum else ()
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

@@ -1,9 +1,15 @@
 """Adam's moments and direction, as a pure function and in place."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
 import tensorflow as tf
 
 from tf_lbopt import _compat
-from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.rules.momentum import apply_delta
+from tf_lbopt.rules.norms import compute_dtype, scalar
+from tf_lbopt.rules.rule import Layer, Rule, Step, dense
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
 
@@ -83,3 +89,38 @@ def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=Non
         grad=gradient,
     )
     return tf.raw_ops.ReadVariableOp(resource=scratch, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam(Rule):
+    """Adam as `keras.optimizers.Adam` has it, with the decoupled weight decay of its AdamW.
+
+    ``w ← w − η λ w``, then ``w ← w − η √(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε)``: ε is added before the
+    bias correction, which is where Keras and LAMB differ.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("momentum", "velocity")
+
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    weight_decay: float | None = None
+
+    def update(self, layers: Sequence[Layer], step: Step) -> None:
+        """One update; see the class."""
+        for layer in layers:
+            rate = tf.cast(step.learning_rate, layer.dtype)
+            if self.weight_decay and layer.decayed:
+                apply_delta(layer.variable, layer.weights(), -rate * self.weight_decay)
+            index = tf.cast(step.index + 1, layer.dtype)
+            bias_2 = 1.0 - scalar(self.beta_2, layer.dtype) ** index
+            direction = apply_adam_moments(
+                layer.slots["momentum"],
+                layer.slots["velocity"],
+                dense(layer.gradient),
+                index,
+                self.beta_1,
+                self.beta_2,
+                self.epsilon / tf.sqrt(bias_2),
+            )
+            apply_delta(layer.variable, direction, -rate)

@@ -88,7 +88,11 @@ def apply_velocity(
 
 
 def apply_delta(variable, direction, scale) -> None:
-    """``w ← w + scale · direction``, in place."""
+    """``w ← w + scale · direction``, in place; a sparse direction touches its own rows only."""
+    if isinstance(direction, tf.IndexedSlices):
+        rows = direction.values * scalar(scale, direction.values.dtype)
+        variable.scatter_add(tf.IndexedSlices(tf.cast(rows, variable.dtype), direction.indices))
+        return
     if variable.dtype in _FUSED_DTYPES:
         tf.raw_ops.ResourceApplyGradientDescent(
             var=variable.handle, alpha=-scalar(scale, variable.dtype), delta=direction

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import tensorflow as tf
 
+from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
 
 
@@ -18,18 +19,21 @@ class Layer:
         variable: The weights; a rule writes the new ones into it.
         gradient: The mean gradient over the global batch, finite, clipped, of the compute dtype;
             dense, or ``tf.IndexedSlices`` without repeated indices.
-        gradient_norm: Its Euclidean norm.
+        gradient_norm: Its Euclidean norm, or ``None`` where nobody has computed it.
         slots: The rule's state for this variable, by slot name.
         decayed: Whether weight decay applies.
         adapted: Whether layer-wise adaptation (a trust ratio) applies.
+        moments: What the gradients were over the sub-batches, before any clipping; ``None`` if the
+            rule does not declare the statistic ``"variance"``.
     """
 
     variable: tf.Variable
     gradient: Gradient
-    gradient_norm: tf.Tensor
+    gradient_norm: tf.Tensor | None
     slots: Mapping[str, tf.Variable]
     decayed: bool = True
     adapted: bool = True
+    moments: SubBatchMoments | None = None
 
     @property
     def dtype(self) -> tf.DType:
@@ -95,11 +99,14 @@ def coupled_weight_decay(
     Returns:
         A ``(dense gradient, norm)`` pair for each layer.
     """
-    results = [(dense(layer.gradient), layer.gradient_norm) for layer in layers]
-    if not weight_decay:
-        return results
-    decayed = [index for index, layer in enumerate(layers) if layer.decayed]
-    sums = [results[i][0] + weight_decay * layers[i].weights() for i in decayed]
-    for i, total, total_norm in zip(decayed, sums, norms(sums), strict=True):
-        results[i] = (total, total_norm)
-    return results
+    gradients = []
+    gradient_norms = []
+    for layer in layers:
+        decays = weight_decay and layer.decayed
+        gradient = dense(layer.gradient)
+        gradients.append(gradient + weight_decay * layer.weights() if decays else gradient)
+        gradient_norms.append(None if decays else layer.gradient_norm)
+    missing = [index for index, norm in enumerate(gradient_norms) if norm is None]
+    for index, norm in zip(missing, norms([gradients[i] for i in missing]), strict=True):
+        gradient_norms[index] = norm
+    return list(zip(gradients, gradient_norms, strict=True))

@@ -31,3 +31,20 @@ def divide(gradient: Gradient, divisor: tf.Tensor) -> Gradient:
             gradient.values / divisor, gradient.indices, dense_shape=gradient.dense_shape
         )
     return gradient / divisor
+
+
+def rows_at(indices: tf.Tensor, values: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
+    """The rows of a sparse tensor at ``wanted``, which has all of ``indices``; 0 where it has none.
+
+    Args:
+        indices: [n], without repetition.
+        values: [n, ...].
+        wanted: [m], without repetition, a superset of ``indices`` in any order.
+
+    Returns:
+        [m, ...].
+    """
+    wanted = tf.cast(wanted, tf.int64)
+    _, positions = tf.unique(tf.concat([wanted, tf.cast(indices, tf.int64)], 0))
+    size = tf.shape(wanted)[0]
+    return tf.math.unsorted_segment_sum(values, positions[size:], size)

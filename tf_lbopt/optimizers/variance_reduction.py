@@ -1,0 +1,82 @@
+"""What the VRGD optimizers have in common: a transformation in front of a base optimizer."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from tf_lbopt import _validation, rules
+from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.rules.vrgd import GSNR_SLOT
+
+
+class VarianceReduction(LargeBatchOptimizer):
+    """Mix-in, placed before a base optimizer, that weights its mean gradient by r.
+
+    Args:
+        *args: The base's arguments.
+        gamma: γ in (0, 1], the lower bound of r.
+        beta_3: Decay of r's running mean in [0, 1), or `None` for r itself.
+        **kwargs: The base's arguments.
+
+    Raises:
+        ValueError: At the latest when the variables are built, if there is only one sub-batch.
+    """
+
+    statistics = rules.VarianceReduced.statistics
+
+    def __init__(self, *args: Any, gamma: float = 0.1, beta_3: float | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.gamma = _validation.real("gamma", gamma, low=0.0, low_open=True, high=1.0)
+        self.beta_3 = _validation.real(
+            "beta_3", beta_3, low=0.0, high=1.0, high_open=True, optional=True
+        )
+
+    def rule(self) -> rules.Rule:
+        """The base's algorithm behind the weighting."""
+        base = super().rule()  # type: ignore[safe-super]  # the next class in line has one
+        return rules.VarianceReduced(base, gamma=self.gamma, beta_3=self.beta_3)
+
+    def slot_names(self) -> tuple[str, ...]:
+        """The base's slots, and r's running mean if there is one."""
+        return super().slot_names() + (() if self.beta_3 is None else (GSNR_SLOT,))
+
+    def build(self, variables: Any) -> None:
+        """Creates the slots for a list of trainable variables.
+
+        Raises:
+            ValueError: There is only one sub-batch, so that no variance can be estimated.
+        """
+        require_two_sub_batches(self, self._strategy, self.gradient_accumulation_steps)
+        super().build(variables)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        config = {**super().get_config(), "gamma": self.gamma}
+        return config if self.beta_3 is None else {**config, "beta_3": self.beta_3}
+
+
+def require_two_sub_batches(
+    optimizer: Any, strategy: tf.distribute.Strategy, accumulation_steps: int | None
+) -> None:
+    """Raises if the global batch is a single sub-batch.
+
+    Raises:
+        ValueError: It is; the message says what to do.
+    """
+    if strategy.num_replicas_in_sync * (accumulation_steps or 1) < 2:
+        raise ValueError(
+            f"{type(optimizer).__name__} estimates the variance of the gradient over sub-batches, "
+            "one per replica and accumulation micro-step, and needs at least 2. Use a strategy "
+            "with more replicas or set `gradient_accumulation_steps` to 2 or more. Received: "
+            f"1 replica, gradient_accumulation_steps={accumulation_steps}"
+        )
+
+
+GSNR_ARGUMENTS = """gamma: γ in (0, 1], the lower bound of r; 1 switches the weighting off. Defaults
+            to 0.1, which the paper never tunes."""
+
+
+def with_gsnr_arguments(cls: type) -> type:
+    """Class decorator: writes the arguments common to all VRGD optimizers into the docstring."""
+    cls.__doc__ = (cls.__doc__ or "").replace("{gsnr_arguments}", GSNR_ARGUMENTS)
+    return cls

@@ -1,0 +1,62 @@
+"""VRGD: a transformation in front of any rule."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import tensorflow as tf
+
+from tf_lbopt.rules.gsnr import clipped_gsnr, estimable
+from tf_lbopt.rules.norms import Gradient, scalar
+from tf_lbopt.rules.rule import Layer, Rule, Step, dense
+
+GSNR_SLOT = "gsnr"
+
+
+@dataclasses.dataclass(frozen=True)
+class VarianceReduced(Rule):
+    """Multiplies the mean gradient by r (or its running mean p̂) before the base rule sees it.
+
+    ``p ← β₃ p + (1−β₃) r``, ``p̂ = p / (1−β₃ᵗ)`` where ``beta_3`` is given.
+    """
+
+    statistics: ClassVar[tuple[str, ...]] = ("variance",)
+
+    base: Rule
+    gamma: float
+    beta_3: float | None = None
+
+    def update(self, layers: Sequence[Layer], step: Step) -> None:
+        """One update; see the class."""
+        self.base.update([self._reduced(layer, step) for layer in layers], step)
+
+    def _reduced(self, layer: Layer, step: Step) -> Layer:
+        assert layer.moments is not None, "the road provides what `statistics` declares"
+        r = clipped_gsnr(layer.moments, self.gamma)
+        if self.beta_3 is None:
+            gradient = _multiply(layer.gradient, r)
+        else:
+            count = layer.moments.count
+            gradient = dense(layer.gradient) * self._running_mean(layer, r, count, step)
+        return dataclasses.replace(layer, gradient=gradient, gradient_norm=None)
+
+    def _running_mean(self, layer: Layer, r: tf.Tensor, count: tf.Tensor, step: Step) -> tf.Tensor:
+        dtype = layer.dtype
+        if isinstance(layer.gradient, tf.IndexedSlices):
+            # Rows that nobody looked up are dead: r = γ (1 where no variance can be estimated).
+            elsewhere = tf.where(estimable(count), scalar(self.gamma, dtype), 1.0)
+            rows = tf.fill(tf.shape(layer.variable), tf.cast(elsewhere, dtype))
+            r = tf.tensor_scatter_nd_update(rows, layer.gradient.indices[:, None], r)
+        slot = layer.slots[GSNR_SLOT]
+        beta_3 = scalar(self.beta_3, dtype)
+        mean = beta_3 * tf.cast(slot, dtype) + (1 - beta_3) * r
+        slot.assign(tf.cast(mean, slot.dtype))
+        return mean / (1 - beta_3 ** tf.cast(step.index + 1, dtype))
+
+
+def _multiply(gradient: Gradient, factor: tf.Tensor) -> Gradient:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            gradient.values * factor, gradient.indices, dense_shape=gradient.dense_shape
+        )
+    return gradient * factor
