@@ -10,6 +10,7 @@ from tf_lbopt.optimizers import (
     VRLARS,
     VRSGD,
     LossScaleOptimizer,
+    VarianceReduced,
     VRAdam,
     VRMomentum,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "OptimizerInfo",
     "VRAdam",
     "VRMomentum",
+    "VarianceReduced",
     "__version__",
     "callbacks",
     "list_optimizers",

@@ -26,7 +26,12 @@ from official_recipes.common.flag_parsing import (
 from official_recipes.common.image_data import DataFormatError, ImageData
 from official_recipes.quickstart import settings
 from official_recipes.quickstart.data import hold_out_validation
-from official_recipes.quickstart.options import Options, check_optimizer_names, parse_options
+from official_recipes.quickstart.options import (
+    Options,
+    check_optimizer_names,
+    check_replicas,
+    parse_options,
+)
 
 if TYPE_CHECKING:
     from official_recipes.quickstart.training import RunResult, RunSettings, Trainer
@@ -67,9 +72,14 @@ def _run(options: Options) -> None:
     progress_console = Console(stderr=True)
     with progress_console.status("starting TensorFlow"):
         quiet_tensorflow()
-        from official_recipes.quickstart.training import Trainer, known_optimizers
+        from official_recipes.quickstart.training import (
+            Trainer,
+            known_optimizers,
+            optimizers_of_sub_batches,
+        )
 
         check_optimizer_names(options.optimizers, known_optimizers())
+        check_replicas(options, optimizers_of_sub_batches())
         strategy = cpu_strategy(options.replicas)
     with _progress(progress_console) as progress:
         data = _load(options, progress)

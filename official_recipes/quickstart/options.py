@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +170,27 @@ def check_optimizer_names(names: Sequence[str], known: Sequence[str]) -> None:
     if unknown:
         raise FlagValueError(
             "optimizers", f"names among {', '.join(known)}", ", ".join(map(repr, unknown))
+        )
+
+
+def check_replicas(options: Options, of_sub_batches: Collection[str]) -> None:
+    """Checks that optimizers which compare the replicas' gradients have replicas to compare.
+
+    Args:
+        options: The command line.
+        of_sub_batches: Names of all optimizers that need at least two sub-batches. Here a replica
+            has one.
+
+    Raises:
+        FlagValueError: There is one replica.
+    """
+    names = [name for name in options.optimizers if name in of_sub_batches]
+    if names and options.replicas < 2:
+        raise FlagValueError(
+            "replicas",
+            f"at least 2 for --optimizers={','.join(names)}, which compare the gradients of "
+            "different replicas",
+            options.replicas,
         )
 
 

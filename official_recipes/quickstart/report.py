@@ -12,6 +12,8 @@ from rich.table import Table
 from official_recipes.common.files import atomic_write
 from official_recipes.quickstart.training import RunResult
 
+_VARIANCE_REDUCED = "vr_"
+
 
 def result_table(data_name: str, replicas: int, results: list[RunResult]) -> Table:
     """Returns one row per run: optimizer, batch, rate, updates, test accuracy, seconds."""
@@ -71,14 +73,15 @@ def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResul
     figure, axes = plt.subplots(
         2, 2, figsize=(11, 7.5), sharex="col", sharey="row", layout="constrained"
     )
-    for index, result in enumerate(results):
+    looks = _looks(results)
+    for result, (color, linestyle) in zip(results, looks, strict=True):
         epochs = list(range(1, len(result.train_loss) + 1))
         updates = [epoch * result.updates_per_epoch for epoch in epochs]
         style = {
             "label": result.settings.label,
-            "color": f"C{index}",
-            "linestyle": "-" if result.settings.batch_size == _largest_batch(results) else "--",
-            "linewidth": 1.8,
+            "color": color,
+            "linestyle": linestyle,
+            "linewidth": 1.5,
             "marker": "o" if len(epochs) < 10 else None,
             "markersize": 4,
         }
@@ -94,7 +97,9 @@ def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResul
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3
+    )
     figure.suptitle(f"{data_name}, {replicas} CPU replicas: same weights at the start")
     try:
         with atomic_write(path) as temporary:
@@ -103,8 +108,23 @@ def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResul
         plt.close(figure)
 
 
-def _largest_batch(results: list[RunResult]) -> int:
-    return max(result.settings.batch_size for result in results)
+def _looks(results: list[RunResult]) -> list[tuple[str, str]]:
+    """Returns color and line style per run.
+
+    A variance-reduced optimizer is dashed in the color of its base, the small batch dotted black.
+    """
+    largest_batch = max(result.settings.batch_size for result in results)
+    colors: dict[str, str] = {}
+    looks = []
+    for result in results:
+        name = result.settings.optimizer
+        if result.settings.batch_size < largest_batch:
+            looks.append(("black", ":"))
+            continue
+        base = name.removeprefix(_VARIANCE_REDUCED)
+        color = colors.setdefault(base, f"C{len(colors)}")
+        looks.append((color, "-" if base == name else "--"))
+    return looks
 
 
 def _without_nonfinite(value: object) -> object:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 WARMUP_FRACTION = 0.1
 DECAY_POWER = 1.1
 
-DEFAULT_OPTIMIZERS = ("momentum", "lars", "lamb", "sngm")
+DEFAULT_OPTIMIZERS = (
+    "momentum",
+    "vr_momentum",
+    "lars",
+    "vr_lars",
+    "lamb",
+    "vr_lamb",
+    "sngm",
+)
 
 SMALL_BATCH_OPTIMIZER = "momentum"
 
@@ -41,6 +49,11 @@ LEARNING_RATES = {
     "lars": 30.0,
     "lamb": 0.03,
     "sngm": 0.3,
+    "vr_sgd": 1.0,
+    "vr_momentum": 0.3,
+    "vr_adam": 0.003,
+    "vr_lars": 30.0,
+    "vr_lamb": 0.01,
 }
 
 # Where no rate is listed above and the optimizer's constructor has no default either.

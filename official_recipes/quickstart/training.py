@@ -81,6 +81,11 @@ def known_optimizers() -> tuple[str, ...]:
     return (*_STOCK_OPTIMIZERS, *(row.name for row in tf_lbopt.list_optimizers()))
 
 
+def optimizers_of_sub_batches() -> frozenset[str]:
+    """Returns the names of the optimizers that compare the gradients of sub-batches."""
+    return frozenset(row.name for row in tf_lbopt.list_optimizers() if row.statistics)
+
+
 def default_learning_rate(name: str) -> float:
     """Returns the tuned rate of an optimizer, or else its constructor's default."""
     if name in settings.LEARNING_RATES:

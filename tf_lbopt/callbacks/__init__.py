@@ -1,5 +1,6 @@
 """Keras callbacks."""
 
+from tf_lbopt.callbacks.gradient_signal_to_noise import GradientSignalToNoise
 from tf_lbopt.callbacks.skipped_updates import SkippedUpdates
 
-__all__ = ["SkippedUpdates"]
+__all__ = ["GradientSignalToNoise", "SkippedUpdates"]

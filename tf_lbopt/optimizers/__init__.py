@@ -4,6 +4,7 @@ from tf_lbopt.optimizers.lamb import LAMB
 from tf_lbopt.optimizers.lars import LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
 from tf_lbopt.optimizers.sngm import SNGM
+from tf_lbopt.optimizers.variance_reduced import VarianceReduced
 from tf_lbopt.optimizers.vr_adam import VRAdam
 from tf_lbopt.optimizers.vr_layerwise import VRLAMB, VRLARS
 from tf_lbopt.optimizers.vr_sgd import VRSGD, VRMomentum
@@ -18,4 +19,5 @@ __all__ = [
     "LossScaleOptimizer",
     "VRAdam",
     "VRMomentum",
+    "VarianceReduced",
 ]

@@ -245,22 +245,21 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         )
 
     def _apply_on_replica(self, arrival: Arrival) -> None:
-        layers = []
-        for index, gradient, norm, moments in zip(
-            arrival.indices, arrival.gradients, arrival.norms, arrival.moments, strict=True
-        ):
-            variable = self._trainable_variables[index]
-            layers.append(
-                Layer(
-                    variable=tensorflow_variable(variable),
-                    gradient=gradient,
-                    gradient_norm=norm,
-                    slots={name: slots[index].value for name, slots in self._slots.items()},
-                    decayed=self.decays(variable),
-                    adapted=self.adapts(variable),
-                    moments=moments,
-                )
+        layers = [
+            Layer(
+                index=index,
+                variable=tensorflow_variable(self._trainable_variables[index]),
+                gradient=gradient,
+                gradient_norm=norm,
+                slots=self._slots_of(index),
+                decayed=self.decays(self._trainable_variables[index]),
+                adapted=self.adapts(self._trainable_variables[index]),
+                moments=moments,
             )
+            for index, gradient, norm, moments in zip(
+                arrival.indices, arrival.gradients, arrival.norms, arrival.moments, strict=True
+            )
+        ]
         step = Step(arrival.prepared, tf.convert_to_tensor(self._iterations))
         self.rule().update(layers, step)
         for index in arrival.indices:
@@ -272,6 +271,9 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
         if self.use_ema:
             self._average_on_replica()
         self._iterations.value.assign_add(1)
+
+    def _slots_of(self, index: int) -> dict[str, tf.Variable]:
+        return {name: slots[index].value for name, slots in self._slots.items()}
 
     def _discard_on_replica(self) -> None:
         self.skipped_updates.value.assign_add(1)

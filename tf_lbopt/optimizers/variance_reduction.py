@@ -1,11 +1,16 @@
 """What the VRGD optimizers have in common: a transformation in front of a base optimizer."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_lbopt import _validation, rules
+from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.rules.gsnr import SUMMARY, summarize
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 
@@ -30,11 +35,61 @@ class VarianceReduction(LargeBatchOptimizer):
         self.beta_3 = _validation.real(
             "beta_3", beta_3, low=0.0, high=1.0, high_open=True, optional=True
         )
+        self._watch: _Watch | None = None
 
     def rule(self) -> rules.Rule:
         """The base's algorithm behind the weighting."""
-        base = super().rule()  # type: ignore[safe-super]  # the next class in line has one
-        return rules.VarianceReduced(base, gamma=self.gamma, beta_3=self.beta_3)
+        return rules.VarianceReduced(
+            self._base_rule(),
+            gamma=self.gamma,
+            beta_3=self.beta_3,
+            observe=None if self._watch is None else self._watch.observe,
+        )
+
+    def _base_rule(self) -> rules.Rule:
+        return super().rule()  # type: ignore[safe-super]  # the next class in line has one
+
+    # -- looking at GSNR ---------------------------------------------------------------------------
+
+    def watch_gsnr(self, every: int = 1) -> None:
+        """Keeps a summary of every layer's GSNR from the next trace on.
+
+        See `tf_lbopt.callbacks.GradientSignalToNoise`, which calls this.
+
+        Args:
+            every: Updates from one summary to the next.
+
+        Raises:
+            ValueError: The optimizer is not built yet.
+        """
+        if not self.built:
+            raise ValueError("`watch_gsnr` needs a built optimizer: call `build` before.")
+        every = _validation.integer("every", every, low=1)
+        with inside_scope(self._strategy):
+            numbers = tf.Variable(
+                tf.fill([len(self._trainable_variables), len(SUMMARY)], float("nan")),
+                trainable=False,
+                name="gsnr_summaries",
+            )
+        self._watch = _Watch(numbers, every, self.gamma)
+
+    def unwatch_gsnr(self) -> None:
+        """Stops keeping summaries, from the next trace on."""
+        self._watch = None
+
+    def gsnr_summaries(self) -> dict[str, dict[str, float]]:
+        """The latest summaries: for each variable's path the numbers that `SUMMARY` names.
+
+        Layers without a gradient, and updates with fewer than two live sub-batches, have NaN.
+        """
+        if self._watch is None:
+            return {}
+        return {
+            path_of(variable): dict(zip(SUMMARY, map(float, row), strict=True))
+            for variable, row in zip(
+                self._trainable_variables, self._watch.numbers.numpy(), strict=True
+            )
+        }
 
     def slot_names(self) -> tuple[str, ...]:
         """The base's slots, and r's running mean if there is one."""
@@ -53,6 +108,24 @@ class VarianceReduction(LargeBatchOptimizer):
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = {**super().get_config(), "gamma": self.gamma}
         return config if self.beta_3 is None else {**config, "beta_3": self.beta_3}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """Where summaries are kept; apart from the optimizer, so that no checkpoint has them."""
+
+    numbers: tf.Variable
+    every: int
+    gamma: float
+
+    def observe(self, layers: Sequence[rules.Layer], step: rules.Step) -> None:
+        def write() -> tf.Tensor:
+            rows = [summarize(layer.moments, self.gamma) for layer in layers if layer.moments]
+            indices = tf.constant([layer.index for layer in layers if layer.moments])
+            self.numbers.scatter_update(tf.IndexedSlices(tf.stack(rows), indices))
+            return tf.constant(True)
+
+        tf.cond(step.index % self.every == 0, write, lambda: tf.constant(True))
 
 
 def require_two_sub_batches(

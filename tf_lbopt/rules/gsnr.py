@@ -105,3 +105,47 @@ def estimable(count: tf.Tensor) -> tf.Tensor:
 def _positive_or_one(mean: tf.Tensor) -> tf.Tensor:
     # The mean is 0 where no element is resolved, or ḡ = 0 on all that are.
     return tf.where(mean > 0, mean, tf.ones_like(mean))
+
+
+SUMMARY = ("mean", "q05", "q25", "q50", "q75", "q95", "at_gamma", "at_one")
+"""What `summarize` tells of a layer, in this order."""
+
+_SUMMARY_SAMPLE = 1 << 16
+
+
+def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
+    """A few numbers on one layer's GSNR, to be looked at.
+
+    Args:
+        moments: Of one layer.
+        gamma: γ.
+
+    Returns:
+        [8] float32, named by `SUMMARY`: the layer mean of ``ḡ²/σ²`` over the resolved elements;
+        quantiles of the normalized GSNR before the clip (of an evenly spaced sample of 65,536
+        elements of a larger layer); the shares of elements that the clip leaves at γ and at 1. NaN
+        where no variance can be estimated.
+    """
+    ratio, mean = gsnr_and_mean(moments)
+    count = tf.cast(moments.count, ratio.dtype)
+    normalized = tf.reshape(
+        tf.where(tf.math.is_nan(ratio), tf.zeros_like(ratio), ratio / mean), [-1]
+    )
+    size = tf.shape(normalized)[0]
+    stride = tf.maximum(1, -(-size // _SUMMARY_SAMPLE))
+    ordered = tf.sort(normalized[::stride])
+    last = tf.cast(tf.shape(ordered)[0] - 1, tf.float32)
+    positions = tf.cast(tf.round(tf.constant([0.05, 0.25, 0.5, 0.75, 0.95]) * last), tf.int32)
+    shares = [
+        tf.reduce_mean(tf.cast(clipped, tf.float32))
+        for clipped in (normalized <= gamma, normalized >= 1)
+    ]
+    numbers = tf.concat(
+        [
+            [tf.cast(mean / tf.square(count), tf.float32)],
+            tf.cast(tf.gather(ordered, positions), tf.float32),
+            shares,
+        ],
+        0,
+    )
+    return tf.where(estimable(moments.count) & (size > 0), numbers, tf.fill([8], float("nan")))

@@ -16,6 +16,7 @@ class Layer:
     """One trainable variable, as a rule sees it on one replica.
 
     Attributes:
+        index: The number of the variable, as the optimizer counts them.
         variable: The weights; a rule writes the new ones into it.
         gradient: The mean gradient over the global batch, finite, clipped, of the compute dtype;
             dense, or ``tf.IndexedSlices`` without repeated indices.
@@ -27,6 +28,7 @@ class Layer:
             rule does not declare the statistic ``"variance"``.
     """
 
+    index: int
     variable: tf.Variable
     gradient: Gradient
     gradient_norm: tf.Tensor | None

@@ -1,7 +1,7 @@
 """VRGD: a transformation in front of any rule."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import tensorflow as tf
@@ -17,7 +17,8 @@ GSNR_SLOT = "gsnr"
 class VarianceReduced(Rule):
     """Multiplies the mean gradient by r (or its running mean p̂) before the base rule sees it.
 
-    ``p ← β₃ p + (1−β₃) r``, ``p̂ = p / (1−β₃ᵗ)`` where ``beta_3`` is given.
+    ``p ← β₃ p + (1−β₃) r``, ``p̂ = p / (1−β₃ᵗ)`` where ``beta_3`` is given. ``observe`` is shown the
+    layers as they arrive.
     """
 
     statistics: ClassVar[tuple[str, ...]] = ("variance",)
@@ -25,9 +26,12 @@ class VarianceReduced(Rule):
     base: Rule
     gamma: float
     beta_3: float | None = None
+    observe: Callable[[Sequence[Layer], Step], None] | None = None
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
+        if self.observe is not None:
+            self.observe(layers, step)
         self.base.update([self._reduced(layer, step) for layer in layers], step)
 
     def _reduced(self, layer: Layer, step: Step) -> Layer:

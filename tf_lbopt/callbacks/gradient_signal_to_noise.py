@@ -1,0 +1,96 @@
+"""Looking at VRGD's signal-to-noise ratios."""
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _validation
+from tf_lbopt.optimizers.variance_reduction import VarianceReduction
+
+
+class GradientSignalToNoise(keras.callbacks.Callback):
+    """Logs every layer's gradient signal-to-noise ratio under a VRGD optimizer.
+
+    For each trainable variable, at the end of every epoch, from the latest summary:
+
+    - ``mean``: the layer mean of the GSNR ``ḡ²/σ²`` itself;
+    - ``q05 … q95``: quantiles of the normalized GSNR (layer mean 1), before the clip;
+    - ``at_gamma``, ``at_one``: the shares of elements that the clip leaves at γ and at 1.
+
+    They go into `fit`'s logs as ``gsnr/<path>/<number>`` (and so into the history, CSV files and
+    Keras's own TensorBoard callback, if that comes later in the list), and to TensorBoard directly
+    if `log_dir` is given. Without the callback nothing of it is computed: attaching and detaching
+    it makes `fit` trace the training step anew.
+
+    Args:
+        every: Updates from one summary to the next, ≥ 1. A summary sorts a sample of each layer.
+            Defaults to 10.
+        log_dir: Folder for TensorBoard's event files, or `None`.
+
+    Raises:
+        ValueError: When training begins, if the model's optimizer is no VRGD optimizer.
+
+    Example:
+        >>> import tf_lbopt
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="top")])
+        >>> optimizer = tf_lbopt.VRSGD(0.01, gradient_accumulation_steps=2)
+        >>> model.compile(optimizer=optimizer, loss="mse")
+        >>> x, y = keras.random.normal([8, 2], seed=0), keras.ops.ones([8, 1])
+        >>> history = model.fit(x, y, batch_size=2, verbose=0, callbacks=[GradientSignalToNoise()])
+        >>> names = [name for name in history.history if name.endswith("top/kernel/mean")]
+        >>> len(names), history.history[names[0]][0] > 0
+        (1, True)
+    """
+
+    def __init__(self, every: int = 10, log_dir: str | None = None):
+        super().__init__()
+        self.every = _validation.integer("every", every, low=1)
+        self.log_dir = log_dir
+        self._writer: Any = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Makes the optimizer keep summaries."""
+        optimizer = self._optimizer()
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
+        optimizer.watch_gsnr(self.every)
+        self.model.make_train_function(force=True)
+        if self.log_dir is not None:
+            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the latest summaries."""
+        numbers = {
+            f"gsnr/{path}/{name}": value
+            for path, summary in self._optimizer().gsnr_summaries().items()
+            for name, value in summary.items()
+        }
+        if logs is not None:
+            logs.update(numbers)
+        if self._writer is not None:
+            with self._writer.as_default(step=epoch):
+                for name, value in numbers.items():
+                    if math.isfinite(value):
+                        tf.summary.scalar(name, value)
+                self._writer.flush()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Makes it stop."""
+        self._optimizer().unwatch_gsnr()
+        self.model.make_train_function(force=True)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _optimizer(self) -> VarianceReduction:
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        if not isinstance(optimizer, VarianceReduction):
+            raise ValueError(
+                "GradientSignalToNoise needs a VRGD optimizer (VRSGD, VRMomentum, VRAdam, VRLARS, "
+                f"VRLAMB or VarianceReduced). Received: {type(self.model.optimizer).__name__}"
+            )
+        return optimizer

@@ -1,0 +1,198 @@
+"""VRGD in front of any Keras optimizer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _compat, rules
+from tf_lbopt.distribution.replicas import inside_scope
+from tf_lbopt.distribution.road import Arrival
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
+from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
+
+# What belongs to the road and not to the algorithm is given to the wrapper, once.
+_OURS = (
+    "gradient_accumulation_steps",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "loss_scale_factor",
+)
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+@with_gsnr_arguments
+class VarianceReduced(VarianceReduction):
+    """VRGD in front of any optimizer: every element weighted by its signal-to-noise ratio.
+
+    The inner optimizer sees r ḡ (or p̂ ḡ with `beta_3`) instead of the mean gradient ḡ, with r as in
+    `VRSGD`. Around SGD, Adam, `LARS` and `LAMB` it equals the classes of their names (weight decay
+    is the inner optimizer's own: in Keras's classes it is decoupled).
+
+    Learning rate, schedule and weight decay are the inner optimizer's; accumulation, clipping, the
+    average of the weights and the loss scale are given here.
+
+    Args:
+        inner_optimizer: A Keras optimizer, stock or of this package, not yet built.
+        {gsnr_arguments}
+        beta_3: Decay of r's running mean p in [0, 1) (0.9 in VRAdam and VRLAMB), or `None` for r
+            itself. Defaults to `None`.
+        {common_arguments}
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the inner
+            optimizer scales the loss, is made of several, reduces variance itself, or has one of
+            the settings that belong here; one replica without accumulation.
+
+    Example:
+        >>> w = keras.Variable([0.0, 0.0])
+        >>> optimizer = VarianceReduced(keras.optimizers.SGD(1.0), gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [-2.0, -0.1176]
+
+    References:
+        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
+    """
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        gamma: float = 0.1,
+        beta_3: float | None = None,
+        **kwargs: Any,
+    ):
+        _check_inner(inner_optimizer)
+        for argument in ("learning_rate", "weight_decay", "exclude_from_weight_decay"):
+            if kwargs.pop(argument, None) is not None:
+                raise ValueError(
+                    f"`{argument}` must be set on the `inner_optimizer`. "
+                    f"Received it on {type(self).__name__}"
+                )
+        super().__init__(0.0, gamma=gamma, beta_3=beta_3, **kwargs)
+        self.inner_optimizer = inner_optimizer
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's current learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Its own variables and the inner optimizer's."""
+        return self._variables + self.inner_optimizer.variables
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Builds this and the inner optimizer for a list of trainable variables.
+
+        Raises:
+            ValueError: There is only one sub-batch, so that no variance can be estimated.
+        """
+        if self.built:
+            return
+        super().build(variables)
+        with inside_scope(self._strategy):
+            self.inner_optimizer.build(list(variables))
+
+    def _base_rule(self) -> rules.Rule:
+        inner = self.inner_optimizer
+        return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(self)
+
+    def _slots_of(self, index: int) -> dict[str, tf.Variable]:
+        slots = super()._slots_of(index)
+        if isinstance(self.inner_optimizer, LargeBatchOptimizer):
+            slots |= self.inner_optimizer._slots_of(index)
+        return slots
+
+    def decays(self, variable: Any) -> bool:
+        """Whether the inner optimizer, if one of this package, decays a variable."""
+        inner = self.inner_optimizer
+        return not isinstance(inner, LargeBatchOptimizer) or inner.decays(variable)
+
+    def adapts(self, variable: Any) -> bool:
+        """Whether the inner optimizer, if one of this package, adapts a variable's rate."""
+        inner = self.inner_optimizer
+        return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Excludes variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def _apply_on_replica(self, arrival: Arrival) -> None:
+        super()._apply_on_replica(arrival)
+        tensorflow_variable(self.inner_optimizer._iterations).assign_add(1)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        config = super().get_config()
+        for key in ("learning_rate", "weight_decay", "exclude_from_weight_decay"):
+            del config[key]
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        return {"inner_optimizer": inner, **config}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "VarianceReduced":
+        """The optimizer that `get_config` describes."""
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stock(rules.Rule):
+    """A stock Keras optimizer as a rule: its slots and its rate are its own."""
+
+    wrapper: VarianceReduced
+
+    def update(self, layers: Sequence[rules.Layer], step: rules.Step) -> None:
+        del step
+        variables = [self.wrapper._trainable_variables[layer.index] for layer in layers]
+        gradients = [layer.gradient for layer in layers]
+        _compat.keras_update(self.wrapper.inner_optimizer, gradients, variables)
+
+
+def _check_inner(inner: Any) -> None:
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`inner_optimizer` must be a keras.optimizers.Optimizer. "
+            f"Received: inner_optimizer={inner!r}"
+        )
+    received = f"Received: {type(inner).__name__}"
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "`inner_optimizer` must not scale the loss: put tf_lbopt.LossScaleOptimizer around "
+            f"VarianceReduced instead. {received}"
+        )
+    if isinstance(inner, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "`inner_optimizer` must be one optimizer, not several, which share out the variables "
+            f"in a way of their own. {received}"
+        )
+    if getattr(inner, "statistics", ()):
+        raise ValueError(
+            "`inner_optimizer` must not look at sub-batches itself: it sees one gradient. "
+            f"{received}"
+        )
+    if inner.built:
+        raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")
+    for name in _OURS:
+        if getattr(inner, name, None):
+            raise ValueError(
+                f"`{name}` must be given to VarianceReduced and not to its `inner_optimizer`. "
+                f"{received} with {name}={getattr(inner, name)!r}"
+            )
