@@ -44,10 +44,15 @@ class Contender:
         return optimizer
 
     def apply(
-        self, optimizer: Any, gradients: Sequence[tf.Tensor], variables: Sequence[Any]
+        self, optimizer: Any, gradient_sets: Sequence[Sequence[tf.Tensor]], variables: Sequence[Any]
     ) -> None:
-        """One update, in a replica context."""
-        for _ in range(self.micro_steps):
+        """One update, in a replica context: another gradient in each micro-step and replica."""
+        context = tf.distribute.get_replica_context()
+        replica = int(tf.get_static_value(context.replica_id_in_sync_group) or 0)
+        for micro_step in range(self.micro_steps):
+            own = gradient_sets[(replica + micro_step) % len(gradient_sets)]
+            # tf.distribute takes one tensor on all replicas for one value, not for one per replica.
+            gradients = [tf.identity(gradient) for gradient in own]
             if self.legacy:
                 optimizer.apply_gradients(
                     [(g, v.value) for g, v in zip(gradients, variables, strict=True)]
@@ -68,33 +73,59 @@ def contenders(weight_decay: float, replicas: int) -> tuple[list[Contender], lis
         )
         for info in tf_lbopt.list_optimizers()
     ]
+    # What those stand on, with as many micro-steps, for a fair comparison.
+    bases = [
+        dataclasses.replace(contender, name=f"{contender.name}_2_micro_steps", micro_steps=2)
+        for contender in ours
+        if contender.name in ("lars", "lamb") and replicas == 1
+    ]
     from_keras = [
         Contender(f"keras_{cls.__name__.lower()}", _creator(cls, weight_decay=weight_decay or None))
         for cls in (keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.Lamb)
     ]
     from_models, skipped = _tf_models(weight_decay)
-    return [*ours, *from_keras, *from_models], skipped
+    return [*ours, *bases, *from_keras, *from_models], skipped
 
 
 def update_function(
     contender: Contender,
     optimizer: Any,
     variables: Sequence[Any],
-    gradients: Sequence[tf.Tensor],
+    gradient_sets: Sequence[Sequence[tf.Tensor]],
     strategy: tf.distribute.Strategy,
 ) -> Any:
     """One whole update on all replicas as one concrete function."""
 
     def on_replica() -> None:
-        # tf.distribute takes one tensor on all replicas for one value, not for one per replica.
-        own_gradients = [tf.identity(gradient) for gradient in gradients]
-        contender.apply(optimizer, own_gradients, variables)
+        contender.apply(optimizer, gradient_sets, variables)
 
     @tf.function(autograph=False)
     def update() -> None:
         strategy.run(on_replica)
 
     return update.get_concrete_function()
+
+
+def weighting_function(gradient_sets: Sequence[Sequence[tf.Tensor]]) -> Any:
+    """The step of VRGD from sub-batch statistics to r ḡ, for all layers, as a concrete function."""
+    from tf_lbopt.rules.gsnr import SubBatchMoments, clipped_gsnr
+
+    # As of eight sub-batches; of two, the ratio of mean and variance has no mean itself.
+    means = gradient_sets[0]
+    deviations = [
+        1e-6 * tf.random.stateless_gamma(mean.shape, [0, index], alpha=3.5)
+        for index, mean in enumerate(means)
+    ]
+
+    @tf.function(autograph=False)
+    def weight() -> list[tf.Tensor]:
+        moments = [
+            SubBatchMoments(mean, deviation, tf.constant(8.0), tf.constant(1.0))
+            for mean, deviation in zip(means, deviations, strict=True)
+        ]
+        return [mean * clipped_gsnr(m, 0.1) for mean, m in zip(means, moments, strict=True)]
+
+    return weight.get_concrete_function()
 
 
 def slots_per_parameter(optimizer: Any, shapes: Sequence[Shape]) -> float:
@@ -112,16 +143,17 @@ def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -
     """
     if contender.legacy:
         return None
-    without, accumulating = contender.create(), contender.create(gradient_accumulation_steps=2)
-    for optimizer in (without, accumulating):
-        optimizer.build(variables)
+    accumulating = contender.create(gradient_accumulation_steps=2)
+    accumulating.build(variables)
     # Ours are no part of `variables` (they differ between replicas and are saved another way) and
     # appear with the first gradients.
     own = getattr(accumulating, "_accumulation", None)
     if own is not None:
         accumulating.apply([tf.ones(v.shape) for v in variables], variables)
-    added = _state_like([*accumulating.variables, *(own.variables() if own else ())], tiny())
-    return added - _state_like(without.variables, tiny())
+        return _state_like(own.variables(), tiny())
+    without = contender.create()
+    without.build(variables)
+    return _state_like(accumulating.variables, tiny()) - _state_like(without.variables, tiny())
 
 
 def collective_reductions(update: Any, replicas: int) -> float:

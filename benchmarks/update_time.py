@@ -52,6 +52,7 @@ SUMMARY = (
 )
 _COPY = "memory copy"
 _LAMB = "keras_lamb"
+_WEIGHTING = "weighting"
 _DISTRIBUTIONS = ("tensorflow", "keras", "numpy", "tf-lbopt", "tf_keras", "tf-models-official")
 
 
@@ -106,6 +107,8 @@ class Comparison:
     copy: Timing
     bytes_per_ms: float
     momentum_floor_ms: float
+    weighting: Timing | None
+    weighting_floor_ms: float
     rows: list[Row]
     resident_bytes_after_warmup: int | None
     resident_bytes_at_end: int | None
@@ -254,6 +257,8 @@ def _run(options: Options) -> None:
     for model in options.shapes:
         comparisons.append(_compare(model, chosen, strategy, options, progress_console))
         console.print(_table(comparisons[-1], options))
+        if comparisons[-1].weighting is not None:
+            console.print(_weighting_line(comparisons[-1]))
         console.print(_memory_line(comparisons[-1]))
         gc.collect()  # the graphs hold cycles, and with them the slots
     if options.output is not None:
@@ -291,20 +296,22 @@ def _compare(
             progress.advance(task)
 
         with strategy.scope():
-            variables, gradients = _variables_and_gradients(shapes)
+            variables, gradient_sets = _variables_and_gradients(shapes)
             small_variables, _ = _variables_and_gradients(MODELS["tiny"]())
             optimizers, updates = {}, {}
             for contender in chosen:
                 optimizer = contender.optimizer(variables)
                 optimizers[contender.name] = optimizer
                 updates[contender.name] = contending.update_function(
-                    contender, optimizer, variables, gradients, strategy
+                    contender, optimizer, variables, gradient_sets, strategy
                 )
                 tick()
             accumulators = {
                 c.name: contending.accumulators_per_parameter(c, small_variables) for c in chosen
             }
         tasks: dict[str, Callable[[], object]] = {_COPY: MemoryCopy(), **updates}
+        if any(name.startswith("vr_") for name in updates):
+            tasks[_WEIGHTING] = contending.weighting_function(gradient_sets)
         progress.update(task, description=f"{model}: warming up")
         interleaved(tasks, options.warmup, tick)
         resident_before = resident_bytes()
@@ -349,6 +356,9 @@ def _compare(
         copy=timings[_COPY],
         bytes_per_ms=bytes_per_ms,
         momentum_floor_ms=floor_ms(1),
+        weighting=timings.get(_WEIGHTING),
+        # ḡ and σ² are read, r ḡ is written, once (on one replica).
+        weighting_floor_ms=12 * count(shapes) / bytes_per_ms,
         rows=rows,
         resident_bytes_after_warmup=resident_before,
         resident_bytes_at_end=resident_after,
@@ -356,7 +366,9 @@ def _compare(
     )
 
 
-def _variables_and_gradients(shapes: Sequence[Shape]) -> tuple[list[Any], list[tf.Tensor]]:
+def _variables_and_gradients(
+    shapes: Sequence[Shape],
+) -> tuple[list[Any], list[list[tf.Tensor]]]:
     import keras
     import numpy as np
     import tensorflow as tf
@@ -367,7 +379,10 @@ def _variables_and_gradients(shapes: Sequence[Shape]) -> tuple[list[Any], list[t
         return generator.standard_normal(shape, np.float32)
 
     variables = [keras.Variable(0.05 * normal(shape)) for shape in shapes]
-    return variables, [tf.constant(1e-3 * normal(shape)) for shape in shapes]
+    means = [1e-3 * normal(shape) for shape in shapes]
+    return variables, [
+        [tf.constant(mean + 1e-3 * normal(mean.shape)) for mean in means] for _ in range(2)
+    ]
 
 
 def _progress(console: Console) -> Progress:
@@ -422,6 +437,16 @@ def _table(comparison: Comparison, options: Options) -> Table:
     return table
 
 
+def _weighting_line(comparison: Comparison) -> str:
+    timing = comparison.weighting
+    assert timing is not None
+    times = timing.median / comparison.weighting_floor_ms
+    return (
+        f"VRGD's step from sub-batch statistics to r ḡ: {timing.median:.1f} ms "
+        f"({timing.p10:.1f}–{timing.p90:.1f}), {times:.1f} × its memory floor"
+    )
+
+
 def _memory_line(comparison: Comparison) -> str:
     before, after = comparison.resident_bytes_after_warmup, comparison.resident_bytes_at_end
     peak = f"peak resident memory {comparison.peak_resident_bytes / 2**30:.2f} GiB"
@@ -465,6 +490,8 @@ def _record(
                     "all_ms": c.copy.times,
                 },
                 "momentum_floor_ms": c.momentum_floor_ms,
+                "weighting_floor_ms": c.weighting_floor_ms,
+                "weighting_median_ms": None if c.weighting is None else c.weighting.median,
                 "optimizers": [asdict(row) for row in c.rows],
                 "resident_bytes": {
                     "after_warmup": c.resident_bytes_after_warmup,

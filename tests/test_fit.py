@@ -221,12 +221,13 @@ def test_converges_on_a_parabola(case):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_converges_on_rosenbrock(case):
-    rate = {"sngm": 0.01, "vr_sgd": 5e-4, "vr_momentum": 5e-4}.get(case.name, 0.05)
+    rate = {"sngm": 0.01, "vr_sgd": 2e-3, "vr_momentum": 5e-4}.get(case.name, 0.05)
 
     def loss(w):
         return (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2
 
-    assert _minimize(case, loss, [-1.0, 1.5], 3000, rate) < 1e-2
+    updates = 6000 if case.name == "vr_sgd" else 3000  # without momentum the valley is long
+    assert _minimize(case, loss, [-1.0, 1.5], updates, rate) < 1e-2
 
 
 @settings(max_examples=25, deadline=None)

@@ -108,12 +108,28 @@ def test_unknown_optimizer(tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_one_replica_has_no_sub_batches_to_compare(tmp_path, capsys):
+    from official_recipes.quickstart.__main__ import main
+
+    names = "--optimizers=sngm,vr_lars,vr_sgd"
+    code = main(["quickstart", "--replicas=1", names, f"--output_dir={tmp_path}"])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith(
+        "--replicas: expected at least 2 for --optimizers=vr_lars,vr_sgd"
+    )
+    assert captured.err.endswith("received 1\n")
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_end_to_end(tmp_path):
     code, output, errors = finish(
         start(
             "--replicas=2",
             "--epochs=2",
-            "--optimizers=momentum,sngm",
+            "--optimizers=momentum,vr_momentum,sngm",
             "--batch_size=256",
             "--small_batch_size=64",
             f"--output_dir={tmp_path}",
@@ -138,6 +154,7 @@ def test_end_to_end(tmp_path):
     assert [(run["optimizer"], run["batch_size"], run["updates"]) for run in runs] == [
         ("momentum", 64, 44),
         ("momentum", 256, 10),
+        ("vr_momentum", 256, 10),
         ("sngm", 256, 10),
     ]
     for run in runs:

@@ -146,7 +146,7 @@ def test_tiny_and_huge_gradients(case, scale):
     scaled = [[[g * np.float32(scale) for g in ls] for ls in update] for update in gradients]
     has_second_moment = "velocity" in case.cls.slots
     arguments = {"weight_decay": None, **({"epsilon": 0.0} if has_second_moment else {})}
-    if not 1e-15 < scale < 1e15 and (has_second_moment or case.cls.statistics):
+    if not 1e-11 < scale < 1e15 and (has_second_moment or case.cls.statistics):
         pytest.skip("second moments and variances themselves are no float32 numbers here")
     run = Run(case, replicas=2, **arguments).updates(scaled)
     expected = reference(case.name, initial_weights(), scaled, **{**case.arguments, **arguments})

@@ -79,7 +79,9 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_boolean(
         "baseline", True, "Run the small-batch momentum SGD baseline first.", flag_values=values
     )
-    define_integer(values, "replicas", 4, "Logical CPU devices, one replica each.")
+    define_integer(
+        values, "replicas", 4, "Logical CPU devices, one replica each; vr_ optimizers need two."
+    )
     per_data = ", ".join(f"{d.epochs} on {kind}" for kind, d in DATA_DEFAULTS.items())
     define_integer(values, "epochs", None, f"Passes over the data [default: {per_data}].")
     define_positive_float(
@@ -112,7 +114,7 @@ def define_flags() -> flags.FlagValues:
         "tune",
         False,
         "Search for learning rates on a validation part of the training split instead; prints "
-        "and writes tuning.json. Takes about 25 times as long as one run.",
+        "and writes tuning.json. Takes about ten times as long as the comparison.",
         flag_values=values,
     )
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)

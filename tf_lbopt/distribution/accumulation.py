@@ -68,6 +68,7 @@ class Accumulation(tf.train.experimental.PythonState):
                         compute_dtype(variable.dtype),
                         self.with_variance,
                         self._variable,
+                        self._strategy.num_replicas_in_sync,
                     )
             if self._pending is not None:
                 self.deserialize(self._pending)
@@ -97,12 +98,12 @@ class Accumulation(tf.train.experimental.PythonState):
     def read(
         self, indices: Sequence[int]
     ) -> tuple[list[Gradient], list[tf.Tensor | None], tf.Tensor]:
-        """This replica's sums, variances (or ``None``) and number of live micro-steps."""
+        """This replica's sums, squared deviations (or ``None``) and number of live micro-steps."""
         # `read_value` and not a conversion: its result bears the replica's device, without which
         # the reduction does not pack it with the others.
         count = self.live.read_value()
         pairs = [self.accumulators[index].read(count) for index in indices]
-        return [total for total, _ in pairs], [variance for _, variance in pairs], count
+        return [total for total, _ in pairs], [deviations for _, deviations in pairs], count
 
     def clear(self) -> None:
         """Empties this replica's accumulators."""

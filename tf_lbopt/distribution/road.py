@@ -23,7 +23,7 @@ from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_rep
 from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.statistics.accumulators import any_nonzero, deviation_from_mean
+from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, share_of_deviations
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
 
@@ -178,7 +178,7 @@ class _Journey:
     def _own_moments(
         self, local: list[Gradient] | None
     ) -> tuple[list[Gradient], list[tf.Tensor | None], tf.Tensor]:
-        """This replica's sums, variances and number of live micro-steps.
+        """This replica's sums, squared deviations and number of live micro-steps.
 
         Without accumulation these are the gradients themselves; with it, those accumulated.
         """
@@ -192,40 +192,35 @@ class _Journey:
     ) -> tuple[list[Any], list[Any], Any]:
         size = len(self.indices)
 
-        def read(*local: list[Gradient]) -> list[Any]:
-            sums, variances, count = self._own_moments(*(local or (None,)))
-            return [*sums, count, *(v for v in variances if v is not None)]
+        def read(local: list[Gradient] | None) -> list[Any]:
+            sums, deviations, live = self._own_moments(local)
+            return [*sums, live, *(d for d in deviations if d is not None)]
 
-        own = bundle(
-            on_each_replica(
-                strategy, self.anchor, read, *(() if gradients is None else (gradients,))
-            )
-        )
-        sums, count, variances = own[:size], own[size], own[size + 1 :]
-        reduced = sum_over_replicas(strategy, [*sums, count], [*self.variables, self.anchor])
-        all_sums, all_count = reduced[:size], reduced[size]
+        own = bundle(on_each_replica(strategy, self.anchor, read, gradients))
+        sums, own_live, own_deviations = own[:size], own[size], own[size + 1 :]
+        reduced = sum_over_replicas(strategy, [*sums, own_live], [*self.variables, self.anchor])
+        totals, live = reduced[:size], reduced[size]
 
-        def deviations(*local: Any) -> list[tf.Tensor]:
-            own_sums, own_count, own_variances, totals, total_count = local
+        def shares(*local: Any) -> list[tf.Tensor]:
+            own_sums, own_live, own_deviations, totals, live = local
             return [
-                deviation_from_mean(
-                    own_sum,
-                    own_variance,
-                    own_count,
+                share_of_deviations(
+                    OwnMoments(own_sum, own_deviation, own_live),
                     merge_repeated_indices(total),
-                    total_count,
+                    live,
+                    strategy.num_replicas_in_sync,
                 )
-                for own_sum, own_variance, total in zip(
-                    own_sums, own_variances or [None] * size, totals, strict=True
+                for own_sum, own_deviation, total in zip(
+                    own_sums, own_deviations or [None] * size, totals, strict=True
                 )
             ]
 
         parts = bundle(
             on_each_replica(
-                strategy, self.anchor, deviations, sums, count, variances, all_sums, all_count
+                strategy, self.anchor, shares, sums, own_live, own_deviations, totals, live
             )
         )
-        return all_sums, sum_over_replicas(strategy, parts, self.variables), all_count
+        return totals, sum_over_replicas(strategy, parts, self.variables), live
 
     # -- on each replica ---------------------------------------------------------------------------
 
@@ -233,8 +228,8 @@ class _Journey:
         self,
         prepared: Any,
         sums: list[Gradient],
-        variances: list[tf.Tensor] | None = None,
-        count: tf.Tensor | None = None,
+        deviations: list[tf.Tensor] | None = None,
+        live: tf.Tensor | None = None,
     ) -> list[tf.Tensor]:
         destination, accumulation = self.destination, self.accumulation
         sums = [merge_repeated_indices(total) for total in sums]
@@ -247,10 +242,10 @@ class _Journey:
                 means, mean_norms, **dataclasses.asdict(self.clip)
             )
             moments: list[SubBatchMoments | None] = [None] * len(sums)
-            if variances is not None:
+            if deviations is not None and live is not None:
                 moments = [
-                    SubBatchMoments(total, variance, count)
-                    for total, variance in zip(sums, variances, strict=True)
+                    SubBatchMoments(mean, deviation, live, self._mean_factor(live))
+                    for mean, deviation in zip(means, deviations, strict=True)
                 ]
             destination.apply(
                 Arrival(
@@ -278,16 +273,31 @@ class _Journey:
         self, sums: list[Gradient], sum_norms: list[tf.Tensor]
     ) -> tuple[list[Gradient], list[tf.Tensor]]:
         """The mean gradient of the loss itself: without the loss scale, over all micro-steps."""
-        loss_scale, accumulation = self.destination.loss_scale, self.accumulation
-        if loss_scale is None and accumulation is None:
+        divisor = self._divisor()
+        if divisor is None:
             return sums, sum_norms
-        divisor = tf.ones([]) if loss_scale is None else loss_scale()
-        if accumulation is not None:
-            divisor *= tf.cast(accumulation.steps, divisor.dtype)
         return (
             [divide(total, divisor) for total in sums],
             [n / tf.cast(divisor, n.dtype) for n in sum_norms],
         )
+
+    def _divisor(self) -> tf.Tensor | None:
+        loss_scale, accumulation = self.destination.loss_scale, self.accumulation
+        if accumulation is None:
+            return None if loss_scale is None else loss_scale()
+        steps = tf.cast(accumulation.steps, tf.float32)
+        return steps if loss_scale is None else steps * loss_scale()
+
+    def _mean_factor(self, live: tf.Tensor) -> tf.Tensor:
+        """From the mean gradient to that of the live sub-batches, in the units of the deviations.
+
+        Those still contain the loss scale; and the mean that makes the update counts a sub-batch
+        without gradients as zero, the mean from which they deviate leaves it out.
+        """
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        divisor = self._divisor()
+        factor = replicas * tf.math.reciprocal_no_nan(live)
+        return factor if divisor is None else factor * divisor
 
 
 def _to_dtype(gradient: Gradient, dtype: tf.DType) -> Gradient:

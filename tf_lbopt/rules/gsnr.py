@@ -14,37 +14,41 @@ _LARGE = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class SubBatchMoments:
-    """What one layer's gradients were over the sub-batches, up to a common factor.
+    """What one layer's gradients were over the sub-batches.
 
     Attributes:
-        total: Σ_d g_d over the live sub-batches; dense, or ``tf.IndexedSlices`` without repeated
-            indices.
-        variance: (1/k) Σ_d (g_d − ḡ)², biased; of the shape of ``total`` (of its values).
-        count: k, how many sub-batches were live, a float scalar.
+        mean: The mean gradient, unclipped; dense, or ``tf.IndexedSlices`` without repeated indices.
+        deviations: k σ² = Σ_d (g_d − ḡ)², of the shape of ``mean`` (of its values).
+        live: k, how many sub-batches had a gradient at all, a float scalar.
+        factor: What ``mean`` must be multiplied by to be the mean of those k in the units of
+            ``deviations``, a float scalar.
     """
 
-    total: Gradient
-    variance: tf.Tensor
-    count: tf.Tensor
+    mean: Gradient
+    deviations: tf.Tensor
+    live: tf.Tensor
+    factor: tf.Tensor
 
-    def values(self) -> tf.Tensor:
-        """`total` as one tensor of the shape of `variance`."""
-        return self.total.values if isinstance(self.total, tf.IndexedSlices) else self.total
+    def ratio(self) -> tf.Tensor:
+        """GSNR but for a common factor: NaN where dead, infinite where all sub-batches agree."""
+        mean = self.mean.values if isinstance(self.mean, tf.IndexedSlices) else self.mean
+        return tf.square(mean) / self.deviations
+
+    def scale(self, dtype: tf.DType) -> tf.Tensor:
+        """That factor: GSNR over `ratio`."""
+        return tf.cast(self.live * tf.square(self.factor), dtype)
 
 
-def gsnr_and_mean(moments: SubBatchMoments) -> tuple[tf.Tensor, tf.Tensor]:
-    """``k² ḡ²/σ²`` element by element, and its layer mean over the resolved elements.
+def gsnr(moments: SubBatchMoments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """GSNR ``ḡ²/σ²`` but for a common factor, its layer mean, and that factor.
 
-    The common factor k² cancels in their quotient, the normalized GSNR. Live elements on which all
-    sub-batches agree are at ``inf`` (or above every resolved one), dead ones at 0.
+    The mean is over the resolved elements; the factor cancels in their quotient, the normalized
+    GSNR. Live elements on which all sub-batches agree are infinite (or above every resolved one),
+    dead ones NaN.
     """
-    total, variance, count = moments.values(), moments.variance, moments.count
-    ratio = tf.math.xdivy(tf.square(total), variance)
-    limit = _RESOLVED_BELOW * tf.square(tf.cast(count, ratio.dtype))
-    resolved = (variance > 0) & (ratio < limit)
-    ratio_sum = tf.reduce_sum(tf.where(resolved, ratio, tf.zeros_like(ratio)))
-    number = tf.math.count_nonzero(resolved, dtype=ratio.dtype)
-    return ratio, _positive_or_one(tf.math.divide_no_nan(ratio_sum, number))
+    ratio = moments.ratio()
+    scale = moments.scale(ratio.dtype)
+    return ratio, _mean_of_resolved(ratio, _RESOLVED_BELOW / scale), scale
 
 
 def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
@@ -52,14 +56,14 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
 
     ``r = ḡ²/σ²``, divided by its mean over the layer's resolved elements, clipped. Where the paper
     leaves 0/0 or x/0: live elements on which all sub-batches agree have r = 1, dead ones r = γ.
-    With fewer than two live sub-batches r = 1 everywhere.
+    With a single live sub-batch r = 1 everywhere.
 
     Args:
         moments: Of one layer.
         gamma: γ in (0, 1].
 
     Returns:
-        r, of the shape of ``moments.variance``.
+        r, of the shape of ``moments.deviations``.
 
     References:
         Jiang et al., VRGD, eq. 8 and 9 and Algorithm 1.
@@ -67,39 +71,45 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     Example:
         >>> g = tf.constant([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, -1.0, 0.0]])
         >>> mean, variance = tf.nn.moments(g, axes=[0])
-        >>> r = clipped_gsnr(SubBatchMoments(2 * mean, variance, tf.constant(2.0)), gamma=0.1)
+        >>> moments = SubBatchMoments(mean, 2 * variance, tf.constant(2.0), tf.constant(1.0))
+        >>> r = clipped_gsnr(moments, gamma=0.1)
         >>> [round(float(x), 3) for x in r]
         [1.0, 1.0, 0.1, 0.1]
     """
-    values, variance = moments.values(), moments.variance
+    ratio = moments.ratio()
+    limit = _RESOLVED_BELOW / moments.scale(ratio.dtype)
 
     def with_special_elements() -> tf.Tensor:
-        ratio, mean = gsnr_and_mean(moments)
-        # Written as a comparison, NaN (squares beyond float32) ends at γ.
-        scaled = tf.minimum(ratio / mean, tf.ones_like(mean))
-        return tf.where(ratio > gamma * mean, scaled, gamma * tf.ones_like(mean))
+        mean = _mean_of_resolved(ratio, limit)
+        # Written as a comparison, NaN (dead elements) ends at γ.
+        low = gamma * mean
+        return tf.where(ratio > low, tf.minimum(ratio, mean), low) / mean
 
-    size = values.shape.num_elements()
+    size = ratio.shape.num_elements()
     if size is None or size < _LARGE:
         r = with_special_elements()
     else:
-        # Where every element is live and resolved (a dead one would be NaN here, an unresolved one
-        # infinite or large), half of the passes over memory are enough.
-        ratio = tf.square(values) / variance
+        # Where every element is live and resolved (a dead one would make the sum NaN, an unresolved
+        # one infinite or large), half of the passes over memory are enough.
         ratio_sum = tf.reduce_sum(ratio)
-        limit = _RESOLVED_BELOW * tf.square(tf.cast(moments.count, ratio.dtype))
 
         def all_resolved() -> tf.Tensor:
             mean = _positive_or_one(ratio_sum / tf.cast(size, ratio.dtype))
-            return tf.clip_by_value(ratio, gamma * mean, mean) * tf.math.reciprocal(mean)
+            return tf.clip_by_value(ratio, gamma * mean, mean) / mean
 
         r = tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
-    return tf.cond(estimable(moments.count), lambda: r, lambda: tf.ones_like(r))
+    return tf.cond(alone(moments.live), lambda: tf.ones_like(r), lambda: r)
 
 
-def estimable(count: tf.Tensor) -> tf.Tensor:
-    """Whether a variance can be estimated from so many live sub-batches: at least two."""
-    return count > 1.5
+def alone(live: tf.Tensor) -> tf.Tensor:
+    """Whether a single sub-batch was live, of which no variance can be estimated."""
+    return tf.equal(live, 1.0)
+
+
+def _mean_of_resolved(ratio: tf.Tensor, limit: tf.Tensor) -> tf.Tensor:
+    resolved = tf.cast(ratio < limit, ratio.dtype)  # NaN is not
+    total = tf.reduce_sum(tf.math.multiply_no_nan(ratio, resolved))
+    return _positive_or_one(tf.math.divide_no_nan(total, tf.reduce_sum(resolved)))
 
 
 def _positive_or_one(mean: tf.Tensor) -> tf.Tensor:
@@ -126,8 +136,7 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
         elements of a larger layer); the shares of elements that the clip leaves at γ and at 1. NaN
         where no variance can be estimated.
     """
-    ratio, mean = gsnr_and_mean(moments)
-    count = tf.cast(moments.count, ratio.dtype)
+    ratio, mean, scale = gsnr(moments)
     normalized = tf.reshape(
         tf.where(tf.math.is_nan(ratio), tf.zeros_like(ratio), ratio / mean), [-1]
     )
@@ -142,10 +151,10 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     ]
     numbers = tf.concat(
         [
-            [tf.cast(mean / tf.square(count), tf.float32)],
+            [tf.cast(mean * scale, tf.float32)],
             tf.cast(tf.gather(ordered, positions), tf.float32),
             shares,
         ],
         0,
     )
-    return tf.where(estimable(moments.count) & (size > 0), numbers, tf.fill([8], float("nan")))
+    return tf.where((moments.live > 1) & (size > 0), numbers, tf.fill([8], float("nan")))

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import tensorflow as tf
 
-from tf_lbopt.rules.gsnr import clipped_gsnr, estimable
+from tf_lbopt.rules.gsnr import alone, clipped_gsnr
 from tf_lbopt.rules.norms import Gradient, scalar
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
 
@@ -36,20 +36,22 @@ class VarianceReduced(Rule):
 
     def _reduced(self, layer: Layer, step: Step) -> Layer:
         assert layer.moments is not None, "the road provides what `statistics` declares"
+        if self.gamma == 1.0 and self.beta_3 is None:
+            return layer  # the base itself, to the last bit of the norm
         r = clipped_gsnr(layer.moments, self.gamma)
         if self.beta_3 is None:
             gradient = _multiply(layer.gradient, r)
         else:
-            count = layer.moments.count
-            gradient = dense(layer.gradient) * self._running_mean(layer, r, count, step)
+            live = layer.moments.live
+            gradient = dense(layer.gradient) * self._running_mean(layer, r, live, step)
         return dataclasses.replace(layer, gradient=gradient, gradient_norm=None)
 
-    def _running_mean(self, layer: Layer, r: tf.Tensor, count: tf.Tensor, step: Step) -> tf.Tensor:
+    def _running_mean(self, layer: Layer, r: tf.Tensor, live: tf.Tensor, step: Step) -> tf.Tensor:
         dtype = layer.dtype
         if isinstance(layer.gradient, tf.IndexedSlices):
             # Rows that nobody looked up are dead: r = γ (1 where no variance can be estimated).
-            elsewhere = tf.where(estimable(count), scalar(self.gamma, dtype), 1.0)
-            rows = tf.fill(tf.shape(layer.variable), tf.cast(elsewhere, dtype))
+            elsewhere = tf.where(alone(live), tf.ones([], dtype), scalar(self.gamma, dtype))
+            rows = tf.fill(tf.shape(layer.variable), elsewhere)
             r = tf.tensor_scatter_nd_update(rows, layer.gradient.indices[:, None], r)
         slot = layer.slots[GSNR_SLOT]
         beta_3 = scalar(self.beta_3, dtype)

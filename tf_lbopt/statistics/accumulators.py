@@ -1,31 +1,51 @@
 """What one replica keeps of one variable's gradients over the micro-steps of an update.
 
 Two kinds with one interface: `DenseAccumulator` has the shape of the variable, `SparseAccumulator`
-only the rows that were touched. Both sum the gradients and, where asked, follow their variance by
-the update of Youngs and Cramer (Welford's in terms of the sum), which stays right where the
-deviations are small against the mean:
+only the rows that were touched. Both sum the gradients and, where asked, their squared deviations
+from the mean, by the update of Youngs and Cramer (Welford's in terms of the sum), which stays right
+where the deviations are small against the mean:
 
-    V_n = (n−1)/n V_{n−1} + (n−1)/n² (x_n − S_{n−1}/(n−1))²,    S_n = S_{n−1} + x_n
+    M_n = M_{n−1} + (n−1)/n (R x_n − R S_{n−1}/(n−1))²,    S_n = S_{n−1} + x_n
+
+where R x is the gradient: what arrives is divided by the number R of replicas.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import tensorflow as tf
 
+from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.statistics.sparse import merge_repeated_indices, rows_at
 
 MakeVariable = Callable[..., tf.Variable]
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnMoments:
+    """One replica's gradients of one variable over the micro-steps of an update.
+
+    Attributes:
+        total: S_d, their sum; ``IndexedSlices`` without repeated indices, or dense.
+        deviations: M_d, their squared deviations from their mean; ``None`` for a single one.
+        live: n_d, how many of them were sub-batches at all, a float scalar.
+    """
+
+    total: Gradient
+    deviations: tf.Tensor | None
+    live: tf.Tensor
+
+
 class DenseAccumulator:
-    """Sum, and variance if asked for, of dense gradients.
+    """Sum, and squared deviations if asked for, of dense gradients.
 
     Args:
         shape: The variable's shape.
         dtype: The dtype of the arithmetic.
-        with_variance: Whether to keep the variance.
+        with_variance: Whether to keep the squared deviations.
         make_variable: Creates a non-trainable variable: ``make_variable(value, shape)``.
+        replicas: R; the gradients that arrive are divided by it.
     """
 
     kind = "dense"
@@ -36,14 +56,16 @@ class DenseAccumulator:
         dtype: tf.DType,
         with_variance: bool,
         make_variable: MakeVariable,
+        replicas: int,
     ):
+        self._replicas = replicas
         zeros = tf.zeros(shape, dtype)
         self.sum = make_variable(zeros, shape)
-        self.variance = make_variable(zeros, shape) if with_variance else None
+        self.deviations = make_variable(zeros, shape) if with_variance else None
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
-        return [self.sum] if self.variance is None else [self.sum, self.variance]
+        return [self.sum] if self.deviations is None else [self.sum, self.deviations]
 
     def add(self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor) -> None:
         """Adds one micro-step, in place.
@@ -53,28 +75,31 @@ class DenseAccumulator:
             live: Whether it is a sub-batch at all: some gradient of some variable is not 0.
             count: How many live micro-steps came before, a float scalar.
         """
-        if self.variance is not None:
-            self._follow_variance(self.variance, gradient, live, count)
+        if self.deviations is not None:
+            deviations = self.deviations
+
+            def follow() -> tf.Tensor:
+                mean = self.sum * (self._replicas / tf.cast(count, self.sum.dtype))
+                full = tf.convert_to_tensor(gradient)
+                if self._replicas > 1:
+                    full *= self._replicas
+                squares = tf.math.squared_difference(full, mean)
+                before = tf.cast(count, squares.dtype)
+                apply_delta(deviations, squares, before / (before + 1.0))
+                return tf.constant(True)
+
+            # The first one deviates from nothing.
+            tf.cond(live & (count > 0), follow, lambda: tf.constant(True))
         if isinstance(gradient, tf.IndexedSlices):
             self.sum.scatter_add(gradient)
         else:
             self.sum.assign_add(gradient)
 
-    def _follow_variance(
-        self, variance: tf.Variable, gradient: Gradient, live: tf.Tensor, count: tf.Tensor
-    ) -> None:
-        kept, weight = _weights(live, count)
-        mean = self.sum * tf.cast(tf.math.reciprocal_no_nan(count), self.sum.dtype)
-        deviation = tf.math.squared_difference(tf.convert_to_tensor(gradient), mean)
-        variance.assign(
-            variance * tf.cast(kept, mean.dtype) + deviation * tf.cast(weight, mean.dtype)
-        )
-
     def read(self, count: tf.Tensor) -> tuple[Gradient, tf.Tensor | None]:
-        """Sum and variance over ``count`` live micro-steps."""
+        """Sum, and squared deviations, over ``count`` live micro-steps."""
         del count
-        variance = None if self.variance is None else self.variance.read_value()
-        return self.sum.read_value(), variance
+        deviations = None if self.deviations is None else self.deviations.read_value()
+        return self.sum.read_value(), deviations
 
     def clear(self) -> None:
         """Empties this replica's copies."""
@@ -85,14 +110,15 @@ class DenseAccumulator:
 class SparseAccumulator:
     """The same for ``IndexedSlices``, over the rows that were touched since the last update.
 
-    A row that was touched in c of n micro-steps was 0 in the others: its variance over the c is
+    A row that was touched in c of n micro-steps was 0 in the others: its deviations among the c are
     kept, and the zeros are joined when it is read.
 
     Args:
         shape: The variable's shape.
         dtype: The dtype of the arithmetic.
-        with_variance: Whether to keep the variance.
+        with_variance: Whether to keep the squared deviations.
         make_variable: Creates a non-trainable variable: ``make_variable(value, shape)``.
+        replicas: R; the gradients that arrive are divided by it.
     """
 
     kind = "sparse"
@@ -103,23 +129,25 @@ class SparseAccumulator:
         dtype: tf.DType,
         with_variance: bool,
         make_variable: MakeVariable,
+        replicas: int,
     ):
+        self._replicas = replicas
         self._dense_shape = shape
         rows = tf.zeros([0, *shape[1:]], dtype)
         rows_shape = tf.TensorShape([None, *shape[1:]])
         self.indices = make_variable(tf.zeros([0], tf.int64), tf.TensorShape([None]))
         self.sum = make_variable(rows, rows_shape)
         self.touched = make_variable(tf.zeros([0], dtype), tf.TensorShape([None]))
-        self.variance = make_variable(rows, rows_shape) if with_variance else None
+        self.deviations = make_variable(rows, rows_shape) if with_variance else None
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
         plain = [self.indices, self.sum, self.touched]
-        return plain if self.variance is None else [*plain, self.variance]
+        return plain if self.deviations is None else [*plain, self.deviations]
 
     def add(self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor) -> None:
         """Adds one micro-step, in place. Arguments as `DenseAccumulator.add`."""
-        del live, count  # rows count for themselves, and an all-zero micro-step has value 0
+        del count  # each row counts for itself
         gradient = merge_repeated_indices(_as_slices(gradient))
         known = self.indices.read_value()
         indices, positions = tf.unique(tf.concat([known, tf.cast(gradient.indices, tf.int64)], 0))
@@ -128,35 +156,41 @@ class SparseAccumulator:
         total = _extended(self.sum, new_rows)
         touched = _extended(self.touched, new_rows)
         update_at = positions[:, None]
-        if self.variance is not None:
-            variance = _extended(self.variance, new_rows)
+        if self.deviations is not None:
+            deviations = _extended(self.deviations, new_rows)
             counts = _column(tf.gather(touched, positions), gradient.values)
-            kept, weight = _weights(tf.constant(True), counts)
             mean = tf.gather(total, positions) * tf.math.reciprocal_no_nan(counts)
-            deviation = tf.math.squared_difference(gradient.values, mean)
-            rows = tf.gather(variance, positions) * kept + deviation * weight
-            self.variance.assign(tf.tensor_scatter_nd_update(variance, update_at, rows))
-        ones = tf.ones(tf.shape(positions), touched.dtype)
+            squares = tf.math.squared_difference(
+                gradient.values * self._replicas, mean * self._replicas
+            )
+            self.deviations.assign(
+                tf.tensor_scatter_nd_add(
+                    deviations,
+                    update_at,
+                    squares * (counts / (counts + 1.0)) * tf.cast(live, squares.dtype),
+                )
+            )
+        ones = tf.fill(tf.shape(positions), tf.cast(live, touched.dtype))
         self.touched.assign(tf.tensor_scatter_nd_add(touched, update_at, ones))
         self.sum.assign(tf.tensor_scatter_nd_add(total, update_at, gradient.values))
         self.indices.assign(indices)
 
     def read(self, count: tf.Tensor) -> tuple[Gradient, tf.Tensor | None]:
-        """Sum and variance over ``count`` live micro-steps."""
+        """Sum, and squared deviations, over ``count`` live micro-steps."""
         total = self.sum.read_value()
         slices = tf.IndexedSlices(
             total,
             self.indices.read_value(),
             dense_shape=tf.constant(self._dense_shape.as_list(), tf.int64),
         )
-        if self.variance is None:
+        if self.deviations is None:
             return slices, None
         touched = _column(self.touched.read_value(), total)
-        # Joining c values of mean S/c with n − c zeros: V = c/n V_c + c (n − c)/n² (S/c)².
-        share = touched / tf.maximum(tf.cast(count, total.dtype), 1)
-        mean = total / tf.maximum(touched, 1)
-        variance = share * self.variance + share * (1 - share) * tf.square(mean)
-        return slices, variance
+        # Joining c values of mean S/c with n − c zeros: M + c (n − c)/n (S/c)².
+        count = tf.maximum(tf.cast(count, total.dtype), 1)
+        mean = total * self._replicas / tf.maximum(touched, 1)
+        joined = touched * (1 - touched / count) * tf.square(mean)
+        return slices, self.deviations.read_value() + joined
 
     def clear(self) -> None:
         """Empties this replica's copies."""
@@ -164,45 +198,44 @@ class SparseAccumulator:
             variable.assign(tf.zeros([0, *variable.shape[1:]], variable.dtype))
 
 
-def deviation_from_mean(
-    total: Gradient,
-    variance: tf.Tensor | None,
-    count: tf.Tensor,
-    all_total: Gradient,
-    all_count: tf.Tensor,
+def share_of_deviations(
+    own: "OwnMoments", total: Gradient, live: tf.Tensor, replicas: int
 ) -> tf.Tensor:
-    """What one replica contributes to the variance over all sub-batches.
+    """What one replica contributes to the squared deviations of all sub-batches from their mean.
 
-    ``n_d/k · (V_d + (S_d/n_d − S/k)²)``; the sum over replicas d is σ².
+    ``M_d + n_d (R S_d/n_d − R S/k)²``; the sum over replicas d is ``Σ (g_d − ḡ)²``. A replica's
+    gradients arrive divided by the number R of replicas; here and in the accumulators squares are
+    those of the gradients themselves, so that neither small nor many replicas make them vanish.
 
     Args:
-        total: S_d, this replica's sum; ``IndexedSlices`` without repeated indices, or dense.
-        variance: V_d, over this replica's own micro-steps; ``None`` for zero.
-        count: n_d, how many of them were live.
-        all_total: S, the sum over replicas; as ``total``, over the rows of all replicas.
-        all_count: k, how many sub-batches were live on all replicas.
+        own: This replica's moments.
+        total: S, the sum over replicas; of the kind of the replica's own sum, over the rows of all.
+        live: k, how many sub-batches were live on all replicas.
+        replicas: R.
 
     Returns:
-        A tensor of the shape of ``all_total`` (of its values).
+        A tensor of the shape of ``total`` (of its values).
     """
-    if isinstance(all_total, tf.IndexedSlices):
-        own_variance = variance
-        values = rows_at(total.indices, total.values, all_total.indices)
-        variance = (
-            None
-            if own_variance is None
-            else rows_at(total.indices, own_variance, all_total.indices)
-        )
-        all_values = all_total.values
-    else:
-        values, all_values = total, all_total
+    deviations = own.deviations
+    if replicas == 1 and deviations is not None:
+        return deviations
+    values, all_values = own.total, total
+    if isinstance(total, tf.IndexedSlices):
+        all_values = total.values
+        values = rows_at(own.total.indices, own.total.values, total.indices)
+        if deviations is not None:
+            deviations = rows_at(own.total.indices, deviations, total.indices)
     dtype = all_values.dtype
-    mean = values * tf.cast(tf.math.reciprocal_no_nan(count), dtype)
-    all_mean = all_values * tf.cast(tf.math.reciprocal_no_nan(all_count), dtype)
-    squares = tf.math.squared_difference(mean, all_mean)
-    if variance is not None:
-        squares += variance
-    return squares * tf.cast(tf.math.divide_no_nan(count, all_count), dtype)
+
+    def share() -> tf.Tensor:
+        own_live = tf.cast(own.live, dtype)
+        mean = values * (replicas / own_live)
+        squares = tf.math.squared_difference(mean, all_values * (replicas / tf.cast(live, dtype)))
+        if deviations is None:  # one gradient, n_d = 1
+            return squares
+        return deviations + squares * own_live
+
+    return tf.cond(own.live > 0, share, lambda: tf.zeros_like(all_values))
 
 
 def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
@@ -213,14 +246,6 @@ def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     for value in values[1:]:
         found = tf.cond(found, lambda: tf.constant(True), lambda v=value: tf.reduce_any(v != 0))
     return found
-
-
-def _weights(live: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Factors of V_{n−1} and of the squared deviation, when the n-th live value arrives."""
-    n = count + 1.0
-    kept = tf.where(live, count / n, tf.ones_like(count))
-    weight = tf.where(live, count / (n * n), tf.zeros_like(count))
-    return kept, weight
 
 
 def _as_slices(gradient: Gradient) -> tf.IndexedSlices:
