@@ -149,7 +149,9 @@ def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -
     # appear with the first gradients.
     own = getattr(accumulating, "_accumulation", None)
     if own is not None:
-        accumulating.apply([tf.ones(v.shape) for v in variables], variables)
+        tf.distribute.get_strategy().run(
+            lambda: accumulating.apply([tf.ones(v.shape) for v in variables], variables)
+        )
         return _state_like(own.variables(), tiny())
     without = contender.create()
     without.build(variables)

@@ -278,3 +278,33 @@ def test_scratch_memory_is_given_back(mode):
         update(gradient)
     grown = resident_bytes() - before
     assert grown < 20 * 4 * size, f"{grown / 2**20:.0f} MiB more after 200 updates"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("offset", [False, True], ids=["alone", "with offset"])
+@pytest.mark.parametrize("function", [lambda f: f, tf.function], ids=["eager", "traced"])
+def test_adam_of_a_large_variable_equals_its_pure_twin(dtype, offset, function):
+    """Large ones go through the fused kernel and a scratch variable, small ones do not."""
+    rng = np.random.default_rng(0)
+    shape = (150, 200)
+    m, v = (tf.Variable(tf.zeros(shape, dtype)) for _ in range(2))
+    pure_m, pure_v = np.zeros(shape), np.zeros(shape)
+
+    @function
+    def step(gradient, number, added):
+        return apply_adam_moments(
+            m, v, gradient, number, 0.9, 0.99, 1e-4, offset=added if offset else None
+        )
+
+    tolerance = {"float32": 2e-5, "float64": 1e-12}[dtype]
+    for t in range(1, 5):
+        gradient = rng.normal(size=shape).astype(dtype)
+        added = rng.normal(size=shape).astype(dtype)
+        got = step(tf.constant(gradient), tf.constant(t, dtype), tf.constant(added))
+        pure_m, pure_v, direction = adam(
+            pure_m, pure_v, gradient.astype("float64"), t, 0.9, 0.99, 1e-4
+        )
+        expected = direction + added if offset else direction
+        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(m, pure_m, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(v, pure_v, rtol=tolerance, atol=tolerance)

@@ -12,6 +12,8 @@ from tf_lbopt.rules.norms import compute_dtype, scalar
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
+# Below this size a scratch variable costs more than the passes that it saves.
+_WORTH_FUSING = 1 << 14
 
 
 def adam(m, v, gradient, step, beta_1, beta_2, epsilon):
@@ -60,7 +62,8 @@ def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=Non
     """
     dtype = compute_dtype(m.dtype)
     beta_1, beta_2 = tf.constant(beta_1, dtype), tf.constant(beta_2, dtype)
-    if m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
+    small = m.shape.num_elements() < _WORTH_FUSING
+    if small or m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
         new_m, new_v, direction = adam(
             tf.cast(m, dtype), tf.cast(v, dtype), gradient, step, beta_1, beta_2, epsilon
         )

@@ -43,7 +43,7 @@ def clip(
 
 
 def scale(gradient: Gradient, factor: tf.Tensor) -> Gradient:
-    """``factor · gradient``, sparse or dense."""
+    """``factor · gradient``, sparse or dense, by a scalar or element by element."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(
             gradient.values * factor, gradient.indices, dense_shape=gradient.dense_shape

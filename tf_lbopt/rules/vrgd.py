@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import tensorflow as tf
 
+from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.gsnr import alone, clipped_gsnr
-from tf_lbopt.rules.norms import Gradient, scalar
+from tf_lbopt.rules.norms import scalar
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
 
 GSNR_SLOT = "gsnr"
@@ -40,7 +41,7 @@ class VarianceReduced(Rule):
             return layer  # the base itself, to the last bit of the norm
         r = clipped_gsnr(layer.moments, self.gamma)
         if self.beta_3 is None:
-            gradient = _multiply(layer.gradient, r)
+            gradient = scale(layer.gradient, r)
         else:
             live = layer.moments.live
             gradient = dense(layer.gradient) * self._running_mean(layer, r, live, step)
@@ -58,11 +59,3 @@ class VarianceReduced(Rule):
         mean = beta_3 * tf.cast(slot, dtype) + (1 - beta_3) * r
         slot.assign(tf.cast(mean, slot.dtype))
         return mean / (1 - beta_3 ** tf.cast(step.index + 1, dtype))
-
-
-def _multiply(gradient: Gradient, factor: tf.Tensor) -> Gradient:
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            gradient.values * factor, gradient.indices, dense_shape=gradient.dense_shape
-        )
-    return gradient * factor
