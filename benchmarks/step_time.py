@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clock import Timing, cores, interleaved
+from benchmarks.command_line import as_given, listed_names, output_file, progress_bar, write_json
 from benchmarks.shapes import count
-from benchmarks.update_time import _names, _output, _progress, _quoted, _write_json
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     EXIT_INTERRUPTED,
@@ -256,9 +256,9 @@ def parse_options(argv: Sequence[str]) -> Options | None:
     model = values.model.strip().lower()
     if model not in MODELS:
         raise FlagValueError("model", f"one of {', '.join(MODELS)}", repr(values.model))
-    optimizers = _names(values.optimizers)
+    optimizers = listed_names(values.optimizers)
     if not optimizers or not set(optimizers) <= set(_KNOWN):
-        raise FlagValueError("optimizers", f"some of {', '.join(_KNOWN)}", _quoted(optimizers))
+        raise FlagValueError("optimizers", f"some of {', '.join(_KNOWN)}", as_given(optimizers))
     replicas = _numbers_of_replicas(values.replicas)
     if 1 in replicas and values.batch_per_replica % 2:
         raise FlagValueError(
@@ -272,7 +272,7 @@ def parse_options(argv: Sequence[str]) -> Options | None:
         optimizers=_with_bases(optimizers),
         repeats=values.repeats,
         warmup=values.warmup,
-        output=_output(values.output),
+        output=output_file(values.output),
     )
 
 
@@ -283,7 +283,7 @@ def _numbers_of_replicas(entries: Sequence[str]) -> tuple[int, ...]:
         numbers = ()
     if not numbers:
         expected = f"comma-separated, each {_REPLICAS_PARSER.syntactic_help}"
-        raise FlagValueError("replicas", expected, _quoted(entries))
+        raise FlagValueError("replicas", expected, as_given(entries))
     return numbers
 
 
@@ -319,7 +319,7 @@ def _run(options: Options) -> None:
     for comparison in comparisons:
         console.print(_target_line(options, comparison), soft_wrap=True)
     if options.output is not None:
-        _write_json(options.output, _record(options, comparisons))
+        write_json(options.output, _record(options, comparisons))
         console.print(f"wrote {options.output}", soft_wrap=True)
 
 
@@ -377,7 +377,7 @@ def _measure(options: Options, replicas: int) -> Comparison:
     batch = _batch(MODELS[options.model], options.batch_per_replica, strategy)
 
     rounds = 1 + options.warmup + options.repeats
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         names = (_NO_UPDATE, *options.optimizers)
         task = progress.add_task("tracing", total=len(names) * rounds)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import math
 import platform
 import sys
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.clock import (
@@ -29,8 +27,8 @@ from benchmarks.clock import (
     peak_resident_bytes,
     resident_bytes,
 )
+from benchmarks.command_line import as_given, listed_names, output_file, progress_bar, write_json
 from benchmarks.shapes import MODELS, Shape, count
-from official_recipes.common.files import atomic_write
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     EXIT_INTERRUPTED,
@@ -193,35 +191,18 @@ def parse_options(argv: Sequence[str]) -> Options | None:
         print(help_text(values, PROGRAM, SUMMARY))
         return None
 
-    shapes = _names(values.shapes)
+    shapes = listed_names(values.shapes)
     if not shapes or not set(shapes) <= set(MODELS):
-        raise FlagValueError("shapes", f"some of {', '.join(MODELS)}", _quoted(values.shapes))
+        raise FlagValueError("shapes", f"some of {', '.join(MODELS)}", as_given(values.shapes))
     return Options(
         shapes=shapes,
-        optimizers=_names(values.optimizers),
+        optimizers=listed_names(values.optimizers),
         repeats=values.repeats,
         warmup=values.warmup,
         weight_decay=values.weight_decay,
         replicas=values.replicas,
-        output=_output(values.output),
+        output=output_file(values.output),
     )
-
-
-def _names(entries: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(entry.strip().lower() for entry in entries))
-
-
-def _quoted(entries: Sequence[str]) -> str:
-    return repr(",".join(entries))
-
-
-def _output(argument: str | None) -> Path | None:
-    if argument is None:
-        return None
-    path = Path(argument)
-    if not argument or path.is_dir() or not path.parent.is_dir():
-        raise FlagValueError("output", "a file name in a folder that exists", repr(argument))
-    return path
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -262,7 +243,7 @@ def _run(options: Options) -> None:
         console.print(_memory_line(comparisons[-1]))
         gc.collect()  # the graphs hold cycles, and with them the slots
     if options.output is not None:
-        _write_json(options.output, _record(options, comparisons, skipped))
+        write_json(options.output, _record(options, comparisons, skipped))
         console.print(f"wrote {options.output}", soft_wrap=True)
 
 
@@ -274,7 +255,7 @@ def _choose(
     available = {contender.name: contender for contender in known}
     unknown = set(names) - set(available) - {name for name, _ in skipped}
     if unknown:
-        raise FlagValueError("optimizers", f"some of {', '.join(available)}", _quoted(names))
+        raise FlagValueError("optimizers", f"some of {', '.join(available)}", as_given(names))
     return [available[name] for name in names if name in available]
 
 
@@ -289,7 +270,7 @@ def _compare(
 
     shapes = MODELS[model]()
     rounds = options.warmup + options.repeats
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task(f"{model}: building", total=len(chosen) * (rounds + 1) + rounds)
 
         def tick() -> None:
@@ -383,18 +364,6 @@ def _variables_and_gradients(
     return variables, [
         [tf.constant(mean + 1e-3 * normal(mean.shape)) for mean in means] for _ in range(2)
     ]
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -502,12 +471,6 @@ def _record(
             for c in comparisons
         ],
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        text = json.dumps(content, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
