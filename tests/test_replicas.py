@@ -278,3 +278,24 @@ def test_one_tensor_for_all_replicas_is_summed_too(function):
     step()
     np.testing.assert_allclose(variables[0].numpy(), [-0.5, -1.0])
     np.testing.assert_allclose(variables[1].numpy(), [[0, 0], [-2, -2], [0, 0]])
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(
+    "shape", [None, [6, 3], tf.constant([6, 3])], ids=["none", "list", "tensor"]
+)
+def test_sparse_gradients_with_any_shape_argument(case, shape):
+    weights = initial_weights([(6, 3)])
+    slices = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([1, 1]), shape)
+    runs = []
+    for gradient in (slices, tf.scatter_nd([[1], [1]], tf.ones([2, 3]), [6, 3])):
+        run = Run(case, 1, 2, weights=weights, function=lambda f: f)
+        for factor in (1.0, 3.0):
+            scaled = (
+                tf.IndexedSlices(factor * gradient.values, gradient.indices, shape)
+                if isinstance(gradient, tf.IndexedSlices)
+                else factor * gradient
+            )
+            run.micro_step([[scaled]])
+        runs.append(run.weights()[0])
+    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-5, atol=1e-6)

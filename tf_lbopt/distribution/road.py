@@ -111,8 +111,7 @@ def travel(
             "cross-replica context (directly under `strategy.scope()`)."
         )
     local = [
-        _to_dtype(gradient, compute_dtype(variable.dtype))
-        for gradient, variable in zip(gradients, variables, strict=True)
+        _own(gradient, variable) for gradient, variable in zip(gradients, variables, strict=True)
     ]
     journey = _Journey(tuple(indices), tuple(variables), destination, anchor, clip, accumulation)
     context.merge_call(journey.cross_replicas, args=(local,))
@@ -300,7 +299,18 @@ class _Journey:
         return factor if divisor is None else factor * divisor
 
 
-def _to_dtype(gradient: Gradient, dtype: tf.DType) -> Gradient:
-    # The identity makes each replica's tensor an object of its own: `merge_call` takes one that all
-    # of them share (a captured constant) for a value without replicas, which is never summed.
-    return tf.identity(tf.cast(gradient, dtype))
+def _own(gradient: Gradient, variable: tf.Variable) -> Gradient:
+    """The gradient in the dtype of the arithmetic, as an object of this replica's own.
+
+    `merge_call` takes an object that all replicas share (a captured constant) for a value without
+    replicas, which is never summed; hence the identity. The shape of a sparse one is optional and
+    may be anything like a shape; here it is the variable's.
+    """
+    dtype = compute_dtype(variable.dtype)
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.identity(tf.cast(gradient, dtype))
+    return tf.IndexedSlices(
+        tf.identity(tf.cast(gradient.values, dtype)),
+        tf.identity(gradient.indices),
+        dense_shape=tf.constant(variable.shape.as_list(), tf.int64),
+    )
