@@ -69,7 +69,7 @@ def contenders(weight_decay: float, replicas: int) -> tuple[list[Contender], lis
             _creator(info.cls, weight_decay=weight_decay or None),
             # One replica without accumulation is a single sub-batch, of which there is no
             # variance: such rules get two micro-steps.
-            micro_steps=2 if info.statistics and replicas == 1 else 1,
+            micro_steps=2 if info.needs_sub_batches and replicas == 1 else 1,
         )
         for info in tf_lbopt.list_optimizers()
     ]

@@ -13,7 +13,7 @@ from tf_lbopt import OptimizerInfo
 def minimal_arguments(info: OptimizerInfo) -> dict[str, Any]:
     """The fewest keyword arguments under which one process can train with an optimizer."""
     arguments: dict[str, Any] = {"learning_rate": 0.1}
-    if info.statistics:  # they need at least two sub-batches
+    if info.needs_sub_batches:
         arguments["gradient_accumulation_steps"] = 2
     return arguments
 

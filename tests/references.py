@@ -90,6 +90,37 @@ def lamb(
     return w
 
 
+def clars(
+    weights,
+    gradients,
+    mean_norms,
+    learning_rate,
+    momentum=0.9,
+    eta=0.01,
+    max_trust_ratio=None,
+    weight_decay=0.0,
+    decays=None,
+    adapts=None,
+):
+    """The paper's eq. 4 as it stands: v_0 = w_0, w = v_{t+1} + β (v_{t+1} − v_t)."""
+    w = [np.array(x, np.float64) for x in weights]
+    v = [np.array(x, np.float64) for x in weights]
+    decays = decays or [True] * len(w)
+    adapts = adapts or decays
+    for t, (update, norms) in enumerate(zip(gradients, mean_norms, strict=True)):
+        for i in range(len(w)):
+            g = update[i] + (weight_decay or 0.0) * w[i] * decays[i]
+            gamma = _rate(learning_rate, t)
+            if adapts[i]:
+                defined = _norm(w[i]) > 0 and norms[i] > 0
+                rho = eta * _norm(w[i]) / norms[i] if defined else 1.0
+                gamma = gamma * min(rho, max_trust_ratio or np.inf)
+            new_v = w[i] - gamma * g
+            w[i] = new_v + momentum * (new_v - v[i])
+            v[i] = new_v
+    return w
+
+
 def sgd(
     weights, gradients, learning_rate, momentum=0.0, nesterov=False, weight_decay=0.0, decays=None
 ):
@@ -168,6 +199,16 @@ def mean_gradients(gradients):
     ]
 
 
+def mean_norms(sub_batches):
+    """``[update][layer]`` N over the live sub-batches, from ``[update][sub-batch][layer]``."""
+    results = []
+    for update in sub_batches:
+        live = [layers for layers in update if any(np.any(g) for g in layers)] or update
+        norms = [[_norm(np.asarray(g, np.float64)) for g in layers] for layers in live]
+        results.append(np.mean(norms, axis=0))
+    return results
+
+
 BASES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "sngm": sngm,
     "lars": lars,
@@ -177,6 +218,7 @@ BASES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "vr_adam": adam,
     "vr_lars": lars,
     "vr_lamb": lamb,
+    "clars": clars,
 }
 BETA_3 = {"vr_adam": 0.9, "vr_lamb": 0.9}
 
@@ -197,4 +239,6 @@ def reference(name, weights, sub_batches, clip=lambda layers: layers, **argument
         gradients = variance_reduced(sub_batches, gamma, beta_3, clip)
     else:
         gradients = [clip(layers) for layers in mean_gradients(sub_batches)]
+    if name == "clars":
+        arguments["mean_norms"] = mean_norms(sub_batches)
     return BASES[name](weights, gradients, **arguments)

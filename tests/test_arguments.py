@@ -83,6 +83,15 @@ OWN = {
         {ValueError: [0, 0.0, -0.001, NAN], TypeError: ["0.001", True, None]},
     ),
     "nesterov": ("True or False", {TypeError: ["yes", 1, 0, None]}),
+    "eta": (POSITIVE, {ValueError: [0, -0.01, NAN, math.inf], TypeError: ["0.01", True, None]}),
+    "max_trust_ratio": (
+        POSITIVE + " or None",
+        {ValueError: [0.0, -0.1, NAN], TypeError: ["0.1", True]},
+    ),
+    "norm_estimator": (
+        "one of 'sub_batch', 'per_example'",
+        {ValueError: ["per-example", ""], TypeError: [None, 1]},
+    ),
 }
 
 EXCLUSION_LIST = "a list of variables or of regular expressions over the variable path"

@@ -35,7 +35,7 @@ OPTIMIZERS = {
     **{
         info.name: lambda info=info: info.cls(learning_rate=0.01)
         for info in tf_lbopt.list_optimizers()
-        if not info.statistics  # the others skip groups of batches
+        if not info.needs_sub_batches  # the others skip groups of batches
     },
     "loss scale around sngm": lambda: tf_lbopt.LossScaleOptimizer(tf_lbopt.SNGM(0.01)),
     "loss scale around stock": lambda: tf_lbopt.LossScaleOptimizer(keras.optimizers.SGD(0.01)),

@@ -15,6 +15,7 @@ import tf_lbopt
 RATES = {
     "sngm": 0.05,
     "lars": 0.05,
+    "clars": 0.05,
     "lamb": 0.02,
     "vr_sgd": 0.2,
     "vr_momentum": 0.05,
@@ -22,7 +23,11 @@ RATES = {
     "vr_lars": 0.05,
     "vr_lamb": 0.02,
 }
-EXTRA = {"lars": {"trust_coefficient": 0.1}, "vr_lars": {"trust_coefficient": 0.1}}
+EXTRA = {
+    "clars": {"eta": 0.1},
+    "lars": {"trust_coefficient": 0.1},
+    "vr_lars": {"trust_coefficient": 0.1},
+}
 
 
 def optimizer_for(case, **kwargs):
@@ -211,7 +216,7 @@ def _minimize(case, loss, start, updates, rate):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_converges_on_a_parabola(case):
     target = tf.constant([1.0, -2.0, 3.0])
-    rate = {"lars": 0.5, "vr_lars": 0.5}.get(case.name, 0.1)
+    rate = {"lars": 0.5, "vr_lars": 0.5, "clars": 0.5}.get(case.name, 0.1)
 
     def loss(w):
         return tf.reduce_sum((w - target) ** 2)

@@ -85,15 +85,15 @@ def test_slots_are_as_documented(record):
 
 def test_accumulation_adds_one_accumulator_and_vrgd_two(record):
     for name, row in rows_of(record).items():
-        statistics = name in OURS and OURS[name].statistics
-        expected = None if name.startswith("tf_models") else 2 if statistics else 1
+        variance = name in OURS and OURS[name].needs_sub_batches
+        expected = None if name.startswith("tf_models") else 2 if variance else 1
         assert row["accumulators_per_parameter"] == expected, name
 
 
 def test_reductions_are_packed(record):
     replicas = record["settings"]["replicas"]
     for name, row in rows_of(record).items():
-        rounds = 2 if name in OURS and OURS[name].statistics else 1
+        rounds = 2 if name in OURS and OURS[name].needs_sub_batches else 1
         expected = rounds if replicas > 1 else 0
         assert row["collective_reductions_per_replica"] == expected, name
 

@@ -3,6 +3,7 @@
 from tf_lbopt import callbacks, schedules
 from tf_lbopt._version import __version__
 from tf_lbopt.optimizers import (
+    CLARS,
     LAMB,
     LARS,
     SNGM,
@@ -17,6 +18,7 @@ from tf_lbopt.optimizers import (
 from tf_lbopt.registry import OptimizerInfo, list_optimizers
 
 __all__ = [
+    "CLARS",
     "LAMB",
     "LARS",
     "SNGM",

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -79,6 +80,24 @@ def boolean(name: str, value: Any) -> bool:
             f"`{name}` must be True or False. Received: {name}={value!r} "
             f"(of type {type(value).__name__})"
         )
+    return value
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Checks that ``value`` is one of a few strings.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is another one.
+    """
+    expected = "one of " + ", ".join(repr(option) for option in choices)
+    if not isinstance(value, str):
+        raise TypeError(
+            f"`{name}` must be {expected}. Received: {name}={value!r} "
+            f"(of type {type(value).__name__})"
+        )
+    if value not in choices:
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
     return value
 
 

@@ -5,6 +5,7 @@ import fnmatch
 
 from tf_lbopt import optimizers
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.rules import VARIANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,20 @@ class OptimizerInfo:
     slots: tuple[str, ...]
     statistics: tuple[str, ...]
 
+    @property
+    def needs_sub_batches(self) -> bool:
+        """Whether it needs two or more sub-batches: replicas times accumulation micro-steps."""
+        return VARIANCE in self.statistics
+
 
 def _row(name: str, cls: type[LargeBatchOptimizer], paper: str) -> OptimizerInfo:
     return OptimizerInfo(name, cls, paper, cls.slots, cls.statistics)
 
 
 _VRGD = "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)"
+_CLARS = (
+    "Large Batch Optimization for Deep Learning Using New Complete Layer-Wise Adaptive Rate Scaling"
+)
 
 _TABLE = (
     _row("sngm", optimizers.SNGM, "Zhao et al., arXiv:2007.13985, Algorithm 1"),
@@ -41,6 +50,7 @@ _TABLE = (
     _row("vr_adam", optimizers.VRAdam, f"{_VRGD}, section 4.2"),
     _row("vr_lars", optimizers.VRLARS, f"{_VRGD}, section 4.2"),
     _row("vr_lamb", optimizers.VRLAMB, f"{_VRGD}, section 4.2"),
+    _row("clars", optimizers.CLARS, f"{_CLARS}, Algorithm 1, eq. 4 and 5"),
 )
 
 

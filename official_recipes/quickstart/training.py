@@ -82,8 +82,8 @@ def known_optimizers() -> tuple[str, ...]:
 
 
 def optimizers_of_sub_batches() -> frozenset[str]:
-    """Returns the names of the optimizers that compare the gradients of sub-batches."""
-    return frozenset(row.name for row in tf_lbopt.list_optimizers() if row.statistics)
+    """Returns the names of the optimizers that need two or more sub-batches."""
+    return frozenset(row.name for row in tf_lbopt.list_optimizers() if row.needs_sub_batches)
 
 
 def default_learning_rate(name: str) -> float:

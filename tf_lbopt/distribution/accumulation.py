@@ -3,15 +3,17 @@
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat
-from tf_lbopt.rules.norms import Gradient, compute_dtype
+from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
+from tf_lbopt.rules.rule import MEAN_NORM
 from tf_lbopt.statistics.accumulators import DenseAccumulator, SparseAccumulator, any_nonzero
+from tf_lbopt.statistics.sparse import merge_repeated_indices
 
 _logger = logging.getLogger(__name__)
 
@@ -26,14 +28,16 @@ class Accumulation(tf.train.experimental.PythonState):
     Args:
         strategy: The strategy under which the variables live.
         steps: Micro-steps per update.
-        with_variance: Whether the variance of the gradients is followed.
+        statistics: What is followed beside the sum of the gradients.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, steps: int, with_variance: bool = False):
+    def __init__(
+        self, strategy: tf.distribute.Strategy, steps: int, statistics: Collection[str] = ()
+    ):
         super().__init__()
         self._strategy = strategy
         self.steps = steps
-        self.with_variance = with_variance
+        self.statistics = frozenset(statistics)
         self.live: tf.Variable  # how many micro-steps were live; made with the first accumulators
         self.accumulators: dict[int, DenseAccumulator | SparseAccumulator] = {}
         self._micro_step: tf.Variable | None = None
@@ -66,7 +70,7 @@ class Accumulation(tf.train.experimental.PythonState):
                     self.accumulators[index] = kind(
                         variable.shape,
                         compute_dtype(variable.dtype),
-                        self.with_variance,
+                        self.statistics,
                         self._variable,
                         self._strategy.num_replicas_in_sync,
                     )
@@ -87,12 +91,28 @@ class Accumulation(tf.train.experimental.PythonState):
             raise ValueError("The accumulators do not exist before the first gradients arrive.")
         return self._micro_step
 
-    def add(self, indices: Sequence[int], gradients: Sequence[Gradient]) -> None:
-        """Adds one micro-step's gradients to this replica's accumulators, in place."""
+    def add(
+        self,
+        indices: Sequence[int],
+        gradients: Sequence[Gradient],
+        gradient_norms: Sequence[tf.Tensor] | None,
+    ) -> None:
+        """Adds one micro-step's gradients to this replica's accumulators, in place.
+
+        Args:
+            indices: Of the variables.
+            gradients: One each.
+            gradient_norms: What stands for their norms; ``None`` for these themselves.
+        """
         count = tf.convert_to_tensor(self.live)
-        live = any_nonzero(list(gradients)) if self.with_variance else tf.constant(True)
-        for index, gradient in zip(indices, gradients, strict=True):
-            self.accumulators[index].add(gradient, live, count)
+        live = any_nonzero(list(gradients)) if self.statistics else tf.constant(True)
+        if gradient_norms is None and MEAN_NORM in self.statistics:
+            gradients = [merge_repeated_indices(gradient) for gradient in gradients]
+            gradient_norms = norms(gradients)
+        for index, gradient, norm in zip(
+            indices, gradients, gradient_norms or [None] * len(indices), strict=True
+        ):
+            self.accumulators[index].add(gradient, live, count, norm)
         self.live.assign(count + tf.cast(live, count.dtype))
 
     def read(
@@ -104,6 +124,11 @@ class Accumulation(tf.train.experimental.PythonState):
         count = self.live.read_value()
         pairs = [self.accumulators[index].read(count) for index in indices]
         return [total for total, _ in pairs], [deviations for _, deviations in pairs], count
+
+    def read_norms(self, indices: Sequence[int]) -> list[tf.Tensor]:
+        """This replica's sums of the gradients' norms."""
+        sums = [self.accumulators[index].norm_sum for index in indices]
+        return [norm_sum.read_value() for norm_sum in sums if norm_sum is not None]
 
     def clear(self) -> None:
         """Empties this replica's accumulators."""

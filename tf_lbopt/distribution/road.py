@@ -2,8 +2,8 @@
 
     1 local       in the dtype that the arithmetic is done in, float32 or wider
     2 accumulate  on all but the last micro-step: add to this replica's accumulators and stop
-    3 reduce      one packed SUM all-reduce; for the variance a second one, of the squared
-                  deviations from the mean that the first one gave
+    3 reduce      one packed SUM all-reduce, norms of the sub-batches' gradients included; for the
+                  variance a second one, of the squared deviations from the mean that the first gave
     4 guard       not finite anywhere: change nothing, count
     5 shape       mean, clip
     6 apply       hand over to the optimizer, on each replica
@@ -23,6 +23,7 @@ from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_rep
 from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
+from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, share_of_deviations
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
@@ -45,6 +46,7 @@ class Arrival:
         gradients: Their mean gradients, clipped; sparse ones without repeated indices.
         norms: The norms of those.
         moments: Of the unclipped gradients over the sub-batches, or ``None`` where not declared.
+        mean_norms: Of the unclipped gradients over the sub-batches, or ``None``, likewise.
         prepared: What `Destination.prepare` returned.
     """
 
@@ -52,6 +54,7 @@ class Arrival:
     gradients: list[Gradient]
     norms: list[tf.Tensor]
     moments: list[SubBatchMoments | None]
+    mean_norms: list[tf.Tensor | None]
     prepared: Any
 
 
@@ -87,6 +90,7 @@ def travel(
     anchor: tf.Variable,
     clip: Clip,
     accumulation: Accumulation | None = None,
+    gradient_norms: Sequence[tf.Tensor] | None = None,
 ) -> None:
     """Takes one replica's gradients along the road. Called in a replica context, by all replicas.
 
@@ -99,6 +103,9 @@ def travel(
         anchor: A variable that exists on every replica.
         clip: Limits of the mean gradient.
         accumulation: The replicas' accumulators, or ``None`` without accumulation.
+        gradient_norms: What stands for the norms of these gradients in the mean norm, in their
+            units (for norms by example: the sum of the norms of what the examples contribute to
+            the gradient); ``None`` for the norms themselves.
 
     Raises:
         ValueError: Not called in a replica context.
@@ -113,8 +120,10 @@ def travel(
     local = [
         _own(gradient, variable) for gradient, variable in zip(gradients, variables, strict=True)
     ]
+    if gradient_norms is not None:
+        gradient_norms = [tf.identity(norm) for norm in gradient_norms]
     journey = _Journey(tuple(indices), tuple(variables), destination, anchor, clip, accumulation)
-    context.merge_call(journey.cross_replicas, args=(local,))
+    context.merge_call(journey.cross_replicas, args=(local, gradient_norms))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,18 +137,23 @@ class _Journey:
     clip: Clip
     accumulation: Accumulation | None
 
-    def cross_replicas(self, strategy: tf.distribute.Strategy, gradients: list[Any]) -> None:
+    def cross_replicas(
+        self,
+        strategy: tf.distribute.Strategy,
+        gradients: list[Any],
+        gradient_norms: list[Any] | None,
+    ) -> None:
         accumulation = self.accumulation
         if accumulation is None:
-            self._reduce_and_update(strategy, gradients)
+            self._reduce_and_update(strategy, gradients, gradient_norms)
             return
 
-        def add(local: list[Gradient]) -> list[tf.Tensor]:
-            accumulation.add(self.indices, local)
+        def add(local: list[Gradient], local_norms: list[tf.Tensor] | None) -> list[tf.Tensor]:
+            accumulation.add(self.indices, local, local_norms)
             return [tf.constant(True)]
 
         def last() -> tf.Tensor:
-            self._reduce_and_update(strategy, None)
+            self._reduce_and_update(strategy, None, None)
             return tf.constant(True)
 
         def advance() -> tf.Tensor:
@@ -147,32 +161,69 @@ class _Journey:
             return tf.constant(True)
 
         accumulation.prepare(self.indices, self.variables, gradients)
-        on_each_replica(strategy, self.anchor, add, gradients)
+        on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
         is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
         tf.cond(is_last, last, advance)
 
     # -- reduce ------------------------------------------------------------------------------------
 
     def _reduce_and_update(
-        self, strategy: tf.distribute.Strategy, gradients: list[Any] | None
+        self,
+        strategy: tf.distribute.Strategy,
+        gradients: list[Any] | None,
+        gradient_norms: list[Any] | None,
     ) -> None:
-        arguments: tuple[Any, ...]
-        if "variance" in self.destination.statistics:
-            arguments = self._reduce_with_variance(strategy, gradients)
-        else:
-            if gradients is None:
-                gradients = bundle(on_each_replica(strategy, self.anchor, self._own_sums))
-            arguments = (sum_over_replicas(strategy, gradients, self.variables),)
+        reduced = self._reduce(strategy, gradients, gradient_norms)
         prepared = self.destination.prepare()
         on_each_replica(
             strategy,
             self.anchor,
             lambda *local: self._guarded_update(prepared, *local),
-            *arguments,
+            *reduced,
         )
 
-    def _own_sums(self) -> list[Gradient]:
-        return self._own_moments(None)[0]
+    def _reduce(
+        self,
+        strategy: tf.distribute.Strategy,
+        gradients: list[Any] | None,
+        gradient_norms: list[Any] | None,
+    ) -> tuple[list[Any], Any, Any, list[Any] | None]:
+        """Sums over the replicas of the gradients and of what statistics need.
+
+        Returns:
+            The gradients' sums, the number of live sub-batches, the stacked sums of the norms and
+            the squared deviations; ``None`` for what nobody needs.
+        """
+        size = len(self.indices)
+        statistics = self.destination.statistics
+        if not statistics and gradients is not None:
+            return sum_over_replicas(strategy, gradients, self.variables), None, None, None
+        # With a single sub-batch the mean norm is the norm, which the guard needs anyway.
+        single = strategy.num_replicas_in_sync == 1 and self.accumulation is None
+        with_norms = MEAN_NORM in statistics and not (single and gradient_norms is None)
+
+        def read(local: list[Gradient] | None, local_norms: list[tf.Tensor] | None) -> list[Any]:
+            sums, deviations, live = self._own_moments(local)
+            numbers = [live] if statistics else []
+            if with_norms:
+                numbers.append(self._own_norms(sums, local_norms))
+            return [*sums, *numbers, *(d for d in deviations if d is not None)]
+
+        own = bundle(on_each_replica(strategy, self.anchor, read, gradients, gradient_norms))
+        end = size + bool(statistics) + with_norms
+        own_sums, own_numbers, own_deviations = own[:size], own[size:end], own[end:]
+        reduced = sum_over_replicas(
+            strategy, own[:end], [*self.variables, *[self.anchor] * (end - size)]
+        )
+        totals = reduced[:size]
+        live = reduced[size] if statistics else None
+        norm_totals = reduced[size + 1] if with_norms else None
+        deviations = None
+        if VARIANCE in statistics:
+            deviations = self._reduce_deviations(
+                strategy, own_sums, own_numbers[0], own_deviations, totals, live
+            )
+        return totals, live, norm_totals, deviations
 
     def _own_moments(
         self, local: list[Gradient] | None
@@ -186,20 +237,24 @@ class _Journey:
         local = [merge_repeated_indices(gradient) for gradient in local or ()]
         return local, [None] * len(local), tf.cast(any_nonzero(local), tf.float32)
 
-    def _reduce_with_variance(
-        self, strategy: tf.distribute.Strategy, gradients: list[Any] | None
-    ) -> tuple[list[Any], list[Any], Any]:
-        size = len(self.indices)
+    def _own_norms(self, sums: list[Gradient], given: list[tf.Tensor] | None) -> tf.Tensor:
+        """This replica's sums over micro-steps of the norms, one number for each variable."""
+        if self.accumulation is not None:
+            own = self.accumulation.read_norms(self.indices)
+        else:
+            own = norms(sums) if given is None else given
+        widest = max((compute_dtype(norm.dtype) for norm in own), key=lambda dtype: dtype.size)
+        return tf.stack([tf.cast(norm, widest) for norm in own])
 
-        def read(local: list[Gradient] | None) -> list[Any]:
-            sums, deviations, live = self._own_moments(local)
-            return [*sums, live, *(d for d in deviations if d is not None)]
-
-        own = bundle(on_each_replica(strategy, self.anchor, read, gradients))
-        sums, own_live, own_deviations = own[:size], own[size], own[size + 1 :]
-        reduced = sum_over_replicas(strategy, [*sums, own_live], [*self.variables, self.anchor])
-        totals, live = reduced[:size], reduced[size]
-
+    def _reduce_deviations(
+        self,
+        strategy: tf.distribute.Strategy,
+        own_sums: list[Any],
+        own_live: Any,
+        own_deviations: list[Any],
+        totals: list[Any],
+        live: Any,
+    ) -> list[Any]:
         def shares(*local: Any) -> list[tf.Tensor]:
             own_sums, own_live, own_deviations, totals, live = local
             return [
@@ -210,16 +265,16 @@ class _Journey:
                     strategy.num_replicas_in_sync,
                 )
                 for own_sum, own_deviation, total in zip(
-                    own_sums, own_deviations or [None] * size, totals, strict=True
+                    own_sums, own_deviations or [None] * len(own_sums), totals, strict=True
                 )
             ]
 
         parts = bundle(
             on_each_replica(
-                strategy, self.anchor, shares, sums, own_live, own_deviations, totals, live
+                strategy, self.anchor, shares, own_sums, own_live, own_deviations, totals, live
             )
         )
-        return totals, sum_over_replicas(strategy, parts, self.variables), live
+        return sum_over_replicas(strategy, parts, self.variables)
 
     # -- on each replica ---------------------------------------------------------------------------
 
@@ -227,18 +282,21 @@ class _Journey:
         self,
         prepared: Any,
         sums: list[Gradient],
-        deviations: list[tf.Tensor] | None = None,
-        live: tf.Tensor | None = None,
+        live: tf.Tensor | None,
+        norm_totals: tf.Tensor | None,
+        deviations: list[tf.Tensor] | None,
     ) -> list[tf.Tensor]:
         destination, accumulation = self.destination, self.accumulation
         sums = [merge_repeated_indices(total) for total in sums]
         sum_norms = norms(sums)
         finite = all_finite(sum_norms)
+        if norm_totals is not None:  # others may have computed these
+            finite &= tf.reduce_all(tf.math.is_finite(norm_totals))
 
         def apply() -> tf.Tensor:
-            means, mean_norms = self._mean(sums, sum_norms)
+            means, layer_norms = self._mean(sums, sum_norms)
             clipped, clipped_norms = clipping.clip(
-                means, mean_norms, **dataclasses.asdict(self.clip)
+                means, layer_norms, **dataclasses.asdict(self.clip)
             )
             moments: list[SubBatchMoments | None] = [None] * len(sums)
             if deviations is not None and live is not None:
@@ -252,6 +310,7 @@ class _Journey:
                     clipped,
                     norms(clipped) if clipped_norms is None else clipped_norms,
                     moments,
+                    self._mean_norms(layer_norms, norm_totals, live),
                     prepared,
                 )
             )
@@ -280,6 +339,26 @@ class _Journey:
             [n / tf.cast(divisor, n.dtype) for n in sum_norms],
         )
 
+    def _mean_norms(
+        self,
+        layer_norms: list[tf.Tensor],
+        norm_totals: tf.Tensor | None,
+        live: tf.Tensor | None,
+    ) -> list[tf.Tensor | None]:
+        """The mean over the live sub-batches of the norms of the loss's own gradients."""
+        if MEAN_NORM not in self.destination.statistics:
+            return [None] * len(layer_norms)
+        if norm_totals is None or live is None:
+            return list(layer_norms)
+        factor = self._replicas() * tf.math.reciprocal_no_nan(live)
+        if self.destination.loss_scale is not None:
+            factor /= self.destination.loss_scale()
+        means = tf.unstack(norm_totals * tf.cast(factor, norm_totals.dtype), num=len(layer_norms))
+        return [tf.cast(m, n.dtype) for m, n in zip(means, layer_norms, strict=True)]
+
+    def _replicas(self) -> int:
+        return tf.distribute.get_strategy().num_replicas_in_sync
+
     def _divisor(self) -> tf.Tensor | None:
         loss_scale, accumulation = self.destination.loss_scale, self.accumulation
         if accumulation is None:
@@ -293,9 +372,8 @@ class _Journey:
         Those still contain the loss scale; and the mean that makes the update counts a sub-batch
         without gradients as zero, the mean from which they deviate leaves it out.
         """
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
         divisor = self._divisor()
-        factor = replicas * tf.math.reciprocal_no_nan(live)
+        factor = self._replicas() * tf.math.reciprocal_no_nan(live)
         return factor if divisor is None else factor * divisor
 
 

@@ -1,5 +1,6 @@
 """The Keras 3 classes."""
 
+from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.optimizers.lamb import LAMB
 from tf_lbopt.optimizers.lars import LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
@@ -10,6 +11,7 @@ from tf_lbopt.optimizers.vr_layerwise import VRLAMB, VRLARS
 from tf_lbopt.optimizers.vr_sgd import VRSGD, VRMomentum
 
 __all__ = [
+    "CLARS",
     "LAMB",
     "LARS",
     "SNGM",

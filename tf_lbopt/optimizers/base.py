@@ -101,7 +101,7 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             Accumulation(
                 self._strategy,
                 self.gradient_accumulation_steps,
-                with_variance="variance" in self.statistics,
+                self.statistics,
             )
             if self.gradient_accumulation_steps
             else None
@@ -242,7 +242,18 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
             anchor=self._iterations.value,
             clip=Clip(self.clipnorm, self.clipvalue, self.global_clipnorm),
             accumulation=self._accumulation,
+            gradient_norms=self._gradient_norms([variable for _, variable in pairs], loss_scale),
         )
+
+    def _gradient_norms(
+        self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
+    ) -> Sequence[tf.Tensor] | None:
+        """What stands for the norms of this replica's gradients in the mean norm, in their units.
+
+        `None` for the norms themselves.
+        """
+        del variables, loss_scale
+        return None
 
     def _apply_on_replica(self, arrival: Arrival) -> None:
         layers = [
@@ -255,9 +266,15 @@ class LargeBatchOptimizer(keras.optimizers.Optimizer):
                 decayed=self.decays(self._trainable_variables[index]),
                 adapted=self.adapts(self._trainable_variables[index]),
                 moments=moments,
+                mean_norm=mean_norm,
             )
-            for index, gradient, norm, moments in zip(
-                arrival.indices, arrival.gradients, arrival.norms, arrival.moments, strict=True
+            for index, gradient, norm, moments, mean_norm in zip(
+                arrival.indices,
+                arrival.gradients,
+                arrival.norms,
+                arrival.moments,
+                arrival.mean_norms,
+                strict=True,
             )
         ]
         step = Step(arrival.prepared, tf.convert_to_tensor(self._iterations))

@@ -1,19 +1,23 @@
 """The algorithms: formulas, and each optimizer as a short composition of them."""
 
 from tf_lbopt.rules.adam import Adam
+from tf_lbopt.rules.clars import CLARS
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.lamb import LAMB
 from tf_lbopt.rules.lars import LARS
-from tf_lbopt.rules.rule import Layer, Rule, Step
+from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE, Layer, Rule, Step
 from tf_lbopt.rules.sgd import SGD
 from tf_lbopt.rules.sngm import SNGM
 from tf_lbopt.rules.vrgd import VarianceReduced
 
 __all__ = [
+    "CLARS",
     "LAMB",
     "LARS",
+    "MEAN_NORM",
     "SGD",
     "SNGM",
+    "VARIANCE",
     "Adam",
     "Layer",
     "Rule",

@@ -10,6 +10,12 @@ import tensorflow as tf
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
 
+VARIANCE = "variance"
+"""The statistic that `Layer.moments` gives."""
+
+MEAN_NORM = "mean_norm"
+"""The statistic that `Layer.mean_norm` gives."""
+
 
 @dataclasses.dataclass
 class Layer:
@@ -25,7 +31,10 @@ class Layer:
         decayed: Whether weight decay applies.
         adapted: Whether layer-wise adaptation (a trust ratio) applies.
         moments: What the gradients were over the sub-batches, before any clipping; ``None`` if the
-            rule does not declare the statistic ``"variance"``.
+            rule does not declare the statistic `VARIANCE`.
+        mean_norm: N, the mean over the sub-batches (or over the examples) of the norms of their
+            unclipped gradients, a scalar of the compute dtype; ``None`` if the rule does not
+            declare the statistic `MEAN_NORM`.
     """
 
     index: int
@@ -36,6 +45,7 @@ class Layer:
     decayed: bool = True
     adapted: bool = True
     moments: SubBatchMoments | None = None
+    mean_norm: tf.Tensor | None = None
 
     @property
     def dtype(self) -> tf.DType:
@@ -89,6 +99,14 @@ def dense(gradient: Gradient) -> tf.Tensor:
     )
 
 
+def decayed_gradient(layer: Layer, weight_decay: float | None) -> tf.Tensor:
+    """``g + λ w`` where the layer decays, else ``g``; dense."""
+    gradient = dense(layer.gradient)
+    if not (weight_decay and layer.decayed):
+        return gradient
+    return gradient + weight_decay * layer.weights()
+
+
 def coupled_weight_decay(
     layers: Sequence[Layer], weight_decay: float | None
 ) -> list[tuple[tf.Tensor, tf.Tensor]]:
@@ -105,8 +123,7 @@ def coupled_weight_decay(
     gradient_norms = []
     for layer in layers:
         decays = weight_decay and layer.decayed
-        gradient = dense(layer.gradient)
-        gradients.append(gradient + weight_decay * layer.weights() if decays else gradient)
+        gradients.append(decayed_gradient(layer, weight_decay))
         gradient_norms.append(None if decays else layer.gradient_norm)
     missing = [index for index, norm in enumerate(gradient_norms) if norm is None]
     for index, norm in zip(missing, norms([gradients[i] for i in missing]), strict=True):

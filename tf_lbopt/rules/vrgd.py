@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.gsnr import alone, clipped_gsnr
 from tf_lbopt.rules.norms import scalar
-from tf_lbopt.rules.rule import Layer, Rule, Step, dense
+from tf_lbopt.rules.rule import VARIANCE, Layer, Rule, Step, dense
 
 GSNR_SLOT = "gsnr"
 
@@ -22,7 +22,7 @@ class VarianceReduced(Rule):
     layers as they arrive.
     """
 
-    statistics: ClassVar[tuple[str, ...]] = ("variance",)
+    statistics: ClassVar[tuple[str, ...]] = (VARIANCE,)
 
     base: Rule
     gamma: float

@@ -1,9 +1,9 @@
 """What one replica keeps of one variable's gradients over the micro-steps of an update.
 
 Two kinds with one interface: `DenseAccumulator` has the shape of the variable, `SparseAccumulator`
-only the rows that were touched. Both sum the gradients and, where asked, their squared deviations
-from the mean, by the update of Youngs and Cramer (Welford's in terms of the sum), which stays right
-where the deviations are small against the mean:
+only the rows that were touched. Both sum the gradients and, where asked, their norms and their
+squared deviations from the mean, the latter by the update of Youngs and Cramer (Welford's in terms
+of the sum), which stays right where the deviations are small against the mean:
 
     M_n = M_{n−1} + (n−1)/n (R x_n − R S_{n−1}/(n−1))²,    S_n = S_{n−1} + x_n
 
@@ -11,12 +11,13 @@ where R x is the gradient: what arrives is divided by the number R of replicas.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import tensorflow as tf
 
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 from tf_lbopt.statistics.sparse import merge_repeated_indices, rows_at
 
 MakeVariable = Callable[..., tf.Variable]
@@ -43,7 +44,7 @@ class DenseAccumulator:
     Args:
         shape: The variable's shape.
         dtype: The dtype of the arithmetic.
-        with_variance: Whether to keep the squared deviations.
+        statistics: What to keep beside the sum, of `VARIANCE` and `MEAN_NORM`.
         make_variable: Creates a non-trainable variable: ``make_variable(value, shape)``.
         replicas: R; the gradients that arrive are divided by it.
     """
@@ -54,27 +55,32 @@ class DenseAccumulator:
         self,
         shape: tf.TensorShape,
         dtype: tf.DType,
-        with_variance: bool,
+        statistics: Collection[str],
         make_variable: MakeVariable,
         replicas: int,
     ):
         self._replicas = replicas
         zeros = tf.zeros(shape, dtype)
         self.sum = make_variable(zeros, shape)
-        self.deviations = make_variable(zeros, shape) if with_variance else None
+        self.deviations = make_variable(zeros, shape) if VARIANCE in statistics else None
+        self.norm_sum = _scalar_if(MEAN_NORM in statistics, dtype, make_variable)
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
-        return [self.sum] if self.deviations is None else [self.sum, self.deviations]
+        return _existing(self.sum, self.deviations, self.norm_sum)
 
-    def add(self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor) -> None:
+    def add(
+        self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor, norm: tf.Tensor | None
+    ) -> None:
         """Adds one micro-step, in place.
 
         Args:
             gradient: Of this micro-step.
             live: Whether it is a sub-batch at all: some gradient of some variable is not 0.
             count: How many live micro-steps came before, a float scalar.
+            norm: Of the gradient, or what stands for it; ``None`` if norms are not kept.
         """
+        _add_norm(self.norm_sum, norm)
         if self.deviations is not None:
             deviations = self.deviations
 
@@ -116,7 +122,7 @@ class SparseAccumulator:
     Args:
         shape: The variable's shape.
         dtype: The dtype of the arithmetic.
-        with_variance: Whether to keep the squared deviations.
+        statistics: What to keep beside the sum, of `VARIANCE` and `MEAN_NORM`.
         make_variable: Creates a non-trainable variable: ``make_variable(value, shape)``.
         replicas: R; the gradients that arrive are divided by it.
     """
@@ -127,7 +133,7 @@ class SparseAccumulator:
         self,
         shape: tf.TensorShape,
         dtype: tf.DType,
-        with_variance: bool,
+        statistics: Collection[str],
         make_variable: MakeVariable,
         replicas: int,
     ):
@@ -138,15 +144,18 @@ class SparseAccumulator:
         self.indices = make_variable(tf.zeros([0], tf.int64), tf.TensorShape([None]))
         self.sum = make_variable(rows, rows_shape)
         self.touched = make_variable(tf.zeros([0], dtype), tf.TensorShape([None]))
-        self.deviations = make_variable(rows, rows_shape) if with_variance else None
+        self.deviations = make_variable(rows, rows_shape) if VARIANCE in statistics else None
+        self.norm_sum = _scalar_if(MEAN_NORM in statistics, dtype, make_variable)
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
-        plain = [self.indices, self.sum, self.touched]
-        return plain if self.deviations is None else [*plain, self.deviations]
+        return _existing(self.indices, self.sum, self.touched, self.deviations, self.norm_sum)
 
-    def add(self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor) -> None:
+    def add(
+        self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor, norm: tf.Tensor | None
+    ) -> None:
         """Adds one micro-step, in place. Arguments as `DenseAccumulator.add`."""
+        _add_norm(self.norm_sum, norm)
         del count  # each row counts for itself
         gradient = merge_repeated_indices(_as_slices(gradient))
         known = self.indices.read_value()
@@ -195,7 +204,8 @@ class SparseAccumulator:
     def clear(self) -> None:
         """Empties this replica's copies."""
         for variable in self.variables():
-            variable.assign(tf.zeros([0, *variable.shape[1:]], variable.dtype))
+            empty = [0, *variable.shape[1:]] if variable.shape.rank else []
+            variable.assign(tf.zeros(empty, variable.dtype))
 
 
 def share_of_deviations(
@@ -246,6 +256,20 @@ def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     for value in values[1:]:
         found = tf.cond(found, lambda: tf.constant(True), lambda v=value: tf.reduce_any(v != 0))
     return found
+
+
+def _scalar_if(wanted: bool, dtype: tf.DType, make_variable: MakeVariable) -> tf.Variable | None:
+    return make_variable(tf.zeros([], dtype), tf.TensorShape([])) if wanted else None
+
+
+def _existing(*variables: tf.Variable | None) -> list[tf.Variable]:
+    return [variable for variable in variables if variable is not None]
+
+
+def _add_norm(norm_sum: tf.Variable | None, norm: tf.Tensor | None) -> None:
+    if norm_sum is not None:
+        assert norm is not None, "who keeps norms must be given them"
+        norm_sum.assign_add(tf.cast(norm, norm_sum.dtype))
 
 
 def _as_slices(gradient: Gradient) -> tf.IndexedSlices:

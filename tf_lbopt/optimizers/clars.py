@@ -1,0 +1,207 @@
+"""CLARS for Keras 3."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _validation, rules
+from tf_lbopt.optimizers.base import LayerwiseOptimizer, with_common_arguments
+from tf_lbopt.optimizers.exclusion import path_of
+
+NORM_ESTIMATORS = ("sub_batch", "per_example")
+
+
+class _Given(threading.local):
+    """Norms on their way to an optimizer; per thread, because replicas trace in threads."""
+
+    receiver: "CLARS | None" = None
+    norms: dict[int, tf.Tensor]
+
+
+_given = _Given()
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class CLARS(LayerwiseOptimizer):
+    """Complete layer-wise adaptive rate scaling, which needs no warm-up.
+
+    Nesterov's momentum with a rate for every layer (trainable variable), like `LARS`, but against
+    the mean norm of the gradients of examples or sub-batches instead of the norm of their mean:
+
+        ρ = τ ‖w‖ / N                          1 where either is 0 or the layer is excluded
+        γ = η min(ρ, max_trust_ratio)
+        s ← β s − γ g,   w ← w + β s − γ g     g = ḡ + λ w
+
+    Early in training the gradients of a large batch cancel, least in the layers whose gradient
+    varies most: where ‖ḡ‖ is small against N, LARS takes steps that CLARS does not.
+
+    N is estimated in one of two ways. `"sub_batch"` is the mean of the norms of the sub-batches'
+    mean gradients, one for every replica and accumulation micro-step, and needs nothing but
+    `compile`; with one sub-batch N = ‖ḡ‖. `"per_example"` is the paper's (1/B) Σ ‖∇f_i(w)‖ over
+    the examples of the batch, and comes from `tf_lbopt.PerExampleNormsModel` (or a custom loop
+    with `tf_lbopt.per_example_gradient_norms` and `example_norms`). The smaller a sub-batch, the
+    nearer is the first to the second. Either is of the gradient of the loss: unclipped, without
+    weight decay.
+
+    Decided where the paper is silent: a layer that has no ratio (‖w‖ = 0 or N = 0) has ρ = 1, to
+    which `max_trust_ratio` applies; an excluded one has γ = η.
+
+    Args:
+        learning_rate: η, the paper's γ_scale. A float, a
+            `keras.optimizers.schedules.LearningRateSchedule` or a callable without arguments.
+        momentum: β in [0, 1). Defaults to 0.9.
+        eta: τ > 0, the paper's η. Defaults to 0.01.
+        norm_estimator: `"sub_batch"` or `"per_example"`. Defaults to `"sub_batch"`.
+        max_trust_ratio: Upper bound of ρ, > 0, or `None`; the authors' code has 0.1. Defaults to
+            `None`.
+        weight_decay: λ ≥ 0, coupled; no part of N. Defaults to `None`.
+        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay
+            (usually biases and normalization scales). Defaults to `None`: all decay.
+        exclude_from_layer_adaptation: Those whose rate is η. Defaults to `None`: the same as those
+            excluded from weight decay; `[]` excludes none.
+        {common_arguments}
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range;
+            `norm_estimator="per_example"` and nobody computes these norms.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = CLARS(learning_rate=1.0, eta=0.1, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, 4.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([-3.0, 4.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]
+        [3.0, 3.24]
+
+    References:
+        Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
+        Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, eq. 4 and 5.
+    """
+
+    slots = rules.CLARS.slots
+    statistics = rules.CLARS.statistics
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        momentum: float = 0.9,
+        eta: float = 0.01,
+        norm_estimator: str = "sub_batch",
+        max_trust_ratio: float | None = None,
+        weight_decay: float | None = None,
+        exclude_from_weight_decay: Sequence[Any] | None = None,
+        exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            learning_rate,
+            weight_decay=weight_decay,
+            exclude_from_weight_decay=exclude_from_weight_decay,
+            exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            **kwargs,
+        )
+        self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
+        self.eta = _validation.real("eta", eta, low=0.0, low_open=True)
+        self.norm_estimator = _validation.choice("norm_estimator", norm_estimator, NORM_ESTIMATORS)
+        self.max_trust_ratio = _validation.real(
+            "max_trust_ratio", max_trust_ratio, low=0.0, low_open=True, optional=True
+        )
+
+    def rule(self) -> rules.Rule:
+        """The algorithm with the current hyper-parameters."""
+        return rules.CLARS(
+            momentum=self.momentum,
+            eta=self.eta,
+            max_trust_ratio=self.max_trust_ratio,
+            weight_decay=self.weight_decay,
+        )
+
+    def slot_names(self) -> tuple[str, ...]:
+        """The velocity, unless momentum is 0."""
+        return self.slots if self.momentum else ()
+
+    # -- norms by example --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def example_norms(self, norms: Sequence[Any], variables: Sequence[Any]) -> Iterator[None]:
+        """Gives the next `apply` in this block the norms that `"per_example"` needs.
+
+        For custom training loops; called by every replica with the norms of its own examples.
+
+        Args:
+            norms: For each variable a [batch] vector of the norms ‖∇f_i(w)‖ of its examples'
+                gradients (or the mean of such a vector): of the loss itself, not scaled, not
+                divided by the batch or the number of replicas. As
+                `tf_lbopt.per_example_gradient_norms` returns them.
+            variables: The variables, in the same order.
+
+        Raises:
+            ValueError: `norm_estimator` is not `"per_example"`, or the lists differ in length.
+
+        Example:
+            >>> w = keras.Variable([3.0, 4.0])
+            >>> optimizer = CLARS(1.0, eta=0.1, norm_estimator="per_example")
+            >>> with optimizer.example_norms([tf.constant([5.0, 5.0])], [w]):
+            ...     optimizer.apply([keras.ops.convert_to_tensor([0.0, 4.0])], [w])
+            >>> [round(float(x), 4) for x in w.numpy()]
+            [3.0, 3.24]
+        """
+        if self.norm_estimator != "per_example":
+            raise ValueError(
+                "`example_norms` is for CLARS(norm_estimator='per_example'). "
+                f"Received: norm_estimator={self.norm_estimator!r}"
+            )
+        if len(norms) != len(variables):
+            raise ValueError(
+                "`norms` must have one entry per variable. "
+                f"Received: {len(norms)} norms for {len(variables)} variables"
+            )
+        before = _given.receiver, getattr(_given, "norms", {})
+        _given.receiver = self
+        _given.norms = {
+            self._var_key(variable): tf.reduce_mean(tf.convert_to_tensor(norm))
+            for norm, variable in zip(norms, variables, strict=True)
+        }
+        try:
+            yield
+        finally:
+            _given.receiver, _given.norms = before
+
+    def _gradient_norms(
+        self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
+    ) -> Sequence[tf.Tensor] | None:
+        if self.norm_estimator != "per_example":
+            return None
+        if _given.receiver is not self:
+            raise ValueError(
+                "CLARS(norm_estimator='per_example') needs the norms of the gradients of single "
+                "examples, which a plain training step does not compute. Make the model a "
+                "`tf_lbopt.PerExampleNormsModel`, pass them to `optimizer.example_norms(...)` in "
+                "a custom loop, or use norm_estimator='sub_batch'. Received: gradients alone"
+            )
+        missing = [v for v in variables if self._var_key(v) not in _given.norms]
+        if missing:
+            raise ValueError(
+                "CLARS(norm_estimator='per_example') needs norms for every variable that has a "
+                f"gradient. Received: none for {', '.join(path_of(v) for v in missing)}"
+            )
+        # A replica's gradients arrive divided by the number of replicas, multiplied by the scale.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        scale = 1.0 if loss_scale is None else loss_scale()
+        own = [_given.norms[self._var_key(variable)] for variable in variables]
+        return [norm * tf.cast(scale / replicas, norm.dtype) for norm in own]
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "eta": self.eta,
+            "norm_estimator": self.norm_estimator,
+            "max_trust_ratio": self.max_trust_ratio,
+        }
