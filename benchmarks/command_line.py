@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from official_recipes.common.files import atomic_write
 from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.progress import progress_bar as progress_bar
 
 
 def listed_names(entries: Sequence[str]) -> tuple[str, ...]:
@@ -32,19 +30,6 @@ def output_file(argument: str | None) -> Path | None:
     if not argument or path.is_dir() or not path.parent.is_dir():
         raise FlagValueError("output", "a file name in a folder that exists", repr(argument))
     return path
-
-
-def progress_bar(console: Console) -> Progress:
-    """A progress bar that vanishes at its end and is silent without a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Runs one optimizer over sub-batches of gradients, on any split into replicas and micro-steps."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import tensorflow as tf
 from conftest import strategy_of
 
 import tf_lbopt
+from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 SHAPES = [(6, 5), (5,), (3, 3, 2, 4)]
@@ -41,6 +43,8 @@ ARGUMENTS = {
     "vr_lars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
     "vr_lamb": {"learning_rate": 0.05, "weight_decay": 0.01},
     "clars": {"learning_rate": 0.5, "eta": 0.1, "weight_decay": 0.01},
+    "extrap_sgd": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "extrap_adam": {"learning_rate": 0.05, "weight_decay": 0.01},
 }
 CASES = [Case(info.name, info.cls, ARGUMENTS[info.name]) for info in tf_lbopt.list_optimizers()]
 
@@ -67,6 +71,13 @@ def sub_batch_gradients(
         ]
         for _ in range(updates)
     ]
+
+
+def taking_gradients(optimizer: Any, variables: Any) -> contextlib.AbstractContextManager[None]:
+    """What gradients must be taken, and applied, in."""
+    if hasattr(optimizer, "extrapolated"):
+        return optimizer.extrapolated(variables)
+    return contextlib.nullcontext()
 
 
 def needs_sub_batches(make: Any) -> bool:
@@ -97,7 +108,7 @@ class Run:
             kwargs["gradient_accumulation_steps"] = micro_steps
         with self.strategy.scope():
             self.variables = [
-                keras.Variable(w, dtype=dtype, name=f"layer_{i}")
+                self._variable(w, dtype, f"layer_{i}")
                 for i, w in enumerate(initial_weights() if weights is None else weights)
             ]
             self.inner = make(**kwargs)
@@ -107,11 +118,18 @@ class Run:
         self.traces = 0
         self._step = function(self._step_python)
 
+    def _variable(self, value: np.ndarray, dtype: str | None, name: str) -> Any:
+        return keras.Variable(value, dtype=dtype, name=name)
+
+    def _apply(self, gradients: list[Any]) -> None:
+        self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
+
     def _step_python(self, gradients: Any) -> None:
         def replica_step(local: Any) -> None:
             self.traces += 1
             local = [_divided(g, self.replicas) for g in local]
-            self.optimizer.apply_gradients(zip(local, self.variables, strict=True))
+            with taking_gradients(self.inner, self.variables):
+                self._apply(local)
 
         self.strategy.run(replica_step, args=(gradients,))
 
@@ -150,16 +168,16 @@ class Run:
         """Everything that a skipped update must not change."""
         variables = [*self.variables, *self.inner.variables]
         return {
-            f"{i}:{v.path}": v.numpy()
+            f"{i}:{path_of(v)}": v.numpy()
             for i, v in enumerate(variables)
-            if "skipped_updates" not in v.path
+            if "skipped_updates" not in path_of(v)
         }
 
     def copies(self) -> list[list[np.ndarray]]:
         """``[variable][replica]`` of the weights and the optimizer's variables."""
         everything = [*self.variables, *self.optimizer.variables]
         return [
-            [c.numpy() for c in self.strategy.experimental_local_results(v.value)]
+            [c.numpy() for c in self.strategy.experimental_local_results(tensorflow_variable(v))]
             for v in everything
         ]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from harness import taking_gradients
 
 from tf_lbopt import OptimizerInfo
 
@@ -49,6 +50,7 @@ def gradients_for(variables: Sequence[Any], seed: int = 3) -> list[Any]:
 def make_updates(optimizer: Any, variables: Sequence[Any], updates: int = 2) -> list[np.ndarray]:
     """Whole updates, whatever the number of micro-steps; returns the weights afterwards."""
     for call in range(updates * (optimizer.gradient_accumulation_steps or 1)):
-        optimizer.apply(gradients_for(variables, seed=call), variables)
+        with taking_gradients(optimizer, variables):
+            optimizer.apply(gradients_for(variables, seed=call), variables)
     assert int(optimizer.iterations.numpy()) == updates
     return [v.numpy() for v in variables]

@@ -219,6 +219,9 @@ BASES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "vr_lars": lars,
     "vr_lamb": lamb,
     "clars": clars,
+    # Of gradients that do not depend on where they are taken.
+    "extrap_sgd": lambda *a, **k: sgd(*a, **{"momentum": 0.9, **k}),
+    "extrap_adam": adam,
 }
 BETA_3 = {"vr_adam": 0.9, "vr_lamb": 0.9}
 

@@ -6,6 +6,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from harness import taking_gradients
 from helpers_arguments import (
     accepts,
     gradients_for,
@@ -131,7 +132,8 @@ def test_one_variable_of_two_with_the_same_path(info):
     assert [optimizer.decays(v) for v in variables] == [True, False]
     gradient = keras.ops.convert_to_tensor([0.5, -0.5])
     for call in range(kwargs.get("gradient_accumulation_steps", 1)):
-        optimizer.apply([(1.0 + call) * gradient] * 2, variables)
+        with taking_gradients(optimizer, variables):
+            optimizer.apply([(1.0 + call) * gradient] * 2, variables)
     assert not np.array_equal(variables[0].numpy(), variables[1].numpy())
 
 

@@ -13,6 +13,7 @@ from harness import (
     assert_replicas_identical,
     initial_weights,
     sub_batch_gradients,
+    taking_gradients,
 )
 
 import tf_lbopt
@@ -98,7 +99,8 @@ def _updates_with_missing(run, updates):
         def step(values, run=run):
             def replica_step(local):
                 first, last = (g / run.replicas for g in local)
-                run.optimizer.apply([first, None, last], run.variables)
+                with taking_gradients(run.inner, run.variables):
+                    run.optimizer.apply([first, None, last], run.variables)
 
             run.strategy.run(replica_step, args=(values,))
 

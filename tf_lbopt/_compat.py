@@ -4,18 +4,26 @@ Each function says what it needs the private name for, and on which version it w
 """
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.legacy.saving import legacy_h5_format
+from keras.src.losses import loss as keras_loss
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.saving import saving_lib
 from tensorflow.python.distribute import distribute_utils
-from tensorflow.python.eager import context
+from tensorflow.python.eager import context, record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 
 def per_replica(values: Sequence[Any]) -> Any:
@@ -75,3 +83,287 @@ def keras_update(
     with _without_distribution():
         optimizer._apply_weight_decay(variables)
         optimizer._backend_update_step(list(gradients), raw, optimizer.learning_rate)
+
+
+# -- per-example gradients -------------------------------------------------------------------------
+
+_hooks = threading.local()
+_hooking = threading.RLock()
+_hook_users = 0
+
+
+@contextlib.contextmanager
+def layer_hooks(
+    on_call: Callable[..., Any], on_read: Callable[[keras.Variable], Any]
+) -> Iterator[None]:
+    """Puts two functions, for this thread, between Keras and its layers and variables.
+
+    Args:
+        on_call: Called as ``on_call(original, layer, *args, **kwargs)`` in the place of the call of
+            any layer (and of any operation of a functional model); ``original(layer, *args,
+            **kwargs)`` is what would have been called. The arguments are those of ``layer.call``,
+            converted, with masks and ``training`` filled in.
+        on_read: Called with every variable whose value is read; returns a tensor to be read in its
+            place (autocast is applied to it), or `None`.
+
+    Contexts nest; the innermost one's functions are called. Other threads see nothing. The names
+    patched, ``keras.Operation.__call__`` and ``keras.Variable.value``, are public, but that a
+    layer's ``__call__`` ends in the first and that all reads pass through the second is not
+    promised anywhere. Checked on Keras 3.15.1.
+    """
+    global _hook_users
+    stack = _hooks.__dict__.setdefault("stack", [])
+    with _hooking:
+        if _hook_users == 0:
+            _install_hooks()
+        _hook_users += 1
+    stack.append((on_call, on_read))
+    try:
+        yield
+    finally:
+        stack.pop()
+        with _hooking:
+            _hook_users -= 1
+            if _hook_users == 0:
+                _remove_hooks()
+
+
+_original_call = keras.Operation.__call__
+_original_value = keras.Variable.value
+
+
+def _install_hooks() -> None:
+    def call(operation: Any, /, *args: Any, **kwargs: Any) -> Any:
+        stack = getattr(_hooks, "stack", None)
+        if not stack:
+            return _original_call(operation, *args, **kwargs)
+        return stack[-1][0](_original_call, operation, *args, **kwargs)
+
+    def value(variable: Any) -> Any:
+        stack = getattr(_hooks, "stack", None)
+        if stack:
+            substitute = stack[-1][1](variable)
+            if substitute is not None:
+                return variable._maybe_autocast(substitute)
+        return _original_value.fget(variable)
+
+    keras.Operation.__call__ = call
+    keras.Variable.value = property(value)
+
+
+def _remove_hooks() -> None:
+    keras.Operation.__call__ = _original_call
+    del keras.Variable.value  # inherited
+
+
+def stored_value(variable: keras.Variable) -> tf.Variable:
+    """The TensorFlow variable behind a Keras variable, not cast. Checked on Keras 3.15.1."""
+    return variable._value
+
+
+def calls_its_call(layer: keras.layers.Layer) -> bool:
+    """Whether calling a layer comes down to the ``call`` of its class, once.
+
+    Not so for quantized and rematerialized layers. Checked on Keras 3.15.1.
+    """
+    return (
+        not getattr(layer, "_remat_mode", None)
+        and getattr(layer, "quantization_mode", None) is None
+        and "call" not in vars(layer)
+    )
+
+
+def is_recorded(tensor: tf.Tensor) -> bool:
+    """Whether a tape that watches a tensor would record an operation on it now.
+
+    ``tf.recompute_grad`` and others stop all tapes for a while. Checked on TensorFlow 2.20.0.
+    """
+    return record.should_record_backprop([tensor])
+
+
+def inside_control_flow_of(graph: tf.Graph) -> bool:
+    """Whether the graph being built is that of branches or loop bodies within ``graph``.
+
+    A branch or body runs as part of the graph around it and may use its tensors, whereas a
+    ``tf.function`` outlives it. Checked on TensorFlow 2.20.0.
+    """
+    current = ops.get_default_graph()
+    while current is not graph and isinstance(current, ControlFlowFuncGraph):
+        current = current.outer_graph
+    return current is graph
+
+
+def run_first(first: Sequence[tf.Operation], then: tf.Operation) -> None:
+    """Makes an operation of a graph wait for others of it, after the fact.
+
+    Operations that a tape made can not be put under ``tf.control_dependencies``. Checked on
+    TensorFlow 2.20.0.
+    """
+    then._add_control_inputs(list(first))
+
+
+def keras_mask(tensor: Any) -> Any:
+    """The mask that Keras attached to a tensor, or `None`. Checked on Keras 3.15.1."""
+    return get_keras_mask(tensor)
+
+
+def attach_mask(tensor: Any, mask: Any) -> None:
+    """Attaches a mask to a tensor, as Keras does. Checked on Keras 3.15.1."""
+    set_keras_mask(tensor, mask)
+
+
+def logits_of(tensor: Any) -> Any:
+    """What Keras attached to a softmax or sigmoid for the crossentropies, or `None`.
+
+    These then take the loss, and its gradient, from there. Checked on Keras 3.15.1.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def attach_logits(tensor: Any, logits: Any) -> None:
+    """Attaches logits to a tensor, as Keras does. Checked on Keras 3.15.1."""
+    tensor._keras_logits = logits
+
+
+def as_loss(identifier: Any) -> keras.losses.Loss:
+    """A Keras loss from what ``compile`` accepts: a loss, a name or a function.
+
+    ``compile`` wraps functions in a class that is not exported. Checked on Keras 3.15.1.
+    """
+    loss = keras.losses.get(identifier)
+    return loss if isinstance(loss, keras.losses.Loss) else LossFunctionWrapper(loss)
+
+
+def unreduced_loss(
+    loss: keras.losses.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None
+) -> tf.Tensor:
+    """The values that ``loss(y_true, y_pred, sample_weight)`` reduces, weighted and masked.
+
+    What ``keras.losses.Loss.__call__`` does before its reduction. Checked on Keras 3.15.1.
+    """
+    mask = get_keras_mask(y_pred)
+    y_pred, y_true = keras.tree.map_structure(
+        lambda x: keras.ops.convert_to_tensor(x, dtype=loss.dtype), (y_pred, y_true)
+    )
+    values = keras.ops.convert_to_tensor(loss.call(y_true, y_pred), dtype=loss.dtype)
+    own_mask = get_keras_mask(values)
+    if mask is not None and own_mask is not None:
+        mask = mask & own_mask
+    elif mask is None:
+        mask = own_mask
+    if sample_weight is not None:
+        sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype=loss.dtype)
+    weights = keras_loss.apply_mask(sample_weight, mask, values.dtype, "sum_over_batch_size")
+    if weights is None:
+        return values
+    weights = keras.ops.cast(weights, values.dtype)
+    values, weights = keras_loss.squeeze_or_expand_to_same_rank(values, weights)
+    return values * weights
+
+
+def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers directly inside a layer.
+
+    Only models have a public list of them (``layers``); a block's or a wrapper's can not be reached
+    otherwise. Checked on Keras 3.15.1.
+    """
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
+    """The variables that an optimizer was built with.
+
+    There is no public list of them. Checked on Keras 3.15.1.
+    """
+    return list(optimizer._trainable_variables)
+
+
+def let_optimizers_wrap_training() -> None:
+    """Makes Keras's trainer offer each training step to the optimizer, from now on.
+
+    An optimizer that has ``wrap_training`` (or, if it has not, the one inside a LossScaleOptimizer)
+    is given the model, its ``train_step`` and what makes a training function of a step; it returns
+    the training function. Others are not affected. Checked on Keras 3.15.1, where ``make_train_function`` calls
+    ``_make_function(self.train_step)``.
+    """
+    original = TensorFlowTrainer._make_function
+    if getattr(original, "offers_training", False):
+        return
+
+    def make_function(model: Any, step_function: Any) -> Any:
+        optimizer = getattr(model, "optimizer", None)
+        if not hasattr(optimizer, "wrap_training"):
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+        wrap = getattr(optimizer, "wrap_training", None)
+        if wrap is None or step_function != model.train_step:
+            return original(model, step_function)
+        return wrap(model, step_function, lambda step: original(model, step))
+
+    make_function.offers_training = True  # type: ignore[attr-defined]
+    TensorFlowTrainer._make_function = make_function
+
+
+def tell_optimizers_of_weights() -> None:
+    """Makes Keras tell the optimizer when a model's weights are used outside of training.
+
+    A compiled model's optimizer that has ``before_reading_weights`` is called before the model is
+    evaluated, predicts, is saved or exported, and at the end of each epoch before all callbacks;
+    one that has ``after_writing_weights`` is called when weights were loaded or set. Others are not
+    affected.
+
+    Checked on Keras 3.15.1, where ``evaluate``, ``predict`` and their ``_on_batch`` forms begin
+    with ``make_test_function`` and ``make_predict_function``, all saving and loading of models and
+    weights ends in the functions patched here, and ``fit`` calls ``CallbackList.on_epoch_end``.
+    """
+    reading, writing = "before_reading_weights", "after_writing_weights"
+    for owner, name in (
+        (TensorFlowTrainer, "make_test_function"),
+        (TensorFlowTrainer, "make_predict_function"),
+        (keras.Model, "export"),
+        (saving_lib, "save_model"),
+        (saving_lib, "save_weights_only"),
+        (legacy_h5_format, "save_model_to_hdf5"),
+    ):
+        _tell(owner, name, lambda args: args[0], before=reading)
+    _tell(keras.callbacks.CallbackList, "on_epoch_end", lambda args: args[0].model, before=reading)
+    _tell(keras.layers.Layer, "set_weights", lambda args: args[0], after=writing)
+    _tell(saving_lib, "load_weights_only", lambda args: args[0], after=writing)
+    for name in ("load_weights_from_hdf5_group", "load_weights_from_hdf5_group_by_name"):
+        _tell(legacy_h5_format, name, lambda args: args[1], after=writing)
+
+
+def _tell(
+    owner: Any,
+    name: str,
+    model_of: Callable[[tuple[Any, ...]], Any],
+    before: str | None = None,
+    after: str | None = None,
+) -> None:
+    original = getattr(owner, name)
+    if getattr(original, "tells_optimizers", False):
+        return
+
+    @functools.wraps(original)
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        optimizer = getattr(model_of(args), "optimizer", None)
+        if before is not None and hasattr(optimizer, before):
+            getattr(optimizer, before)()
+        result = original(*args, **kwargs)
+        if after is not None and hasattr(optimizer, after):
+            getattr(optimizer, after)()
+        return result
+
+    telling.tells_optimizers = True  # type: ignore[attr-defined]
+    setattr(owner, name, telling)
+
+
+def share_variable(
+    optimizer: keras.optimizers.Optimizer, attribute: str, variable: keras.Variable
+) -> None:
+    """Puts a variable of another optimizer in the place of one of an optimizer's own.
+
+    There is no public way to make an optimizer forget a variable that its base class has made.
+    Checked on Keras 3.15.1.
+    """
+    optimizer._untrack_variable(getattr(optimizer, attribute))
+    setattr(optimizer, attribute, variable)

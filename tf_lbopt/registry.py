@@ -50,6 +50,8 @@ _TABLE = (
     _row("vr_adam", optimizers.VRAdam, f"{_VRGD}, section 4.2"),
     _row("vr_lars", optimizers.VRLARS, f"{_VRGD}, section 4.2"),
     _row("vr_lamb", optimizers.VRLAMB, f"{_VRGD}, section 4.2"),
+    _row("extrap_sgd", optimizers.ExtrapSGD, "Lin et al. 2020, arXiv:2006.05720, Algorithm 1"),
+    _row("extrap_adam", optimizers.ExtrapAdam, "Lin et al. 2020, arXiv:2006.05720, section 5.2"),
     _row("clars", optimizers.CLARS, f"{_CLARS}, Algorithm 1, eq. 4 and 5"),
 )
 

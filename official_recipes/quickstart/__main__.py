@@ -9,21 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 
-from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
-    EXIT_INTERRUPTED,
-    FlagValueError,
-)
+from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
 from official_recipes.common.image_data import DataFormatError, ImageData
+from official_recipes.common.interruption import Interruption, interruption, run_program
+from official_recipes.common.progress import progress_bar
 from official_recipes.quickstart import settings
 from official_recipes.quickstart.data import hold_out_validation
 from official_recipes.quickstart.options import (
@@ -35,6 +26,7 @@ from official_recipes.quickstart.options import (
 
 if TYPE_CHECKING:
     from official_recipes.quickstart.training import RunResult, RunSettings, Trainer
+    from official_recipes.quickstart.tuning import TuningResult
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +36,10 @@ def main(argv: Sequence[str]) -> int:
         argv: The command line, program name first.
 
     Returns:
-        The exit code: 0, 2 for flags or data that cannot be used, 130 when interrupted.
+        The exit code: 0, or 2 for flags or data that cannot be used.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; no results were written.
     """
     try:
         options = parse_options(argv)
@@ -54,9 +49,6 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error)
     except DataFormatError as error:
         return _fail(FlagValueError("data_dir", "readable data", error))
-    except KeyboardInterrupt:
-        print("interrupted: no results were written", file=sys.stderr)
-        return EXIT_INTERRUPTED
     return 0
 
 
@@ -77,27 +69,32 @@ def _run(options: Options) -> None:
             known_optimizers,
             optimizers_of_sub_batches,
         )
+        from official_recipes.quickstart.tuning import tune_learning_rate
 
         check_optimizer_names(options.optimizers, known_optimizers())
         check_replicas(options, optimizers_of_sub_batches())
         strategy = cpu_strategy(options.replicas)
-    with _progress(progress_console) as progress:
+    with progress_bar(progress_console) as progress:
         data = _load(options, progress)
         if options.tune:
             data = hold_out_validation(data)
-        trainer = Trainer(strategy, data, options.seed)
-        runner = _Runner(trainer, progress, only_final_test=options.tune)
-        if options.tune:
-            _tune(options, data, runner)
-        else:
-            _compare(options, data, runner)
+        with interruption() as interrupted:
+            trainer = Trainer(strategy, data, options.seed)
+            runner = _Runner(trainer, progress, interrupted, only_final_test=options.tune)
+            runs = _planned_runs(options)
+            if options.tune:
+                tuned = [tune_learning_rate(run, runner.run) for run in runs]
+            else:
+                compared = [runner.run(run) for run in runs]
+    if options.tune:
+        _write_tuning(options, data, tuned)
+    else:
+        _write_comparison(options, data, compared)
 
 
-def _compare(options: Options, data: ImageData, runner: _Runner) -> None:
+def _write_comparison(options: Options, data: ImageData, results: list[RunResult]) -> None:
     from official_recipes.quickstart import report
 
-    results = [runner.run(run) for run in _planned_runs(options)]
-    runner.stop()
     plot, record = options.output_dir / "quickstart.png", options.output_dir / "quickstart.json"
     report.write_plot(plot, data.name, options.replicas, results)
     report.write_json(record, report.comparison_record(data.name, options.replicas, results))
@@ -106,12 +103,10 @@ def _compare(options: Options, data: ImageData, runner: _Runner) -> None:
     console.print(f"wrote {plot} and {record}", soft_wrap=True)
 
 
-def _tune(options: Options, data: ImageData, runner: _Runner) -> None:
+def _write_tuning(options: Options, data: ImageData, results: list[TuningResult]) -> None:
     from official_recipes.quickstart import report
-    from official_recipes.quickstart.tuning import tune_learning_rate, tuning_table
+    from official_recipes.quickstart.tuning import tuning_table
 
-    results = [tune_learning_rate(run, runner.run) for run in _planned_runs(options)]
-    runner.stop()
     record = options.output_dir / "tuning.json"
     report.write_json(
         record, {"data": data.name, "results": [asdict(result) for result in results]}
@@ -144,43 +139,37 @@ def _planned_runs(options: Options) -> list[RunSettings]:
 class _Runner:
     """Trains with a progress bar per run and leaves one line per finished run."""
 
-    def __init__(self, trainer: Trainer, progress: Progress, *, only_final_test: bool) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        progress: Progress,
+        interrupted: Interruption,
+        *,
+        only_final_test: bool,
+    ) -> None:
         self._trainer = trainer
         self._only_final_test = only_final_test
         self._progress = progress
+        self._interrupted = interrupted
 
     def run(self, run: RunSettings) -> RunResult:
         from official_recipes.quickstart.training import updates_per_epoch
 
+        self._interrupted.check()
         total = updates_per_epoch(self._trainer.data, run.batch_size) * run.epochs
         task = self._progress.add_task(f"{run.label}, rate {run.learning_rate:g}", total=total)
-        result = self._trainer.run(
-            run,
-            lambda updates: self._progress.update(task, completed=updates),
-            only_final_test=self._only_final_test,
-        )
+
+        def after_update(updates: int) -> None:
+            self._progress.update(task, completed=updates)
+            self._interrupted.check()
+
+        result = self._trainer.run(run, after_update, only_final_test=self._only_final_test)
         self._progress.remove_task(task)
         self._progress.console.print(
             f"{run.label}, rate {run.learning_rate:g}: accuracy {result.test_accuracy[-1]:.2%} "
             f"after {result.updates} updates, {result.seconds:.1f} s"
         )
         return result
-
-    def stop(self) -> None:
-        """Ends the live display, so that what follows is not drawn over."""
-        self._progress.stop()
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _load(options: Options, progress: Progress) -> ImageData:
@@ -200,4 +189,4 @@ def _load(options: Options, progress: Progress) -> ImageData:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_program(main, sys.argv)

@@ -46,6 +46,7 @@ SMALL_BATCH_LEARNING_RATE = 0.03
 LEARNING_RATES = {
     "momentum": 0.3,
     "adam": 0.003,
+    "clars": 1.0,
     "lars": 30.0,
     "lamb": 0.03,
     "sngm": 0.3,

@@ -1,6 +1,7 @@
 """Keras callbacks."""
 
+from tf_lbopt.callbacks.freeze_layers import FreezeLayers
 from tf_lbopt.callbacks.gradient_signal_to_noise import GradientSignalToNoise
 from tf_lbopt.callbacks.skipped_updates import SkippedUpdates
 
-__all__ = ["GradientSignalToNoise", "SkippedUpdates"]
+__all__ = ["FreezeLayers", "GradientSignalToNoise", "SkippedUpdates"]

@@ -1,47 +1,48 @@
 """Gradient accumulation: state that differs from replica to replica."""
 
-import io
-import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat
+from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM
+from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 from tf_lbopt.statistics.accumulators import DenseAccumulator, SparseAccumulator, any_nonzero
 from tf_lbopt.statistics.sparse import merge_repeated_indices
 
 _logger = logging.getLogger(__name__)
 
 
-class Accumulation(tf.train.experimental.PythonState):
+class Accumulation(ReplicaState):
     """What each replica keeps of its gradients over the micro-steps of one update.
 
-    An accumulator is made of mirrored variables whose copies differ. What checkpoints store of a
-    mirrored variable is its first copy, so this object stores all copies itself, as one string, and
-    only in mid-accumulation: between updates there is nothing to store.
+    Saved only in mid-accumulation: between updates there is nothing to store.
 
     Args:
         strategy: The strategy under which the variables live.
         steps: Micro-steps per update.
         statistics: What is followed beside the sum of the gradients.
+        parts: Sub-batches that each replica takes in turn, with sums of their own; ``steps`` counts
+            them all.
     """
 
     def __init__(
-        self, strategy: tf.distribute.Strategy, steps: int, statistics: Collection[str] = ()
+        self,
+        strategy: tf.distribute.Strategy,
+        steps: int,
+        statistics: Collection[str] = (),
+        parts: int = 1,
     ):
-        super().__init__()
-        self._strategy = strategy
+        super().__init__(strategy)
         self.steps = steps
         self.statistics = frozenset(statistics)
+        self.parts = parts
         self.live: tf.Variable  # how many micro-steps were live; made with the first accumulators
-        self.accumulators: dict[int, DenseAccumulator | SparseAccumulator] = {}
+        self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
         self._micro_step: tf.Variable | None = None
-        self._pending: bytes | None = None
 
     def prepare(
         self, indices: Sequence[int], variables: Sequence[tf.Variable], gradients: Sequence[Any]
@@ -54,7 +55,7 @@ class Accumulation(tf.train.experimental.PythonState):
         missing = [
             (index, variable, gradient)
             for index, variable, gradient in zip(indices, variables, gradients, strict=True)
-            if index not in self.accumulators
+            if (0, index) not in self.accumulators
         ]
         if not missing:
             return
@@ -67,15 +68,15 @@ class Accumulation(tf.train.experimental.PythonState):
                 sparse = by_rows and isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
                 with self._strategy.extended.colocate_vars_with(variable):
-                    self.accumulators[index] = kind(
-                        variable.shape,
-                        compute_dtype(variable.dtype),
-                        self.statistics,
-                        self._variable,
-                        self._strategy.num_replicas_in_sync,
-                    )
-            if self._pending is not None:
-                self.deserialize(self._pending)
+                    for part in range(self.parts):
+                        self.accumulators[part, index] = kind(
+                            variable.shape,
+                            compute_dtype(variable.dtype),
+                            self.statistics,
+                            self._variable,
+                            self._strategy.num_replicas_in_sync,
+                        )
+            self.load_pending()
 
     def _variable(
         self, value: Any, shape: tf.TensorShape, dtype: tf.DType | None = None
@@ -96,6 +97,7 @@ class Accumulation(tf.train.experimental.PythonState):
         indices: Sequence[int],
         gradients: Sequence[Gradient],
         gradient_norms: Sequence[tf.Tensor] | None,
+        part: int = 0,
     ) -> None:
         """Adds one micro-step's gradients to this replica's accumulators, in place.
 
@@ -103,16 +105,18 @@ class Accumulation(tf.train.experimental.PythonState):
             indices: Of the variables.
             gradients: One each.
             gradient_norms: What stands for their norms; ``None`` for these themselves.
+            part: Which of the sub-batches taken in turn this is.
         """
         count = tf.convert_to_tensor(self.live)
-        live = any_nonzero(list(gradients)) if self.statistics else tf.constant(True)
+        counted = self.statistics & {VARIANCE, MEAN_NORM}
+        live = any_nonzero(list(gradients)) if counted else tf.constant(True)
         if gradient_norms is None and MEAN_NORM in self.statistics:
             gradients = [merge_repeated_indices(gradient) for gradient in gradients]
             gradient_norms = norms(gradients)
         for index, gradient, norm in zip(
             indices, gradients, gradient_norms or [None] * len(indices), strict=True
         ):
-            self.accumulators[index].add(gradient, live, count, norm)
+            self.accumulators[part, index].add(gradient, live, count, norm)
         self.live.assign(count + tf.cast(live, count.dtype))
 
     def read(
@@ -122,12 +126,24 @@ class Accumulation(tf.train.experimental.PythonState):
         # `read_value` and not a conversion: its result bears the replica's device, without which
         # the reduction does not pack it with the others.
         count = self.live.read_value()
-        pairs = [self.accumulators[index].read(count) for index in indices]
+        if self.parts > 1:
+            parts = [self.read_part(indices, part) for part in range(self.parts)]
+            return (
+                [_sum(of_all) for of_all in zip(*parts, strict=True)],
+                [None] * len(indices),
+                count,
+            )
+        pairs = [self.accumulators[0, index].read(count) for index in indices]
         return [total for total, _ in pairs], [deviations for _, deviations in pairs], count
+
+    def read_part(self, indices: Sequence[int], part: int) -> list[Gradient]:
+        """This replica's sums over one of the sub-batches that it takes in turn."""
+        count = self.live.read_value()
+        return [self.accumulators[part, index].read(count)[0] for index in indices]
 
     def read_norms(self, indices: Sequence[int]) -> list[tf.Tensor]:
         """This replica's sums of the gradients' norms."""
-        sums = [self.accumulators[index].norm_sum for index in indices]
+        sums = [self.accumulators[0, index].norm_sum for index in indices]
         return [norm_sum.read_value() for norm_sum in sums if norm_sum is not None]
 
     def clear(self) -> None:
@@ -143,92 +159,56 @@ class Accumulation(tf.train.experimental.PythonState):
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, tf.Variable]:
+    def state(self) -> dict[str, tf.Variable] | None:
+        """All accumulators by name, or ``None`` before the first gradients."""
+        if self._micro_step is None:
+            return None
         return {
             "live": self.live,
             **{
-                f"{index}/{accumulator.kind}/{number}": variable
-                for index, accumulator in self.accumulators.items()
+                f"{part}/{index}/{accumulator.kind}/{number}": variable
+                for (part, index), accumulator in self.accumulators.items()
                 for number, variable in enumerate(accumulator.variables())
             },
         }
 
-    def serialize(self) -> bytes:
-        """What a checkpoint stores: the replicas' accumulators, or nothing between updates."""
-        if self._micro_step is None:
-            return self._pending or b""
+    def header(self) -> dict[str, Any] | None:
+        """Where in the accumulation it is; ``None`` between updates, when all is empty."""
         micro_step = int(self.micro_step.numpy())
-        if not micro_step:
-            return b""
-        replicas = self._strategy.num_replicas_in_sync
-        copies = {
-            name: self._strategy.experimental_local_results(variable)
-            for name, variable in self._state().items()
-        }
-        # Other workers' accumulators can not be reached from here; loading will start empty.
-        complete = len(copies["live"]) == replicas
-        header = {
-            "micro_step": micro_step if complete else 0,
-            "steps": self.steps,
-            "replicas": replicas,
-        }
-        buffer = io.BytesIO()
-        arrays = {
-            f"{name}/{replica}": copy.numpy()
-            for name, local in copies.items()
-            for replica, copy in enumerate(local)
-            if complete
-        }
-        np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-        return buffer.getvalue()
+        return {"micro_step": micro_step, "steps": self.steps} if micro_step else None
 
-    def deserialize(self, string_value: bytes) -> None:
-        """Restores what `serialize` stored; before the accumulators exist it is kept until then.
+    def accept(self, header: Mapping[str, Any]) -> bool:
+        """Whether the accumulation was of as many micro-steps."""
+        return header["steps"] == self.steps
 
-        Under another number of replicas or micro-steps what was stored has no place to go: the
-        accumulators start empty, with a warning.
-        """
-        if self._micro_step is None:
-            self._pending = string_value
-            return
-        self._pending = None
-        copies = {
-            name: self._strategy.experimental_local_results(variable)
-            for name, variable in self._state().items()
-        }
-        for local in copies.values():
-            for copy in local:
-                empty = [0 if size is None else size for size in copy.shape]
-                copy.assign(tf.zeros(empty, copy.dtype))
+    def reset(self) -> None:
+        """Empties all copies."""
+        super().reset()
         self.micro_step.assign(0)
-        if not string_value:
-            return
-        with np.load(io.BytesIO(string_value)) as stored:
-            header = json.loads(stored["header"].tobytes().decode())
-            replicas = self._strategy.num_replicas_in_sync
-            names = {f"{name}/{r}" for name, local in copies.items() for r in range(len(local))}
-            fits = (
-                header["replicas"] == replicas
-                and header["steps"] == self.steps
-                and names == set(stored.files) - {"header"}
-                and all(
-                    copy.shape.is_compatible_with(stored[f"{name}/0"].shape)
-                    for name, (copy, *_) in copies.items()
-                )
-            )
-            if not fits:
-                _logger.warning(
-                    "The checkpoint was written in mid-accumulation on %d replicas with "
-                    "gradient_accumulation_steps=%d; here there are %d replicas and "
-                    "gradient_accumulation_steps=%d. The accumulators start empty: the "
-                    "micro-steps since the last update are lost, nothing else.",
-                    header["replicas"], header["steps"], replicas, self.steps,
-                )  # fmt: skip
-                return
-            for name, local in copies.items():
-                for replica, variable in enumerate(local):
-                    variable.assign(stored[f"{name}/{replica}"])
-            self.micro_step.assign(header["micro_step"])
+
+    def restored(self, header: Mapping[str, Any]) -> None:
+        """Goes on where the saved one was."""
+        self.micro_step.assign(header["micro_step"])
+
+    def lost(self, header: Mapping[str, Any]) -> None:
+        """Warns that micro-steps are lost."""
+        _logger.warning(
+            "The checkpoint was written in mid-accumulation on %d replicas with "
+            "gradient_accumulation_steps=%d; here there are %d replicas and "
+            "gradient_accumulation_steps=%d. The accumulators start empty: the "
+            "micro-steps since the last update are lost, nothing else.",
+            header["replicas"], header["steps"], self._strategy.num_replicas_in_sync, self.steps,
+        )  # fmt: skip
+
+
+def _sum(gradients: Sequence[Gradient]) -> Gradient:
+    if not any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+        return tf.add_n(list(gradients))
+    return tf.IndexedSlices(
+        tf.concat([gradient.values for gradient in gradients], 0),
+        tf.concat([gradient.indices for gradient in gradients], 0),
+        dense_shape=gradients[0].dense_shape,
+    )
 
 
 def _first(value: Any) -> Any:

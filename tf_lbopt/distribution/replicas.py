@@ -99,6 +99,18 @@ def once_for_all_replicas(fn: Callable[[], None]) -> None:
         context.merge_call(call)
 
 
+def replica_number() -> int:
+    """The number of the replica that is being traced (or runs); 0 outside of replicas.
+
+    A key for what a replica leaves for itself while it is traced. Replicas are threads, but not
+    always the same ones: Keras's LossScaleOptimizer goes on in new ones.
+    """
+    context = tf.distribute.get_replica_context()
+    number = 0 if context is None else context.replica_id_in_sync_group
+    static = tf.get_static_value(number)
+    return 0 if static is None else int(static)
+
+
 def inside_scope(strategy: tf.distribute.Strategy) -> AbstractContextManager[Any]:
     """The strategy's scope, entered if no strategy is in force yet."""
     return nullcontext() if tf.distribute.has_strategy() else strategy.scope()

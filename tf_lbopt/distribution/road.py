@@ -23,7 +23,7 @@ from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_rep
 from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
+from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE
 from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, share_of_deviations
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
@@ -45,16 +45,21 @@ class Arrival:
         indices: Of the variables, as the optimizer counts them.
         gradients: Their mean gradients, clipped; sparse ones without repeated indices.
         norms: The norms of those.
+        means: The mean gradients before clipping.
         moments: Of the unclipped gradients over the sub-batches, or ``None`` where not declared.
         mean_norms: Of the unclipped gradients over the sub-batches, or ``None``, likewise.
+        own: This replica's own unclipped gradients, a list for each of the sub-batches that it
+            takes in turn; empty where not declared.
         prepared: What `Destination.prepare` returned.
     """
 
     indices: Sequence[int]
     gradients: list[Gradient]
     norms: list[tf.Tensor]
+    means: list[Gradient]
     moments: list[SubBatchMoments | None]
     mean_norms: list[tf.Tensor | None]
+    own: list[list[Gradient]]
     prepared: Any
 
 
@@ -91,7 +96,9 @@ def travel(
     clip: Clip,
     accumulation: Accumulation | None = None,
     gradient_norms: Sequence[tf.Tensor] | None = None,
-) -> None:
+    part: int = 0,
+    summed: bool = False,
+) -> tf.Tensor:
     """Takes one replica's gradients along the road. Called in a replica context, by all replicas.
 
     Args:
@@ -106,6 +113,12 @@ def travel(
         gradient_norms: What stands for the norms of these gradients in the mean norm, in their
             units (for norms by example: the sum of the norms of what the examples contribute to
             the gradient); ``None`` for the norms themselves.
+        part: Which of ``accumulation.parts`` these gradients are of.
+        summed: Whether these gradients are sums over the replicas already, the same on each; then
+            there must be no statistics.
+
+    Returns:
+        Whether all was finite; true before an update is due.
 
     Raises:
         ValueError: Not called in a replica context.
@@ -122,8 +135,10 @@ def travel(
     ]
     if gradient_norms is not None:
         gradient_norms = [tf.identity(norm) for norm in gradient_norms]
-    journey = _Journey(tuple(indices), tuple(variables), destination, anchor, clip, accumulation)
-    context.merge_call(journey.cross_replicas, args=(local, gradient_norms))
+    journey = _Journey(
+        tuple(indices), tuple(variables), destination, anchor, clip, accumulation, part, summed
+    )
+    return context.merge_call(journey.cross_replicas, args=(local, gradient_norms))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,25 +151,25 @@ class _Journey:
     anchor: tf.Variable
     clip: Clip
     accumulation: Accumulation | None
+    part: int
+    summed: bool
 
     def cross_replicas(
         self,
         strategy: tf.distribute.Strategy,
         gradients: list[Any],
         gradient_norms: list[Any] | None,
-    ) -> None:
+    ) -> tf.Tensor:
         accumulation = self.accumulation
         if accumulation is None:
-            self._reduce_and_update(strategy, gradients, gradient_norms)
-            return
+            return self._reduce_and_update(strategy, gradients, gradient_norms)
 
         def add(local: list[Gradient], local_norms: list[tf.Tensor] | None) -> list[tf.Tensor]:
-            accumulation.add(self.indices, local, local_norms)
+            accumulation.add(self.indices, local, local_norms, self.part)
             return [tf.constant(True)]
 
         def last() -> tf.Tensor:
-            self._reduce_and_update(strategy, None, None)
-            return tf.constant(True)
+            return self._reduce_and_update(strategy, None, None)
 
         def advance() -> tf.Tensor:
             accumulation.micro_step.assign_add(1)
@@ -162,8 +177,10 @@ class _Journey:
 
         accumulation.prepare(self.indices, self.variables, gradients)
         on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
+        if self.part < accumulation.parts - 1:  # they come in turn
+            return advance()
         is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
-        tf.cond(is_last, last, advance)
+        return tf.cond(is_last, last, advance)
 
     # -- reduce ------------------------------------------------------------------------------------
 
@@ -172,58 +189,86 @@ class _Journey:
         strategy: tf.distribute.Strategy,
         gradients: list[Any] | None,
         gradient_norms: list[Any] | None,
-    ) -> None:
+    ) -> tf.Tensor:
         reduced = self._reduce(strategy, gradients, gradient_norms)
         prepared = self.destination.prepare()
-        on_each_replica(
+        ((finite, *_),) = on_each_replica(
             strategy,
             self.anchor,
             lambda *local: self._guarded_update(prepared, *local),
             *reduced,
         )
+        return finite  # the first replica's, with whom all others agree
+
+    def _sums(
+        self,
+        strategy: tf.distribute.Strategy,
+        values: list[Any],
+        destinations: Sequence[tf.Variable],
+    ) -> list[Any]:
+        if self.summed:
+            return list(values)
+        return sum_over_replicas(strategy, values, destinations)
 
     def _reduce(
         self,
         strategy: tf.distribute.Strategy,
         gradients: list[Any] | None,
         gradient_norms: list[Any] | None,
-    ) -> tuple[list[Any], Any, Any, list[Any] | None]:
+    ) -> tuple[list[Any], Any, Any, list[Any] | None, list[list[Any]]]:
         """Sums over the replicas of the gradients and of what statistics need.
 
         Returns:
-            The gradients' sums, the number of live sub-batches, the stacked sums of the norms and
-            the squared deviations; ``None`` for what nobody needs.
+            The gradients' sums, the number of live sub-batches, the stacked sums of the norms, the
+            squared deviations (``None`` for what nobody needs), and the replicas' own sums.
         """
         size = len(self.indices)
         statistics = self.destination.statistics
-        if not statistics and gradients is not None:
-            return sum_over_replicas(strategy, gradients, self.variables), None, None, None
+        counted = VARIANCE in statistics or MEAN_NORM in statistics
+        if not counted and gradients is not None:
+            own = [gradients] if OWN_GRADIENT in statistics else []
+            totals = self._sums(strategy, gradients, self.variables)
+            return totals, None, None, None, own
         # With a single sub-batch the mean norm is the norm, which the guard needs anyway.
         single = strategy.num_replicas_in_sync == 1 and self.accumulation is None
         with_norms = MEAN_NORM in statistics and not (single and gradient_norms is None)
 
         def read(local: list[Gradient] | None, local_norms: list[tf.Tensor] | None) -> list[Any]:
             sums, deviations, live = self._own_moments(local)
-            numbers = [live] if statistics else []
+            numbers = [live] if counted else []
             if with_norms:
                 numbers.append(self._own_norms(sums, local_norms))
             return [*sums, *numbers, *(d for d in deviations if d is not None)]
 
         own = bundle(on_each_replica(strategy, self.anchor, read, gradients, gradient_norms))
-        end = size + bool(statistics) + with_norms
+        end = size + counted + with_norms
         own_sums, own_numbers, own_deviations = own[:size], own[size:end], own[end:]
-        reduced = sum_over_replicas(
-            strategy, own[:end], [*self.variables, *[self.anchor] * (end - size)]
-        )
+        reduced = self._sums(strategy, own[:end], [*self.variables, *[self.anchor] * (end - size)])
         totals = reduced[:size]
-        live = reduced[size] if statistics else None
+        live = reduced[size] if counted else None
         norm_totals = reduced[size + 1] if with_norms else None
         deviations = None
         if VARIANCE in statistics:
             deviations = self._reduce_deviations(
                 strategy, own_sums, own_numbers[0], own_deviations, totals, live
             )
-        return totals, live, norm_totals, deviations
+        own_parts = self._own_parts(strategy, own_sums) if OWN_GRADIENT in statistics else []
+        return totals, live, norm_totals, deviations, own_parts
+
+    def _own_parts(self, strategy: tf.distribute.Strategy, own_sums: list[Any]) -> list[list[Any]]:
+        accumulation = self.accumulation
+        if accumulation is None or accumulation.parts == 1:
+            return [own_sums]
+        return [
+            bundle(
+                on_each_replica(
+                    strategy,
+                    self.anchor,
+                    lambda part=part: accumulation.read_part(self.indices, part),
+                )
+            )
+            for part in range(accumulation.parts)
+        ]
 
     def _own_moments(
         self, local: list[Gradient] | None
@@ -285,6 +330,7 @@ class _Journey:
         live: tf.Tensor | None,
         norm_totals: tf.Tensor | None,
         deviations: list[tf.Tensor] | None,
+        own: list[list[Gradient]],
     ) -> list[tf.Tensor]:
         destination, accumulation = self.destination, self.accumulation
         sums = [merge_repeated_indices(total) for total in sums]
@@ -309,8 +355,10 @@ class _Journey:
                     self.indices,
                     clipped,
                     norms(clipped) if clipped_norms is None else clipped_norms,
+                    means,
                     moments,
                     self._mean_norms(layer_norms, norm_totals, live),
+                    [self._own_means(part) for part in own],
                     prepared,
                 )
             )
@@ -355,6 +403,16 @@ class _Journey:
             factor /= self.destination.loss_scale()
         means = tf.unstack(norm_totals * tf.cast(factor, norm_totals.dtype), num=len(layer_norms))
         return [tf.cast(m, n.dtype) for m, n in zip(means, layer_norms, strict=True)]
+
+    def _own_means(self, sums: list[Gradient]) -> list[Gradient]:
+        """The mean over the micro-steps of one part's gradients: of its own loss."""
+        divisor = self._divisor()
+        parts = 1 if self.accumulation is None else self.accumulation.parts
+        factor = float(self._replicas() * parts)
+        if divisor is None and factor == 1.0:
+            return sums
+        scale = factor if divisor is None else factor / divisor
+        return [clipping.scale(merge_repeated_indices(g), tf.cast(scale, g.dtype)) for g in sums]
 
     def _replicas(self) -> int:
         return tf.distribute.get_strategy().num_replicas_in_sync

@@ -1,6 +1,8 @@
 """The Keras 3 classes."""
 
 from tf_lbopt.optimizers.clars import CLARS
+from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
+from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.lamb import LAMB
 from tf_lbopt.optimizers.lars import LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
@@ -18,6 +20,8 @@ __all__ = [
     "VRLAMB",
     "VRLARS",
     "VRSGD",
+    "ExtrapAdam",
+    "ExtrapSGD",
     "LossScaleOptimizer",
     "VRAdam",
     "VRMomentum",

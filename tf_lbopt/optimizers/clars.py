@@ -1,7 +1,6 @@
 """CLARS for Keras 3."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,25 +8,19 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation, rules
-from tf_lbopt.optimizers.base import LayerwiseOptimizer, with_common_arguments
+from tf_lbopt.distribution.replicas import replica_number
+from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import path_of
 
 NORM_ESTIMATORS = ("sub_batch", "per_example")
 
 
-class _Given(threading.local):
-    """Norms on their way to an optimizer; per thread, because replicas trace in threads."""
-
-    receiver: "CLARS | None" = None
-    norms: dict[int, tf.Tensor]
+# Norms on their way to an optimizer, by optimizer and replica; each by variable.
+_given: dict[tuple[int, int], dict[int, tf.Tensor]] = {}
 
 
-_given = _Given()
-
-
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
-class CLARS(LayerwiseOptimizer):
+class CLARSAlgorithm(LayerwiseAlgorithm):
     """Complete layer-wise adaptive rate scaling, which needs no warm-up.
 
     Nesterov's momentum with a rate for every layer (trainable variable), like `LARS`, but against
@@ -70,13 +63,7 @@ class CLARS(LayerwiseOptimizer):
         TypeError, ValueError: An argument is of the wrong type or outside its range;
             `norm_estimator="per_example"` and nobody computes these norms.
 
-    Example:
-        >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = CLARS(learning_rate=1.0, eta=0.1, gradient_accumulation_steps=2)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, 4.0])], [w])
-        >>> optimizer.apply([keras.ops.convert_to_tensor([-3.0, 4.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]
-        [3.0, 3.24]
+    {example}
 
     References:
         Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
@@ -161,30 +148,34 @@ class CLARS(LayerwiseOptimizer):
                 "`norms` must have one entry per variable. "
                 f"Received: {len(norms)} norms for {len(variables)} variables"
             )
-        before = _given.receiver, getattr(_given, "norms", {})
-        _given.receiver = self
-        _given.norms = {
+        key = id(self), replica_number()
+        before = _given.get(key)
+        _given[key] = {
             self._var_key(variable): tf.reduce_mean(tf.convert_to_tensor(norm))
             for norm, variable in zip(norms, variables, strict=True)
         }
         try:
             yield
         finally:
-            _given.receiver, _given.norms = before
+            if before is None:
+                del _given[key]
+            else:
+                _given[key] = before
 
     def _gradient_norms(
         self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
     ) -> Sequence[tf.Tensor] | None:
         if self.norm_estimator != "per_example":
             return None
-        if _given.receiver is not self:
+        given = _given.get((id(self), replica_number()))
+        if given is None:
             raise ValueError(
                 "CLARS(norm_estimator='per_example') needs the norms of the gradients of single "
                 "examples, which a plain training step does not compute. Make the model a "
                 "`tf_lbopt.PerExampleNormsModel`, pass them to `optimizer.example_norms(...)` in "
                 "a custom loop, or use norm_estimator='sub_batch'. Received: gradients alone"
             )
-        missing = [v for v in variables if self._var_key(v) not in _given.norms]
+        missing = [v for v in variables if self._var_key(v) not in given]
         if missing:
             raise ValueError(
                 "CLARS(norm_estimator='per_example') needs norms for every variable that has a "
@@ -193,7 +184,7 @@ class CLARS(LayerwiseOptimizer):
         # A replica's gradients arrive divided by the number of replicas, multiplied by the scale.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         scale = 1.0 if loss_scale is None else loss_scale()
-        own = [_given.norms[self._var_key(variable)] for variable in variables]
+        own = [given[self._var_key(variable)] for variable in variables]
         return [norm * tf.cast(scale / replicas, norm.dtype) for norm in own]
 
     def get_config(self) -> dict[str, Any]:
@@ -205,3 +196,18 @@ class CLARS(LayerwiseOptimizer):
             "norm_estimator": self.norm_estimator,
             "max_trust_ratio": self.max_trust_ratio,
         }
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
+    """CLARS for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = CLARS(learning_rate=1.0, eta=0.1, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, 4.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([-3.0, 4.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]
+        [3.0, 3.24]
+    """

@@ -6,12 +6,11 @@ from typing import Any
 import keras
 
 from tf_lbopt import _validation, rules
-from tf_lbopt.optimizers.base import LayerwiseOptimizer, with_common_arguments
+from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
-class LAMB(LayerwiseOptimizer):
+class LAMBAlgorithm(LayerwiseAlgorithm):
     """Layer-wise adaptive moments for batch training.
 
     Adam whose step is scaled, for every layer (trainable variable), to the size of its weights:
@@ -41,12 +40,7 @@ class LAMB(LayerwiseOptimizer):
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range.
 
-    Example:
-        >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = LAMB(learning_rate=0.1)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([0.5, 0.5])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [2.6464, 3.6464]
+    {example}
 
     References:
         You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes"
@@ -94,3 +88,17 @@ class LAMB(LayerwiseOptimizer):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class LAMB(LAMBAlgorithm, LargeBatchOptimizer):
+    """LAMB for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = LAMB(learning_rate=0.1)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([0.5, 0.5])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.6464, 3.6464]
+    """

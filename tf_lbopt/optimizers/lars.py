@@ -6,12 +6,11 @@ from typing import Any
 import keras
 
 from tf_lbopt import _validation, rules
-from tf_lbopt.optimizers.base import LayerwiseOptimizer, with_common_arguments
+from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
-class LARS(LayerwiseOptimizer):
+class LARSAlgorithm(LayerwiseAlgorithm):
     """Layer-wise adaptive rate scaling.
 
     Momentum SGD whose rate is scaled, for every layer (trainable variable), by how large its
@@ -41,12 +40,7 @@ class LARS(LayerwiseOptimizer):
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range.
 
-    Example:
-        >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = LARS(learning_rate=1.0, trust_coefficient=0.1)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([0.6, 0.8])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [2.7, 3.6]
+    {example}
 
     References:
         You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks"
@@ -100,3 +94,17 @@ class LARS(LayerwiseOptimizer):
             "trust_coefficient": self.trust_coefficient,
             "nesterov": self.nesterov,
         }
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class LARS(LARSAlgorithm, LargeBatchOptimizer):
+    """LARS for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = LARS(learning_rate=1.0, trust_coefficient=0.1)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([0.6, 0.8])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.7, 3.6]
+    """

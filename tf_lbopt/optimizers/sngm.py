@@ -5,12 +5,11 @@ from typing import Any
 import keras
 
 from tf_lbopt import _validation, rules
+from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
-class SNGM(LargeBatchOptimizer):
+class SNGMAlgorithm(Algorithm):
     """Stochastic normalized gradient descent with momentum.
 
     The gradient is divided by its global norm before it enters the momentum, so that the size of
@@ -37,12 +36,7 @@ class SNGM(LargeBatchOptimizer):
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range.
 
-    Example:
-        >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = SNGM(learning_rate=0.5, momentum=0.9)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([30.0, 40.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [2.7, 3.6]
+    {example}
 
     References:
         Zhao, Shi, Xie, Li, "Stochastic Normalized Gradient Descent with Momentum for Large-Batch
@@ -72,3 +66,17 @@ class SNGM(LargeBatchOptimizer):
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         return {**super().get_config(), "momentum": self.momentum}
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class SNGM(SNGMAlgorithm, LargeBatchOptimizer):
+    """SNGM for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = SNGM(learning_rate=0.5, momentum=0.9)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([30.0, 40.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.7, 3.6]
+    """

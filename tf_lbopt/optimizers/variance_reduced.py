@@ -28,7 +28,7 @@ _OURS = (
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
 @with_gsnr_arguments
-class VarianceReduced(VarianceReduction):
+class VarianceReduced(VarianceReduction, LargeBatchOptimizer):
     """VRGD in front of any optimizer: every element weighted by its signal-to-noise ratio.
 
     The inner optimizer sees r ḡ (or p̂ ḡ with `beta_3`) instead of the mean gradient ḡ, with r as in

@@ -8,13 +8,13 @@ import tensorflow as tf
 
 from tf_lbopt import _validation, rules
 from tf_lbopt.distribution.replicas import inside_scope
-from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.gsnr import SUMMARY, summarize
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 
-class VarianceReduction(LargeBatchOptimizer):
+class VarianceReduction(Algorithm):
     """Mix-in, placed before a base optimizer, that weights its mean gradient by r.
 
     Args:

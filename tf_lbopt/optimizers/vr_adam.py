@@ -5,12 +5,13 @@ from typing import Any
 import keras
 
 from tf_lbopt import _validation, rules
+from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 
-class _Adam(LargeBatchOptimizer):
+class _Adam(Algorithm):
     """Adam as Keras's, with the decay of its AdamW: the base of the one below."""
 
     slots = rules.Adam.slots
@@ -27,10 +28,8 @@ class _Adam(LargeBatchOptimizer):
         return rules.Adam(self.beta_1, self.beta_2, self.epsilon, self.weight_decay)
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
 @with_gsnr_arguments
-class VRAdam(VarianceReduction, _Adam):
+class VRAdamAlgorithm(VarianceReduction, _Adam):
     """VR-Adam: Adam on the gradient weighted by the running mean of its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -57,13 +56,7 @@ class VRAdam(VarianceReduction, _Adam):
         TypeError, ValueError: An argument is of the wrong type or outside its range; one replica
             without accumulation.
 
-    Example:
-        >>> w = keras.Variable([0.0, 0.0])
-        >>> optimizer = VRAdam(learning_rate=0.1, gradient_accumulation_steps=2)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
-        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [-0.1, -0.1]
+    {example}
 
     References:
         "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
@@ -105,3 +98,18 @@ class VRAdam(VarianceReduction, _Adam):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
         }
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class VRAdam(VRAdamAlgorithm, LargeBatchOptimizer):
+    """VRAdam for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([0.0, 0.0])
+        >>> optimizer = VRAdam(learning_rate=0.1, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [-0.1, -0.1]
+    """

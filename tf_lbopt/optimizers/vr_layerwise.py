@@ -7,16 +7,14 @@ import keras
 
 from tf_lbopt import _validation
 from tf_lbopt.optimizers.base import with_common_arguments
-from tf_lbopt.optimizers.lamb import LAMB
-from tf_lbopt.optimizers.lars import LARS
+from tf_lbopt.optimizers.lamb import LAMB, LAMBAlgorithm
+from tf_lbopt.optimizers.lars import LARS, LARSAlgorithm
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
 @with_gsnr_arguments
-class VRLARS(VarianceReduction, LARS):
+class VRLARSAlgorithm(VarianceReduction, LARSAlgorithm):
     """VR-LARS: `LARS` on the gradient weighted by its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -38,13 +36,7 @@ class VRLARS(VarianceReduction, LARS):
         TypeError, ValueError: An argument is of the wrong type or outside its range; one replica
             without accumulation.
 
-    Example:
-        >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = VRLARS(1.0, trust_coefficient=0.1, gradient_accumulation_steps=2)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
-        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [2.5009, 3.9706]
+    {example}
 
     References:
         "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
@@ -77,8 +69,21 @@ class VRLARS(VarianceReduction, LARS):
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
+class VRLARS(VRLARSAlgorithm, LARS):
+    """VRLARS for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = VRLARS(1.0, trust_coefficient=0.1, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.5009, 3.9706]
+    """
+
+
 @with_gsnr_arguments
-class VRLAMB(VarianceReduction, LAMB):
+class VRLAMBAlgorithm(VarianceReduction, LAMBAlgorithm):
     """VR-LAMB: `LAMB` on the gradient weighted by the running mean of its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -105,19 +110,13 @@ class VRLAMB(VarianceReduction, LAMB):
         TypeError, ValueError: An argument is of the wrong type or outside its range; one replica
             without accumulation.
 
-    Example:
-        >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = VRLAMB(learning_rate=0.1, gradient_accumulation_steps=2)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
-        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [2.6464, 3.6464]
+    {example}
 
     References:
         "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
     """
 
-    slots = (*LAMB.slots, GSNR_SLOT)
+    slots = (*LAMBAlgorithm.slots, GSNR_SLOT)
 
     def __init__(
         self,
@@ -148,3 +147,18 @@ class VRLAMB(VarianceReduction, LAMB):
     def slot_names(self) -> tuple[str, ...]:
         """Both moments and p."""
         return self.slots
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class VRLAMB(VRLAMBAlgorithm, LAMB):
+    """VRLAMB for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = VRLAMB(learning_rate=0.1, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.6464, 3.6464]
+    """

@@ -5,11 +5,12 @@ from typing import Any
 import keras
 
 from tf_lbopt import _validation, rules
+from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
 
 
-class _SGD(LargeBatchOptimizer):
+class _SGD(Algorithm):
     """Gradient descent as Keras's, with coupled weight decay: the base of the two below."""
 
     slots = rules.SGD.slots
@@ -28,10 +29,8 @@ class _SGD(LargeBatchOptimizer):
         return self.slots if self.momentum else ()
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
 @with_gsnr_arguments
-class VRSGD(VarianceReduction, _SGD):
+class VRSGDAlgorithm(VarianceReduction, _SGD):
     """VR-SGD: gradient descent, every element weighted by its signal-to-noise ratio.
 
     Over the k sub-batches of an update, one per replica and accumulation micro-step:
@@ -58,13 +57,7 @@ class VRSGD(VarianceReduction, _SGD):
         TypeError, ValueError: An argument is of the wrong type or outside its range; one replica
             without accumulation.
 
-    Example:
-        >>> w = keras.Variable([0.0, 0.0])
-        >>> optimizer = VRSGD(learning_rate=1.0, gradient_accumulation_steps=2)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
-        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]     # r = 4 and 1/4, normalized 1.88 and 0.12
-        [-2.0, -0.1176]
+    {example}
 
     References:
         "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", Algorithm 1,
@@ -85,8 +78,21 @@ class VRSGD(VarianceReduction, _SGD):
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
+class VRSGD(VRSGDAlgorithm, LargeBatchOptimizer):
+    """VRSGD for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([0.0, 0.0])
+        >>> optimizer = VRSGD(learning_rate=1.0, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]     # r = 4 and 1/4, normalized 1.88 and 0.12
+        [-2.0, -0.1176]
+    """
+
+
 @with_gsnr_arguments
-class VRMomentum(VarianceReduction, _SGD):
+class VRMomentumAlgorithm(VarianceReduction, _SGD):
     """VR-Momentum: momentum SGD on the gradient weighted by its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -107,13 +113,7 @@ class VRMomentum(VarianceReduction, _SGD):
         TypeError, ValueError: An argument is of the wrong type or outside its range; one replica
             without accumulation.
 
-    Example:
-        >>> w = keras.Variable([0.0, 0.0])
-        >>> optimizer = VRMomentum(learning_rate=1.0, gradient_accumulation_steps=2)
-        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
-        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
-        >>> [round(float(x), 4) for x in w.numpy()]
-        [-2.0, -0.1176]
+    {example}
 
     References:
         "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
@@ -140,3 +140,18 @@ class VRMomentum(VarianceReduction, _SGD):
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         return {**super().get_config(), "momentum": self.momentum, "nesterov": self.nesterov}
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class VRMomentum(VRMomentumAlgorithm, LargeBatchOptimizer):
+    """VRMomentum for Keras 3.
+
+    Example:
+        >>> w = keras.Variable([0.0, 0.0])
+        >>> optimizer = VRMomentum(learning_rate=1.0, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [-2.0, -0.1176]
+    """

@@ -5,7 +5,7 @@ from tf_lbopt.rules.clars import CLARS
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.lamb import LAMB
 from tf_lbopt.rules.lars import LARS
-from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE, Layer, Rule, Step
+from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Layer, Rule, Step
 from tf_lbopt.rules.sgd import SGD
 from tf_lbopt.rules.sngm import SNGM
 from tf_lbopt.rules.vrgd import VarianceReduced
@@ -15,6 +15,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "MEAN_NORM",
+    "OWN_GRADIENT",
     "SGD",
     "SNGM",
     "VARIANCE",

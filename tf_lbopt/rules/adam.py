@@ -44,6 +44,23 @@ def adam(m, v, gradient, step, beta_1, beta_2, epsilon):
     return m, v, m_hat / (tf.sqrt(v_hat) + epsilon)
 
 
+def preconditioned(gradient, v, step, beta_2, epsilon):
+    """``g √(1−β₂ᵗ) / (√v + ε)``: a gradient in Adam's units, by the second moment as it stands.
+
+    Args:
+        gradient: g.
+        v: Second moment, of the same shape.
+        step: t, how many gradients v has seen, a float scalar.
+        beta_2: Decay of the second moment.
+        epsilon: ε, before the bias correction, as in Keras.
+
+    Returns:
+        A tensor of the same shape; 0 where g is 0 (with ε = 0 too).
+    """
+    correction = tf.sqrt(1.0 - tf.constant(beta_2, gradient.dtype) ** step)
+    return tf.math.divide_no_nan(gradient * correction, tf.sqrt(v) + epsilon)
+
+
 def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=None) -> tf.Tensor:
     """`adam` on the moment variables, in place.
 

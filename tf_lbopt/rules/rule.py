@@ -16,6 +16,9 @@ VARIANCE = "variance"
 MEAN_NORM = "mean_norm"
 """The statistic that `Layer.mean_norm` gives."""
 
+OWN_GRADIENT = "own_gradient"
+"""The statistic that gives a replica its own gradients beside their mean."""
+
 
 @dataclasses.dataclass
 class Layer:

@@ -1,0 +1,479 @@
+"""The tf_keras classes: the same updates as the Keras 3 classes, wherever gradients come from."""
+
+import inspect
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from conftest import strategy_of
+from harness import (
+    Run,
+    assert_replicas_identical,
+    assert_states_equal,
+    initial_weights,
+    needs_sub_batches,
+    sub_batch_gradients,
+)
+from harness_tf_keras import CASES, KERAS_CASES, NAMES, TfKerasRun, dynamic, fixed
+from references import reference
+
+import tf_lbopt
+import tf_lbopt.tf_keras
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+SPLITS = [(1, 1), (2, 2), (4, 1), (1, 4)]
+over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
+over_splits = pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_state():
+    tf_keras.utils.set_random_seed(0)
+    yield
+    tf_keras.mixed_precision.set_global_policy("float32")
+
+
+def assert_close(got, expected, **tolerance):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, **(tolerance or TOLERANCE))
+
+
+def named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+# -- one algorithm, two frameworks -----------------------------------------------------------------
+
+
+def test_every_class_is_there():
+    assert {case.cls.__name__ for case in CASES} <= set(tf_lbopt.tf_keras.__all__)
+    for case in CASES:
+        assert issubclass(case.cls, tf_keras.optimizers.Optimizer)
+
+
+@over_cases
+def test_names_arguments_and_documentation(case):
+    theirs = KERAS_CASES[case.name].cls
+    assert case.cls.__name__ == theirs.__name__
+    assert str(inspect.signature(case.cls)) == str(inspect.signature(theirs))
+    assert (case.cls.slots, case.cls.statistics) == (theirs.slots, theirs.statistics)
+    text = inspect.getdoc(case.cls)
+    assert text.splitlines()[0] == inspect.getdoc(theirs).splitlines()[0]
+    assert "loss_scale_factor" not in text
+    assert "jit_compile: " in text
+    assert "{" not in text.split("Args:")[1].split("Example")[0]
+    assert ">>> w = tf.Variable(" in text
+
+
+@over_cases
+@over_splits
+@pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.3, "use_ema": True}], ids=str)
+def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps, extra):
+    """Weights and everything that is kept for them, over several updates."""
+    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
+    ours = TfKerasRun(case, replicas, micro_steps, **extra).updates(gradients)
+    theirs = Run(KERAS_CASES[case.name], replicas, micro_steps, **extra).updates(gradients)
+    for a, b in zip(ours.weights(), theirs.weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for name, slots in theirs.inner._slots.items():
+        for a, b in zip(ours.inner._slots[name], slots, strict=True):
+            np.testing.assert_array_equal(a.numpy(), b.numpy())
+    if extra:
+        averages = zip(
+            ours.inner._model_variables_moving_average,
+            theirs.inner._model_variables_moving_average,
+            strict=True,
+        )
+        for a, b in averages:
+            np.testing.assert_array_equal(a.numpy(), b.numpy())
+    assert ours.optimizer.iterations.numpy() == 4
+    assert_replicas_identical(ours)
+
+
+@over_cases
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2), (1, 4)])
+def test_equals_the_reference(case, replicas, micro_steps):
+    gradients = sub_batch_gradients(5, sub_batches=4)
+    run = TfKerasRun(case, replicas, micro_steps, build=False).updates(gradients)
+    expected = reference(case.name, initial_weights(), gradients, **case.arguments)
+    assert_close(run.weights(), expected)
+    assert all(
+        np.abs(a - b).max() > 1e-3 for a, b in zip(run.weights(), initial_weights(), strict=True)
+    )
+
+
+@over_cases
+def test_clips_the_mean_gradient(case):
+    gradients = sub_batch_gradients(4, sub_batches=4)
+    run = TfKerasRun(case, 4, global_clipnorm=0.5).updates(gradients)
+
+    def clip(layers):
+        norm = np.sqrt(sum(np.sum(g**2) for g in layers))
+        return [g * min(1.0, 0.5 / norm) for g in layers]
+
+    expected = reference(case.name, initial_weights(), gradients, clip=clip, **case.arguments)
+    assert_close(run.weights(), expected)
+    unclipped = reference(case.name, initial_weights(), gradients, **case.arguments)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected, unclipped, strict=True))
+
+
+@over_cases
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize("framework", ["tf_keras", "keras", "callable"])
+def test_schedules_count_updates(case, replicas, micro_steps, framework):
+    if framework != "tf_keras" and (case.name != "lamb" or replicas != 2):
+        pytest.skip("how a schedule is read does not depend on the optimizer")
+    if framework == "callable":
+        schedule = expected_rate = lambda *step: 0.03
+    elif framework == "keras":
+        schedule = tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 6, warmup_steps=2)
+        expected_rate = lambda t: 0.1 * t / 2 if t < 2 else 0.1 * (1 - (t - 2) / 6)  # noqa: E731
+    else:
+        schedule = tf_keras.optimizers.schedules.PolynomialDecay(0.1, 5, 0.0)
+        expected_rate = lambda t: 0.1 * (1 - t / 5)  # noqa: E731
+    gradients = sub_batch_gradients(4, sub_batches=4)
+    run = TfKerasRun(case, replicas, micro_steps, learning_rate=schedule).updates(gradients)
+    expected = reference(
+        case.name,
+        initial_weights(),
+        gradients,
+        **{**case.arguments, "learning_rate": expected_rate},
+    )
+    assert_close(run.weights(), expected)
+    np.testing.assert_allclose(run.optimizer.learning_rate.numpy(), expected_rate(3), rtol=1e-6)
+
+
+@over_cases
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+def test_an_assigned_learning_rate_without_retracing(case, replicas, micro_steps):
+    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
+    run = TfKerasRun(case, replicas, micro_steps, learning_rate=0.1).updates(gradients[:2])
+    traces = run.traces
+    run.optimizer.learning_rate = 0.02
+    run.updates(gradients[2:])
+    assert run.traces == traces
+    expected = reference(
+        case.name,
+        initial_weights(),
+        gradients,
+        **{**case.arguments, "learning_rate": lambda t: 0.1 if t < 2 else 0.02},
+    )
+    assert_close(run.weights(), expected)
+
+
+# -- gradients of other kinds ----------------------------------------------------------------------
+
+
+def _slices(rng, rows, size, width):
+    indices = rng.integers(0, rows, size=size).astype("int64")
+    values = rng.normal(size=(size, width)).astype("float32")
+    return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant([rows, width]))
+
+
+@over_cases
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (4, 1), (2, 2)])
+def test_sparse_equals_dense(case, replicas, micro_steps):
+    """With repeated indices in one replica and between replicas."""
+    rng = np.random.default_rng(3)
+    weights = initial_weights([(6, 3), (4,)])
+    sparse = [
+        [
+            [_slices(rng, 6, 8, 3), tf.constant(rng.normal(size=4), tf.float32)]
+            for _ in range(replicas * micro_steps)
+        ]
+        for _ in range(4)
+    ]
+    dense = [[[tf.convert_to_tensor(e), b] for e, b in update] for update in sparse]
+    one = TfKerasRun(case, replicas, micro_steps, weights=weights).updates(sparse)
+    other = TfKerasRun(case, replicas, micro_steps, weights=weights).updates(dense)
+    for a, b in zip(one.weights(), other.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    assert np.abs(one.weights()[0] - weights[0]).max() > 1e-3
+
+
+class MissingRun(TfKerasRun):
+    """Variable 1 has no gradient."""
+
+    def _apply(self, gradients):
+        super()._apply([gradients[0], None, gradients[2]])
+
+
+@over_cases
+@pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+def test_missing_gradients_leave_the_variable_alone(case, wrap, caplog):
+    gradients = sub_batch_gradients(3, sub_batches=4)
+    run = MissingRun(case, 2, 2, wrap=wrap)
+    if wrap is dynamic:
+        run.updates(gradients)
+        assert "layer_1" in caplog.text  # tf_keras's wrapper has taken it out
+    else:
+        with pytest.warns(UserWarning, match="layer_1"):
+            run.updates(gradients)
+    np.testing.assert_array_equal(run.weights()[1], initial_weights()[1])
+    expected = reference(
+        case.name,
+        [initial_weights()[0], initial_weights()[2]],
+        [[[g, h] for g, _, h in update] for update in gradients],
+        **case.arguments,
+    )
+    assert_close([run.weights()[0], run.weights()[2]], expected)
+
+
+def test_no_gradient_at_all():
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = tf_lbopt.tf_keras.LARS(0.1)
+    with pytest.raises(ValueError, match="No gradients provided for any variable"):
+        optimizer.apply_gradients([(None, variable)])
+    assert optimizer.apply_gradients([]).numpy() == 0
+
+
+def test_unknown_variables_and_the_wrong_context_say_so():
+    optimizer = tf_lbopt.tf_keras.LARS(0.1)
+    optimizer.build([tf.Variable([1.0, 2.0])])
+    with pytest.raises(ValueError, match="Unknown variable: other"):
+        optimizer.apply_gradients([(tf.ones(2), tf.Variable([1.0, 2.0], name="other"))])
+    with strategy_of(2).scope():
+        variable = tf.Variable([1.0, 2.0], name="mirrored")
+        inside = tf_lbopt.tf_keras.LARS(0.1)
+        with pytest.raises(ValueError, match="replica context"):
+            inside.apply_gradients([(tf.ones(2), variable)])
+    with pytest.raises(ValueError, match=r"strategy\.scope\(\).*Received: the variable mirrored"):
+        tf_lbopt.tf_keras.LARS(0.1).build([variable])
+
+
+# -- gradients that are summed already -------------------------------------------------------------
+
+SUMMED = [{"skip_gradients_aggregation": True}, {"experimental_aggregate_gradients": False}]
+
+
+class SummedRun(TfKerasRun):
+    """Sums the gradients over the replicas itself."""
+
+    def _apply(self, gradients):
+        context = tf.distribute.get_replica_context()
+        super()._apply([context.all_reduce(tf.distribute.ReduceOp.SUM, g) for g in gradients])
+
+
+@over_cases
+@pytest.mark.parametrize("options", SUMMED, ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+def test_summed_gradients_are_taken_or_refused(case, options, replicas, micro_steps, wrap):
+    gradients = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
+    run = SummedRun(case, replicas, micro_steps, wrap=wrap)
+    run.options = options
+    if case.cls.statistics and replicas > 1:
+        with pytest.raises(ValueError, match=r"(?s)single sub-batches.*Received: skip_gradients"):
+            run.updates(gradients)
+        return
+    run.updates(gradients)
+    expected = reference(case.name, initial_weights(), gradients, **case.arguments)
+    assert_close(run.weights(), expected)
+    assert_replicas_identical(run)
+
+
+def test_aggregate_gradients_of_an_optimizer_without_wrapper_are_sums():
+    strategy = strategy_of(2)
+    with strategy.scope():
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = tf_lbopt.tf_keras.SNGM(0.5, momentum=0.0)
+
+    @tf.function
+    def step():
+        def replica_step():
+            context = tf.distribute.get_replica_context()
+            own = tf.cast(context.replica_id_in_sync_group, tf.float32) * tf.constant([0.0, 4.0])
+            ((total, _),) = optimizer.aggregate_gradients([(own, variable)])
+            optimizer.apply_gradients([(total, variable)], skip_gradients_aggregation=True)
+            return total
+
+        return strategy.run(replica_step)
+
+    for total in strategy.experimental_local_results(step()):
+        np.testing.assert_array_equal(total, [0.0, 4.0])
+    np.testing.assert_allclose(variable.numpy(), [1.0, 1.5])
+
+
+# -- the guard -------------------------------------------------------------------------------------
+
+
+def poisoned(sub_batches, index, value, layer=2):
+    copies = [[g.copy() for g in layers] for layers in sub_batches]
+    copies[index][layer].flat[1] = value
+    return copies
+
+
+def assert_accumulators_empty(run):
+    accumulation = run.inner._accumulation
+    if accumulation is not None:
+        for variable in accumulation.variables():
+            for copy in run.strategy.experimental_local_results(variable):
+                assert not copy.numpy().any()
+
+
+WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
+
+
+@over_cases
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    ("replicas", "micro_steps", "where", "value"),
+    [
+        (1, 1, 0, np.nan),
+        (1, 3, 0, np.inf),
+        (4, 1, 3, np.nan),
+        (2, 2, 1, -np.inf),  # replica 1, micro-step 0
+        (2, 2, 2, np.nan),  # replica 0, micro-step 1
+    ],
+)
+def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, value):
+    wrap = WRAPPERS[wrapper]
+    good = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
+    run = TfKerasRun(case, replicas, micro_steps, wrap=wrap).update(good[0])
+    before = run.state()
+    run.update(poisoned(good[1], where, value))
+    assert_states_equal(before, run.state())
+    assert run.inner.skipped_updates.numpy() == 1
+    assert run.optimizer.iterations.numpy() == 1
+    assert_accumulators_empty(run)
+    assert_replicas_identical(run)
+    if wrapper == "dynamic":
+        assert run.optimizer.loss_scale.numpy() == 32.0
+    run.update(good[2])
+    never_poisoned = TfKerasRun(case, replicas, micro_steps).updates([good[0], good[2]])
+    for a, b in zip(run.weights(), never_poisoned.weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    assert run.optimizer.iterations.numpy() == 2
+
+
+@over_cases
+@pytest.mark.parametrize("wrapper", ["dynamic", "fixed"])
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (2, 2), (1, 2)])
+def test_statistics_are_used_under_a_loss_scale(case, wrapper, replicas, micro_steps):
+    """Weights equal those of the rule on sub-batches, not those of its base on their mean."""
+    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
+    run = TfKerasRun(case, replicas, micro_steps, wrap=WRAPPERS[wrapper], build=False)
+    run.updates(gradients)
+    expected = reference(case.name, initial_weights(), gradients, **case.arguments)
+    assert_close(run.weights(), expected)
+    assert run.optimizer.iterations.numpy() == 4
+    if case.cls.statistics:
+        means = [[np.mean(layer, axis=0) for layer in zip(*u, strict=True)] for u in gradients]
+        without = reference(case.name, initial_weights(), [[m] for m in means], **case.arguments)
+        assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(expected, without, strict=True))
+
+
+def test_loss_scale_grows():
+    run = TfKerasRun(named("vr_lamb"), 2, wrap=lambda o: dynamic(o, growth=2))
+    run.updates(sub_batch_gradients(4, sub_batches=2))
+    assert run.optimizer.loss_scale.numpy() == 256.0
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, dynamic, fixed], ids=list(WRAPPERS))
+def test_clars_with_norms_by_example(wrap):
+    """Norms given to `example_norms` reach the update of the same replica."""
+    arguments = {**named("clars").arguments, "norm_estimator": "per_example"}
+    strategy = strategy_of(2)
+    with strategy.scope():
+        variable = tf.Variable([3.0, 4.0])
+        inner = tf_lbopt.tf_keras.CLARS(**{**arguments, "weight_decay": None})
+        optimizer = wrap(inner)
+
+    @tf.function
+    def step():
+        def replica_step():
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            norms = tf.constant([2.0, 4.0]) + 4.0 * tf.cast(replica, tf.float32)
+            with inner.example_norms([norms], [variable]):
+                optimizer.apply_gradients([(tf.constant([0.0, 0.5]), variable)])
+
+        strategy.run(replica_step)
+
+    step()
+    rho = arguments["eta"] * 5 / 5  # the mean of 2, 4, 6, 8
+    expected = 4 - (1 + 0.9) * arguments["learning_rate"] * rho
+    np.testing.assert_allclose(variable.numpy(), [3.0, expected], rtol=1e-6)
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+@over_cases
+def test_a_single_sub_batch_is_refused_by_those_that_need_two(case):
+    optimizer = case()
+    if needs_sub_batches(case):
+        with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+            optimizer.apply_gradients([(tf.ones(2), tf.Variable([1.0, 2.0]))])
+    else:
+        optimizer.apply_gradients([(tf.ones(2), tf.Variable([1.0, 2.0]))])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"jit_compile": True}, ValueError, r"model\.compile\(jit_compile=True\)"),
+        ({"mesh": object()}, ValueError, "DTensor"),
+        ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "At most one"),
+        ({"clipnorm": -1.0}, ValueError, "clipnorm"),
+        ({"gradient_accumulation_steps": 1}, ValueError, "gradient_accumulation_steps"),
+        ({"use_ema": 1}, TypeError, "use_ema"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+        ({"learning_rate": "fast"}, TypeError, "learning_rate"),
+        ({"loss_scale_factor": 2.0}, TypeError, "loss_scale_factor"),
+        ({"exclude_from_weight_decay": ["("]}, ValueError, "regular expression"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        tf_lbopt.tf_keras.LAMB(**arguments)
+
+
+EXCLUSIONS = {
+    "regex": lambda v: {"exclude_from_weight_decay": ["dense/bias$", "gam+a"]},
+    "variables": lambda v: {"exclude_from_weight_decay": v[1:]},
+    "var_list": lambda v: {"var_list": v[1:]},
+    "var_names": lambda v: {"var_names": ["^dense/bias", "gamma$"]},
+}
+
+
+@over_cases
+@pytest.mark.parametrize("way", EXCLUSIONS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_exclusions(case, way, copied):
+    names = ["dense/kernel", "dense/bias", "norm/gamma"]
+    gradients = sub_batch_gradients(3, sub_batches=2)
+    variables = [
+        tf.Variable(w, name=name) for w, name in zip(initial_weights(), names, strict=True)
+    ]
+    extra = {"exclude_from_layer_adaptation": []} if case.name in KEPT_APART else {}
+    given = EXCLUSIONS[way](variables)
+    lists = {key: given.pop(key) for key in ("var_list", "var_names") if key in given}
+    optimizer = case(gradient_accumulation_steps=2, **given, **extra)
+    if lists:
+        optimizer.exclude_from_weight_decay(**lists)
+    if copied:
+        optimizer = case.cls.from_config(optimizer.get_config())
+    for update in gradients:
+        for layers in update:
+            optimizer.apply_gradients(zip(map(tf.constant, layers), variables, strict=True))
+    adapts = {"adapts": [True] * 3} if extra else {}
+    expected = reference(
+        case.name,
+        initial_weights(),
+        gradients,
+        **case.arguments,
+        decays=[True, False, False],
+        **adapts,
+    )
+    assert_close([v.numpy() for v in variables], expected)
+    with pytest.raises(ValueError, match="before the optimizer is built"):
+        optimizer.exclude_from_weight_decay(var_names=["kernel"])
+
+
+KEPT_APART = [
+    name
+    for name in NAMES
+    if "exclude_from_layer_adaptation" in inspect.signature(KERAS_CASES[name].cls).parameters
+]

@@ -1,0 +1,118 @@
+"""State that differs from replica to replica, and how it is saved."""
+
+import abc
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+class ReplicaState(tf.train.experimental.PythonState):
+    """Mirrored variables whose copies differ.
+
+    What checkpoints store of a mirrored variable is its first copy, so this object stores all
+    copies itself, as one string.
+
+    Args:
+        strategy: The strategy under which the variables live.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        super().__init__()
+        self._strategy = strategy
+        self._pending: bytes | None = None
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, tf.Variable] | None:
+        """The variables by name, or ``None`` as long as they do not exist."""
+
+    @abc.abstractmethod
+    def header(self) -> dict[str, Any] | None:
+        """What must be known of the state beside its values; ``None`` if there is none to save."""
+
+    @abc.abstractmethod
+    def accept(self, header: Mapping[str, Any]) -> bool:
+        """Whether saved state with this header has a place here."""
+
+    @abc.abstractmethod
+    def lost(self, header: Mapping[str, Any]) -> None:
+        """Warns that saved state had no place here."""
+
+    def reset(self) -> None:
+        """Empties all copies."""
+        for copies in self._copies().values():
+            for copy in copies:
+                empty = [0 if size is None else size for size in copy.shape]
+                copy.assign(tf.zeros(empty, copy.dtype))
+
+    def restored(self, header: Mapping[str, Any]) -> None:
+        """Called when saved values are in place."""
+
+    def load_pending(self) -> None:
+        """Restores what was loaded before the variables existed; call it when they do."""
+        if self._pending is not None:
+            self.deserialize(self._pending)
+
+    def serialize(self) -> bytes:
+        """What a checkpoint stores: every replica's copies, or nothing."""
+        if self.state() is None:
+            return self._pending or b""
+        header = self.header()
+        if header is None:
+            return b""
+        copies = self._copies()
+        replicas = self._strategy.num_replicas_in_sync
+        # Other workers' copies can not be reached from here; loading will start empty.
+        complete = all(len(local) == replicas for local in copies.values())
+        header = {**header, "replicas": replicas, "complete": complete}
+        arrays = {
+            f"{name}/{replica}": copy.numpy()
+            for name, local in copies.items()
+            for replica, copy in enumerate(local)
+            if complete
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+        return buffer.getvalue()
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Restores what `serialize` stored; before the variables exist it is kept until then.
+
+        Where it has no place (another number of replicas, say) the state is empty, with a warning.
+        """
+        if self.state() is None:
+            self._pending = string_value
+            return
+        self._pending = None
+        self.reset()
+        if not string_value:
+            return
+        copies = self._copies()
+        with np.load(io.BytesIO(string_value)) as stored:
+            header = json.loads(stored["header"].tobytes().decode())
+            names = {f"{name}/{r}" for name, local in copies.items() for r in range(len(local))}
+            fits = (
+                header["replicas"] == self._strategy.num_replicas_in_sync
+                and self.accept(header)
+                and names == set(stored.files) - {"header"}
+                and all(
+                    copy.shape.is_compatible_with(stored[f"{name}/0"].shape)
+                    for name, (copy, *_) in copies.items()
+                )
+            )
+            if not fits:
+                self.lost(header)
+                return
+            for name, local in copies.items():
+                for replica, variable in enumerate(local):
+                    variable.assign(stored[f"{name}/{replica}"])
+            self.restored(header)
+
+    def _copies(self) -> dict[str, tuple[tf.Variable, ...]]:
+        return {
+            name: self._strategy.experimental_local_results(variable)
+            for name, variable in (self.state() or {}).items()
+        }

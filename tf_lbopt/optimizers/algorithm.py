@@ -1,0 +1,479 @@
+"""What every optimizer is before it belongs to a framework.
+
+What an optimizer computes is its rule (`tf_lbopt.rules`), how gradients reach it is the road
+(`tf_lbopt.distribution`). An algorithm here has the arguments, their checks, the slots, `rule` and
+the configuration; it becomes an optimizer when it is combined with an adapter, which knows the
+variables, the constructor and the saving of one framework:
+
+    class LARS(LARSAlgorithm, tf_lbopt.optimizers.base.LargeBatchOptimizer)      Keras 3
+    class LARS(LARSAlgorithm, tf_lbopt.tf_keras.base.LargeBatchOptimizer)        tf_keras
+"""
+
+import abc
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow as tf
+
+from tf_lbopt import _validation
+from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.distribution.replicas import inside_scope
+from tf_lbopt.distribution.road import Arrival, Clip, Destination, travel
+from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
+from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.rules.rule import Layer, Rule, Step
+
+_ACCUMULATION_KEY = "accumulation"
+
+
+class Algorithm:
+    """Base of all algorithms.
+
+    A constructor passes what it does not know on to `super().__init__(learning_rate, **kwargs)`.
+    An adapter stands behind the algorithm's classes in the line of inheritance, in front of its
+    framework's optimizer, and defines the methods of the section "what an adapter provides".
+
+    Args:
+        learning_rate: A float, a schedule of the framework or a callable without arguments.
+        weight_decay: Non-negative float or `None`; what it means is the algorithm's.
+        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        **kwargs: The other arguments of the framework's optimizers.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Names of the variables kept for each trainable variable."""
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """What must be known of the sub-batches beyond their mean gradient."""
+
+    gradient_accumulation_steps: int | None
+    skipped_updates: Any
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    use_ema: bool
+    ema_momentum: float
+    ema_overwrite_frequency: int | None
+
+    # Of the framework's optimizer.
+    built: bool
+    _iterations: Any
+    _trainable_variables: Sequence[Any]
+    _model_variables_moving_average: Sequence[Any]
+    _var_key: Callable[[Any], Any]
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        weight_decay: float | None = None,
+        exclude_from_weight_decay: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        for argument in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"):
+            if argument in kwargs:
+                kwargs[argument] = _validation.real(
+                    argument, kwargs[argument], low=0.0, low_open=True, optional=True
+                )
+        if "gradient_accumulation_steps" in kwargs:
+            kwargs["gradient_accumulation_steps"] = _validation.integer(
+                "gradient_accumulation_steps",
+                kwargs["gradient_accumulation_steps"],
+                low=2,
+                optional=True,
+            )
+        _check_averaging(kwargs)
+        self._start(self._checked_learning_rate(learning_rate), **kwargs)
+        # Not handed to the framework's base class, which would apply it a second time, decoupled.
+        self.weight_decay = _validation.real("weight_decay", weight_decay, low=0.0, optional=True)
+        self._decay_exclusion = Exclusion("exclude_from_weight_decay", exclude_from_weight_decay)
+        self._decay_excluded_by_argument = exclude_from_weight_decay is not None
+        self.skipped_updates = self._add_counter("skipped_updates")
+        self._strategy = tf.distribute.get_strategy()
+        self._slots: dict[str, list[Any]] = {}
+        self._accumulation = (
+            Accumulation(
+                self._strategy,
+                self.gradient_accumulation_steps,
+                self.statistics,
+            )
+            if self.gradient_accumulation_steps
+            else None
+        )
+
+    @abc.abstractmethod
+    def rule(self) -> Rule:
+        """The algorithm with the current hyper-parameters."""
+
+    def slot_names(self) -> tuple[str, ...]:
+        """The slots that this configuration of the rule keeps."""
+        return self.slots
+
+    # -- what an adapter provides ------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _start(self, learning_rate: Any, **kwargs: Any) -> None:
+        """Calls the framework's constructor; sets `gradient_accumulation_steps`."""
+
+    @abc.abstractmethod
+    def _schedule(self, learning_rate: Any) -> Any:
+        """What the framework takes as a learning rate that is no number."""
+
+    @abc.abstractmethod
+    def _add_counter(self, name: str) -> Any:
+        """A new integer variable among the framework's optimizer variables."""
+
+    @abc.abstractmethod
+    def _add_slot(self, variable: Any, name: str) -> Any:
+        """A new variable like a trainable one, in the dtype of the arithmetic on it."""
+
+    @abc.abstractmethod
+    def _build_framework(self, variables: list[Any]) -> None:
+        """The framework's own part of `build`; sets `_trainable_variables`."""
+
+    @abc.abstractmethod
+    def _index_of(self, variable: Any) -> int | None:
+        """The number of a trainable variable, or `None` if it is not one of them."""
+
+    @abc.abstractmethod
+    def _read_learning_rate(self) -> tf.Tensor:
+        """The rate of the update that is being made, in the cross-replica context."""
+
+    # -- variables ---------------------------------------------------------------------------------
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the slots (and accumulators) for a list of trainable variables.
+
+        Raises:
+            ValueError: The variables live under another strategy than the optimizer, or are
+                overwritten by their gradients (float8 scales).
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        for variable in variables:
+            self._check_trainable(variable)
+        with inside_scope(self._strategy):
+            self._create_variables(variables)
+
+    def _create_variables(self, variables: list[Any]) -> None:
+        self._build_framework(variables)
+        self._slots = {name: [] for name in self.slot_names()}
+        for variable in variables:
+            with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
+                for name, slots in self._slots.items():
+                    slots.append(self._add_slot(variable, name))
+
+    def _check_trainable(self, variable: Any) -> None:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise ValueError(
+                f"{type(self).__name__} can not train variables that are overwritten by their "
+                f"gradients (float8 scales). Received: {path_of(variable)}"
+            )
+        if not self._strategy.extended.variable_created_in_scope(tensorflow_variable(variable)):
+            raise ValueError(
+                f"{type(self).__name__} must be created under the strategy of the variables that "
+                "it trains: call its constructor inside `with strategy.scope():`. Received: the "
+                f"variable {path_of(variable)}, which was not created under the optimizer's "
+                f"strategy ({type(self._strategy).__name__})."
+            )
+
+    # -- the update --------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        loss_scale: Callable[[], tf.Tensor] | None = None,
+        after: Callable[[tf.Tensor], None] | None = None,
+        summed: bool = False,
+    ) -> tf.Tensor:
+        """Sends this replica's gradients along the road.
+
+        Args:
+            grads: One per variable: dense, ``tf.IndexedSlices`` or ``None``.
+            variables: Variables that the optimizer was built with.
+            loss_scale: Reads the factor in the gradients, on each replica; ``None`` for 1.
+            after: Told on each replica, once per update, whether it was finite.
+            summed: Whether the gradients are sums over the replicas already.
+
+        Returns:
+            Whether the update was finite; true before it is due.
+        """
+        self._check_known(variables)
+        pairs = _without_missing(grads, variables)
+        indices = [self._known_index(variable) for _, variable in pairs]
+        return travel(
+            [gradient for gradient, _ in pairs],
+            indices,
+            [tensorflow_variable(self._trainable_variables[index]) for index in indices],
+            Destination(
+                apply=self._apply_on_replica,
+                discard=self._discard_on_replica,
+                prepare=self._read_learning_rate,
+                statistics=self.statistics,
+                loss_scale=loss_scale,
+                after=after,
+            ),
+            anchor=tensorflow_variable(self._iterations),
+            clip=Clip(self.clipnorm, self.clipvalue, self.global_clipnorm),
+            accumulation=self._accumulation,
+            gradient_norms=self._gradient_norms([variable for _, variable in pairs], loss_scale),
+            part=self._part(),
+            summed=summed,
+        )
+
+    def _check_known(self, variables: Sequence[Any]) -> None:
+        for variable in variables:
+            self._known_index(variable)
+
+    def _known_index(self, variable: Any) -> int:
+        index = self._index_of(variable)
+        if index is None:
+            raise ValueError(
+                f"Unknown variable: {path_of(variable)}. {type(self).__name__} can only be "
+                "called for the variables it was built with; create a new optimizer for others."
+            )
+        return index
+
+    def _gradient_norms(
+        self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
+    ) -> Sequence[tf.Tensor] | None:
+        """What stands for the norms of this replica's gradients in the mean norm, in their units.
+
+        `None` for the norms themselves.
+        """
+        del variables, loss_scale
+        return None
+
+    def _part(self) -> int:
+        """Which of the sub-batches that a replica takes in turn the gradients are of."""
+        return 0
+
+    def _apply_on_replica(self, arrival: Arrival) -> None:
+        layers = [
+            Layer(
+                index=index,
+                variable=tensorflow_variable(self._trainable_variables[index]),
+                gradient=gradient,
+                gradient_norm=norm,
+                slots=self._slots_of(index),
+                decayed=self.decays(self._trainable_variables[index]),
+                adapted=self.adapts(self._trainable_variables[index]),
+                moments=moments,
+                mean_norm=mean_norm,
+            )
+            for index, gradient, norm, moments, mean_norm in zip(
+                arrival.indices,
+                arrival.gradients,
+                arrival.norms,
+                arrival.moments,
+                arrival.mean_norms,
+                strict=True,
+            )
+        ]
+        step = Step(arrival.prepared, tf.convert_to_tensor(self._iterations))
+        self.rule().update(layers, step)
+        for index in arrival.indices:
+            variable = self._trainable_variables[index]
+            constraint = getattr(variable, "constraint", None)
+            if constraint is not None:
+                target = tensorflow_variable(variable)
+                target.assign(constraint(tf.convert_to_tensor(target)))
+        if self.use_ema:
+            self._average_on_replica()
+        tensorflow_variable(self._iterations).assign_add(1)
+
+    def _slots_of(self, index: int) -> dict[str, tf.Variable]:
+        return {name: tensorflow_variable(slots[index]) for name, slots in self._slots.items()}
+
+    def _discard_on_replica(self) -> None:
+        tensorflow_variable(self.skipped_updates).assign_add(1)
+
+    def _average_on_replica(self) -> None:
+        iterations = tf.convert_to_tensor(self._iterations)
+        pairs = [
+            (tensorflow_variable(variable), tensorflow_variable(average))
+            for variable, average in zip(
+                self._trainable_variables, self._model_variables_moving_average, strict=True
+            )
+        ]
+        for variable, average in pairs:
+            momentum = tf.where(iterations == 0, 0.0, self.ema_momentum)
+            momentum = tf.cast(momentum, variable.dtype)
+            average.assign(momentum * average + (1 - momentum) * variable)
+        if self.ema_overwrite_frequency:
+
+            def overwrite() -> tf.Tensor:
+                for variable, average in pairs:
+                    variable.assign(average)
+                return tf.constant(True)
+
+            due = (iterations + 1) % self.ema_overwrite_frequency == 0
+            tf.cond(due, overwrite, lambda: tf.constant(True))
+
+    # -- exclusions --------------------------------------------------------------------------------
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from weight decay, in Keras's way; kept by `get_config`.
+
+        Args:
+            var_list: Variables.
+            var_names: Regexes that are searched for in the variables' own names (not paths).
+
+        Raises:
+            ValueError: The optimizer is built already.
+        """
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay()` must be called before the optimizer is built."
+            )
+        for variable in listed("var_list", var_list):
+            if isinstance(variable, str):
+                raise TypeError(
+                    "`var_list` must be a list of variables; names go into `var_names`. "
+                    f"Received an entry of type str: {variable!r}"
+                )
+            self._decay_exclusion.add(variable)
+        for name in listed("var_names", var_names):
+            self._exclude_name(name)
+        self._decay_excluded_by_argument = True
+
+    def _exclude_name(self, pattern: str) -> None:
+        self._decay_exclusion.add_name(pattern)
+
+    def decays(self, variable: Any) -> bool:
+        """Whether weight decay applies to a variable."""
+        return variable not in self._decay_exclusion
+
+    def adapts(self, variable: Any) -> bool:
+        """Whether layer-wise adaptation applies to a variable."""
+        del variable
+        return True
+
+    # -- configuration and state -------------------------------------------------------------------
+
+    def _checked_learning_rate(self, learning_rate: Any) -> Any:
+        # A dictionary is a serialized schedule, inside from_config.
+        if callable(learning_rate) or isinstance(learning_rate, dict):
+            return self._schedule(learning_rate)
+        try:
+            return _validation.real("learning_rate", learning_rate, low=0.0)
+        except TypeError as error:
+            raise TypeError(
+                "`learning_rate` must be a real number >= 0, a LearningRateSchedule or a callable "
+                f"without arguments. Received: learning_rate={learning_rate!r} "
+                f"(of type {type(learning_rate).__name__})"
+            ) from error
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        config = super().get_config()  # type: ignore[misc]  # the framework's
+        config["exclude_from_weight_decay"] = (
+            self._decay_exclusion.config() if self._decay_excluded_by_argument else None
+        )
+        return config
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keras saving: all variables and, in mid-accumulation, every replica's sums."""
+        super().save_own_variables(store)  # type: ignore[misc]  # the framework's
+        if self._accumulation is not None:
+            sums = self._accumulation.serialize()
+            if sums:
+                store[_ACCUMULATION_KEY] = np.frombuffer(sums, np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Keras loading, of what `save_own_variables` saved."""
+        keys = list(store.keys())
+        super().load_own_variables(  # type: ignore[misc]  # the framework's
+            {key: store[key] for key in keys if key != _ACCUMULATION_KEY}
+        )
+        if self._accumulation is not None:
+            sums = np.asarray(store[_ACCUMULATION_KEY]) if _ACCUMULATION_KEY in keys else None
+            self._accumulation.deserialize(b"" if sums is None else sums.tobytes())
+
+
+class LayerwiseAlgorithm(Algorithm):
+    """Base of algorithms with a trust ratio per layer.
+
+    Args:
+        learning_rate: As in `Algorithm`.
+        exclude_from_layer_adaptation: Variables, or regexes over the variable path, whose trust
+            ratio is 1. `None` means those excluded from weight decay; `[]` means none.
+        **kwargs: As in `Algorithm`.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(learning_rate, **kwargs)
+        self._adaptation_exclusion = (
+            None
+            if exclude_from_layer_adaptation is None
+            else Exclusion("exclude_from_layer_adaptation", exclude_from_layer_adaptation)
+        )
+
+    def adapts(self, variable: Any) -> bool:
+        """Whether the trust ratio applies to a variable."""
+        if self._adaptation_exclusion is None:
+            return self.decays(variable)
+        return variable not in self._adaptation_exclusion
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        config = super().get_config()
+        config["exclude_from_layer_adaptation"] = (
+            None if self._adaptation_exclusion is None else self._adaptation_exclusion.config()
+        )
+        return config
+
+
+def documentation(cls: type, **texts: str) -> str:
+    """The docstring of an optimizer's class.
+
+    The text is that of its algorithm, the first class that it is made of, unless its own has an
+    argument list; the example is its own, because it is the framework's.
+
+    Args:
+        cls: The class.
+        **texts: What to put in the place of ``{key}`` in the text.
+    """
+    text = own = cls.__doc__ or ""
+    if "Args:" not in own:
+        texts["example"] = own[own.index("Example:") :].rstrip()
+        text = cls.__bases__[0].__doc__ or ""
+    for key, value in texts.items():
+        text = text.replace("{" + key + "}", value)
+    return text
+
+
+def _check_averaging(kwargs: dict[str, Any]) -> None:
+    _validation.boolean("use_ema", kwargs.get("use_ema", False))
+    _validation.real("ema_momentum", kwargs.get("ema_momentum", 0.99), low=0.0, high=1.0)
+    _validation.integer(
+        "ema_overwrite_frequency", kwargs.get("ema_overwrite_frequency"), low=1, optional=True
+    )
+
+
+def _without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:
+    pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
+    if not pairs:
+        raise ValueError(
+            "No gradients provided for any variable: all of `grads` are None. "
+            f"Received variables: {[path_of(v) for v in variables]}"
+        )
+    missing = [path_of(v) for g, v in zip(grads, variables, strict=True) if g is None]
+    if missing:
+        warnings.warn(
+            f"Gradients do not exist for variables {missing}; they are left unchanged.",
+            stacklevel=5,
+        )
+    return pairs

@@ -1,0 +1,476 @@
+"""What the extrapolated optimizers have in common: gradients taken beside the weights.
+
+Model variables hold x_t whenever Python has control. Within a training step each replica moves its
+own copies to its own point, takes its gradient there, and puts x_t back before the update; x_t is
+kept as it was instead of being computed back, so that replicas stay equal to the last bit.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_lbopt import _compat, _validation
+from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.distribution.replica_state import ReplicaState
+from tf_lbopt.distribution.replicas import on_each_replica, once_for_all_replicas, replica_number
+from tf_lbopt.distribution.road import Arrival
+from tf_lbopt.optimizers.algorithm import Algorithm
+from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
+from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.rules.rule import OWN_GRADIENT, dense
+from tf_lbopt.statistics.sparse import merge_repeated_indices
+
+_logger = logging.getLogger(__name__)
+_PAST_KEY = "past_gradients"
+
+
+class _Active:
+    """One block of `Extrapolation.extrapolated`."""
+
+    def __init__(self, optimizer: "Extrapolation", variables: Sequence[Any], sub_batch: int):
+        self.keys = {optimizer._var_key(variable) for variable in variables}
+        self.sub_batch = sub_batch
+        self.applied = False
+
+
+# Blocks of `extrapolated` that are open, by optimizer and replica.
+_active: dict[tuple[int, int], _Active] = {}
+
+
+class Extrapolation(Algorithm):
+    """Mix-in, placed before a base, whose gradients are taken at extrapolated weights.
+
+    A subclass says how a replica's weights are moved: `move`.
+
+    Args:
+        *args: The base's arguments.
+        extrapolation_rate: γ̂ ≥ 0, a schedule, or ``None`` for the learning rate over k.
+        sub_batches: In how many parts each replica takes its batch.
+        keeps_past: Whether past gradients are needed.
+        **kwargs: The base's arguments.
+    """
+
+    statistics = (OWN_GRADIENT,)
+
+    _loss_scaled_from_outside = False
+
+    def __init__(
+        self,
+        *args: Any,
+        extrapolation_rate: Any = None,
+        sub_batches: int = 1,
+        keeps_past: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.extrapolation_rate = _checked_rate(extrapolation_rate)
+        self.sub_batches = _validation.integer("sub_batches", sub_batches, low=1)
+        if self.sub_batches > 1:
+            self._accumulation = Accumulation(
+                self._strategy,
+                self.sub_batches * (self.gradient_accumulation_steps or 1),
+                self.statistics,
+                parts=self.sub_batches,
+            )
+        self._past = _PastGradients(self._strategy, self.sub_batches) if keeps_past else None
+        self._filter_kinds: dict[int, str] = {}
+        _compat.let_optimizers_wrap_training()
+
+    def past_of(self, own: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+        """What is kept of a sub-batch's gradient until the next update."""
+        del mean
+        return own
+
+    @property
+    def points(self) -> int:
+        """k: at how many points gradients are taken, replicas times `sub_batches`."""
+        return self._strategy.num_replicas_in_sync * self.sub_batches
+
+    def current_extrapolation_rate(self) -> tf.Tensor:
+        """γ̂ of the current update, a float scalar."""
+        rate = self.extrapolation_rate
+        if rate is None:
+            return self._read_learning_rate() / self.points
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            return tf.convert_to_tensor(rate(self._iterations))
+        return tf.convert_to_tensor(rate() if callable(rate) else rate, tf.float32)
+
+    # -- variables ---------------------------------------------------------------------------------
+
+    def _create_variables(self, variables: list[Any]) -> None:
+        super()._create_variables(variables)
+        # Not among the optimizer's variables: between steps they hold nothing worth saving.
+        self._origins = [self._untracked(variable, variable.dtype) for variable in variables]
+        # Which variables are not at x_t now.
+        self._away = tf.Variable([False] * len(variables), trainable=False, name="extrapolated")
+        if self._past is not None:
+            for part in range(self.sub_batches):
+                for index, variable in enumerate(variables):
+                    dtype = compute_dtype(variable.dtype).name
+                    self._past.variables[part, index] = self._untracked(variable, dtype)
+            self._past.load_pending()
+
+    def _untracked(self, variable: Any, dtype: str) -> tf.Variable:
+        with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
+            return tf.Variable(
+                tf.zeros(variable.shape, dtype), trainable=False, name="extrapolation"
+            )
+
+    # -- moving there and back ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def extrapolated(
+        self, variables: Sequence[Any] | None = None, sub_batch: int = 0
+    ) -> Iterator[None]:
+        """Within this block a replica's weights are at the point where its gradient is to be taken.
+
+        `fit` does this by itself. A custom training loop takes its gradients and calls
+        `apply_gradients` in the block, in the replica function:
+
+            def replica_step(x, y):
+                with optimizer.extrapolated(model.trainable_variables):
+                    with tf.GradientTape() as tape:
+                        loss = ...
+                    gradients = tape.gradient(loss, model.trainable_variables)
+                    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+        Args:
+            variables: What is going to be trained; by default all that the optimizer was built
+                with.
+            sub_batch: Which of `sub_batches` parts this is, from 0; they come in turn.
+
+        Raises:
+            ValueError: Called in the cross-replica context, for unknown variables, for a part that
+                does not exist, or within another such block.
+        """
+        variables = self._to_be_moved(variables, sub_batch)
+        active = _Active(self, variables, sub_batch)
+        self._in_replica(self._depart, variables, sub_batch)
+        key = id(self), replica_number()
+        _active[key] = active
+        try:
+            yield
+        except BaseException:
+            if tf.executing_eagerly():
+                self.recover()
+            raise
+        finally:
+            del _active[key]
+        if not active.applied:
+            self._in_replica(self._return, variables)
+
+    def _to_be_moved(self, variables: Sequence[Any] | None, sub_batch: int) -> list[Any]:
+        if not 0 <= sub_batch < self.sub_batches:
+            raise ValueError(
+                f"`sub_batch` must be from 0 to {self.sub_batches - 1}, as sub_batches="
+                f"{self.sub_batches}. Received: sub_batch={sub_batch!r}"
+            )
+        if self._block() is not None:
+            raise ValueError(
+                "`extrapolated` blocks can not be nested. Received: a block in a block"
+            )
+        if not self.built:
+            if variables is None:
+                raise ValueError(
+                    "`variables` must be given to the first call, or the optimizer built before by "
+                    "`optimizer.build(trainable_variables)`. Received: None"
+                )
+            to_build = list(variables)
+            once_for_all_replicas(lambda: self.build(to_build))
+        variables = list(self._trainable_variables if variables is None else variables)
+        self._check_known(variables)
+        return variables
+
+    def _in_replica(self, cross_replicas: Callable[..., None], *args: Any) -> None:
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError(
+                "Weights are extrapolated on each replica. Expected: `extrapolated` inside the "
+                "function given to `strategy.run`. Received: a call in the cross-replica context "
+                "(directly under `strategy.scope()`)."
+            )
+        # An object of this replica's own: one that replicas share would not be per replica.
+        number = tf.identity(tf.cast(context.replica_id_in_sync_group, tf.int32))
+        context.merge_call(
+            lambda strategy, replica: cross_replicas(strategy, replica, *args), args=(number,)
+        )
+
+    def _depart(
+        self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any], sub_batch: int
+    ) -> None:
+        indices = [self._known_index(variable) for variable in variables]
+        rate = self.current_extrapolation_rate()
+
+        def move(replica: tf.Tensor, rate: tf.Tensor) -> list[tf.Tensor]:
+            targets = [tensorflow_variable(self._trainable_variables[index]) for index in indices]
+            copies = [
+                self._origins[index].assign(target, read_value=False)
+                for index, target in zip(indices, targets, strict=True)
+            ]
+            # An error in mid-step is recovered from by these copies, so they must be whole.
+            with tf.control_dependencies([copy for copy in copies if copy is not None]):
+                moved = [index in indices for index in range(len(self._origins))]
+                away = self._away.assign(moved, read_value=False)
+            with tf.control_dependencies([] if away is None else [away]):
+                point = replica * self.sub_batches + sub_batch
+                for index in indices:
+                    past = None if self._past is None else self._past.variables[sub_batch, index]
+                    self.move(index, past, rate, point)
+            return [tf.constant(True)]
+
+        on_each_replica(strategy, tensorflow_variable(self._iterations), move, replica, rate)
+
+    def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
+        """Moves one variable, in place, on a replica; a subclass defines it.
+
+        Args:
+            index: Of the variable.
+            past: What was kept of this sub-batch's past gradient, or ``None``.
+            rate: γ̂.
+            point: The number of the sub-batch, from 0 to k − 1.
+        """
+        raise NotImplementedError
+
+    def _return(self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any]) -> None:
+        del replica
+        indices = [self._known_index(variable) for variable in variables]
+
+        def put_back() -> list[tf.Tensor]:
+            assigned = [
+                tensorflow_variable(self._trainable_variables[index]).assign(
+                    self._origins[index].read_value(), read_value=False
+                )
+                for index in indices
+            ]
+            with tf.control_dependencies([a for a in assigned if a is not None]):
+                self._away.assign([False] * len(self._origins), read_value=False)
+            return [tf.constant(True)]
+
+        on_each_replica(strategy, tensorflow_variable(self._iterations), put_back)
+
+    def recover(self) -> None:
+        """Puts x_t back after a step that ended in an error. `fit` does this by itself."""
+        with tf.init_scope():
+            if not self.built:
+                return
+            copies = self._strategy.experimental_local_results(self._away)
+            away = np.any([copy.numpy() for copy in copies], axis=0)
+            for index in np.flatnonzero(away):
+                variable = tensorflow_variable(self._trainable_variables[index])
+                _assign_copies(self._strategy, variable, self._origins[index])
+            for copy in copies:
+                copy.assign(np.zeros_like(away))
+
+    # -- the update --------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        loss_scale: Callable[[], tf.Tensor] | None = None,
+        after: Callable[[tf.Tensor], None] | None = None,
+    ) -> None:
+        active = self._block()
+        if self._loss_scaled_from_outside:
+            raise ValueError(
+                f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
+                "`compile` adds for mixed_float16): it leaves out the update, and with it the way "
+                "back from the extrapolated weights. Use tf_lbopt.LossScaleOptimizer("
+                f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
+            )
+        if active is None or active.applied:
+            raise ValueError(
+                f"{type(self).__name__} needs gradients that were taken at extrapolated weights. "
+                "`fit` and `train_on_batch` see to it; in a custom training loop take them, and "
+                "call `apply_gradients` once, in `with optimizer.extrapolated(variables):` in the "
+                "replica function. Received: gradients from outside of such a block"
+            )
+        not_moved = [v for v in variables if self._var_key(v) not in active.keys]
+        if not_moved:
+            raise ValueError(
+                "`extrapolated` must be given all variables that are trained. "
+                f"Received gradients also of {', '.join(path_of(v) for v in not_moved)}"
+            )
+        moved = [v for v in self._trainable_variables if self._var_key(v) in active.keys]
+        self._in_replica(self._return, moved)
+        active.applied = True
+        super()._send(grads, variables, loss_scale, after)
+
+    def _part(self) -> int:
+        block = self._block()
+        return 0 if block is None else block.sub_batch
+
+    def _block(self) -> _Active | None:
+        return _active.get((id(self), replica_number()))
+
+    def _apply_on_replica(self, arrival: Arrival) -> None:
+        super()._apply_on_replica(arrival)
+        if self._past is None:
+            return
+        for part, own_gradients in enumerate(arrival.own):
+            for index, own, mean in zip(arrival.indices, own_gradients, arrival.means, strict=True):
+                own = dense(merge_repeated_indices(own))
+                self._past.variables[part, index].assign(self.past_of(own, dense(mean)))
+
+    # -- Keras's trainer ---------------------------------------------------------------------------
+
+    def wrap_training(
+        self,
+        model: keras.Model,
+        train_step: Callable[[Any], Any],
+        make_function: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
+    ) -> Callable[[Any], Any]:
+        """Makes `fit`'s training function; see `_compat.let_optimizers_wrap_training`.
+
+        Args:
+            model: The model.
+            train_step: Its `train_step`.
+            make_function: Makes a training function of a step.
+        """
+        self._filter_kinds = _filter_kinds(model, self._var_key)
+
+        @tf.autograph.experimental.do_not_convert
+        def step(data: Any) -> Any:
+            logs = None
+            for part in range(self.sub_batches):
+                own = data if self.sub_batches == 1 else _part_of(data, part, self.sub_batches)
+                with self.extrapolated(model.trainable_variables, part):
+                    logs = train_step(own)
+            return logs
+
+        function = make_function(step)
+
+        def recovering(iterator: Any) -> Any:
+            try:
+                return function(iterator)
+            except BaseException:
+                self.recover()
+                raise
+
+        return recovering
+
+    # -- configuration and state -------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        rate = self.extrapolation_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            rate = keras.saving.serialize_keras_object(rate)
+        return {
+            **super().get_config(),
+            "extrapolation_rate": rate,
+            "sub_batches": self.sub_batches,
+        }
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keras saving: all variables and every replica's past gradients."""
+        super().save_own_variables(store)
+        past = b"" if self._past is None else self._past.serialize()
+        if past:
+            store[_PAST_KEY] = np.frombuffer(past, np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Keras loading, of what `save_own_variables` saved."""
+        keys = list(store.keys())
+        super().load_own_variables({key: store[key] for key in keys if key != _PAST_KEY})
+        if self._past is not None:
+            past = np.asarray(store[_PAST_KEY]).tobytes() if _PAST_KEY in keys else b""
+            self._past.deserialize(past)
+
+
+class _PastGradients(ReplicaState):
+    """What each replica keeps of its last gradients, a variable for each part and variable."""
+
+    def __init__(self, strategy: tf.distribute.Strategy, parts: int):
+        super().__init__(strategy)
+        self._parts = parts
+        self.variables: dict[tuple[int, int], tf.Variable] = {}
+
+    def state(self) -> dict[str, tf.Variable] | None:
+        if not self.variables:
+            return None
+        return {f"{part}/{index}": v for (part, index), v in self.variables.items()}
+
+    def header(self) -> dict[str, Any] | None:
+        return {"parts": self._parts}
+
+    def accept(self, header: Mapping[str, Any]) -> bool:
+        return header["parts"] == self._parts
+
+    def lost(self, header: Mapping[str, Any]) -> None:
+        _logger.warning(
+            "The checkpoint has the past gradients of %d replicas with sub_batches=%d; here there "
+            "are %d replicas and sub_batches=%d. They start empty: the next update is made without "
+            "extrapolation by them, nothing else changes.",
+            header["replicas"], header["parts"], self._strategy.num_replicas_in_sync, self._parts,
+        )  # fmt: skip
+
+
+def _assign_copies(
+    strategy: tf.distribute.Strategy, target: tf.Variable, source: tf.Variable
+) -> None:
+    for copy, value in zip(
+        strategy.experimental_local_results(target),
+        strategy.experimental_local_results(source),
+        strict=True,
+    ):
+        copy.assign(value.read_value())
+
+
+def _checked_rate(rate: Any) -> Any:
+    if isinstance(rate, dict):  # a serialized schedule, inside from_config
+        return keras.saving.deserialize_keras_object(rate)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) or callable(rate):
+        return rate
+    return _validation.real("extrapolation_rate", rate, low=0.0, optional=True)
+
+
+def _part_of(data: Any, part: int, parts: int) -> Any:
+    """One of several equal parts of a replica's batch, in order."""
+
+    def of(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        static = leaf.shape[0]
+        if static is not None and static % parts:
+            raise ValueError(_indivisible(parts, static))
+        size = tf.shape(leaf)[0] if static is None else static
+        if static is None:
+            check = tf.debugging.assert_equal(size % parts, 0, _indivisible(parts, "another one"))
+            with tf.control_dependencies([] if check is None else [check]):
+                size = tf.identity(size)
+        size //= parts
+        return leaf[part * size : (part + 1) * size]
+
+    return keras.tree.map_structure(of, data)
+
+
+def _indivisible(parts: int, received: Any) -> str:
+    return (
+        f"sub_batches={parts} needs batches of a multiple of {parts} examples on every replica: "
+        f"choose the batch size so, and drop the remainder. Received: {received} examples"
+    )
+
+
+def _filter_kinds(model: keras.Model, key_of: Callable[[Any], int]) -> dict[int, str]:
+    """Which variables are embeddings or depthwise kernels, by what their layers are."""
+    kinds = {}
+    for layer in _all_layers(model):
+        if isinstance(layer, keras.layers.Embedding):
+            kinds.update({key_of(v): "embedding" for v in layer.trainable_variables})
+        elif isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+            kinds[key_of(layer.kernel)] = "depthwise"
+        elif isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
+            kinds[key_of(layer.depthwise_kernel)] = "depthwise"
+    return kinds
+
+
+def _all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    yield layer
+    for child in _compat.sublayers(layer):
+        yield from _all_layers(child)

@@ -1,0 +1,215 @@
+"""Per-example gradient norms of a model on a batch, as a function."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _validation
+from tf_lbopt.per_example.backward import added
+from tf_lbopt.per_example.losses import example_losses
+from tf_lbopt.per_example.tape import PerExampleTape
+from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.statistics.sparse import divide
+
+
+@tf.autograph.experimental.do_not_convert
+def per_example_gradient_norms(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    loss: Any,
+    sample_weight: Any = None,
+    training: bool = True,
+    micro_batch_size: int | None = None,
+    subset_size: int | None = None,
+) -> tuple[list[tf.Tensor], list[Gradient | None]]:
+    """The norms of the gradients of every example of a batch, and the gradient of the batch.
+
+    With f_i the loss of example i (see below), this returns ‖∇_k f_i‖ for all examples i and
+    trainable variables k, and (1/B) Σ_i ∇_k f_i, exactly and from the same backward pass: the
+    ingredients of CLARS (Huo, Gu, Huang 2021, Algorithm 1, line 4 and eq. 5, whose N_k is the mean
+    of the norms). Layers that have a rule, most of Keras's, cost little more than the gradient
+    alone and never more than 64 MiB (or one example) of per-example gradients at a time; other
+    layers and variables read outside their layer are exact too, but slow, and are named once in a
+    warning of the logger ``tf_lbopt.per_example``. Variables that are used several times get the
+    norm of the sum.
+
+    What f_i is:
+
+    - the mean over the example's positions of the unreduced loss, times its weight; not divided by
+      the batch. The mean over the batch is Keras's loss for the reduction
+      ``"sum_over_batch_size"``, whatever the reduction of ``loss``;
+    - without weight regularizers, activity regularizers and ``add_loss``: they are neither in the
+      norms nor in the gradients here (`PerExampleTape.gradient` has ``extra_loss`` for them);
+    - where examples are coupled, as by batch normalization in training form, ∇f_i would also count
+      what example i does to the others' normalization. For variables with a rule (or repeated, see
+      `PerExampleTape`) the norms are then those of g_i, what example i contributes to the gradient
+      of the whole batch by way of its own rows: the gradients with respect to the variable if every
+      example had a copy of its own. Σ_i g_i = B · (the gradient returned), always; without coupling
+      g_i = ∇f_i. A variable that is read outside its layer gets ‖∇f_i‖ in any case.
+
+    Dropout uses the same mask for norms and gradient. As in any call with ``training=True``, the
+    states of dropout and batch normalization move on; with ``micro_batch_size`` each slice is
+    normalized by its own statistics.
+
+    It works eagerly, in a ``tf.function`` (also with ``jit_compile=True``) and in a replica's
+    function, where the batch is the replica's. Half-precision layers get norms in float32.
+
+    Args:
+        model: Built; Sequential, Functional or subclassed. All layers must keep the batch on the
+            first axis.
+        x: The model's inputs, a tensor, an array or a structure of them, with the batch first.
+        y: Labels, likewise.
+        loss: A Keras loss, a name or a function as in ``compile``, or any callable that takes
+            ``(y, predictions)`` and returns a tensor [batch, ...]; for a model with several outputs
+            such a callable.
+        sample_weight: [batch], or with an axis for positions too. Defaults to `None`, all 1.
+        training: Passed on to the model. Defaults to `True`.
+        micro_batch_size: Examples at a time, which bounds memory; the last slice may be smaller.
+            Needs a batch size that is known when a function is traced. Defaults to `None`, all.
+        subset_size: Norms of only so many examples, from the first (the paper takes 512), which
+            bounds their cost; the gradients are those of the whole batch. Defaults to `None`, all.
+
+    Returns:
+        ``(norms, gradients)``, each a list in the order of ``model.trainable_variables``: norms of
+        shape [batch], or [subset_size] if that is less, in float32 (float64 for float64 variables);
+        gradients as a tape gives them (``tf.IndexedSlices`` for embeddings, `None` where the loss
+        does not depend on a variable, whose norms are 0).
+
+    Raises:
+        TypeError: ``model`` is no Keras model, or an argument has the wrong type.
+        ValueError: The model is not built, sizes are out of range or differ, ``loss`` returns a
+            scalar, or ``micro_batch_size`` is given while the batch size is not known.
+
+    Example:
+        >>> import numpy as np
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> x = np.array([[3.0, 4.0], [0.0, 2.0]], "float32")
+        >>> norms, gradients = per_example_gradient_norms(
+        ...     model, x, np.zeros([2, 1], "float32"), lambda y, y_pred: 0.5 * y_pred
+        ... )
+        >>> norms[0].numpy().tolist(), gradients[0].numpy().tolist()
+        ([2.5, 1.0], [[0.75], [1.5]])
+    """
+    _check_model(model)
+    training = _validation.boolean("training", training)
+    micro = _validation.integer("micro_batch_size", micro_batch_size, low=1, optional=True)
+    subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
+    x, y, sample_weight = keras.tree.map_structure(_as_tensor, (x, y, sample_weight))
+    size = _common_batch(x=x, y=y, sample_weight=sample_weight)
+    slices = [(x, y, sample_weight)]
+    if micro is not None:
+        if size is None:
+            raise ValueError(
+                "`micro_batch_size` needs a batch size that is known when the function is traced. "
+                f"Received: micro_batch_size={micro} and inputs of an unknown batch size"
+            )
+        slices = [
+            keras.tree.map_structure(
+                lambda tensor, start=start: (
+                    None if tensor is None else tensor[start : min(start + micro, size)]
+                ),
+                (x, y, sample_weight),
+            )
+            for start in range(0, size, micro)
+        ]
+    norms, gradients = _over_slices(model, slices, loss, training, subset)
+    count = tf.shape(keras.tree.flatten(x)[0])[0] if size is None else size
+    return norms, [
+        None if gradient is None else divide(gradient, tf.cast(count, gradient.dtype))
+        for gradient in gradients
+    ]
+
+
+def _over_slices(
+    model: keras.Model,
+    slices: Sequence[Any],
+    loss: Any,
+    training: bool,
+    subset: int | None,
+) -> tuple[list[tf.Tensor], list[Gradient | None]]:
+    """Norms and summed gradients, one slice after the other."""
+    norms: list[list[tf.Tensor]] = []
+    gradients: list[Gradient | None] = [None] * len(model.trainable_variables)
+    left = subset
+    for x, y, sample_weight in slices:
+        # In a graph nothing else would keep the slices from being run, and held, at once.
+        before = [tensor for own in norms[-1:] for tensor in own]
+        before += [tensor for tensor in keras.tree.flatten(gradients) if tensor is not None]
+        with tf.control_dependencies(before):
+            x, y, sample_weight = keras.tree.map_structure(
+                lambda tensor: None if tensor is None else tf.identity(tensor),
+                (x, y, sample_weight),
+            )
+            own_norms, own = _norms_of_slice(model, x, y, loss, sample_weight, training, left)
+            gradients = [added(pair) for pair in zip(gradients, own, strict=True)]
+        if own_norms is not None:
+            norms.append(own_norms)
+            if left is not None:
+                left -= min(left, keras.tree.flatten(x)[0].shape[0] or left)
+    return [
+        own[0] if len(own) == 1 else tf.concat(own, axis=0) for own in zip(*norms, strict=True)
+    ], gradients
+
+
+def _norms_of_slice(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    loss: Any,
+    sample_weight: Any,
+    training: bool,
+    subset: int | None,
+) -> tuple[list[tf.Tensor] | None, list[Gradient | None]]:
+    arguments = {"training": training} if _takes_training(model) else {}
+    if subset == 0:
+        with tf.GradientTape() as plain:
+            losses = example_losses(loss, y, model(x, **arguments), sample_weight)
+        return None, plain.gradient(losses, [v.value for v in model.trainable_variables])
+    with PerExampleTape(model.trainable_variables, subset) as tape:
+        losses = example_losses(loss, y, model(x, **arguments), sample_weight)
+    gradients, norms = tape.gradient(losses)
+    return norms, gradients
+
+
+def _takes_training(model: keras.Model) -> bool:
+    parameters = inspect.signature(model.call).parameters.values()
+    return any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _as_tensor(value: Any) -> Any:
+    return value if value is None else tf.convert_to_tensor(value)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a keras.Model. Received: model={model!r} "
+            f"(of type {type(model).__name__})"
+        )
+    if not model.built:
+        raise ValueError(
+            "`model` must be built, for example by calling it on a batch once. "
+            f"Received: the model {model.name}, which is not built"
+        )
+
+
+def _common_batch(**structures: Any) -> int | None:
+    """The static batch size, `None` if it is known only at run time."""
+    sizes: dict[str, Any] = {}
+    for name, structure in structures.items():
+        for tensor in keras.tree.flatten(structure):
+            if tensor is None:
+                continue
+            if not tensor.shape.rank:
+                raise ValueError(
+                    f"`{name}` must have the batch as its first axis. Received: a scalar"
+                )
+            sizes[name] = tensor.shape[0]
+            if None not in sizes.values() and len(set(sizes.values())) > 1:
+                listed = ", ".join(f"{key} with {value}" for key, value in sizes.items())
+                raise ValueError(f"The inputs must have the same batch size. Received: {listed}")
+    return sizes["x"]

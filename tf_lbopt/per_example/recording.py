@@ -1,0 +1,205 @@
+"""Watching a forward pass: which layer call reads which variable, and what it computes from it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _compat
+from tf_lbopt.per_example.registry import Registration, registration_of
+from tf_lbopt.per_example.view import View
+
+
+@dataclasses.dataclass
+class Use:
+    """One call of a layer that read some of the variables.
+
+    Attributes:
+        layer: The layer.
+        args: The positional arguments of its ``call``.
+        kwargs: The keyword arguments.
+        registration: The rule for it, or `None`.
+        reads: For each variable that was read, by its index, the tensor that was read in its place.
+            Nothing but this call uses that tensor.
+        outputs: Tensors through which all that the call computed reaches the loss: what a rule
+            wants the gradient of, or all that the call returned.
+        inclusive: Whether ``reads`` has what the layers called by this one read, too.
+    """
+
+    layer: keras.layers.Layer
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    registration: Registration | None
+    reads: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    inclusive: bool = False
+
+
+class Recording:
+    """Records the uses of some variables during a forward pass, in the thread that enters it.
+
+    While a layer's ``call`` runs, every read of a variable yields a copy that is cut off from the
+    variable and watched by the tape. So the tape tells the gradient that passes through each call,
+    and a gradient of the variable itself is the sign of a read outside any layer's call.
+
+    Args:
+        variables: Those of interest.
+        tape: An active tape.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable], tape: tf.GradientTape):
+        self.uses: list[Use] = []
+        self._tape = tape
+        self._index = {id(variable): i for i, variable in enumerate(variables)}
+        self._stack: list[Use] = []
+        self._graph = _current_graph()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Records until it is left."""
+        with _compat.layer_hooks(self._call, self._read):
+            yield
+
+    def _call(self, original: Any, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if (
+            not isinstance(layer, keras.layers.Layer)
+            or not self._at_home()
+            or _has_symbolic(args, kwargs)
+            # A rule answers for all that its layer calls.
+            or (self._stack and self._stack[-1].registration is not None)
+        ):
+            return original(layer, *args, **kwargs)
+        registration = registration_of(layer) if _compat.calls_its_call(layer) else None
+        use = Use(layer, args, kwargs, registration, inclusive=registration is not None)
+        self._stack.append(use)
+        try:
+            if registration is not None and registration.activation is not None:
+                outputs = self._call_up_to_activation(use, registration.activation)
+            else:
+                outputs = original(layer, *args, **kwargs)
+        finally:
+            self._stack.pop()
+        if not use.reads:
+            return outputs
+        self.uses.append(use)
+        return outputs if use.outputs else _marked(use, outputs)
+
+    def _call_up_to_activation(self, use: Use, name: str) -> Any:
+        activation = getattr(use.layer, name)
+        if activation is None:
+            activation = keras.activations.linear
+
+        def applied(outputs: tf.Tensor) -> Any:
+            use.outputs.append(outputs)
+            return activation(outputs)
+
+        view = View(use.layer, {name: applied}, lambda variable: _tensor(variable))
+        outputs = view.call(*use.args, **use.kwargs)
+        if len(use.outputs) != 1:  # the activation is not applied last, or not once
+            use.registration, use.outputs = None, []
+        return outputs
+
+    def _read(self, variable: keras.Variable) -> tf.Tensor | None:
+        index = self._index.get(id(variable))
+        if index is None or not self._stack:
+            return None
+        use = self._stack[-1]
+        if not self._at_home():
+            # A loop body or branch may use tensors of the graph around it. What a tf.function
+            # captures may outlive this pass, so it reads the variable itself.
+            if self._graph is None or not _compat.inside_control_flow_of(self._graph):
+                return None
+            with self._graph.as_default():
+                return self._copy(use, index, variable)
+        return self._copy(use, index, variable)
+
+    def _copy(self, use: Use, index: int, variable: keras.Variable) -> tf.Tensor | None:
+        if index not in use.reads:
+            copy = tf.stop_gradient(tf.convert_to_tensor(_compat.stored_value(variable)))
+            self._tape.watch(copy)
+            if not _compat.is_recorded(copy):
+                return None
+            use.reads[index] = copy
+        return use.reads[index]
+
+    def _at_home(self) -> bool:
+        return _current_graph() is self._graph
+
+
+@contextlib.contextmanager
+def replaying(use: Use, reads: Mapping[int, tf.Tensor]) -> Iterator[None]:
+    """Within it, a call of the layer of ``use`` reads ``reads``, by ``id`` of the variable.
+
+    What was read in the recording by the layers that it calls is not replaced, unless
+    ``use.inclusive``.
+    """
+    graph = _current_graph()
+    depth = 0
+
+    def call(original: Any, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        if not isinstance(layer, keras.layers.Layer) or _current_graph() is not graph:
+            return original(layer, *args, **kwargs)
+        depth += 1
+        try:
+            return original(layer, *args, **kwargs)
+        finally:
+            depth -= 1
+
+    def read(variable: keras.Variable) -> tf.Tensor | None:
+        return reads.get(id(variable)) if depth == 1 or use.inclusive else None
+
+    with _compat.layer_hooks(call, read):
+        yield
+
+
+def output_tensors(structure: Any) -> list[Any]:
+    """What a call returned, flattened, with the logits that Keras hides in a softmax."""
+    tensors = []
+    for tensor in keras.tree.flatten(structure):
+        tensors.append(tensor)
+        logits = _compat.logits_of(tensor)
+        if logits is not None:
+            tensors.append(logits)
+    return tensors
+
+
+def _marked(use: Use, outputs: Any) -> Any:
+    """The outputs as tensors that nothing inside the call has used."""
+    if use.registration is not None:
+        if isinstance(outputs, tf.Tensor):
+            marked = tf.identity(outputs)
+            _compat.attach_mask(marked, _compat.keras_mask(outputs))
+            use.outputs = [marked]
+            return marked
+        use.registration = None
+
+    def mark(tensor: Any) -> Any:
+        if not isinstance(tensor, tf.Tensor):
+            return tensor
+        marked = tf.identity(tensor)
+        _compat.attach_mask(marked, _compat.keras_mask(tensor))
+        logits = _compat.logits_of(tensor)
+        if logits is not None:
+            _compat.attach_logits(marked, tf.identity(logits))
+        return marked
+
+    outputs = keras.tree.map_structure(mark, outputs)
+    use.outputs = output_tensors(outputs)
+    return outputs
+
+
+def _current_graph() -> tf.Graph | None:
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _tensor(variable: keras.Variable) -> Any:
+    """A trainable variable as the tensor to read; another as it is, since it may be assigned."""
+    return tf.convert_to_tensor(variable) if variable.trainable else variable
+
+
+def _has_symbolic(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten((args, kwargs)))

@@ -1,0 +1,103 @@
+"""The extrapolation step of extrapolated SGD: where a sub-batch's gradient is taken."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_lbopt.rules.momentum import apply_delta
+from tf_lbopt.rules.norms import compute_dtype, scalar
+
+
+def extrapolate(weights, velocity, noise, rate, momentum):
+    """``x − γ̂ ζ + β v``, the point of the gradient.
+
+    Args:
+        weights: x.
+        velocity: v, or ``None`` for 0.
+        noise: ζ, or ``None`` for 0.
+        rate: γ̂, a scalar.
+        momentum: β.
+
+    Returns:
+        A tensor of the shape of ``weights``.
+
+    References:
+        Lin et al. 2020, "Extrapolation for Large-batch Training in Deep Learning", Algorithm 1,
+        lines 2 and 3, and section 3.2.
+    """
+    if noise is not None:
+        weights = weights - rate * noise
+    if velocity is not None:
+        weights = weights + momentum * velocity
+    return weights
+
+
+def apply_extrapolation(variable, velocity, noise, rate, momentum) -> None:
+    """`extrapolate` on a variable, in place; ``velocity`` is a variable or ``None``."""
+    dtype = compute_dtype(variable.dtype)
+    if dtype != variable.dtype:  # one rounding to half precision, not two
+        slot = None if velocity is None else tf.cast(velocity, dtype)
+        moved = extrapolate(tf.cast(variable, dtype), slot, noise, scalar(rate, dtype), momentum)
+        variable.assign(tf.cast(moved, variable.dtype))
+        return
+    if noise is not None:
+        apply_delta(variable, noise, -scalar(rate, dtype))
+    if velocity is not None:
+        apply_delta(variable, tf.convert_to_tensor(velocity), scalar(momentum, dtype))
+
+
+def filter_axes(rank: int, kind: str = "kernel") -> list[int]:
+    """The axes that one filter of a variable extends over.
+
+    A filter is one output unit: a slice along the last axis of a Dense or Conv kernel, one channel
+    of a depthwise kernel, one row of an embedding; a vector is a single filter.
+
+    Args:
+        rank: The variable's rank.
+        kind: ``"kernel"``, ``"depthwise"`` or ``"embedding"``.
+
+    Example:
+        >>> filter_axes(4), filter_axes(4, "depthwise"), filter_axes(2, "embedding"), filter_axes(1)
+        ([0, 1, 2], [0, 1], [1], [0])
+    """
+    if rank < 2:
+        return list(range(rank))
+    if kind == "embedding":
+        return list(range(1, rank))
+    if kind == "depthwise":
+        return list(range(rank - 2))
+    return list(range(rank - 1))
+
+
+def filter_scaled(noise: tf.Tensor, weights: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """``‖filter‖ · ζ̂ / ‖ζ̂‖`` filter by filter, 0 where ζ̂ is.
+
+    Args:
+        noise: ζ̂, raw noise.
+        weights: Of the same shape.
+        axes: Those that a filter extends over; see `filter_axes`.
+
+    Returns:
+        ζ, whose filters have the norms of those of ``weights``.
+
+    References:
+        Lin et al. 2020, section 3.2.
+    """
+    axes = list(axes)
+    length = tf.math.reduce_euclidean_norm(noise, axes, keepdims=True)
+    wanted = tf.math.reduce_euclidean_norm(weights, axes, keepdims=True)
+    return noise * tf.math.divide_no_nan(wanted, length)
+
+
+def raw_noise(distribution: str, shape: Sequence[int], dtype: tf.DType, seed: tf.Tensor):
+    """Noise of a seed alone: standard normal, or uniform in [−1, 1).
+
+    Args:
+        distribution: ``"gaussian"`` or ``"uniform"``.
+        shape: Its shape.
+        dtype: Its dtype.
+        seed: [2] integers.
+    """
+    if distribution == "gaussian":
+        return tf.random.stateless_normal(shape, seed, dtype=dtype)
+    return tf.random.stateless_uniform(shape, seed, -1.0, 1.0, dtype=dtype)

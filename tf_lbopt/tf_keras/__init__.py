@@ -1,0 +1,44 @@
+"""The optimizers of `tf_lbopt` for tf_keras (Keras 2), which tf-models-official is written in.
+
+The classes have the names and arguments of those for Keras 3 and are made of the same algorithms;
+`loss_scale_factor` is missing, as in tf_keras. They are new-style optimizers
+(`tf_keras.optimizers.Optimizer`, not `tf_keras.optimizers.legacy`), work with `compile` and `fit`,
+in custom loops, under `tf.distribute` strategies and in a
+`tf_keras.mixed_precision.LossScaleOptimizer`. Schedules of `tf_lbopt.schedules` are taken too.
+
+Example:
+    >>> import tensorflow as tf
+    >>> import tf_keras
+    >>> from tf_lbopt.tf_keras import VRLAMB
+    >>> model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(3,))])
+    >>> model.compile(VRLAMB(0.01, gradient_accumulation_steps=2), loss="mse")
+    >>> history = model.fit(tf.ones([8, 3]), tf.ones([8, 1]), batch_size=2, verbose=0)
+    >>> int(model.optimizer.iterations.numpy())
+    2
+"""
+
+from tf_lbopt.tf_keras.optimizers import (
+    CLARS,
+    LAMB,
+    LARS,
+    SNGM,
+    VRLAMB,
+    VRLARS,
+    VRSGD,
+    VRAdam,
+    VRMomentum,
+)
+from tf_lbopt.tf_keras.schedules import KerasSchedule
+
+__all__ = [
+    "CLARS",
+    "LAMB",
+    "LARS",
+    "SNGM",
+    "VRLAMB",
+    "VRLARS",
+    "VRSGD",
+    "KerasSchedule",
+    "VRAdam",
+    "VRMomentum",
+]

@@ -1,0 +1,243 @@
+"""The tf_keras side of every optimizer: constructor, variables and calls of its base class.
+
+An algorithm (`tf_lbopt.optimizers.algorithm`) combined with `LargeBatchOptimizer` is a new-style
+tf_keras optimizer.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+import tf_keras
+
+from tf_lbopt.distribution.replicas import once_for_all_replicas
+from tf_lbopt.optimizers.algorithm import Algorithm, documentation
+from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.tf_keras import _compat
+from tf_lbopt.tf_keras.schedules import KerasSchedule
+
+_COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's.
+        clipnorm: Greatest norm of one variable's mean gradient (clipped after the reduction over
+            replicas and micro-steps). At most one of the three clips can be set.
+        clipvalue: Greatest magnitude of one element of the mean gradient.
+        global_clipnorm: Greatest norm of the mean gradient of all variables together.
+        use_ema: Whether to keep an exponential moving average of the weights, which `fit` puts in
+            their place at its end. Averages once per update, from the first update on.
+        ema_momentum: Momentum of that average. Defaults to 0.99.
+        ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
+        gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
+            under every strategy; schedules and `iterations` count updates.
+        jit_compile: Must be `False`, which is the default here: the update is not compiled apart
+            from the training step. To compile both, `model.compile(jit_compile=True)`."""
+
+
+class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
+    """Base of the tf_keras optimizers of this package.
+
+    It differs from the base class of tf_keras in what happens between a replica's gradient and the
+    update: one packed reduction with the sub-batches' statistics, accumulation under every
+    strategy, schedules and `iterations` by update, and an update with a non-finite value on any
+    replica in any micro-step discarded as a whole. `skipped_updates`, an integer variable saved
+    with the state, counts the discarded ones.
+
+    Under a `tf_keras.mixed_precision.LossScaleOptimizer` all of this holds too. That wrapper counts
+    micro-steps as steps before it doubles its scale.
+
+    Args:
+        learning_rate: A float, a `tf_keras.optimizers.schedules.LearningRateSchedule`, one of
+            Keras 3 (those of `tf_lbopt.schedules`) or a callable without arguments.
+        weight_decay: Non-negative float or `None`; what it means is the algorithm's.
+        exclude_from_weight_decay: Variables, or regexes over the variable name, that do not decay.
+        **kwargs: The other arguments of tf_keras's optimizers, and `gradient_accumulation_steps`.
+    """
+
+    def _start(
+        self,
+        learning_rate: Any,
+        name: str | None = None,
+        gradient_accumulation_steps: int | None = None,
+        jit_compile: bool = False,
+        mesh: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if jit_compile:
+            raise ValueError(
+                "`jit_compile` must be False: an update that looks at all replicas and all "
+                "variables can not be compiled variable by variable. Compile the whole training "
+                f"step by `model.compile(jit_compile=True)`. Received: jit_compile={jit_compile!r}"
+            )
+        if mesh is not None:
+            raise ValueError(f"`mesh` must be None: DTensor is not supported. Received: {mesh!r}")
+        tf_keras.optimizers.Optimizer.__init__(
+            self, name=name or type(self).__name__, jit_compile=False, **kwargs
+        )
+        clips = [self.clipnorm, self.clipvalue, self.global_clipnorm]
+        if sum(clip is not None for clip in clips) > 1:
+            raise ValueError(
+                "At most one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
+                f"Received: clipnorm={self.clipnorm}, clipvalue={self.clipvalue}, "
+                f"global_clipnorm={self.global_clipnorm}"
+            )
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        _compat.set_learning_rate(self, learning_rate)
+
+    def _schedule(self, learning_rate: Any) -> Any:
+        schedules = tf_keras.optimizers.schedules
+        if isinstance(learning_rate, dict):
+            return schedules.deserialize(learning_rate)
+        if isinstance(learning_rate, schedules.LearningRateSchedule):
+            return learning_rate
+        return KerasSchedule(learning_rate)
+
+    # -- variables ---------------------------------------------------------------------------------
+
+    @property
+    def built(self) -> bool:  # type: ignore[override]  # only `build` changes it
+        """Whether the slots exist."""
+        return _compat.is_built(self)
+
+    def build(self, var_list: Sequence[Any]) -> None:
+        """Creates the slots for a list of trainable variables, wherever it is called from.
+
+        Raises:
+            ValueError: The variables live under another strategy than the optimizer.
+        """
+        if self.built:
+            return
+        var_list = list(var_list)
+        once_for_all_replicas(lambda: super(LargeBatchOptimizer, self).build(var_list))
+
+    def _build_framework(self, variables: list[Any]) -> None:
+        _compat.build(self, variables)
+        self._trainable_variables = _compat.untracked(variables)
+
+    def _add_counter(self, name: str) -> tf.Variable:
+        return self.add_variable((), tf.int64, name=name)
+
+    def _add_slot(self, variable: Any, name: str) -> tf.Variable:
+        # In float32 for half-precision weights, whose own dtype has no room for a second moment.
+        return self.add_variable(
+            variable.shape, compute_dtype(variable.dtype), name=f"{name}/{path_of(variable)}"
+        )
+
+    def _index_of(self, variable: Any) -> int | None:
+        return _compat.index_of(self, variable)
+
+    def _read_learning_rate(self) -> tf.Tensor:
+        return _compat.read_learning_rate(self)
+
+    # -- the update --------------------------------------------------------------------------------
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[tuple[Any, Any]],
+        name: str | None = None,
+        skip_gradients_aggregation: bool = False,
+        experimental_aggregate_gradients: bool = True,
+    ) -> tf.Variable:
+        """Updates the variables, or, in mid-accumulation, adds to the accumulators.
+
+        Args:
+            grads_and_vars: ``(gradient, variable)`` pairs; a gradient is dense,
+                ``tf.IndexedSlices`` or ``None``. Under a strategy each replica passes the gradient
+                of its share of the loss, that is, of its mean loss divided by the number of
+                replicas (as `fit` does).
+            name: Not used.
+            skip_gradients_aggregation: The gradients are already summed over the replicas; not for
+                optimizers that look at sub-batches.
+            experimental_aggregate_gradients: The reverse of it, as older optimizers call it.
+
+        Returns:
+            `iterations`.
+
+        Raises:
+            ValueError: No gradients at all, unknown variables, called in the cross-replica context,
+                or gradients that are summed already where single ones are needed.
+        """
+        del name
+        grads_and_vars = list(grads_and_vars)
+        if any(isinstance(gradient, _Applied) for gradient, _ in grads_and_vars):
+            return self.iterations
+        self._apply(
+            grads_and_vars,
+            summed=skip_gradients_aggregation or not experimental_aggregate_gradients,
+        )
+        return self.iterations
+
+    @tf.autograph.experimental.do_not_convert
+    def aggregate_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> list[Any]:
+        """Sums gradients over the replicas.
+
+        Only a `LossScaleOptimizer` calls this: to check the sums, and to call `apply_gradients`
+        with them. Statistics need gradients that are not summed, and an update that is discarded
+        must be counted and empty the accumulators, while the wrapper just leaves out the call; so
+        around this optimizer the update is made here, and what it gets is for the check alone.
+
+        Args:
+            grads_and_vars: ``(gradient, variable)`` pairs.
+
+        Returns:
+            Pairs of sums, or of what stands for them, and variables.
+        """
+        grads_and_vars = list(grads_and_vars)
+        if not _compat.is_loss_scaled(self):
+            return super().aggregate_gradients(grads_and_vars)
+        finite = self._apply(grads_and_vars)
+        check = tf.where(finite, 0.0, float("nan"))
+        return [(_Applied(tf.identity(check)), variable) for _, variable in grads_and_vars]
+
+    def _apply(self, grads_and_vars: list[tuple[Any, Any]], summed: bool = False) -> tf.Tensor:
+        """The update. Returns whether it was finite (true before it is due)."""
+        if not grads_and_vars:
+            return tf.constant(True)
+        grads, variables = zip(*grads_and_vars, strict=True)
+        self.build(variables)
+        summed = summed and self._strategy.num_replicas_in_sync > 1
+        if summed and self.statistics:
+            raise ValueError(
+                f"{type(self).__name__} looks at the gradients of single sub-batches, which are "
+                "lost in sums over replicas. Leave the summation to it: call `apply_gradients` "
+                "with every replica's own gradients. Received: skip_gradients_aggregation=True (or "
+                "experimental_aggregate_gradients=False) on "
+                f"{self._strategy.num_replicas_in_sync} replicas"
+            )
+        return self._send(grads, variables, summed=summed)
+
+    def _discard_on_replica(self) -> None:
+        super()._discard_on_replica()
+        # Where this wrapper finds a NaN it counts a step, which is none here; taken back before.
+        if _compat.is_loss_scaled_dynamically(self):
+            self.iterations.assign_sub(1)
+
+    # -- exclusions, configuration -----------------------------------------------------------------
+
+    def _exclude_name(self, pattern: str) -> None:
+        # tf_keras searches in the whole name, which is a path.
+        self._decay_exclusion.add(pattern)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        return {
+            **super().get_config(),
+            "learning_rate": _compat.serialized_learning_rate(self),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+
+
+class _Applied(NamedTuple):
+    """Stands for a gradient that was applied already; of a type that threads do not lose.
+
+    Attributes:
+        check: 0, or NaN if the update was discarded.
+    """
+
+    check: tf.Tensor
+
+
+def with_common_arguments(cls: type) -> type:
+    """Class decorator: completes the docstring by the arguments common to all optimizers."""
+    text = documentation(cls, common_arguments=_COMMON_ARGUMENTS)
+    cls.__doc__ = text.replace("`keras.optimizers.schedules.", "`tf_keras.optimizers.schedules.")
+    return cls
