@@ -87,6 +87,28 @@ def test_steps_per_execution():
     assert_close(model.get_weights(), reference(data, 1, **ARGUMENTS)[-1][0])
 
 
+def test_a_model_that_is_built_by_its_first_batch():
+    class Linear(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.linear = keras.layers.Dense(3)
+
+        def call(self, x):
+            return self.linear(x)
+
+    data = batches(4, ROWS)
+    results = []
+    for built in (False, True):
+        keras.utils.set_random_seed(0)
+        model = Linear()
+        if built:
+            model.build((None, 5))
+        model.compile(optimizer=tf_lbopt.ExtrapSGD(**ARGUMENTS), loss="mse")
+        fit(model, data)
+        results.append(model.get_weights())
+    assert_close(*results, rtol=0, atol=0)
+
+
 def test_train_on_batch():
     data = batches(4, ROWS)
     model = model_of(lambda: tf_lbopt.ExtrapSGD(**ARGUMENTS))

@@ -13,10 +13,12 @@ from tf_lbopt.optimizers import (
     ExtrapAdam,
     ExtrapSGD,
     LossScaleOptimizer,
+    PostLocalSGD,
     VarianceReduced,
     VRAdam,
     VRMomentum,
 )
+from tf_lbopt.per_example import PerExampleNormsModel, per_example_gradient_norms
 from tf_lbopt.registry import OptimizerInfo, list_optimizers
 
 __all__ = [
@@ -31,11 +33,14 @@ __all__ = [
     "ExtrapSGD",
     "LossScaleOptimizer",
     "OptimizerInfo",
+    "PerExampleNormsModel",
+    "PostLocalSGD",
     "VRAdam",
     "VRMomentum",
     "VarianceReduced",
     "__version__",
     "callbacks",
     "list_optimizers",
+    "per_example_gradient_norms",
     "schedules",
 ]

@@ -11,12 +11,14 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src import backend as keras_backend
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as keras_loss
 from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.models.functional import Functional as Functional  # not exported; 3.15.1
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.saving import saving_lib
 from tensorflow.python.distribute import distribute_utils
@@ -193,15 +195,6 @@ def inside_control_flow_of(graph: tf.Graph) -> bool:
     return current is graph
 
 
-def run_first(first: Sequence[tf.Operation], then: tf.Operation) -> None:
-    """Makes an operation of a graph wait for others of it, after the fact.
-
-    Operations that a tape made can not be put under ``tf.control_dependencies``. Checked on
-    TensorFlow 2.20.0.
-    """
-    then._add_control_inputs(list(first))
-
-
 def keras_mask(tensor: Any) -> Any:
     """The mask that Keras attached to a tensor, or `None`. Checked on Keras 3.15.1."""
     return get_keras_mask(tensor)
@@ -283,8 +276,8 @@ def let_optimizers_wrap_training() -> None:
 
     An optimizer that has ``wrap_training`` (or, if it has not, the one inside a LossScaleOptimizer)
     is given the model, its ``train_step`` and what makes a training function of a step; it returns
-    the training function. Others are not affected. Checked on Keras 3.15.1, where ``make_train_function`` calls
-    ``_make_function(self.train_step)``.
+    the training function. Others are not affected. Checked on Keras 3.15.1, where
+    ``make_train_function`` calls ``_make_function(self.train_step)``.
     """
     original = TensorFlowTrainer._make_function
     if getattr(original, "offers_training", False):
@@ -320,6 +313,7 @@ def tell_optimizers_of_weights() -> None:
         (TensorFlowTrainer, "make_test_function"),
         (TensorFlowTrainer, "make_predict_function"),
         (keras.Model, "export"),
+        (keras.Model, "get_state_tree"),
         (saving_lib, "save_model"),
         (saving_lib, "save_weights_only"),
         (legacy_h5_format, "save_model_to_hdf5"),
@@ -327,6 +321,7 @@ def tell_optimizers_of_weights() -> None:
         _tell(owner, name, lambda args: args[0], before=reading)
     _tell(keras.callbacks.CallbackList, "on_epoch_end", lambda args: args[0].model, before=reading)
     _tell(keras.layers.Layer, "set_weights", lambda args: args[0], after=writing)
+    _tell(keras.Model, "set_state_tree", lambda args: args[0], after=writing)
     _tell(saving_lib, "load_weights_only", lambda args: args[0], after=writing)
     for name in ("load_weights_from_hdf5_group", "load_weights_from_hdf5_group_by_name"):
         _tell(legacy_h5_format, name, lambda args: args[1], after=writing)
@@ -367,3 +362,48 @@ def share_variable(
     """
     optimizer._untrack_variable(getattr(optimizer, attribute))
     setattr(optimizer, attribute, variable)
+
+
+def call_in_training(model: keras.Model, x: Any) -> Any:
+    """``model(x, training=True)`` for a model that takes ``training``, as its ``train_step`` calls.
+
+    Checked on Keras 3.15.1.
+    """
+    return model(x, training=True) if model._call_has_training_arg else model(x)
+
+
+def tracked_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+    """The loss that a model was compiled with, noted in its ``loss`` metric.
+
+    What ``train_step`` does between the forward and the backward pass. Checked on Keras 3.15.1.
+    """
+    loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+    loss = keras_loss.unscale_loss_for_distribution(loss)
+    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
+    model._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
+    return loss
+
+
+def compiled_loss_weights(model: keras.Model) -> Any:
+    """The ``loss_weights`` that ``compile`` was given. Checked on Keras 3.15.1."""
+    return model._compile_loss._user_loss_weights
+
+
+def build_by_shapes(model: keras.Model, x: Any) -> None:
+    """Creates the variables of a model that is not built yet, from the shapes of its inputs.
+
+    Under a strategy Keras's trainer has done so before the first step; on one device it leaves it
+    to the step. Checked on Keras 3.15.1.
+    """
+    if all(layer.built for layer in model._flatten_layers()):
+        return
+    symbolic = keras.tree.map_structure(
+        lambda leaf: (
+            None
+            if leaf is None
+            else keras.KerasTensor(leaf.shape, keras_backend.standardize_dtype(leaf.dtype))
+        ),
+        x,
+    )
+    with tf.init_scope():
+        keras_backend.compute_output_spec(model, symbolic, training=False)

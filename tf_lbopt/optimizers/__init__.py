@@ -6,6 +6,7 @@ from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.lamb import LAMB
 from tf_lbopt.optimizers.lars import LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
+from tf_lbopt.optimizers.post_local_sgd import PostLocalSGD
 from tf_lbopt.optimizers.sngm import SNGM
 from tf_lbopt.optimizers.variance_reduced import VarianceReduced
 from tf_lbopt.optimizers.vr_adam import VRAdam
@@ -23,6 +24,7 @@ __all__ = [
     "ExtrapAdam",
     "ExtrapSGD",
     "LossScaleOptimizer",
+    "PostLocalSGD",
     "VRAdam",
     "VRMomentum",
     "VarianceReduced",

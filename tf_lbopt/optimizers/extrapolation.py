@@ -57,8 +57,6 @@ class Extrapolation(Algorithm):
 
     statistics = (OWN_GRADIENT,)
 
-    _loss_scaled_from_outside = False
-
     def __init__(
         self,
         *args: Any,
@@ -276,7 +274,7 @@ class Extrapolation(Algorithm):
         after: Callable[[tf.Tensor], None] | None = None,
     ) -> None:
         active = self._block()
-        if self._loss_scaled_from_outside:
+        if getattr(self, "_loss_scaled_from_outside", False):
             raise ValueError(
                 f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
                 "`compile` adds for mixed_float16): it leaves out the update, and with it the way "
@@ -336,6 +334,7 @@ class Extrapolation(Algorithm):
 
         @tf.autograph.experimental.do_not_convert
         def step(data: Any) -> Any:
+            _compat.build_by_shapes(model, keras.utils.unpack_x_y_sample_weight(data)[0])
             logs = None
             for part in range(self.sub_batches):
                 own = data if self.sub_batches == 1 else _part_of(data, part, self.sub_batches)

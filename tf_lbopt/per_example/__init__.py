@@ -4,6 +4,7 @@ from tf_lbopt.per_example import layers
 from tf_lbopt.per_example.contributions import Contribution, OuterProducts, PerExample
 from tf_lbopt.per_example.function import per_example_gradient_norms
 from tf_lbopt.per_example.losses import example_losses
+from tf_lbopt.per_example.model import PerExampleNormsModel
 from tf_lbopt.per_example.registry import LayerCall, register_layer
 from tf_lbopt.per_example.tape import PerExampleTape
 
@@ -12,6 +13,7 @@ __all__ = [
     "LayerCall",
     "OuterProducts",
     "PerExample",
+    "PerExampleNormsModel",
     "PerExampleTape",
     "example_losses",
     "layers",

@@ -1,6 +1,5 @@
 """From a recording to gradients and norms: which variable takes which way."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -70,7 +69,6 @@ class Backward:
         self.gradients = self._totals(of_stored, of_reads)
         self.without_rule: list[str] = []
         self._read_outside = {i for i, gradient in enumerate(of_stored) if gradient is not None}
-        self._done: dict[int, list[tf.Tensor]] = {}
         self._live = [
             (use, gradients)
             for use, gradients in zip(uses, of_outputs, strict=True)
@@ -90,9 +88,12 @@ class Backward:
         parts, replays = self._by_way()
         squares = self._replayed(parts, replays)
         squares |= self._by_backward_passes()
-        for index in sorted(set(parts) - set(squares)):
-            squares[index] = self._by_rules(index, parts[index])
-        self._run_with_the_backward_pass()
+        before: list[tf.Tensor] = []
+        for index in self._as_gradients_arrive(set(parts) - set(squares)):
+            # In a graph nothing else would keep several layers from taking their memory at once.
+            with tf.control_dependencies(before):
+                before = self._by_rules(index, parts[index])
+            squares[index] = before[0]
         return [self._norms(index, squares.get(index)) for index in range(len(self._variables))]
 
     # -- which way ---------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ class Backward:
                 lambda x: tf.identity(x) if isinstance(x, tf.Tensor) else x,
                 (use.args, dict(use.kwargs)),
             )
-        call = LayerCall(use.layer, args, kwargs, output, gradient)
+        call = LayerCall(use.layer, args, kwargs, output, gradient, use.prepared)
         pairs = rule(call)
         if pairs is NotImplemented:
             return {}
@@ -172,34 +173,19 @@ class Backward:
 
     # -- the three ways ----------------------------------------------------------------------------
 
-    def _by_rules(self, index: int, parts: list[Contribution]) -> tf.Tensor:
+    def _as_gradients_arrive(self, indices: set[int]) -> list[int]:
+        """Some variables in the order in which the backward pass is done with their uses."""
+        first = {i: n for n, (use, _) in reversed(list(enumerate(self._live))) for i in use.reads}
+        return sorted(indices, key=lambda index: first[index], reverse=True)
+
+    def _by_rules(self, index: int, parts: list[Contribution]) -> list[tf.Tensor]:
         squares, total = squares_and_sum(
             combined(parts), self._variables[index].shape, self._subset
         )
-        if total is not None:
-            self.gradients[index] = tf.cast(total, self._stored[index].dtype)
-        self._done[index] = [squares] if total is None else [squares, total]
-        return squares
-
-    def _run_with_the_backward_pass(self) -> None:
-        """Makes a graph compute the norms of one layer before the backward pass leaves the next.
-
-        Otherwise they lag behind, and what they need of many layers is in memory at once.
-        """
-        if tf.executing_eagerly():
-            return
-        graph = tf.compat.v1.get_default_graph()
-        place = {operation: i for i, operation in enumerate(graph.get_operations())}
-        arrivals: dict[tf.Operation, set[int]] = {}
-        for use, gradients in self._live:
-            last = max((g.op for g in gradients if g is not None), key=place.__getitem__)
-            arrivals.setdefault(last, set()).update(use.reads)
-        # An operation comes after those that it depends on.
-        order = sorted(arrivals, key=place.__getitem__)
-        latest = {index: op for op in order for index in arrivals[op]}
-        for op, following in itertools.pairwise(order):
-            ready = [t.op for i in arrivals[op] if latest[i] is op for t in self._done.get(i, ())]
-            _compat.run_first(ready, following)
+        if total is None:
+            return [squares]
+        self.gradients[index] = tf.cast(total, self._stored[index].dtype)
+        return [squares, total]
 
     def _replayed(
         self, parts: dict[int, list[Contribution]], replays: list[Replay]

@@ -116,12 +116,16 @@ def per_example_gradient_norms(
             )
             for start in range(0, size, micro)
         ]
-    norms, gradients = _over_slices(model, slices, loss, training, subset)
     count = tf.shape(keras.tree.flatten(x)[0])[0] if size is None else size
-    return norms, [
-        None if gradient is None else divide(gradient, tf.cast(count, gradient.dtype))
-        for gradient in gradients
-    ]
+    # The mean of the losses saves a pass over all weights, which divides their sum; but in float16
+    # what is small already would vanish.
+    weight = 1.0 if _computes_in_float16(model) else 1.0 / tf.cast(count, tf.float32)
+    norms, gradients = _over_slices(model, slices, loss, training, subset, weight)
+    if _computes_in_float16(model):
+        gradients = [g if g is None else divide(g, tf.cast(count, g.dtype)) for g in gradients]
+    else:
+        norms = [tf.cast(count, own.dtype) * own for own in norms]
+    return norms, gradients
 
 
 def _over_slices(
@@ -130,8 +134,9 @@ def _over_slices(
     loss: Any,
     training: bool,
     subset: int | None,
+    weight: float | tf.Tensor,
 ) -> tuple[list[tf.Tensor], list[Gradient | None]]:
-    """Norms and summed gradients, one slice after the other."""
+    """Norms and summed gradients of ``weight`` times the losses, one slice after the other."""
     norms: list[list[tf.Tensor]] = []
     gradients: list[Gradient | None] = [None] * len(model.trainable_variables)
     left = subset
@@ -144,7 +149,9 @@ def _over_slices(
                 lambda tensor: None if tensor is None else tf.identity(tensor),
                 (x, y, sample_weight),
             )
-            own_norms, own = _norms_of_slice(model, x, y, loss, sample_weight, training, left)
+            own_norms, own = _norms_of_slice(
+                model, x, y, loss, sample_weight, training, left, weight
+            )
             gradients = [added(pair) for pair in zip(gradients, own, strict=True)]
         if own_norms is not None:
             norms.append(own_norms)
@@ -163,14 +170,20 @@ def _norms_of_slice(
     sample_weight: Any,
     training: bool,
     subset: int | None,
+    weight: float | tf.Tensor,
 ) -> tuple[list[tf.Tensor] | None, list[Gradient | None]]:
     arguments = {"training": training} if _takes_training(model) else {}
+
+    def losses_of_examples() -> tf.Tensor:
+        losses = example_losses(loss, y, model(x, **arguments), sample_weight)
+        return losses * tf.cast(weight, losses.dtype)
+
     if subset == 0:
         with tf.GradientTape() as plain:
-            losses = example_losses(loss, y, model(x, **arguments), sample_weight)
+            losses = losses_of_examples()
         return None, plain.gradient(losses, [v.value for v in model.trainable_variables])
     with PerExampleTape(model.trainable_variables, subset) as tape:
-        losses = example_losses(loss, y, model(x, **arguments), sample_weight)
+        losses = losses_of_examples()
     gradients, norms = tape.gradient(losses)
     return norms, gradients
 
@@ -178,6 +191,12 @@ def _norms_of_slice(
 def _takes_training(model: keras.Model) -> bool:
     parameters = inspect.signature(model.call).parameters.values()
     return any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _computes_in_float16(layer: keras.layers.Layer) -> bool:
+    return layer.compute_dtype == "float16" or any(
+        _computes_in_float16(inner) for inner in getattr(layer, "layers", ())
+    )
 
 
 def _as_tensor(value: Any) -> Any:

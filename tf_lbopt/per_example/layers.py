@@ -227,7 +227,27 @@ def embedding(call: LayerCall) -> Contributions:
     return [(table, Rows(indices, call.output_gradient, tuple(table.shape)))]
 
 
-@register_layer(keras.layers.BatchNormalization)
+def _statistics(
+    layer: keras.layers.BatchNormalization, args: Any, kwargs: Mapping[str, Any]
+) -> tuple[tf.Tensor, tf.Tensor] | None:
+    """Mean and variance that a batch normalization uses, or `None` where they are not simple.
+
+    Those of the batch are computed as in the layer, so that a graph computes them once.
+    """
+    inputs = args[0] if args else kwargs["inputs"]
+    inputs = tf.cast(inputs, compute_dtype(inputs.dtype))
+    if not (kwargs.get("training") and layer.trainable):
+        return tuple(
+            tf.cast(tf.convert_to_tensor(statistic), inputs.dtype)
+            for statistic in (layer.moving_mean, layer.moving_variance)
+        )
+    if kwargs.get("mask") is not None or layer.synchronized or layer.renorm:
+        return None
+    axes = [axis for axis in range(inputs.shape.rank) if axis != layer.axis % inputs.shape.rank]
+    return keras.ops.moments(inputs, axes=axes)
+
+
+@register_layer(keras.layers.BatchNormalization, prepare=_statistics)
 @register_layer(keras.layers.LayerNormalization)
 @register_layer(keras.layers.GroupNormalization)
 def normalization(call: LayerCall) -> Contributions:
@@ -251,9 +271,18 @@ def normalization(call: LayerCall) -> Contributions:
     if layer.beta is not None:
         contributions.append((layer.beta, tf.reduce_sum(gradient, axis=others)))
     if layer.gamma is not None:
-        without = {"gamma": None, "beta": None, "scale": False, "center": False}
-        normalized = _again(call, {**without, "compute_dtype": dtype.name}, dtype)
-        contributions.append((layer.gamma, tf.reduce_sum(gradient * normalized, axis=others)))
+        if call.prepared is None:
+            without = {"gamma": None, "beta": None, "scale": False, "center": False}
+            normalized = _again(call, {**without, "compute_dtype": dtype.name}, dtype)
+            scaled = tf.reduce_sum(gradient * normalized, axis=others)
+        else:
+            mean, variance = call.prepared
+            shape = [1] * rank
+            shape[axes[0]] = -1
+            centered = tf.cast(call.inputs, dtype) - tf.reshape(mean, shape)
+            scaled = tf.reduce_sum(gradient * centered, axis=others)
+            scaled *= tf.math.rsqrt(variance + layer.epsilon)
+        contributions.append((layer.gamma, scaled))
     return contributions
 
 

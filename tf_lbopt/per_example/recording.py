@@ -26,6 +26,7 @@ class Use:
             Nothing but this call uses that tensor.
         outputs: Tensors through which all that the call computed reaches the loss: what a rule
             wants the gradient of, or all that the call returned.
+        prepared: What the registration's ``prepare`` returned.
         inclusive: Whether ``reads`` has what the layers called by this one read, too.
     """
 
@@ -35,6 +36,7 @@ class Use:
     registration: Registration | None
     reads: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
+    prepared: Any = None
     inclusive: bool = False
 
 
@@ -80,6 +82,9 @@ class Recording:
                 outputs = self._call_up_to_activation(use, registration.activation)
             else:
                 outputs = original(layer, *args, **kwargs)
+            if registration is not None and registration.prepare is not None:
+                with self._tape.stop_recording():
+                    use.prepared = registration.prepare(layer, args, kwargs)
         finally:
             self._stack.pop()
         if not use.reads:

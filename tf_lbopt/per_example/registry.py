@@ -21,6 +21,7 @@ class LayerCall:
         output: What the call returned, or, for layers registered with the name of an activation,
             what that was applied to. Its first axis is the batch.
         output_gradient: The gradient of the sum of all examples' losses with respect to it.
+        prepared: What the layer's ``prepare`` returned, if it has one.
     """
 
     layer: Any
@@ -28,6 +29,7 @@ class LayerCall:
     kwargs: Mapping[str, Any]
     output: tf.Tensor
     output_gradient: tf.Tensor
+    prepared: Any = None
 
     @property
     def inputs(self) -> Any:
@@ -41,17 +43,20 @@ LayerRule: TypeAlias = Callable[[LayerCall], Iterable[tuple[Any, tf.Tensor | Con
 
 @dataclasses.dataclass(frozen=True)
 class Registration:
-    """A rule, and the attribute that holds the activation to leave out, if any."""
+    """A rule and its options, as `register_layer` takes them."""
 
     rule: LayerRule
     activation: str | None
+    prepare: Callable[..., Any] | None
 
 
 _registrations: dict[type, Registration] = {}
 
 
 def register_layer(
-    layer_class: type[keras.layers.Layer], activation: str | None = None
+    layer_class: type[keras.layers.Layer],
+    activation: str | None = None,
+    prepare: Callable[..., Any] | None = None,
 ) -> Callable[[LayerRule], LayerRule]:
     """Decorator: gives a layer class a rule for its per-example gradients.
 
@@ -68,12 +73,16 @@ def register_layer(
         activation: Name of an attribute with an element-wise activation that ``call`` applies last,
             if it applies one. The rule is then given the gradient before the activation. The
             ``call`` of such a layer can not use ``super()``.
+        prepare: Called as ``prepare(layer, args, kwargs)`` right after ``layer.call``, for what
+            depends on state that may have changed when the rule runs; the rule finds the result in
+            ``LayerCall.prepared``.
 
     Returns:
         The decorator, which returns the rule as it is.
 
     Raises:
-        TypeError: ``layer_class`` is no layer class, or ``activation`` no name.
+        TypeError: ``layer_class`` is no layer class, ``activation`` no name, or ``prepare`` not
+            callable.
 
     Example:
         >>> import tensorflow as tf
@@ -102,8 +111,11 @@ def register_layer(
             f"`activation` must be the name of an attribute or None. Received: {activation!r}"
         )
 
+    if prepare is not None and not callable(prepare):
+        raise TypeError(f"`prepare` must be callable or None. Received: {prepare!r}")
+
     def decorator(rule: LayerRule) -> LayerRule:
-        _registrations[layer_class] = Registration(rule, activation)
+        _registrations[layer_class] = Registration(rule, activation, prepare)
         return rule
 
     return decorator

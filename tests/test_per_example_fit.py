@@ -1,0 +1,266 @@
+"""CLARS(norm_estimator="per_example") through `fit`, against the NumPy reference."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy_of
+from references import clars
+
+import tf_lbopt
+
+ARGUMENTS = {"learning_rate": 0.5, "eta": 0.05, "weight_decay": 0.01}
+
+
+def initial():
+    rng = np.random.default_rng(1)
+    return [rng.normal(size=(4, 3)), rng.normal(size=(3,))]
+
+
+def batches(count=5, rows=8):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(count, rows, 4)), rng.normal(size=(count, rows, 3))
+    return x.astype("float32"), y.astype("float32"), rng.uniform(0.5, 2, (count, rows))
+
+
+def reference(data, micro_steps=1, weighted=False, subset=None, replicas=1, total=False):
+    """Weights of a linear model with a squared error, each example's gradient by itself."""
+    weights = [w.astype("float32").astype(float) for w in initial()]
+    x, y, sample_weight = (a.astype(float) for a in data)
+    velocity = [np.zeros_like(w) for w in weights]
+    for start in range(0, len(x), micro_steps):
+        means, norms = [], []
+        for i in range(start, start + micro_steps):
+            kernel, bias = weights
+            factor = 2 * (x[i] @ kernel + bias - y[i]) / 3
+            if weighted:
+                factor = factor * sample_weight[i][:, None]
+            if total:
+                factor = factor * 3 * len(factor)
+            gradients = [np.einsum("bi,bo->bio", x[i], factor), factor]
+            means.append([g.mean(axis=0) for g in gradients])
+            chosen = np.concatenate(
+                [part[:subset] for part in np.split(np.arange(len(factor)), replicas)]
+            )
+            norms.append([np.mean([np.linalg.norm(g[j]) for j in chosen]) for g in gradients])
+        mean = [np.mean(g, axis=0) for g in zip(*means, strict=True)]
+        n = np.mean(norms, axis=0)
+        for j in range(2):
+            g = mean[j] + ARGUMENTS["weight_decay"] * weights[j]
+            rate = ARGUMENTS["learning_rate"] * ARGUMENTS["eta"] * np.linalg.norm(weights[j]) / n[j]
+            velocity[j] = 0.9 * velocity[j] - rate * g
+            weights[j] = weights[j] + 0.9 * velocity[j] - rate * g
+    return weights
+
+
+def linear(replicas=1, loss="mse", wrap=lambda o: o, dtype=None, subset=None, **kwargs):
+    with strategy_of(replicas).scope():
+        inputs = keras.Input([4])
+        model = tf_lbopt.PerExampleNormsModel(inputs, keras.layers.Dense(3, dtype=dtype)(inputs))
+        model.norms_subset_size = subset
+        model.set_weights(initial())
+        optimizer = tf_lbopt.CLARS(norm_estimator="per_example", **ARGUMENTS, **kwargs)
+        model.compile(optimizer=wrap(optimizer), loss=loss)
+    return model
+
+
+def fit(model, data, weighted=False):
+    arrays = tuple(a.astype("float32") for a in (data if weighted else data[:2]))
+    return model.fit(tf.data.Dataset.from_tensor_slices(arrays), verbose=0, shuffle=False)
+
+
+def assert_close(got, expected, rtol=2e-5, atol=2e-6):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fit_equals_the_reference(replicas, weighted):
+    data = batches()
+    model = linear(replicas)
+    fit(model, data, weighted)
+    expected = reference(data, weighted=weighted)
+    assert_close(model.get_weights(), expected)
+    by_sub_batch = clars(
+        initial(), _means(data), [[np.linalg.norm(g) for g in m] for m in _means(data)], **ARGUMENTS
+    )
+    assert np.abs(by_sub_batch[0] - expected[0]).max() > 1e-3
+
+
+def _means(data):
+    x, y, _ = data
+    factors = [2 * (a @ initial()[0] + initial()[1] - b) / 3 for a, b in zip(x, y, strict=True)]
+    return [[a.T @ f / len(f), f.mean(axis=0)] for a, f in zip(x, factors, strict=True)]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_accumulation_and_a_loss_scale(replicas, dynamic):
+    data = batches(6)
+    kwargs = {"gradient_accumulation_steps": 3}
+    if dynamic:
+        kwargs["wrap"] = lambda o: tf_lbopt.LossScaleOptimizer(o, initial_scale=128.0)
+    elif dynamic is False:
+        kwargs["loss_scale_factor"] = 128.0
+    model = linear(replicas, **kwargs)
+    fit(model, data)
+    assert_close(model.get_weights(), reference(data, micro_steps=3))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_mixed_precision_as_keras_wraps_it(replicas):
+    data = batches()
+    model = linear(
+        replicas, dtype="mixed_float16", wrap=lambda o: keras.optimizers.LossScaleOptimizer(o, 64.0)
+    )
+    fit(model, data)
+    assert_close(model.get_weights(), reference(data), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_subset(replicas):
+    data = batches()
+    model = linear(replicas, subset=2)
+    fit(model, data)
+    assert_close(model.get_weights(), reference(data, subset=2, replicas=replicas))
+
+
+def test_a_loss_that_is_a_sum():
+    data = batches()
+    model = linear(loss=keras.losses.MeanSquaredError(reduction="sum"))
+    history = fit(model, data)
+    # The loss of one example is a mean over its three outputs.
+    x, y, _ = data
+    expected = reference((x, y, np.ones((5, 8))))
+    assert np.isfinite(history.history["loss"][0])
+    # A factor common to all gradients changes neither direction nor step of CLARS without decay.
+    assert np.abs(model.get_weights()[0] - expected[0]).max() < 0.05
+
+
+class Net(tf_lbopt.PerExampleNormsModel):
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(8, activation="relu")
+        self.out = keras.layers.Dense(3, kernel_regularizer="l2")
+
+    def call(self, x, training=False):
+        return self.out(self.hidden(x))
+
+
+class Stack(tf_lbopt.PerExampleNormsModel, keras.Sequential):
+    pass
+
+
+def two_outputs():
+    inputs = keras.Input([4])
+    outputs = {
+        "a": keras.layers.Dense(3, name="a")(inputs),
+        "b": keras.layers.Dense(1, name="b")(inputs),
+    }
+    return tf_lbopt.PerExampleNormsModel(inputs, outputs)
+
+
+@pytest.mark.parametrize("make", [Net, lambda: Stack([keras.Input([4]), keras.layers.Dense(3)])])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_kinds_of_models_learn(make, replicas):
+    x, y, _ = batches(1, 64)
+    with strategy_of(replicas).scope():
+        model = make()
+        optimizer = tf_lbopt.CLARS(0.5, eta=0.05, norm_estimator="per_example")
+        model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
+    history = model.fit(x[0], y[0], batch_size=16, epochs=10, verbose=0).history
+    assert history["loss"][-1] < 0.9 * history["loss"][0]
+    assert history["mae"][-1] < history["mae"][0]
+
+
+def test_regularizers_and_the_tracked_loss_are_kerass_own():
+    x, y, _ = batches(1, 16)
+    losses = []
+    for optimizer in (
+        tf_lbopt.CLARS(0.0, norm_estimator="per_example"),
+        keras.optimizers.SGD(0.0),
+    ):
+        keras.utils.set_random_seed(0)
+        model = Net()
+        model.compile(optimizer=optimizer, loss="mse")
+        losses.append(model.fit(x[0], y[0], epochs=1, verbose=0).history["loss"][0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_several_outputs_with_weights():
+    x, y, _ = batches(1, 16)
+    model = two_outputs()
+    model.compile(
+        optimizer=tf_lbopt.CLARS(0.1, norm_estimator="per_example"),
+        loss={"a": "mse", "b": "mae"},
+        loss_weights={"a": 0.5, "b": 2.0},
+    )
+    labels = {"a": y[0], "b": y[0][:, :1]}
+    model.fit(x[0], labels, batch_size=8, epochs=2, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 4
+
+
+def test_another_optimizer_gets_kerass_own_step():
+    x, y, _ = batches(1, 16)
+    results = []
+    for cls in (tf_lbopt.PerExampleNormsModel, keras.Model):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input([4])
+        model = cls(inputs, keras.layers.Dense(3)(inputs))
+        model.compile(optimizer=tf_lbopt.CLARS(0.1), loss="mse")
+        model.fit(x[0], y[0], epochs=2, shuffle=False, verbose=0)
+        results.append(model.get_weights())
+    assert_close(*results, rtol=0, atol=0)
+
+
+class Own(tf_lbopt.PerExampleNormsModel):
+    """A functional model with a constructor of its own."""
+
+    def __init__(self, units=3, scale=1.0):
+        inputs = keras.Input([4])
+        super().__init__(inputs, keras.layers.Dense(units)(inputs))
+        self.scale = scale
+
+
+def test_functional_models_leave_their_classes_as_they_are():
+    for make in (linear, lambda: Own(3, 2.0), Net, lambda: Own(2), Net, linear):
+        model = make()
+        assert isinstance(model, tf_lbopt.PerExampleNormsModel)
+        assert model(tf.ones([2, 4])).shape[0] == 2
+    assert tf_lbopt.PerExampleNormsModel.__bases__ == (keras.Model,)
+    assert Own(2).scale == 1.0
+
+
+def test_save_and_load(tmp_path):
+    x, y, _ = batches(1, 16)
+    model = linear()
+    model.fit(x[0], y[0], verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded, tf_lbopt.PerExampleNormsModel)
+    for m in (model, loaded):
+        m.fit(x[0], y[0], verbose=0, shuffle=False)
+    assert_close(model.get_weights(), loaded.get_weights(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_loss_of_another_kind_is_refused():
+    x, y, _ = batches(1, 16)
+    model = linear(loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
+    with pytest.raises(ValueError, match="Received: a loss with reduction="):
+        model.fit(x[0], y[0], verbose=0)
+
+
+def test_an_overridden_loss_is_noticed():
+    class Doubled(tf_lbopt.PerExampleNormsModel):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    x, y, _ = batches(1, 16)
+    inputs = keras.Input([4])
+    model = Doubled(inputs, keras.layers.Dense(3)(inputs))
+    model.compile(
+        optimizer=tf_lbopt.CLARS(0.1, norm_estimator="per_example"), loss="mse", jit_compile=False
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match="override `example_losses`"):
+        model.fit(x[0], y[0], verbose=0)

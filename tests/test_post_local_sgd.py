@@ -1,0 +1,1010 @@
+"""PostLocalSGD against its definition, and what is seen of the weights between averages."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy_of
+from test_extrapolation import ROWS, assert_close, batches, gradient, initial
+from test_extrapolation import reference as extrapolated
+from test_extrapolation_fit import dataset, fit
+
+import tf_lbopt
+
+EXTRAP = {"learning_rate": 0.05, "momentum": 0.8, "extrapolation_rate": 0.2}
+
+
+def mean_of(values):
+    return [np.mean(v, axis=0) for v in zip(*values, strict=True)]
+
+
+def reference(
+    data,
+    replicas,
+    start,
+    period,
+    learning_rate=0.05,
+    momentum=0.0,
+    nesterov=False,
+    weight_decay=0.0,
+    average_momentum=False,
+    trust_coefficient=None,
+    extrap=None,
+    ends=(),
+    missing=(),
+):
+    """What Python sees after every update, and the replicas' own weights, in float64.
+
+    ``ends``: after which updates a period ends early; ``missing``: ``(update, replica)`` of local
+    steps left out; ``extrap``: the arguments of ExtrapSGD, for the first phase too.
+    """
+    x, v = [w.astype(np.float32).astype(float) for w in initial()], None
+    seen, own = [], []
+    if extrap:
+        first = [a[:start] for a in data]
+        seen = extrapolated(first, replicas, **extrap)
+        x, v = seen[-1] if seen else (x, None)
+        seen = [s for s, _ in seen]
+        own = [[s] * replicas for s in seen]
+        momentum, nesterov = extrap["momentum"], extrap.get("nesterov", True)
+        learning_rate = extrap["learning_rate"]
+        weight_decay = extrap.get("weight_decay", 0.0)
+        trust_coefficient = extrap.get("trust_coefficient")
+    v = [np.zeros_like(w) for w in x] if v is None else v
+    xs, vs = [x] * replicas, [v] * replicas
+    since = 0
+    for t in range(len(seen), len(data[0])):
+        eta = learning_rate(t) if callable(learning_rate) else learning_rate
+        parts = [np.split(a[t], replicas) for a in data]
+        points = [
+            [w + momentum * u for w, u in zip(x, v, strict=True)] if extrap and nesterov else x
+            for x, v in zip(xs, vs, strict=True)
+        ]
+        gs = [gradient(p, *batch) for p, *batch in zip(points, *parts, strict=True)]
+        local = t >= start and replicas > 1
+        if not local:
+            gs = [mean_of(gs)] * replicas
+        for d in range(replicas):
+            if (t, d) in missing:
+                continue
+            new_x, new_v = [], []
+            for w, u, g in zip(xs[d], vs[d], gs[d], strict=True):
+                rho = 1.0
+                if extrap:
+                    g = g + weight_decay * w
+                    if trust_coefficient:
+                        rho = trust_coefficient * np.linalg.norm(w) / np.linalg.norm(g)
+                else:
+                    w = w - eta * weight_decay * w
+                u = momentum * u - eta * rho * g
+                look_ahead = nesterov and not extrap
+                new_x.append(w + (momentum * u - eta * g if look_ahead else u))
+                new_v.append(u)
+            xs[d], vs[d] = new_x, new_v
+        since += local
+        if not local or since == period or t in ends:
+            xs, since = [mean_of(xs)] * replicas, 0
+            if average_momentum:
+                vs = [mean_of(vs)] * replicas
+            average = xs[0]
+        elif not seen or t == start:
+            average = seen[-1] if seen else x
+        seen.append(average)
+        own.append(list(xs))
+    return seen, own
+
+
+class Loop:
+    """A custom training loop of a linear model under a strategy."""
+
+    def __init__(self, optimizer, replicas, run_eagerly=False, weights=None, constraint=None):
+        self.replicas, self.strategy = replicas, strategy_of(replicas)
+        with self.strategy.scope():
+            self.variables = [
+                keras.Variable(w, dtype="float32", name=f"w{i}")
+                for i, w in enumerate(weights or initial())
+            ]
+            for variable in self.variables:
+                variable.constraint = constraint
+            self.optimizer = optimizer()
+            self.optimizer.build(self.variables)
+        self.step = self._step if run_eagerly else tf.function(self._step)
+        self.points = []
+
+    def _step(self, x, y, local):
+        def replica_step(x, y):
+            with self.optimizer.step(self.variables, local=local):
+                with tf.GradientTape() as tape:
+                    kernel, bias = (tf.convert_to_tensor(v.value) for v in self.variables)
+                    tape.watch([kernel, bias])
+                    tf.debugging.assert_less(tf.abs(x), 1e6)
+                    loss = tf.reduce_mean((x @ kernel + bias - y) ** 2) / self.replicas
+                gradients = tape.gradient(loss, [kernel, bias])
+                self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
+
+        self.strategy.run(replica_step, args=(x, y))
+
+    def run(self, data, start=0, stop=None):
+        """Updates; returns what is seen after each."""
+        seen = []
+        for x, y in list(zip(*data, strict=True))[start:stop]:
+            arguments = [distributed(self.strategy, a) for a in (x, y)]
+            self.step(*arguments, local=self.optimizer.is_local)
+            self.optimizer.end_update()
+            self.assert_replicas_equal()
+            seen.append(self.weights())
+        return seen
+
+    def weights(self):
+        return [v.numpy() for v in self.variables]
+
+    def assert_replicas_equal(self):
+        equal_on_all_replicas(self.strategy, [*self.variables, self.optimizer.iterations])
+
+
+def equal_on_all_replicas(strategy, variables):
+    for variable in variables:
+        copies = strategy.experimental_local_results(variable.value)
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copies[0].numpy(), copy.numpy())
+
+
+def distributed(strategy, array):
+    if strategy.num_replicas_in_sync == 1:
+        return tf.constant(array)
+    parts = [tf.constant(part) for part in np.split(array, strategy.num_replicas_in_sync)]
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: parts[context.replica_id_in_sync_group]
+    )
+
+
+def sgd(start, period, average_momentum=False, **kwargs):
+    kwargs = {"learning_rate": 0.05, **kwargs}
+    return lambda: tf_lbopt.PostLocalSGD(
+        keras.optimizers.SGD(**kwargs), start, period, average_momentum
+    )
+
+
+def extrap_sgd(start, period, average_momentum=False, **kwargs):
+    return lambda: tf_lbopt.PostLocalSGD(
+        tf_lbopt.ExtrapSGD(**{**EXTRAP, **kwargs}), start, period, average_momentum
+    )
+
+
+def model_of(optimizer, replicas, model_class=keras.Model, **compile_arguments):
+    with strategy_of(replicas).scope():
+        inputs = keras.Input([5])
+        outputs = keras.layers.Dense(3, name="linear")(inputs)
+        model = model_class(inputs, outputs)
+        model.set_weights(initial())
+        model.compile(optimizer=optimizer(), loss="mse", **compile_arguments)
+    return model
+
+
+class Seen(keras.callbacks.Callback):
+    """Weights after every update, and the same on all replicas."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.at_epoch_end = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        equal_on_all_replicas(self.model.distribute_strategy, self.model.trainable_variables)
+        self.weights.append(self.model.get_weights())
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.at_epoch_end.append(self.model.get_weights())
+
+
+def assert_all_close(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b)
+
+
+# -- the definition --------------------------------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "decay": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.3},
+    "averaged momentum": {"momentum": 0.9, "average_momentum": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "replicas", "start", "period"),
+    [
+        ("plain", 1, 2, 3),
+        ("decay", 1, 0, 2),
+        ("plain", 2, 2, 3),
+        ("momentum", 2, 0, 4),
+        ("nesterov", 4, 3, 2),
+        ("decay", 2, 1, 3),
+        ("decay", 4, 0, 5),
+        ("averaged momentum", 4, 1, 2),
+        ("momentum", 4, 20, 2),
+        ("momentum", 8, 1, 3),
+    ],
+)
+def test_equals_the_reference_after_every_update(variant, replicas, start, period):
+    arguments = VARIANTS[variant]
+    data = batches(9, ROWS * replicas)
+    loop = Loop(sgd(start, period, **arguments), replicas)
+    seen = loop.run(data)
+    expected, own = reference(data, replicas, start, period, **arguments)
+    assert_all_close(seen, expected)
+    loop.optimizer.end_period()
+    assert_close(loop.weights(), mean_of(own[-1]))
+    assert int(loop.optimizer.iterations.numpy()) == 9
+    if replicas > 1 and start < 9:
+        synchronous, _ = reference(data, replicas, 9, 1, **arguments)
+        difference = np.abs(synchronous[-1][0] - mean_of(own[-1])[0]).max()
+        assert difference > 1e-3 or (period == 1)
+
+
+def test_averaging_momentum_makes_a_difference():
+    data = batches(9, ROWS * 4)
+    one, _ = reference(data, 4, 0, 3, momentum=0.9)
+    other, _ = reference(data, 4, 0, 3, momentum=0.9, average_momentum=True)
+    assert np.abs(one[-1][0] - other[-1][0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_schedule_counts_every_update(replicas):
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.01)
+    data = batches(8, ROWS * replicas)
+    seen = Loop(sgd(2, 3, learning_rate=schedule, momentum=0.9), replicas).run(data)
+    expected, _ = reference(
+        data, replicas, 2, 3, learning_rate=lambda t: 0.1 + (0.01 - 0.1) * t / 10, momentum=0.9
+    )
+    assert_all_close(seen, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"momentum": 0.9}, VARIANTS["decay"], VARIANTS["averaged momentum"]], ids=str
+)
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_averaged_after_each_step_it_is_synchronous_sgd(replicas, arguments):
+    data = batches(6, ROWS * replicas)
+    seen = Loop(sgd(0, 1, **arguments), replicas).run(data)
+    stock = {key: value for key, value in arguments.items() if key != "average_momentum"}
+    variables = [keras.Variable(w, dtype="float32") for w in initial()]
+    optimizer = keras.optimizers.SGD(0.05, **stock)
+    for (x, y), got in zip(zip(*data, strict=True), seen, strict=True):
+        gradients = gradient([v.numpy().astype(float) for v in variables], x, y)
+        optimizer.apply([tf.constant(g, tf.float32) for g in gradients], variables)
+        assert_close(got, [v.numpy() for v in variables])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "replicas", "start", "period"),
+    [
+        ({}, 1, 3, 2),
+        ({}, 2, 3, 3),
+        ({}, 4, 2, 2),
+        ({"nesterov": False}, 2, 3, 3),
+        ({"weight_decay": 0.2}, 2, 0, 2),
+        ({"trust_coefficient": 0.02, "learning_rate": 1.0, "weight_decay": 0.1}, 4, 2, 3),
+        ({"noise": "stochastic_noise"}, 2, 3, 4),
+    ],
+    ids=str,
+)
+def test_extrapolated_sgd_then_nesterovs_on_each_replica(arguments, replicas, start, period):
+    data = batches(8, ROWS * replicas)
+    loop = Loop(extrap_sgd(start, period, **arguments), replicas)
+    seen = loop.run(data)
+    if replicas == 1:  # ExtrapSGD at all times
+        expected = [x for x, _ in extrapolated(data, 1, **{**EXTRAP, **arguments})]
+    else:
+        expected, _ = reference(data, replicas, start, period, extrap={**EXTRAP, **arguments})
+    assert_all_close(seen, expected)
+
+
+@pytest.mark.parametrize(("make", "run_eagerly"), [(sgd, False), (sgd, True), (extrap_sgd, False)])
+def test_fit_equals_the_reference(make, run_eagerly):
+    data = batches(7, ROWS * 2)
+    model = model_of(make(2, 3), 2, run_eagerly=run_eagerly)
+    seen = Seen()
+    fit(model, data, callbacks=[seen])
+    extrap = EXTRAP if make is extrap_sgd else None
+    expected, own = reference(data, 2, 2, 3, extrap=extrap)
+    assert_all_close(seen.weights, expected)
+    assert_close(model.get_weights(), mean_of(own[-1]))
+
+
+def test_train_on_batch():
+    data = batches(6, ROWS * 2)
+    model = model_of(sgd(2, 3, momentum=0.9), 2)
+    for x, y in zip(*data, strict=True):  # Keras gives every replica the whole batch
+        model.train_on_batch(x, y)
+    same = [np.concatenate([a, a], axis=1) for a in data]
+    assert_close(model.get_weights(), reference(same, 2, 2, 3, momentum=0.9)[0][-1])
+
+
+def test_a_second_fit_goes_on():
+    data = batches(8, ROWS * 2)
+    model = model_of(sgd(3, 2, momentum=0.9), 2)
+    fit(model, [a[:4] for a in data])  # ends in mid-period, which ends it
+    fit(model, [a[4:] for a in data])
+    expected, own = reference(data, 2, 3, 2, momentum=0.9, ends=[3])
+    assert_close(model.get_weights(), mean_of(own[-1]))
+    assert np.abs(expected[-1][0] - reference(data, 2, 3, 2, momentum=0.9)[0][-1][0]).max() > 1e-4
+
+
+def test_eager_loop_and_sparse_gradients():
+    """An embedding's gradient, with repeated rows, against the same as a dense layer's."""
+
+    class Table(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.table = keras.layers.Embedding(6, 3)
+
+        def call(self, x):
+            return keras.ops.sum(self.table(x), axis=1)
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 6, size=(5, 8, 4))
+    counts = np.stack([[np.bincount(row, minlength=6) for row in batch] for batch in ids])
+    targets = rng.normal(size=(5, 8, 3))
+    results, start = [], rng.normal(size=(6, 3))
+    for make, x in (
+        (Table, ids),
+        (lambda: keras.Sequential([keras.layers.Dense(3, use_bias=False)]), counts.astype(float)),
+    ):
+        with strategy_of(2).scope():
+            model = make()
+            model(x[0])
+            model.set_weights([start])
+            model.compile(optimizer=sgd(2, 2, learning_rate=0.02, momentum=0.9)(), loss="mse")
+        model.fit(tf.data.Dataset.from_tensor_slices((x, targets)), verbose=0)
+        results.append(model.get_weights())
+    assert_close(*results)
+    assert np.abs(results[0][0] - start).max() > 1e-2
+
+
+def test_constraints_hold_on_own_weights_and_on_the_average():
+    data = batches(5, ROWS * 2)
+    loop = Loop(sgd(0, 2, learning_rate=0.3), 2, constraint=keras.constraints.MaxNorm(1.0, axis=0))
+    loop.run(data)
+    for variable in (*(v.value for v in loop.variables), *loop.optimizer._local.weights):
+        for copy in loop.strategy.experimental_local_results(variable):
+            assert np.linalg.norm(copy.numpy(), axis=0).max() <= 1.0 + 1e-5
+
+
+def test_batch_normalization_trains_in_float32_and_bfloat16():
+    for policy in ("float32", "mixed_bfloat16"):
+        with strategy_of(2).scope():
+            model = keras.Sequential(
+                [
+                    keras.Input([5]),
+                    keras.layers.Dense(8, dtype=policy),
+                    keras.layers.BatchNormalization(momentum=0.5, dtype=policy),
+                    keras.layers.Dense(3, dtype=policy),
+                    keras.layers.Activation("linear", dtype="float32"),
+                ]
+            )
+            model.compile(optimizer=sgd(4, 3, momentum=0.9)(), loss="mse")
+        data = batches(8, 32)
+        data = [np.tile(a, (5, 1, 1)) for a in data]
+        losses = [fit(model, data).history["loss"][0] for _ in range(3)]
+        assert losses[-1] < 0.7 * losses[0]
+        equal_on_all_replicas(strategy_of(2), model.variables)
+        assert int(model.optimizer.skipped_updates.numpy()) == 0
+
+
+# -- what is exchanged -----------------------------------------------------------------------------
+
+
+def reductions(function):
+    """Elements of what every collective in a graph, or in a function it calls, takes."""
+    graph = function.graph.as_graph_def()
+    sizes = []
+
+    def nodes():
+        yield from function.graph.get_operations()
+        for name in {f.signature.name for f in graph.library.function}:
+            yield from function.graph._get_function(name).graph.get_operations()
+
+    for operation in nodes():
+        kinds = ("Collective", "AllReduce", "NcclReduce", "NcclBroadcast")
+        if any(kind in operation.type for kind in kinds) and operation.inputs:
+            size = max((i.shape.num_elements() or 10**9) for i in operation.inputs)
+            sizes.append(size)
+    return sizes
+
+
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+def test_a_local_step_exchanges_nothing(make):
+    data = batches(1, ROWS * 2)
+    loop = Loop(make(0, 2, momentum=0.9), 2)
+    arguments = [distributed(loop.strategy, a[0]) for a in data]
+    sizes = {
+        local: reductions(loop.step.get_concrete_function(*arguments, local=local))
+        for local in (False, True)
+    }
+    assert max(sizes[False]) >= 15
+    assert max(sizes[True], default=0) <= 1
+    averaging = reductions(loop.optimizer._averaging.get_concrete_function())
+    assert len(averaging) == 2  # one, in each of two replicas
+    assert min(averaging) >= 15 + 3
+
+
+def test_a_local_step_in_fit_exchanges_moving_statistics_only():
+    with strategy_of(2).scope():
+        model = keras.Sequential(
+            [
+                keras.Input([5]),
+                keras.layers.Dense(8),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile(optimizer=sgd(0, 2, momentum=0.9)(), loss="mse", metrics=["mae"])
+        model.optimizer.build(model.trainable_variables)
+    steps = []
+    model.optimizer.wrap_training(model, model.train_step, steps.append)
+    data = tuple(distributed(strategy_of(2), a[0]) for a in batches(1, 8))
+    sizes = []
+    for step in steps:
+        function = tf.function(lambda *data, step=step: strategy_of(2).run(step, args=(data,)))
+        sizes.append(reductions(function.get_concrete_function(*data)))
+    synchronous, local = sizes
+    assert max(synchronous) > 24
+    assert max(local) <= 16  # 8 means and 8 variances
+
+
+# -- what is seen in mid-period --------------------------------------------------------------------
+
+
+def in_mid_period(make=sgd, updates=4, replicas=2, **kwargs):
+    """A model after some local updates, in mid-period, with its data."""
+    data = batches(10, ROWS * replicas)
+    model = model_of(make(1, 4, momentum=0.9, **kwargs), replicas)
+    go_on(model, data, 0, updates)
+    return model, data
+
+
+def go_on(model, data, start, stop):
+    """Updates without the end of an epoch."""
+    model.make_train_function()
+    for batch in list(zip(*data, strict=True))[start:stop]:
+        batch = tuple(distributed(model.distribute_strategy, a) for a in batch)
+        model.train_function(iter([batch]))
+
+
+def save_by_callback(model, path):
+    callback = keras.callbacks.ModelCheckpoint(str(path / "m.weights.h5"), save_weights_only=True)
+    callback.set_model(model)
+    callback.on_epoch_end(0, {})
+
+
+USES = {
+    "evaluate": lambda model, path: model.evaluate(np.ones([4, 5]), np.ones([4, 3]), verbose=0),
+    "test_on_batch": lambda model, path: model.test_on_batch(np.ones([4, 5]), np.ones([4, 3])),
+    "predict": lambda model, path: model.predict(np.ones([4, 5]), verbose=0),
+    "predict_on_batch": lambda model, path: model.predict_on_batch(np.ones([4, 5], "float32")),
+    "save": lambda model, path: model.save(path / "m.keras"),
+    "save h5": lambda model, path: model.save(path / "m.h5"),
+    "save_model": lambda model, path: keras.saving.save_model(model, path / "m.keras"),
+    "save_weights": lambda model, path: model.save_weights(path / "m.weights.h5"),
+    "export": lambda model, path: model.export(path / "m", verbose=False),
+    "get_state_tree": lambda model, path: model.get_state_tree(),
+    "ModelCheckpoint": save_by_callback,
+    "end_period": lambda model, path: model.optimizer.end_period(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_using_the_model_ends_the_period(use, tmp_path):
+    model, data = in_mid_period()
+    expected, _ = reference(data, 2, 1, 4, momentum=0.9, ends=[3])
+    stale = reference(data, 2, 1, 4, momentum=0.9)[0][3]
+    assert_close(model.get_weights(), stale)
+    result = use(model, tmp_path)
+    assert_close(model.get_weights(), expected[3])
+    assert np.abs(expected[3][0] - stale[0]).max() > 1e-3
+    if use is USES["evaluate"]:
+        kernel, bias = expected[3]
+        loss = np.mean((np.ones([4, 5]) @ kernel + bias - 1) ** 2)
+        assert result == pytest.approx(loss, rel=1e-4)
+    if use is USES["predict"]:
+        assert_close([result], [np.ones([4, 5]) @ expected[3][0] + expected[3][1]], rtol=1e-4)
+    for update in range(4, 9):
+        go_on(model, data, update, update + 1)
+        assert_close(model.get_weights(), expected[update])
+
+
+def test_the_end_of_an_epoch_averages_before_callbacks_and_validation():
+    data = batches(4, ROWS * 2)
+    model = model_of(sgd(1, 2, momentum=0.9), 2)
+    seen = Seen()
+    history = fit(model, data, epochs=2, callbacks=[seen], validation_data=dataset(data)).history
+    twice = [np.concatenate([a, a]) for a in data]
+    expected, _ = reference(twice, 2, 1, 2, momentum=0.9, ends=[3, 7])
+    assert_all_close(seen.at_epoch_end, [expected[3], expected[7]])
+    for (kernel, bias), loss in zip(seen.at_epoch_end, history["val_loss"], strict=True):
+        assert loss == pytest.approx(np.mean((data[0] @ kernel + bias - data[1]) ** 2), rel=1e-4)
+    other = model_of(sgd(1, 2, momentum=0.9), 2)
+    without_validation = Seen()
+    fit(other, data, epochs=2, callbacks=[without_validation])
+    for one, two in zip(seen.at_epoch_end, without_validation.at_epoch_end, strict=True):
+        assert_close(one, two, rtol=0, atol=0)
+
+
+# -- saving and resuming ---------------------------------------------------------------------------
+
+
+def loops(make, data, stop, replicas=2, others=None):
+    one = Loop(make, replicas)
+    one.run(data, 0, stop)
+    return one, Loop(make, others or replicas)
+
+
+def _by_checkpoint(one, other, tmp_path):
+    path = tf.train.Checkpoint(variables=one.variables, optimizer=one.optimizer).save(
+        str(tmp_path / "checkpoint")
+    )
+    tf.train.Checkpoint(variables=other.variables, optimizer=other.optimizer).restore(path)
+
+
+def _by_store(one, other, tmp_path):
+    store = {}
+    one.optimizer.save_own_variables(store)
+    other.optimizer.load_own_variables(store)
+    for a, b in zip(one.variables, other.variables, strict=True):
+        b.assign(a.numpy())
+
+
+@pytest.mark.parametrize("save", [_by_checkpoint, _by_store])
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+@pytest.mark.parametrize("stop", [1, 4, 6], ids=["synchronous", "mid-period", "averaged"])
+def test_resumes_in_lockstep(save, make, stop, tmp_path):
+    if make is extrap_sgd and save is _by_store:
+        pytest.skip("past gradients are saved by the inner optimizer")
+    data = batches(9, ROWS * 2)
+    one, other = loops(make(2, 4, momentum=0.9), data, stop)
+    save(one, other, tmp_path)
+    before = one.weights()
+    assert_close(other.weights(), before, rtol=0, atol=0)
+    histories = [loop.run(data, stop) for loop in (one, other)]
+    for a, b in zip(*histories, strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
+    expected, _ = reference(data, 2, 2, 4, momentum=0.9, extrap=extrap)
+    assert_all_close(histories[1], expected[stop:])
+    for a, b in zip(one.optimizer.variables, other.optimizer.variables, strict=True):
+        for copies in zip(
+            *(one.strategy.experimental_local_results(v.value) for v in (a, b)), strict=True
+        ):
+            np.testing.assert_array_equal(*(copy.numpy() for copy in copies))
+
+
+def test_a_checkpoint_is_restored_into_an_optimizer_that_went_on(tmp_path):
+    data = batches(9, ROWS * 2)
+    loop = Loop(sgd(2, 4, momentum=0.9), 2)
+    loop.run(data, 0, 4)
+    checkpoint = tf.train.Checkpoint(variables=loop.variables, optimizer=loop.optimizer)
+    path = checkpoint.save(str(tmp_path / "checkpoint"))
+    first = loop.run(data, 4)
+    checkpoint.restore(path)
+    # Saved again before any step, restored again.
+    path = checkpoint.save(str(tmp_path / "checkpoint"))
+    checkpoint.restore(path)
+    for a, b in zip(first, loop.run(data, 4), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_the_first_phase_is_restored_in_the_second(tmp_path):
+    data = batches(9, ROWS * 2)
+    loop = Loop(sgd(2, 4, momentum=0.9), 2)
+    loop.run(data, 0, 1)
+    checkpoint = tf.train.Checkpoint(variables=loop.variables, optimizer=loop.optimizer)
+    path = checkpoint.save(str(tmp_path / "checkpoint"))
+    first = loop.run(data, 1)
+    checkpoint.restore(path)
+    for a, b in zip(first, loop.run(data, 1), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_another_number_of_replicas_begins_at_the_average(replicas, tmp_path, caplog):
+    data = batches(6, ROWS * 4)
+    two, other = loops(sgd(1, 4, momentum=0.9), data, 4, 2, replicas)
+    _by_checkpoint(two, other, tmp_path)
+    seen = other.run(data, 4)
+    assert "2 replicas, 3 updates after the last average" in caplog.text
+    assert f"here there are {replicas} replicas" in caplog.text
+    # The same from scratch: the last average, the mean of the momenta, three updates lost.
+    other = Loop(lambda: sgd(1, 4, momentum=0.9)(), replicas, weights=two.weights())
+    momenta = two.optimizer.inner_optimizer.momentums
+    for mine, theirs in zip(other.optimizer.inner_optimizer.momentums, momenta, strict=True):
+        copies = two.strategy.experimental_local_results(theirs.value)
+        assert np.abs(copies[0].numpy() - copies[1].numpy()).max() > 1e-3
+        mine.assign(np.mean([copy.numpy() for copy in copies], axis=0))
+    other.optimizer.iterations.assign(4)
+    assert_all_close(seen, other.run(data, 4))
+
+
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+def test_model_file_goes_on_as_the_model(make, tmp_path):
+    model, data = in_mid_period(make)
+    model.save(tmp_path / "model.keras")
+    with strategy_of(2).scope():
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    for m in (model, loaded):
+        go_on(m, data, 4, 10)
+        m.optimizer.end_period()
+    assert_close(model.get_weights(), loaded.get_weights(), rtol=0, atol=0)
+    extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
+    _, own = reference(data, 2, 1, 4, momentum=0.9, ends=[3], extrap=extrap)
+    assert_close(model.get_weights(), mean_of(own[-1]))
+
+
+def test_backup_and_restore_in_mid_epoch(tmp_path):
+    data = batches(8, ROWS * 2)
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 4:
+                raise KeyboardInterrupt
+
+    make = sgd(1, 4, momentum=0.9)
+    backup = {"backup_dir": tmp_path / "backup", "save_freq": 3, "delete_checkpoint": False}
+    model = model_of(make, 2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data, callbacks=[keras.callbacks.BackupAndRestore(**backup), Stop()])
+    again = model_of(make, 2)
+    callback = keras.callbacks.BackupAndRestore(**backup)
+    callback.set_model(again)
+    callback.on_train_begin()
+    assert int(again.optimizer.iterations.numpy()) == 3
+    go_on(again, data, 3, 8)
+    expected, _ = reference(data, 2, 1, 4, momentum=0.9, ends=[2])
+    assert_close(again.get_weights(), expected[-1])
+
+
+def test_configuration_round_trip():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    for inner in (
+        keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=0.1),
+        tf_lbopt.ExtrapSGD(schedule, noise="uniform", noise_seed=3, trust_coefficient=0.01),
+    ):
+        optimizer = tf_lbopt.PostLocalSGD(inner, 5, 2, average_momentum=True, name="mine")
+        again = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(optimizer)
+        )
+        assert type(again) is tf_lbopt.PostLocalSGD
+        assert again.get_config() == optimizer.get_config()
+        assert type(again.inner_optimizer) is type(inner)
+        assert again.get_config()["name"] == "mine"
+
+
+# -- weights that are loaded -----------------------------------------------------------------------
+
+
+def by_set_weights(model, weights, path):
+    model.set_weights(weights)
+
+
+def by_assign(model, weights, path):
+    for variable, value in zip(model.variables, weights, strict=True):
+        variable.assign(value)
+
+
+def by_layer(model, weights, path):
+    model.get_layer("linear").set_weights(weights)
+
+
+def by_file(model, weights, path):
+    with strategy_of(2).scope():
+        other = keras.Sequential([keras.Input([5]), keras.layers.Dense(3, name="linear")])
+        other = keras.Model(other.inputs, other.outputs)
+    other.set_weights(weights)
+    other.save_weights(path / "other.weights.h5")
+    model.load_weights(path / "other.weights.h5")
+
+
+@pytest.mark.parametrize("load", [by_set_weights, by_assign, by_layer, by_file])
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+def test_training_goes_on_from_loaded_weights(load, make, tmp_path):
+    model, data = in_mid_period(make)
+    kernel, _ = initial()
+    # One variable is as it was at the last average: its local updates are gone all the same.
+    weights = [kernel + 1, model.get_weights()[1]]
+    load(model, weights, tmp_path)
+    rate = model.optimizer.learning_rate
+    rate.assign(0.0)
+    momenta = [v for v in model.optimizer.variables if "momentum" in v.path]
+    for variable in momenta:
+        variable.assign(np.zeros(variable.shape))
+    go_on(model, data, 4, 8)
+    assert_close(model.get_weights(), weights)
+    rate.assign(0.05)
+    go_on(model, data, 8, 9)
+    model.optimizer.end_period()
+    assert np.abs(model.get_weights()[0] - weights[0]).max() > 1e-3
+
+
+def test_going_back_to_the_last_average_is_loading_too():
+    model, _ = in_mid_period()
+    average = model.get_weights()
+    model.set_weights(average)
+    model.optimizer.end_period()
+    assert_close(model.get_weights(), average, rtol=0, atol=0)
+
+
+# -- errors in mid-step ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_an_error_in_a_local_step_leaves_all_as_it_was(make, replica, run_eagerly):
+    data = batches(8, ROWS * 2)
+    loop = Loop(make(1, 4, momentum=0.9), 2, run_eagerly=run_eagerly)
+    loop.run(data, 0, 3)
+    seen = loop.weights()
+    bad = [a[3:4].copy() for a in data]
+    bad[0][0, ROWS * replica] = 1e7
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        loop.run(bad)
+    if not run_eagerly:
+        with pytest.raises(ValueError, match="recover"):
+            _ = loop.optimizer.is_local
+    loop.optimizer.recover()
+    loop.assert_replicas_equal()
+    assert_close(loop.weights(), seen, rtol=0, atol=0)
+    extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
+    expected, _ = reference(data, 2, 1, 4, momentum=0.9, extrap=extrap)
+    assert_all_close(loop.run(data, 3), expected[3:])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_fit_puts_the_average_back(error):
+    """In mid-step of the local phase; with the local updates made before."""
+    data = batches(8, ROWS * 2)
+    steps = []
+
+    class Interrupted(keras.Model):
+        def compute_loss(self, *args, **kwargs):
+            if tf.distribute.get_replica_context().replica_id_in_sync_group == 1:
+                steps.append(1)
+            if len(steps) == 4:
+                steps.append(0)
+                raise error
+            return super().compute_loss(*args, **kwargs)
+
+    model = model_of(sgd(1, 4, momentum=0.9), 2, Interrupted, run_eagerly=True)
+    model.compute_loss  # noqa: B018
+    with pytest.raises(error):
+        fit(model, data)
+    expected, _ = reference(data, 2, 1, 4, momentum=0.9)
+    made = int(model.optimizer.iterations.numpy())
+    assert 2 <= made <= 4
+    assert_close(model.get_weights(), expected[made - 1])
+    equal_on_all_replicas(strategy_of(2), model.trainable_variables)
+    go_on(model, data, made, 8)
+    assert_close(model.get_weights(), expected[-1])
+
+
+# -- gradients that are not finite -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+@pytest.mark.parametrize("bad_value", [np.nan, np.inf])
+def test_a_replica_leaves_out_a_step_without_finite_gradient(make, bad_value):
+    data = batches(8, ROWS * 4)
+    bad = [a.copy() for a in data]
+    for update, replica in ((3, 1), (4, 1), (4, 3)):
+        bad[1][update, ROWS * replica] = bad_value
+    loop = Loop(make(2, 3, momentum=0.9), 4)
+    seen = loop.run(bad, 0, 4)
+    assert int(loop.optimizer.skipped_updates.numpy()) == 0
+    seen += loop.run(bad, 4)
+    extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
+    missing = [(3, 1), (4, 1), (4, 3)]
+    expected, _ = reference(data, 4, 2, 3, momentum=0.9, extrap=extrap, missing=missing)
+    assert_all_close(seen, expected)
+    assert int(loop.optimizer.skipped_updates.numpy()) == 3
+    assert int(loop.optimizer.iterations.numpy()) == 8
+
+
+@pytest.mark.parametrize("make", [sgd, extrap_sgd])
+def test_the_first_phase_discards_the_whole_update(make):
+    data = batches(5, ROWS * 2)
+    bad = [a.copy() for a in data]
+    bad[1][1, -1] = np.nan
+    loop = Loop(make(10, 3, momentum=0.9), 2)
+    loop.run(bad)
+    good = [np.delete(a, 1, axis=0) for a in data]
+    extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
+    expected, _ = reference(good, 2, 4, 3, momentum=0.9, extrap=extrap)
+    assert_close(loop.weights(), expected[-1])
+    assert int(loop.optimizer.skipped_updates.numpy()) == 1
+    assert int(loop.optimizer.iterations.numpy()) == 4
+
+
+def test_weights_that_overflow_on_a_replica_do_not_reach_the_average():
+    data = batches(4, ROWS * 2)
+    bad = [a.copy() for a in data]
+    bad[1][1, -1] = 3e38  # a finite gradient; the momentum overflows with the next
+    bad[1][2, -1] = 3e38
+    loop = Loop(sgd(0, 4, learning_rate=5.0, momentum=0.9), 2)
+    loop.run(bad)
+    assert all(np.isfinite(w).all() for w in loop.weights())
+    momenta = [v.value for v in loop.optimizer.inner_optimizer.momentums]
+    for variable in momenta:
+        for copy in loop.strategy.experimental_local_results(variable):
+            assert np.isfinite(copy.numpy()).all()
+    assert int(loop.optimizer.skipped_updates.numpy()) >= 1
+
+
+# -- iterations and use ----------------------------------------------------------------------------
+
+
+def test_iterations_set_back_unite_the_replicas():
+    data = batches(10, ROWS * 2)
+    loop = Loop(sgd(3, 4, momentum=0.9), 2)
+    loop.run(data, 0, 5)
+    loop.optimizer.iterations.assign(0)
+    assert not loop.optimizer.is_local
+    momenta = loop.optimizer.inner_optimizer.momentums
+    equal_on_all_replicas(loop.strategy, [*loop.variables, *momenta])
+    loop.run(data, 5, 8)
+    equal_on_all_replicas(loop.strategy, [*loop.variables, *momenta])
+    assert loop.optimizer.is_local
+
+
+def test_counters_are_shared_with_the_inner_optimizer():
+    loop = Loop(extrap_sgd(1, 2), 2)
+    loop.run(batches(4, ROWS * 2))
+    inner = loop.optimizer.inner_optimizer
+    assert inner.iterations is loop.optimizer.iterations
+    assert int(inner.iterations.numpy()) == 4
+    variables = loop.optimizer.variables
+    assert len({id(v) for v in variables}) == len(variables)
+    loop.optimizer.learning_rate = 0.5
+    assert float(inner.learning_rate.numpy()) == 0.5
+
+
+def test_no_retracing():
+    data = batches(8, ROWS * 2)
+    loop = Loop(sgd(2, 2), 2)
+    loop.run(data)
+    assert loop.step.experimental_get_tracing_count() == 2
+    assert loop.optimizer._averaging.experimental_get_tracing_count() == 1
+
+
+def test_a_forgotten_end_of_update_is_noticed():
+    data = batches(3, ROWS * 2)
+    loop = Loop(sgd(0, 2), 2)
+    loop.optimizer.end_update = lambda: None
+    with pytest.raises(ValueError, match=r"optimizer\.end_update"):
+        loop.run(data)
+
+
+def test_gradients_from_outside_are_refused():
+    variable = keras.Variable(np.ones(2), dtype="float32")
+    optimizer = sgd(1, 2)()
+    with (
+        pytest.raises(ValueError, match="`variables` must be given"),
+        optimizer.step(local=False),
+    ):
+        pass
+    optimizer.build([variable])
+    with pytest.raises(ValueError, match=r"with optimizer\.step"):
+        optimizer.apply([tf.ones(2)], [variable])
+    with optimizer.step(local=False):
+        optimizer.apply([tf.ones(2)], [variable])
+        with pytest.raises(ValueError, match="once"):
+            optimizer.apply([tf.ones(2)], [variable])
+        with pytest.raises(ValueError, match="nested"), optimizer.step(local=False):
+            pass
+    with pytest.raises(TypeError, match="`local`"), optimizer.step(local=tf.constant(True)):
+        pass
+    np.testing.assert_allclose(variable.numpy(), [0.95, 0.95])
+
+    @tf.function
+    def inside():
+        optimizer.end_period()
+
+    with pytest.raises(ValueError, match=r"outside of `tf\.function`"):
+        inside()
+
+
+def test_a_block_without_an_update_changes_nothing():
+    loop = Loop(sgd(0, 2), 2)
+    data = batches(2, ROWS * 2)
+    loop.run(data, 0, 1)
+    before = loop.weights()
+
+    @tf.function
+    def look():
+        def replica():
+            with loop.optimizer.step(loop.variables, local=True):
+                return tf.identity(loop.variables[0].value)
+
+        return loop.strategy.run(replica)
+
+    one, two = (copy.numpy() for copy in loop.strategy.experimental_local_results(look()))
+    own = loop.strategy.experimental_local_results(loop.optimizer._local.weights[0])
+    own = [copy.numpy() for copy in own]
+    assert_close([one, two], own, rtol=0, atol=0)
+    assert np.abs(one - two).max() > 1e-3
+    assert_close(loop.weights(), before, rtol=0, atol=0)
+    loop.assert_replicas_equal()
+
+
+def test_blocks_belong_into_the_replica_function():
+    loop = Loop(sgd(0, 2), 2)
+    with (
+        loop.strategy.scope(),
+        pytest.raises(ValueError, match=r"strategy\.run"),
+        loop.optimizer.step(local=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"start": -1}, ValueError, "`start` must be an integer >= 0"),
+        ({"period": 0}, ValueError, "`period` must be an integer >= 1"),
+        ({"period": 2.0}, TypeError, "`period` must be an integer >= 1"),
+        ({"average_momentum": 1}, TypeError, "`average_momentum` must be True or False"),
+        ({"inner_optimizer": "sgd"}, TypeError, "`inner_optimizer` must be a keras.optimizers.SGD"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match="Received") as caught:
+        tf_lbopt.PostLocalSGD(
+            **{"inner_optimizer": keras.optimizers.SGD(0.1), "start": 1, "period": 2, **arguments}
+        )
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (lambda: keras.optimizers.Adam(0.1), "for other optimizers. Received: Adam"),
+        (lambda: tf_lbopt.ExtrapAdam(0.1), "for other optimizers. Received: ExtrapAdam"),
+        (
+            lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+            "for other optimizers. Received: LossScaleOptimizer",
+        ),
+        (lambda: keras.optimizers.SGD(0.1, clipnorm=1.0), "`clipnorm` is not supported"),
+        (lambda: keras.optimizers.SGD(0.1, clipvalue=1.0), "`clipvalue` is not supported"),
+        (lambda: tf_lbopt.ExtrapSGD(0.1, global_clipnorm=1.0), "`global_clipnorm` is not"),
+        (lambda: keras.optimizers.SGD(0.1, use_ema=True), "`use_ema` is not supported"),
+        (lambda: keras.optimizers.SGD(0.1, loss_scale_factor=2.0), "`loss_scale_factor` is not"),
+        (
+            lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+            "`gradient_accumulation_steps` is not supported",
+        ),
+        (lambda: tf_lbopt.ExtrapSGD(0.1, sub_batches=2), "`sub_batches` > 1 is not supported"),
+    ],
+)
+def test_inner_optimizers_that_are_refused(inner, message):
+    with pytest.raises(ValueError, match="Received") as caught:
+        tf_lbopt.PostLocalSGD(inner(), 1, 2)
+    assert message in str(caught.value)
+
+
+def test_what_else_is_refused():
+    built = keras.optimizers.SGD(0.1)
+    built.build([keras.Variable(np.ones(2))])
+    with pytest.raises(ValueError, match="must not be built"):
+        tf_lbopt.PostLocalSGD(built, 1, 2)
+    outside = keras.optimizers.SGD(0.1)
+    with strategy_of(2).scope(), pytest.raises(ValueError, match="same strategy"):
+        tf_lbopt.PostLocalSGD(outside, 1, 2)
+    for wrapper in (keras.optimizers.LossScaleOptimizer, tf_lbopt.LossScaleOptimizer):
+        with pytest.raises(ValueError, match="mixed_bfloat16"):
+            wrapper(sgd(1, 2)())
+    with pytest.raises(ValueError, match="PostLocalSGD"):
+        tf_lbopt.VarianceReduced(sgd(1, 2)())
+    with pytest.raises(ValueError, match="steps_per_execution=2"):
+        fit(model_of(sgd(1, 2), 1, steps_per_execution=2), batches(2, 4))

@@ -1,0 +1,937 @@
+"""Post-local SGD for Keras 3: synchronous at first, then local steps and averages of the weights.
+
+In the local phase model variables hold the last average whenever Python has control. Each
+replica's own weights are in a variable of their own and come into the model's only within a step.
+Which kind of step is made, and when weights are averaged, is decided in Python between steps, so
+that the graph of a local step is free of collectives.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_lbopt import _compat, _validation
+from tf_lbopt.distribution.replica_state import ReplicaState
+from tf_lbopt.distribution.replicas import (
+    bundle,
+    on_each_replica,
+    once_for_all_replicas,
+    sum_over_replicas,
+)
+from tf_lbopt.distribution.road import Arrival
+from tf_lbopt.optimizers.algorithm import _without_missing
+from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
+from tf_lbopt.rules.extrapolation import apply_extrapolation
+from tf_lbopt.rules.norms import all_finite, compute_dtype, norms
+from tf_lbopt.rules.rule import OWN_GRADIENT, Layer, Step
+
+_logger = logging.getLogger(__name__)
+_STATE_KEY = "local_state"
+
+# What a local step can not do, or not without mixing up the replicas.
+_REFUSED = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
+
+
+class _Thread(threading.local):
+    """What one replica is doing; per thread, because replicas trace in threads."""
+
+    block: "_Block | None" = None
+
+
+class _Block:
+    """One block of `PostLocalSGD.step`."""
+
+    def __init__(self, optimizer: "PostLocalSGD", local: bool):
+        self.optimizer = optimizer
+        self.local = local
+        self.applied = False
+
+
+_thread = _Thread()
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+class PostLocalSGD(LargeBatchOptimizer):
+    """Post-local SGD: synchronous for `start` updates, then local steps, averaged now and then.
+
+    The first `start` updates are the inner optimizer's. After that every replica d takes steps on
+    its own weights, with the gradient of its own share of the batch and its own momentum,
+
+        v_d ← β v_d − η g_d(x_d),  x_d ← x_d + v_d          (for `keras.optimizers.SGD`)
+
+    at the learning rate that the inner optimizer's schedule gives for `iterations`, which counts
+    all updates; every `period` updates x_d ← (1/k) Σ x_d over the k replicas. Nothing of the size
+    of the weights is exchanged in between. Momentum stays each replica's own.
+
+    Around `ExtrapSGD` the first phase is extrapolated SGD. In the local phase the past gradients
+    are left out, and a step is Nesterov's on the replica's own x, v and g (the combination of the
+    paper's Table 2; Algorithm 2 in its appendix is not at hand, this is how section 5.2 and
+    Algorithm 1 are read): g_d is taken at x_d + β v_d if `nesterov`, else at x_d;
+    v_d ← β v_d − η ρ (g_d + λ x_d), with the trust ratio ρ of x_d and g_d + λ x_d if
+    `trust_coefficient` is set; x_d ← x_d + v_d.
+
+    Model variables hold the last average whenever Python has control, also after an error or
+    interrupt in mid-step, and are then equal on all replicas. `evaluate`, `predict`, saving and
+    exporting the model or its weights and the end of an epoch in `fit` (before validation and
+    callbacks) average first, and that is the end of a period: the next one has `period` updates
+    again. A `tf.train.Checkpoint` that is written in between stores the last average and all that
+    is each replica's own, so that training resumes exactly on as many replicas; on others it goes
+    on from the last average, with a warning. Weights that are loaded or set in between are what
+    all replicas go on from.
+
+    A gradient that is not finite discards the update on all replicas in the first phase. In the
+    local phase the replica that has it leaves out its step, while `iterations` goes on; it is
+    counted in `skipped_updates` when weights are averaged. A replica whose weights have become
+    NaN or Inf (by an update that overflows) goes back to the last average, without momentum, and
+    counts as one more.
+
+    On a single replica there is nothing to average: there this is the inner optimizer at all
+    times, without a local phase.
+
+    `fit` needs nothing but `compile`; in the local phase it reads a few counters between steps and
+    so waits for each step to end. `steps_per_execution` must be 1. For custom training loops see
+    `step`. Each replica needs memory for two further copies of the trained weights.
+
+    Args:
+        inner_optimizer: A `keras.optimizers.SGD` or `ExtrapSGD`, not yet built, with its learning
+            rate or schedule, momentum, weight decay and exclusions. Clipping, `use_ema`,
+            `loss_scale_factor`, `gradient_accumulation_steps` and `sub_batches` > 1 are not
+            supported.
+        start: After how many updates the local phase begins, ≥ 0.
+        period: H ≥ 1, the number of local updates from one average to the next.
+        average_momentum: Whether momentum is averaged with the weights. Defaults to `False`.
+        name: The optimizer's name. Defaults to the class's, made unique.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the inner
+            optimizer is of another kind, is built, was created outside of the strategy's scope or
+            has a setting that is not supported; a LossScaleOptimizer is put around this one
+            (Keras does so under the policy "mixed_float16"; "mixed_bfloat16" needs none).
+
+    Example:
+        >>> import numpy as np
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> model.set_weights([np.ones([2, 1])])
+        >>> optimizer = PostLocalSGD(keras.optimizers.SGD(0.1, momentum=0.9), start=1, period=4)
+        >>> model.compile(optimizer=optimizer, loss="mse")
+        >>> x, y = np.eye(2), np.zeros([2, 1])
+        >>> _ = model.fit(x, y, batch_size=2, epochs=3, verbose=0)
+        >>> int(optimizer.iterations.numpy()), [round(float(w), 4) for w in model.get_weights()[0]]
+        (3, [0.5751, 0.5751])
+
+    References:
+        Lin, Stich, Patel, Jaggi 2020, "Don't Use Large Mini-Batches, Use Local SGD"
+        (arXiv:1808.07217); Lin, Kong, Stich, Jaggi 2020, "Extrapolation for Large-batch Training
+        in Deep Learning" (arXiv:2006.05720), section 5.2 and Table 2.
+    """
+
+    # It uses the replicas' own gradients: what gives an optimizer only their mean is refused.
+    statistics = (OWN_GRADIENT,)
+
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer,
+        start: int,
+        period: int,
+        average_momentum: bool = False,
+        name: str | None = None,
+    ):
+        _check_inner(inner_optimizer)
+        start = _validation.integer("start", start, low=0)
+        period = _validation.integer("period", period, low=1)
+        average_momentum = _validation.boolean("average_momentum", average_momentum)
+        super().__init__(0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.start = start
+        self.period = period
+        self.average_momentum = average_momentum
+        _compat.share_variable(self, "_iterations", inner_optimizer._iterations)
+        if isinstance(inner_optimizer, ExtrapSGD):
+            _compat.share_variable(self, "skipped_updates", inner_optimizer.skipped_updates)
+        anchor = tensorflow_variable(self._iterations)
+        if not self._strategy.extended.variable_created_in_scope(anchor):
+            raise ValueError(
+                "`inner_optimizer` must be created under the same strategy as PostLocalSGD: call "
+                "both constructors inside `with strategy.scope():`. "
+                f"Received: a {type(inner_optimizer).__name__} from outside of it"
+            )
+        self._local = _LocalState(
+            self._strategy,
+            self._add_counter("updates_since_average"),
+            lambda: int(self._iterations.numpy()) > self.start,
+        )
+        _compat.let_optimizers_wrap_training()
+        _compat.tell_optimizers_of_weights()
+
+    # -- the inner optimizer -----------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's current learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Its own variables and the inner optimizer's."""
+        own = {id(variable) for variable in self._variables}
+        return self._variables + [v for v in self.inner_optimizer.variables if id(v) not in own]
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Excludes variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def expect_loss_scaling(self, right_across_replicas: bool) -> None:
+        """Refuses a wrapper that scales the loss."""
+        del right_across_replicas
+        raise ValueError(
+            "PostLocalSGD does not support loss scaling: a LossScaleOptimizer can not be put "
+            "around it, nor `loss_scale_factor` set. Use the dtype policy 'mixed_bfloat16', which "
+            "needs none, in the place of 'mixed_float16'."
+        )
+
+    def _create_variables(self, variables: list[Any]) -> None:
+        super()._create_variables(variables)
+        inner = self.inner_optimizer
+        inner.build(variables)
+        if isinstance(inner, ExtrapSGD):
+            momenta = inner._slots.get("momentum", [])
+        else:
+            momenta = inner.momentums
+        self._local.create(
+            [tensorflow_variable(variable) for variable in self._trainable_variables],
+            [tensorflow_variable(momentum) for momentum in momenta],
+        )
+
+    # -- which kind of step ------------------------------------------------------------------------
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the next update is a local step; to be read before each update.
+
+        Raises:
+            ValueError: A period is over but the weights were not averaged, or the last step ended
+                in an error.
+        """
+        local = self._next_is_local()
+        if local and self._local.updates() >= self.period:
+            raise ValueError(
+                f"The period={self.period} updates since the last average are made: call "
+                "`optimizer.end_update()` after each update, outside of `tf.function`"
+            )
+        if local and self._local.is_away():
+            raise ValueError(
+                "The last local step ended in an error: call `optimizer.recover()` before the next"
+            )
+        return local
+
+    def _next_is_local(self) -> bool:
+        self._local.settle()
+        if self._strategy.num_replicas_in_sync == 1:
+            return False
+        if int(self._iterations.numpy()) >= self.start:
+            self._local.momenta_differ = True
+            return True
+        if self._local.momenta_differ:  # `iterations` was set back
+            self.end_period()
+            self._local.unite_momenta()
+        return False
+
+    def end_update(self) -> None:
+        """Averages the weights if a period is over; a custom loop calls it after each update."""
+        if self._local.updates() >= self.period:
+            self.end_period()
+
+    def end_period(self) -> None:
+        """Averages the weights now, if replicas have taken local steps since the last average.
+
+        The next period has `period` updates again. `evaluate`, `predict`, saving and `fit`'s end of
+        an epoch do this by themselves; a custom loop calls it before it uses the weights.
+
+        Raises:
+            ValueError: Called inside a `tf.function`.
+        """
+        if tf.inside_function():
+            raise ValueError(
+                "Whether weights are to be averaged is decided between steps. Expected: "
+                "`end_update` and `end_period` called outside of `tf.function`"
+            )
+        self._local.settle()
+        if self.built and self._local.updates():
+            with self._strategy.scope():
+                self._averaging()
+
+    def before_reading_weights(self) -> None:
+        """Called when the weights are used; see `_compat.tell_optimizers_of_weights`."""
+        self.end_period()
+
+    def after_writing_weights(self) -> None:
+        """Called when weights were loaded; see `_compat.tell_optimizers_of_weights`."""
+        if self.built:
+            self._local.restart()
+
+    # -- custom training loops ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def step(self, variables: Sequence[Any] | None = None, *, local: bool) -> Iterator[None]:
+        """Within this block a replica takes its gradient and applies it.
+
+        `fit` does this by itself. A custom training loop has one trace for each kind of step:
+
+            @tf.function
+            def train_step(x, y, local):
+                def replica_step(x, y):
+                    with optimizer.step(model.trainable_variables, local=local):
+                        with tf.GradientTape() as tape:
+                            loss = ...      # mean over the replica's examples, by replicas
+                        gradients = tape.gradient(loss, model.trainable_variables)
+                        optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+                strategy.run(replica_step, args=(x, y))
+
+            for x, y in data:
+                train_step(x, y, local=optimizer.is_local)
+                optimizer.end_update()
+            optimizer.end_period()          # before the weights are used
+
+        After an error in `train_step`, `recover` puts the average back.
+
+        Args:
+            variables: What is going to be trained; by default all that the optimizer was built
+                with.
+            local: Whether the step is local: `is_local`, read outside of the `tf.function`.
+
+        Raises:
+            TypeError: `local` is no Python boolean.
+            ValueError: Called in the cross-replica context, unbuilt without variables, or within
+                another such block.
+        """
+        local = _validation.boolean("local", local)
+        if _thread.block is not None:
+            raise ValueError("`step` blocks can not be nested. Received: a block in a block")
+        if not self.built:
+            if variables is None:
+                raise ValueError(
+                    "`variables` must be given to the first call, or the optimizer built before by "
+                    "`optimizer.build(trainable_variables)`. Received: None"
+                )
+            to_build = list(variables)
+            once_for_all_replicas(lambda: self.build(to_build))
+        if local and self._strategy.num_replicas_in_sync > 1:
+            with self._departed():
+                yield
+        elif isinstance(self.inner_optimizer, ExtrapSGD):
+            with self.inner_optimizer.extrapolated(variables), self._marked(local=False):
+                yield
+        else:
+            with self._marked(local=False):
+                yield
+
+    @contextlib.contextmanager
+    def _departed(self) -> Iterator[None]:
+        self._merge(self._depart)
+        try:
+            with self._marked(local=True) as block:
+                yield
+        except BaseException:
+            if tf.executing_eagerly():
+                self.recover()
+            raise
+        if not block.applied:
+            self._merge(self._return)
+
+    @contextlib.contextmanager
+    def _marked(self, local: bool) -> Iterator[_Block]:
+        _thread.block = _Block(self, local)
+        try:
+            yield _thread.block
+        finally:
+            _thread.block = None
+
+    def recover(self) -> None:
+        """Puts the average back after a step that ended in an error. `fit` does this by itself."""
+        with tf.init_scope():
+            if not self.built:
+                return
+            if isinstance(self.inner_optimizer, ExtrapSGD):
+                self.inner_optimizer.recover()
+            if self._local.is_away():
+                self._local.put_back_all(
+                    [tensorflow_variable(v) for v in self._trainable_variables],
+                    tensorflow_variable(self._iterations),
+                )
+
+    def wrap_training(
+        self,
+        model: keras.Model,
+        train_step: Callable[[Any], Any],
+        make_function: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
+    ) -> Callable[[Any], Any]:
+        """Makes `fit`'s training function; see `_compat.let_optimizers_wrap_training`.
+
+        Args:
+            model: The model.
+            train_step: Its `train_step`.
+            make_function: Makes a training function of a step.
+
+        Raises:
+            ValueError: The model is compiled with `steps_per_execution` > 1.
+        """
+        if model.steps_per_execution != 1:
+            raise ValueError(
+                "PostLocalSGD decides between steps which kind the next one is: "
+                "`steps_per_execution` must be 1. "
+                f"Received: steps_per_execution={model.steps_per_execution!r}"
+            )
+
+        @tf.autograph.experimental.do_not_convert
+        def synchronous_step(data: Any) -> Any:
+            with self._marked(local=False):
+                return train_step(data)
+
+        @tf.autograph.experimental.do_not_convert
+        def local_step(data: Any) -> Any:
+            with self.step(model.trainable_variables, local=True):
+                return train_step(data)
+
+        inner = self.inner_optimizer
+        if isinstance(inner, ExtrapSGD):
+            synchronous = inner.wrap_training(model, synchronous_step, make_function)
+        else:
+            synchronous = make_function(synchronous_step)
+        local = make_function(local_step)
+
+        def training(iterator: Any) -> Any:
+            self.end_update()  # an interrupt may have come between a step and this
+            function = local if self._next_is_local() else synchronous
+            try:
+                logs = function(iterator)
+                self.end_update()
+            except BaseException:
+                self.recover()
+                raise
+            return logs
+
+        return training
+
+    # -- the update --------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        grads: Sequence[Any],
+        variables: Sequence[Any],
+        loss_scale: Callable[[], tf.Tensor] | None = None,
+        after: Callable[[tf.Tensor], None] | None = None,
+        summed: bool = False,
+    ) -> Any:
+        block = _thread.block
+        if block is None or block.optimizer is not self or block.applied:
+            raise ValueError(
+                "PostLocalSGD must know before a step whether it is local. `fit` and "
+                "`train_on_batch` see to it; in a custom training loop take gradients, and call "
+                "`apply_gradients` once, in `with optimizer.step(variables, local=...):` in the "
+                "replica function. Received: gradients from outside of such a block"
+            )
+        block.applied = True
+        if not block.local:
+            if isinstance(self.inner_optimizer, ExtrapSGD):
+                return self.inner_optimizer._send(grads, variables, loss_scale, after)
+            return super()._send(grads, variables, loss_scale, after, summed)
+        self._check_known(variables)
+        pairs = _without_missing(grads, variables)
+        indices = [self._known_index(variable) for _, variable in pairs]
+        replicas = self._strategy.num_replicas_in_sync
+        own = [_own_gradient(g, tensorflow_variable(v), replicas) for g, v in pairs]
+        return self._merge(
+            lambda strategy, *gradients: self._update_locally(strategy, indices, gradients), *own
+        )
+
+    def _merge(self, cross_replicas: Callable[..., Any], *args: Any) -> Any:
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError(
+                "Steps are made on each replica. Expected: `step` inside the function given to "
+                "`strategy.run`. Received: a call in the cross-replica context (directly under "
+                "`strategy.scope()`)."
+            )
+        return context.merge_call(cross_replicas, args=args)
+
+    def _depart(self, strategy: tf.distribute.Strategy) -> None:
+        def move() -> list[tf.Tensor]:
+            targets = [tensorflow_variable(v) for v in self._trainable_variables]
+            self._local.depart(targets)
+            inner = self.inner_optimizer
+            if isinstance(inner, ExtrapSGD) and inner.nesterov:
+                for index, target in enumerate(targets):
+                    velocity = inner._slots_of(index).get("momentum")
+                    apply_extrapolation(target, velocity, None, 0.0, inner.momentum)
+            return [tf.constant(True)]
+
+        on_each_replica(strategy, tensorflow_variable(self._iterations), move)
+
+    def _return(self, strategy: tf.distribute.Strategy) -> None:
+        def put_back() -> list[tf.Tensor]:
+            self._put_back()
+            return [tf.constant(True)]
+
+        on_each_replica(strategy, tensorflow_variable(self._iterations), put_back)
+
+    def _put_back(self) -> None:
+        self._local.put_back([tensorflow_variable(v) for v in self._trainable_variables])
+
+    def _update_locally(
+        self, strategy: tf.distribute.Strategy, indices: Sequence[int], gradients: Sequence[Any]
+    ) -> tf.Tensor:
+        anchor = tensorflow_variable(self._iterations)
+        (flags,) = on_each_replica(
+            strategy, anchor, lambda *local: [all_finite(norms(local))], *gradients
+        )
+        rate = self._read_learning_rate()
+
+        def update(finite: tf.Tensor, rate: tf.Tensor, *local: tf.Tensor) -> list[tf.Tensor]:
+            # Not before all replicas have their gradients: an error in one leaves all as they are.
+            with tf.control_dependencies(list(flags)):
+                finite = tf.identity(finite)
+
+            def apply() -> tf.Tensor:
+                self._apply_locally(indices, local, rate)
+                return tf.constant(True)
+
+            def leave_out() -> tf.Tensor:
+                self._local.skipped.assign_add(1)
+                return tf.constant(False)
+
+            tf.cond(finite, apply, leave_out)
+            self._put_back()
+            tensorflow_variable(self._iterations).assign_add(1)
+            self._local.count()
+            return [finite]
+
+        (finite,) = on_each_replica(strategy, anchor, update, bundle([flags])[0], rate, *gradients)
+        return finite[0]
+
+    def _apply_locally(
+        self, indices: Sequence[int], gradients: Sequence[tf.Tensor], rate: tf.Tensor
+    ) -> None:
+        """One step of a replica, whose model variables are at the point of the gradient."""
+        inner = self.inner_optimizer
+        if not isinstance(inner, ExtrapSGD):
+            self._update_by_keras(indices, gradients)
+            for index in indices:
+                variable = tensorflow_variable(self._trainable_variables[index])
+                self._local.weights[index].assign(variable.read_value())
+            return
+        layers = [
+            Layer(
+                index=index,
+                variable=self._local.weights[index],
+                gradient=gradient,
+                gradient_norm=None,
+                slots=inner._slots_of(index),
+                decayed=inner.decays(self._trainable_variables[index]),
+                adapted=inner.adapts(self._trainable_variables[index]),
+            )
+            for index, gradient in zip(indices, gradients, strict=True)
+        ]
+        inner.rule().update(layers, Step(rate, tf.convert_to_tensor(self._iterations)))
+        for index in indices:
+            self._constrain(index, self._local.weights[index])
+
+    def _apply_on_replica(self, arrival: Arrival) -> None:
+        self._update_by_keras(arrival.indices, arrival.gradients)
+        tensorflow_variable(self._iterations).assign_add(1)
+
+    def _update_by_keras(self, indices: Sequence[int], gradients: Sequence[Any]) -> None:
+        variables = [self._trainable_variables[index] for index in indices]
+        _compat.keras_update(self.inner_optimizer, gradients, variables)
+        for index, variable in zip(indices, variables, strict=True):
+            self._constrain(index, tensorflow_variable(variable))
+
+    def _constrain(self, index: int, target: tf.Variable) -> None:
+        constraint = getattr(self._trainable_variables[index], "constraint", None)
+        if constraint is not None:
+            target.assign(constraint(tf.convert_to_tensor(target)))
+
+    # -- averaging ---------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _averaging(self) -> Callable[[], None]:
+        return tf.function(self._average)
+
+    @tf.autograph.experimental.do_not_convert
+    def _average(self) -> None:
+        """One packed all-reduce (for each dtype); in the cross-replica context."""
+        state, strategy = self._local, self._strategy
+        anchor = tensorflow_variable(self._iterations)
+        targets = [tensorflow_variable(v) for v in self._trainable_variables]
+        momenta = state.momenta if self.average_momentum else []
+
+        def contribution() -> list[tf.Tensor]:
+            finite = all_finite(norms([tf.convert_to_tensor(w) for w in state.weights]))
+            tf.cond(finite, lambda: tf.constant(True), state.give_up)
+            values = [
+                tf.cast(variable.read_value(), compute_dtype(variable.dtype))
+                for variable in (*state.weights, *momenta)
+            ]
+            return [*values, tf.cast(state.skipped.read_value(), tf.float32)]
+
+        own = bundle(on_each_replica(strategy, anchor, contribution))
+        totals = sum_over_replicas(strategy, own, [*targets, *momenta, anchor])
+
+        def write(*local: tf.Tensor) -> list[tf.Tensor]:
+            *sums, skipped = local
+            for variable, total in zip((*targets, *momenta), sums, strict=True):
+                mean = total / strategy.num_replicas_in_sync
+                variable.assign(tf.cast(mean, variable.dtype))
+            for index, target in enumerate(targets):
+                self._constrain(index, target)
+            counter = tensorflow_variable(self.skipped_updates)
+            counter.assign_add(tf.cast(skipped, counter.dtype))
+            state.begin_period()
+            return [tf.constant(True)]
+
+        on_each_replica(strategy, anchor, write, *totals)
+
+    # -- configuration and state -------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        return {
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "start": self.start,
+            "period": self.period,
+            "average_momentum": self.average_momentum,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "PostLocalSGD":
+        """The optimizer that `get_config` describes."""
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keras saving: all variables and what is each replica's own."""
+        super().save_own_variables(store)
+        state = self._local.serialize()
+        if state:
+            store[_STATE_KEY] = np.frombuffer(state, np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Keras loading, of what `save_own_variables` saved."""
+        keys = list(store.keys())
+        super().load_own_variables({key: store[key] for key in keys if key != _STATE_KEY})
+        state = np.asarray(store[_STATE_KEY]).tobytes() if _STATE_KEY in keys else b""
+        self._local.deserialize(state)
+
+
+class _LocalState(ReplicaState):
+    """What is each replica's own in the local phase: weights, momentum, steps left out.
+
+    On one replica none of it exists. Restored state is put in place by `settle`, before the next
+    step: a checkpoint restores the momentum, an ordinary variable, to one value for all replicas,
+    and does so after this.
+
+    Args:
+        strategy: The strategy under which the variables live.
+        counter: Of the local updates since the last average, one of the optimizer's variables.
+        in_use: Whether local steps have been taken.
+    """
+
+    def __init__(
+        self, strategy: tf.distribute.Strategy, counter: keras.Variable, in_use: Callable[[], bool]
+    ):
+        super().__init__(strategy)
+        self._counter = tensorflow_variable(counter)
+        self._in_use = in_use
+        self._alone = strategy.num_replicas_in_sync == 1
+        self._created = False
+        self.weights: list[tf.Variable] = []
+        self.averages: list[tf.Variable] = []
+        self.momenta: list[tf.Variable] = []
+        self.skipped: tf.Variable
+        self._away: tf.Variable
+        self.momenta_differ = False
+
+    def create(self, targets: Sequence[tf.Variable], momenta: Sequence[tf.Variable]) -> None:
+        """Makes the variables."""
+        self.momenta = list(momenta)
+        self._created = True
+        if self._alone:
+            return
+        for variables in (self.weights, self.averages):
+            for target in targets:
+                with self._strategy.extended.colocate_vars_with(target):
+                    variables.append(_variable(tf.zeros(target.shape, target.dtype)))
+        self.skipped = _variable(tf.zeros([], tf.int64))
+        # Whether the model's variables hold something else than the average now.
+        self._away = _variable(tf.constant(False))
+
+    # -- within a step, on each replica ------------------------------------------------------------
+
+    def depart(self, targets: Sequence[tf.Variable]) -> None:
+        """Puts this replica's weights into the model's variables."""
+
+        def written() -> tf.Tensor:
+            differing = [
+                tf.reduce_any(tf.not_equal(target.read_value(), average.read_value()))
+                for target, average in zip(targets, self.averages, strict=True)
+            ]
+            return tf.reduce_any(tf.stack(differing))
+
+        def take_over() -> tf.Tensor:
+            # The averages last: an error before leaves a difference that is seen the next time.
+            with tf.control_dependencies(_assign_all(self.weights, targets)):
+                ready = _assign_all(self.averages, targets)
+            with tf.control_dependencies(ready):
+                self._counter.assign(tf.zeros_like(self._counter))
+            return tf.constant(True)
+
+        new = tf.cond(tf.equal(self._counter, 0), lambda: tf.constant(True), written)
+        with tf.control_dependencies([tf.cond(new, take_over, lambda: tf.constant(False))]):
+            away = self._away.assign(True, read_value=False)
+        with tf.control_dependencies([] if away is None else [away]):
+            _assign_all(targets, self.weights)
+
+    def put_back(self, targets: Sequence[tf.Variable]) -> None:
+        """Puts the average back."""
+        with tf.control_dependencies(_assign_all(targets, self.averages)):
+            self._away.assign(False)
+
+    def count(self) -> None:
+        """Counts a local update."""
+        self._counter.assign_add(1)
+
+    def give_up(self) -> tf.Tensor:
+        """Goes back to the last average, without momentum."""
+        _assign_all(self.weights, self.averages)
+        for momentum in self.momenta:
+            momentum.assign(tf.zeros_like(momentum))
+        self.skipped.assign_add(1)
+        return tf.constant(False)
+
+    def begin_period(self) -> None:
+        """Begins a new period, from the model's variables."""
+        self._counter.assign(tf.zeros_like(self._counter))
+        self.skipped.assign(tf.zeros_like(self.skipped))
+        self._away.assign(False)
+
+    # -- between steps -----------------------------------------------------------------------------
+
+    def updates(self) -> int:
+        """How many local updates were made since the last average."""
+        return 0 if self._alone else int(self._counter.numpy())
+
+    def is_away(self) -> bool:
+        """Whether a step has not ended, on any replica."""
+        if self._alone or not self._created:
+            return False
+        return any(bool(copy.numpy()) for copy in self._local_copies(self._away))
+
+    def put_back_all(self, targets: Sequence[tf.Variable], iterations: tf.Variable) -> None:
+        """Puts the average back on all replicas, after an error."""
+        for target, average in zip(targets, self.averages, strict=True):
+            copies = zip(self._local_copies(target), self._local_copies(average), strict=True)
+            for copy, value in copies:
+                copy.assign(value.read_value())
+        # An interrupt can come when some replicas have counted their step.
+        for counter in (iterations, self._counter):
+            made = min(int(copy.numpy()) for copy in self._local_copies(counter))
+            self._assign(counter, made)
+        self._assign(self._away, False)
+
+    def restart(self) -> None:
+        """Makes all replicas go on from the model's variables."""
+        if not self._alone:
+            self._assign(self._counter, 0)
+            self._assign(self._away, False)
+
+    def unite_momenta(self) -> None:
+        """Gives all replicas the mean of their momenta."""
+        self.momenta_differ = False
+        for momentum in self.momenta:
+            copies = [copy.numpy().astype(float) for copy in self._local_copies(momentum)]
+            if any(not np.array_equal(copy, copies[0]) for copy in copies[1:]):
+                self._assign(momentum, np.mean(copies, axis=0))
+
+    def settle(self) -> None:
+        """Puts restored state in place, once there are variables for it."""
+        if self._pending is None or not self._created:
+            return
+        stored, self._pending = self._pending, None
+        if not self._alone:
+            self._assign(self.skipped, 0)
+        if not stored:
+            return
+        with np.load(io.BytesIO(stored)) as arrays:
+            header = json.loads(arrays["header"].tobytes().decode())
+            if self.accept(header):
+                for name, copies in self._copies_of(header["updates"]).items():
+                    for replica, copy in enumerate(copies):
+                        copy.assign(tf.cast(arrays[f"{name}/{replica}"], copy.dtype))
+                self.momenta_differ = True
+                return
+            if header["complete"] and header["momenta"] == self._shapes():
+                for index, momentum in enumerate(self.momenta):
+                    own = [arrays[f"momentum/{index}/{r}"] for r in range(header["replicas"])]
+                    self._assign(momentum, np.mean(own, axis=0))
+        self._assign(self._counter, 0)
+        self.lost(header)
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def serialize(self) -> bytes:
+        """What a checkpoint stores; nothing before the first local step."""
+        if self._pending is not None:
+            return self._pending
+        if self._alone or not self._created or not self._in_use():
+            return b""
+        copies_of = self._copies_of(self.updates())
+        replicas = self._strategy.num_replicas_in_sync
+        # Other workers' copies can not be reached from here.
+        complete = all(len(copies) == replicas for copies in copies_of.values())
+        header = {**self.header(), "replicas": replicas, "complete": complete}
+        arrays = {
+            f"{name}/{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
+            for name, copies in copies_of.items()
+            for replica, copy in enumerate(copies)
+            if complete
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+        return buffer.getvalue()
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Keeps what `serialize` stored for `settle`."""
+        self._pending = string_value
+
+    def state(self) -> dict[str, tf.Variable]:
+        """The variables that are saved in mid-period."""
+        return {
+            **{f"weights/{index}": variable for index, variable in enumerate(self.weights)},
+            **{f"average/{index}": variable for index, variable in enumerate(self.averages)},
+            **{f"momentum/{index}": variable for index, variable in enumerate(self.momenta)},
+            "skipped": self.skipped,
+        }
+
+    def header(self) -> dict[str, Any]:
+        """Where in the period it is, and the shapes."""
+        return {"updates": self.updates(), "momenta": self._shapes()}
+
+    def accept(self, header: Mapping[str, Any]) -> bool:
+        """Whether it was saved on as many replicas, and all of it."""
+        return (
+            header["replicas"] == self._strategy.num_replicas_in_sync
+            and header["complete"]
+            and header["momenta"] == self._shapes()
+        )
+
+    def lost(self, header: Mapping[str, Any]) -> None:
+        """Warns of what is lost on another number of replicas."""
+        _logger.warning(
+            "The checkpoint was written in the local phase of post-local SGD on %d replicas, %d "
+            "updates after the last average; here there are %d replicas. Training goes on from "
+            "the last average: those updates are lost, and every replica begins with the mean of "
+            "the replicas' momenta.",
+            header["replicas"], header["updates"], self._strategy.num_replicas_in_sync,
+        )  # fmt: skip
+
+    def _copies_of(self, updates: int) -> dict[str, tuple[tf.Variable, ...]]:
+        """What there is to save so many updates after an average: right after it, no weights."""
+        return {
+            name: copies
+            for name, copies in self._copies().items()
+            if updates or not name.startswith(("weights", "average"))
+        }
+
+    def _shapes(self) -> list[list[int]]:
+        return [momentum.shape.as_list() for momentum in self.momenta]
+
+    def _local_copies(self, variable: tf.Variable) -> tuple[tf.Variable, ...]:
+        return self._strategy.experimental_local_results(variable)
+
+    def _assign(self, variable: tf.Variable, value: Any) -> None:
+        for copy in self._local_copies(variable):
+            copy.assign(tf.cast(value, copy.dtype))
+
+
+def _variable(value: tf.Tensor) -> tf.Variable:
+    return tf.Variable(value, trainable=False, name="post_local_sgd")
+
+
+def _assign_all(targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]) -> list[Any]:
+    assigned = [
+        target.assign(source.read_value(), read_value=False)
+        for target, source in zip(targets, sources, strict=True)
+    ]
+    return [operation for operation in assigned if operation is not None]
+
+
+def _stored_dtype(variable: tf.Variable) -> tf.DType:
+    # NumPy files have no bfloat16.
+    return compute_dtype(variable.dtype) if variable.dtype.is_floating else variable.dtype
+
+
+def _own_gradient(gradient: Any, variable: tf.Variable, replicas: int) -> tf.Tensor:
+    """The gradient of a replica's own mean loss, dense; what arrives is that by the replicas.
+
+    An object of the replica's own, as `merge_call` wants it.
+    """
+    dtype = compute_dtype(variable.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        gradient = tf.math.unsorted_segment_sum(
+            tf.cast(gradient.values, dtype), gradient.indices, variable.shape[0]
+        )
+    return tf.cast(gradient, dtype) * replicas
+
+
+def _check_inner(inner: Any) -> None:
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`inner_optimizer` must be a keras.optimizers.SGD or a tf_lbopt.ExtrapSGD. "
+            f"Received: inner_optimizer={inner!r}"
+        )
+    received = f"Received: {type(inner).__name__}"
+    if not isinstance(inner, (keras.optimizers.SGD, ExtrapSGD)):
+        raise ValueError(
+            "`inner_optimizer` must be a keras.optimizers.SGD or a tf_lbopt.ExtrapSGD: local steps "
+            f"are not supported for other optimizers. {received}"
+        )
+    if inner.built:
+        raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")
+    for name in _REFUSED:
+        if getattr(inner, name, None):
+            raise ValueError(
+                f"`{name}` is not supported in local steps: the `inner_optimizer` must not have "
+                f"it. {received} with {name}={getattr(inner, name)!r}"
+            )
+    if getattr(inner, "sub_batches", 1) > 1:
+        raise ValueError(
+            "`sub_batches` > 1 is not supported in local steps: a replica takes its batch as one. "
+            f"{received} with sub_batches={inner.sub_batches!r}"
+        )

@@ -1,0 +1,206 @@
+"""The model whose training step computes the norms that CLARS asks for."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _compat
+from tf_lbopt.optimizers.clars import CLARS
+from tf_lbopt.per_example.losses import example_losses
+from tf_lbopt.per_example.tape import PerExampleTape
+
+# What the mean of the examples' losses and Keras's own loss may differ by.
+_TOLERANCE = 1e-2
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt")
+class PerExampleNormsModel(keras.Model):
+    """A Keras model whose `fit` feeds `tf_lbopt.CLARS(norm_estimator="per_example")`.
+
+    Use it wherever `keras.Model` stands: as the base of a subclassed model, called with inputs and
+    outputs for a functional one, or beside Sequential:
+
+        model = tf_lbopt.PerExampleNormsModel(inputs, outputs)
+        class Net(tf_lbopt.PerExampleNormsModel): ...
+        class Stack(tf_lbopt.PerExampleNormsModel, keras.Sequential): ...
+
+    Its training step takes the norms from the same backward pass as the gradients, on each replica
+    for the replica's own examples, and under accumulation for each micro-step's; see
+    `tf_lbopt.per_example_gradient_norms` for what they are and what they cost. With any other
+    optimizer it is Keras's own step.
+
+    f_i, example i's loss, is defined so that the mean over the batch is the compiled loss;
+    regularizers and `add_loss` are part of the gradients and not of the norms. Losses with other
+    reductions than a mean or a sum, and overridden `compute_loss` methods, need `example_losses`
+    to be overridden.
+
+    Attributes:
+        norms_subset_size: Norms of only so many examples of each replica's batch, from the first
+            (the paper takes 512 of the global batch); ``None``, the default, means of all.
+
+    Raises:
+        ValueError: In training: the losses of the examples can not be told from what was compiled.
+
+    Example:
+        >>> inputs = keras.Input([3])
+        >>> model = PerExampleNormsModel(inputs, keras.layers.Dense(1)(inputs))
+        >>> model.compile(optimizer=CLARS(0.1, norm_estimator="per_example"), loss="mse")
+        >>> history = model.fit(tf.ones([8, 3]), tf.ones([8, 1]), batch_size=4, verbose=0)
+        >>> int(model.optimizer.iterations.numpy())
+        2
+
+    References:
+        Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
+        Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, line 4.
+    """
+
+    norms_subset_size: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Left to itself, Keras makes a functional model out of one of a class by changing the bases
+        # of that class, and of those above it: no model could be subclassed from them afterwards.
+        if _has_symbolic_ends(*args, **kwargs) and not isinstance(self, _compat.Functional):
+            self.__class__ = _functional(type(self))
+        super().__init__(*args, **kwargs)
+
+    def example_losses(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        """f_i, the loss of every example, whose mean over the batch is the loss that is trained.
+
+        Args:
+            x: Inputs.
+            y: Labels.
+            y_pred: Predictions.
+            sample_weight: Weights of the examples, or ``None``.
+
+        Returns:
+            [batch], without regularizers and `add_loss`.
+        """
+        del x
+        parts = [
+            weight * _with_reduction(loss, labels, predictions, own_weight)
+            for loss, weight, labels, predictions, own_weight in self._compiled_losses(
+                y, y_pred, sample_weight
+            )
+        ]
+        return tf.add_n(parts)
+
+    def _compiled_losses(self, y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
+        loss, weights = self.loss, _compat.compiled_loss_weights(self)
+        if isinstance(y_pred, dict):
+            keys: list[Any] = sorted(y_pred)
+        elif isinstance(y_pred, (list, tuple)):
+            keys = list(range(len(y_pred)))
+        else:
+            yield loss, 1.0 if weights is None else weights, y, y_pred, sample_weight
+            return
+        for key in keys:
+            own = _entry(loss, key)
+            if own is None:
+                continue
+            weight = _entry(weights, key)
+            yield (
+                own,
+                1.0 if weight is None else weight,
+                _entry(y, key),
+                y_pred[key],
+                _entry(sample_weight, key),
+            )
+
+    def train_step(self, data: Any) -> Any:
+        """One training step, with norms if the optimizer asks for them."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        if not (isinstance(optimizer, CLARS) and optimizer.norm_estimator == "per_example"):
+            return super().train_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        _compat.build_by_shapes(self, x)
+        variables = self.trainable_variables
+        with PerExampleTape(variables, self.norms_subset_size) as tape:
+            y_pred = _compat.call_in_training(self, x)
+            losses = self.example_losses(x, y, y_pred, sample_weight)
+            extra = tf.add_n(
+                [tf.zeros([]), *(tf.cast(tf.reduce_sum(own), tf.float32) for own in self.losses)]
+            )
+            batch = tf.cast(tf.shape(losses)[0], losses.dtype)
+            # Each replica's gradients are those of its share of the loss.
+            share = tf.math.divide_no_nan(
+                tf.ones_like(batch), batch * self.distribute_strategy.num_replicas_in_sync
+            )
+            contributions = self.optimizer.scale_loss(losses * share)
+            scaled_extra = self.optimizer.scale_loss(
+                extra / self.distribute_strategy.num_replicas_in_sync
+            )
+        gradients, norms = tape.gradient(contributions, scaled_extra)
+        loss = _compat.tracked_loss(self, x, y, y_pred, sample_weight)
+        _check_mean(loss, tf.reduce_mean(losses) + tf.cast(extra, losses.dtype))
+        unit = tf.cast(self.optimizer.scale_loss(tf.ones([])), tf.float32) * tf.cast(
+            share, tf.float32
+        )
+        norms = [norm * tf.cast(tf.math.reciprocal_no_nan(unit), norm.dtype) for norm in norms]
+        with optimizer.example_norms(norms, variables):
+            self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+def _has_symbolic_ends(*args: Any, inputs: Any = None, outputs: Any = None, **_: Any) -> bool:
+    ends = [*args, inputs, outputs]
+    leaves = [leaf for leaf in keras.tree.flatten(ends) if leaf is not None]
+    return sum(end is not None for end in ends) >= 2 and any(
+        keras.utils.is_keras_tensor(leaf) for leaf in leaves
+    )
+
+
+@functools.cache
+def _functional(cls: type) -> type:
+    attributes = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    functional = type(cls.__name__, (cls, _compat.Functional), attributes)
+    package, separator, name = keras.saving.get_registered_name(cls).partition(">")
+    if separator:
+        keras.saving.register_keras_serializable(package=package, name=name)(functional)
+    return functional
+
+
+def _entry(structure: Any, key: Any) -> Any:
+    """One output's part of what may be given once for all outputs."""
+    if isinstance(structure, (dict, list, tuple)):
+        return structure[key]
+    return structure
+
+
+def _with_reduction(loss: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+    losses = example_losses(loss, y, y_pred, sample_weight)
+    reduction = _compat.as_loss(loss).reduction
+    if reduction in ("sum_over_batch_size", "mean"):
+        return losses
+    if reduction == "sum":
+        # example_losses takes a mean over the positions of an example.
+        per_example = _compat.unreduced_loss(_compat.as_loss(loss), y, y_pred)[0]
+        positions = tf.cast(tf.size(per_example), losses.dtype)
+        return losses * positions * tf.cast(tf.shape(losses)[0], losses.dtype)
+    raise ValueError(
+        "PerExampleNormsModel knows the losses of the examples for the reductions "
+        "'sum_over_batch_size', 'mean' and 'sum'; override `example_losses` for others. "
+        f"Received: a loss with reduction={reduction!r}"
+    )
+
+
+def _check_mean(loss: tf.Tensor, mean: tf.Tensor) -> None:
+    """Raises, when the step runs, if the norms are of another loss than the one that is trained."""
+    loss, mean = tf.cast(loss, tf.float32), tf.cast(mean, tf.float32)
+    near = tf.abs(loss - mean) <= _TOLERANCE * (tf.abs(loss) + tf.abs(mean)) + 1e-6
+    tf.debugging.Assert(
+        near | ~tf.math.is_finite(loss) | ~tf.math.is_finite(mean),
+        [
+            "PerExampleNormsModel: the mean of `example_losses` must be the loss that is compiled "
+            "(without regularizers); override `example_losses` if `compute_loss` is overridden. "
+            "Received the loss and that mean:",
+            loss,
+            mean,
+        ],
+    )

@@ -1,0 +1,68 @@
+"""The optimizers of this package in tf-models-official, and gradient accumulation for its tasks.
+
+Importing this module registers them with tf-models' `OptimizerFactory`, as ``sngm``, ``vr_sgd``,
+``vr_momentum``, ``vr_adam``, ``vr_lars``, ``vr_lamb``, ``clars``, ``lbopt_lars`` and
+``lbopt_lamb`` (``lars`` and ``lamb`` are tf-models' own). Every registered experiment takes them:
+
+    --params_override=trainer.optimizer_config.optimizer.type=vr_lars,
+                      trainer.optimizer_config.optimizer.vr_lars.gamma=0.1
+
+The tasks of experiments get a field too, `task.sub_batches=n`: each replica takes its batch in n
+parts within one step. See `SubBatchTask`.
+
+Example:
+    >>> from official.core import exp_factory
+    >>> from official.modeling import optimization
+    >>> import official.vision
+    >>> experiment = exp_factory.get_exp_config("resnet_imagenet")
+    >>> experiment.override({"task": {"sub_batches": 4}})
+    >>> config = experiment.trainer.optimizer_config
+    >>> config.override({"optimizer": {"type": "vr_lars", "vr_lars": {"gamma": 0.1}}})
+    >>> type(optimization.OptimizerFactory(config).build_optimizer(0.1)).__name__
+    'VRLARS'
+"""
+
+from tf_lbopt.tfm.configs import (
+    REGISTRATIONS,
+    CLARSConfig,
+    LAMBConfig,
+    LARSConfig,
+    Registration,
+    SNGMConfig,
+    VRAdamConfig,
+    VRLAMBConfig,
+    VRLARSConfig,
+    VRMomentumConfig,
+    VRSGDConfig,
+    needs_sub_batches,
+)
+from tf_lbopt.tfm.experiments import (
+    OptimizationConfig,
+    extend_experiments,
+    extended,
+    register_optimizers,
+    with_optimizers,
+)
+from tf_lbopt.tfm.sub_batches import SubBatchTask
+
+__all__ = [
+    "REGISTRATIONS",
+    "CLARSConfig",
+    "LAMBConfig",
+    "LARSConfig",
+    "OptimizationConfig",
+    "Registration",
+    "SNGMConfig",
+    "SubBatchTask",
+    "VRAdamConfig",
+    "VRLAMBConfig",
+    "VRLARSConfig",
+    "VRMomentumConfig",
+    "VRSGDConfig",
+    "extended",
+    "needs_sub_batches",
+    "with_optimizers",
+]
+
+register_optimizers()
+extend_experiments()

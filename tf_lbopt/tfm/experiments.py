@@ -1,0 +1,153 @@
+"""Experiments whose configuration has room for these optimizers and for sub-batches.
+
+Configurations of tf-models are dataclasses that refuse unknown fields. Those of an experiment are
+replaced, when it is looked up, by subclasses with fields more; all else stays as it was.
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+import types
+from typing import Any
+
+from official.core import exp_factory, task_factory
+from official.modeling import optimization
+from official.modeling.optimization import optimizer_factory
+
+from tf_lbopt.tfm.configs import REGISTRATIONS
+from tf_lbopt.tfm.sub_batches import SubBatchTask
+
+
+def register_optimizers() -> None:
+    """Registers all optimizers with the `OptimizerFactory`; again, it does nothing.
+
+    In both of its tables: tasks look into that of the legacy optimizers whatever they want, since
+    the class found there is never checked for being one.
+    """
+    tables = {True: optimizer_factory.LEGACY_OPTIMIZERS_CLS}
+    tables[False] = optimizer_factory.NEW_OPTIMIZERS_CLS
+    for row in REGISTRATIONS.values():
+        for legacy, table in tables.items():
+            if row.key not in table:
+                optimizer_factory.register_optimizer_cls(row.key, row.cls, legacy)
+
+
+def extend_experiments() -> None:
+    """Makes `exp_factory.get_exp_config` return extended experiments; again, it does nothing."""
+    original = exp_factory.get_exp_config
+    if getattr(original, "extends_experiments", False):
+        return
+
+    @functools.wraps(original)
+    def get_exp_config(exp_name: str) -> Any:
+        return extended(original(exp_name))
+
+    get_exp_config.extends_experiments = True  # type: ignore[attr-defined]
+    exp_factory.get_exp_config = get_exp_config
+
+
+def extended(experiment: Any) -> Any:
+    """Gives an experiment's configuration the fields of this package, in place.
+
+    Args:
+        experiment: An `ExperimentConfig`. Its `trainer.optimizer_config.optimizer` gets a field for
+            each optimizer, its `task` gets `sub_batches`, where the task is a registered one that
+            does not have that field itself.
+
+    Returns:
+        The same object.
+    """
+    trainer = getattr(experiment, "trainer", None)
+    optimization_config = getattr(trainer, "optimizer_config", None)
+    if isinstance(optimization_config, optimization.OptimizationConfig):
+        trainer.optimizer_config = with_optimizers(optimization_config)
+    task = getattr(experiment, "task", None)
+    task_cls = _extended_task_config(type(task))
+    if task_cls is not None:
+        experiment.task = _as(task_cls, task)
+    return experiment
+
+
+def with_optimizers(
+    config: optimization.OptimizationConfig,
+) -> optimization.OptimizationConfig:
+    """A copy of a configuration that has the fields of all optimizers, for own experiments.
+
+    Args:
+        config: An `OptimizationConfig` of tf-models, or of a subclass.
+
+    Returns:
+        One of a subclass of its class.
+
+    Example:
+        >>> config = with_optimizers(optimization.OptimizationConfig())
+        >>> config.override({"optimizer": {"type": "vr_lars", "vr_lars": {"gamma": 0.2}}})
+        >>> config.optimizer.get().gamma
+        0.2
+    """
+    optimizer_cls = _extended_optimizer_config(type(config.optimizer))
+    copied = _as(_extended_optimization_config(type(config), optimizer_cls), config)
+    copied.optimizer = _as(optimizer_cls, config.optimizer)
+    return copied
+
+
+def _as(cls: type, config: Any) -> Any:
+    """A copy of a configuration as one of a subclass of its class."""
+    if type(config) is cls:
+        return config
+    copied = cls()
+    vars(copied).update(copy.deepcopy(vars(config)))
+    return copied
+
+
+@functools.cache
+def _extended_optimizer_config(cls: type) -> type:
+    rows = [row for row in REGISTRATIONS.values() if row.key not in cls.__dataclass_fields__]
+    if not rows:
+        return cls
+    fields = [(row.key, row.config, dataclasses.field(default_factory=row.config)) for row in rows]
+    return _dataclass(cls, fields)
+
+
+@functools.cache
+def _extended_optimization_config(cls: type, optimizer_cls: type) -> type:
+    if cls.__dataclass_fields__["optimizer"].type is optimizer_cls:
+        return cls
+    field = dataclasses.field(default_factory=optimizer_cls)
+    return _dataclass(cls, [("optimizer", optimizer_cls, field)])
+
+
+@functools.cache
+def _extended_task_config(cls: type) -> type | None:
+    if not dataclasses.is_dataclass(cls) or "sub_batches" in cls.__dataclass_fields__:
+        return None
+    builder = getattr(cls, "_BUILDER", None)
+    try:
+        task_cls = task_factory.get_task_cls(cls) if builder is None else builder
+    except LookupError:
+        return None
+    if not inspect.isclass(task_cls):
+        return None
+    extended_cls = _dataclass(cls, [("sub_batches", int, 1)])
+    extended_task = types.new_class(task_cls.__name__, (SubBatchTask, task_cls))
+    extended_task.__module__ = task_cls.__module__
+    extended_task.__doc__ = task_cls.__doc__
+    if builder is None:
+        task_factory.register_task_cls(extended_cls)(extended_task)
+    else:
+        extended_cls._BUILDER = extended_task  # type: ignore[attr-defined]
+    return extended_cls
+
+
+def _dataclass(base: type, fields: list[tuple[str, Any, Any]]) -> type:
+    cls = dataclasses.make_dataclass(base.__name__, fields, bases=(base,))
+    cls.__module__ = base.__module__
+    cls.__doc__ = base.__doc__
+    return cls
+
+
+OptimizationConfig = _extended_optimization_config(
+    optimization.OptimizationConfig, _extended_optimizer_config(optimization.OptimizerConfig)
+)
+"""`OptimizationConfig` of tf-models with the optimizers of this package."""
