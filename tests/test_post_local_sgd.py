@@ -117,8 +117,10 @@ class Loop:
                 with tf.GradientTape() as tape:
                     kernel, bias = (tf.convert_to_tensor(v.value) for v in self.variables)
                     tape.watch([kernel, bias])
-                    tf.debugging.assert_less(tf.abs(x), 1e6)
-                    loss = tf.reduce_mean((x @ kernel + bias - y) ** 2) / self.replicas
+                    predicted = x @ kernel + bias
+                    small = tf.debugging.assert_less(tf.abs(predicted), 1e6)
+                    with tf.control_dependencies([] if small is None else [small]):
+                        loss = tf.reduce_mean((predicted - y) ** 2) / self.replicas
                 gradients = tape.gradient(loss, [kernel, bias])
                 self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
 
@@ -390,7 +392,7 @@ def test_batch_normalization_trains_in_float32_and_bfloat16():
         data = [np.tile(a, (5, 1, 1)) for a in data]
         losses = [fit(model, data).history["loss"][0] for _ in range(3)]
         assert losses[-1] < 0.7 * losses[0]
-        equal_on_all_replicas(strategy_of(2), model.variables)
+        equal_on_all_replicas(strategy_of(2), model.trainable_variables)
         assert int(model.optimizer.skipped_updates.numpy()) == 0
 
 
@@ -442,7 +444,7 @@ def test_a_local_step_in_fit_exchanges_moving_statistics_only():
             ]
         )
         model.compile(optimizer=sgd(0, 2, momentum=0.9)(), loss="mse", metrics=["mae"])
-        model.optimizer.build(model.trainable_variables)
+    fit(model, batches(2, 8))
     steps = []
     model.optimizer.wrap_training(model, model.train_step, steps.append)
     data = tuple(distributed(strategy_of(2), a[0]) for a in batches(1, 8))
@@ -452,7 +454,7 @@ def test_a_local_step_in_fit_exchanges_moving_statistics_only():
         sizes.append(reductions(function.get_concrete_function(*data)))
     synchronous, local = sizes
     assert max(synchronous) > 24
-    assert max(local) <= 16  # 8 means and 8 variances
+    assert max(local, default=0) <= 16  # 8 means and 8 variances
 
 
 # -- what is seen in mid-period --------------------------------------------------------------------
@@ -770,23 +772,21 @@ def test_fit_puts_the_average_back(error):
 
     class Interrupted(keras.Model):
         def compute_loss(self, *args, **kwargs):
-            if tf.distribute.get_replica_context().replica_id_in_sync_group == 1:
+            context = tf.distribute.get_replica_context()
+            if context is not None and int(context.replica_id_in_sync_group) == 1:
                 steps.append(1)
-            if len(steps) == 4:
-                steps.append(0)
-                raise error
+                if len(steps) == 4:
+                    raise error
             return super().compute_loss(*args, **kwargs)
 
     model = model_of(sgd(1, 4, momentum=0.9), 2, Interrupted, run_eagerly=True)
-    model.compute_loss  # noqa: B018
     with pytest.raises(error):
         fit(model, data)
     expected, _ = reference(data, 2, 1, 4, momentum=0.9)
-    made = int(model.optimizer.iterations.numpy())
-    assert 2 <= made <= 4
-    assert_close(model.get_weights(), expected[made - 1])
+    assert int(model.optimizer.iterations.numpy()) == 3
+    assert_close(model.get_weights(), expected[2])
     equal_on_all_replicas(strategy_of(2), model.trainable_variables)
-    go_on(model, data, made, 8)
+    go_on(model, data, 3, 8)
     assert_close(model.get_weights(), expected[-1])
 
 

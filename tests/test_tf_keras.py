@@ -23,8 +23,10 @@ import tf_lbopt.tf_keras
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 SPLITS = [(1, 1), (2, 2), (4, 1), (1, 4)]
+# What all have in common is tested on one of each kind: without statistics and with either of them.
+KINDS = [case for case in CASES if case.name in ("lars", "vr_lamb", "clars")]
 over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
-over_splits = pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+over_kinds = pytest.mark.parametrize("case", KINDS, ids=repr)
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +69,10 @@ def test_names_arguments_and_documentation(case):
 
 
 @over_cases
-@over_splits
-@pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.3, "use_ema": True}], ids=str)
-def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps, extra):
+@pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps):
     """Weights and everything that is kept for them, over several updates."""
+    extra = {"clipnorm": 0.3, "use_ema": True} if micro_steps > 1 else {}
     gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
     ours = TfKerasRun(case, replicas, micro_steps, **extra).updates(gradients)
     theirs = Run(KERAS_CASES[case.name], replicas, micro_steps, **extra).updates(gradients)
@@ -91,11 +93,10 @@ def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps, e
     assert_replicas_identical(ours)
 
 
-@over_cases
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2), (1, 4)])
-def test_equals_the_reference(case, replicas, micro_steps):
+@over_kinds
+def test_equals_the_reference(case):
     gradients = sub_batch_gradients(5, sub_batches=4)
-    run = TfKerasRun(case, replicas, micro_steps, build=False).updates(gradients)
+    run = TfKerasRun(case, 2, 2, build=False).updates(gradients)
     expected = reference(case.name, initial_weights(), gradients, **case.arguments)
     assert_close(run.weights(), expected)
     assert all(
@@ -103,7 +104,7 @@ def test_equals_the_reference(case, replicas, micro_steps):
     )
 
 
-@over_cases
+@over_kinds
 def test_clips_the_mean_gradient(case):
     gradients = sub_batch_gradients(4, sub_batches=4)
     run = TfKerasRun(case, 4, global_clipnorm=0.5).updates(gradients)
@@ -118,12 +119,12 @@ def test_clips_the_mean_gradient(case):
     assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected, unclipped, strict=True))
 
 
-@over_cases
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2)])
-@pytest.mark.parametrize("framework", ["tf_keras", "keras", "callable"])
-def test_schedules_count_updates(case, replicas, micro_steps, framework):
-    if framework != "tf_keras" and (case.name != "lamb" or replicas != 2):
-        pytest.skip("how a schedule is read does not depend on the optimizer")
+@pytest.mark.parametrize(
+    ("case", "framework"),
+    [*((case, "tf_keras") for case in KINDS), (KINDS[0], "keras"), (KINDS[0], "callable")],
+    ids=str,
+)
+def test_schedules_count_updates(case, framework):
     if framework == "callable":
         schedule = expected_rate = lambda *step: 0.03
     elif framework == "keras":
@@ -133,22 +134,17 @@ def test_schedules_count_updates(case, replicas, micro_steps, framework):
         schedule = tf_keras.optimizers.schedules.PolynomialDecay(0.1, 5, 0.0)
         expected_rate = lambda t: 0.1 * (1 - t / 5)  # noqa: E731
     gradients = sub_batch_gradients(4, sub_batches=4)
-    run = TfKerasRun(case, replicas, micro_steps, learning_rate=schedule).updates(gradients)
-    expected = reference(
-        case.name,
-        initial_weights(),
-        gradients,
-        **{**case.arguments, "learning_rate": expected_rate},
-    )
+    run = TfKerasRun(case, 2, 2, learning_rate=schedule).updates(gradients)
+    arguments = {**case.arguments, "learning_rate": expected_rate}
+    expected = reference(case.name, initial_weights(), gradients, **arguments)
     assert_close(run.weights(), expected)
     np.testing.assert_allclose(run.optimizer.learning_rate.numpy(), expected_rate(3), rtol=1e-6)
 
 
-@over_cases
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
-def test_an_assigned_learning_rate_without_retracing(case, replicas, micro_steps):
-    gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
-    run = TfKerasRun(case, replicas, micro_steps, learning_rate=0.1).updates(gradients[:2])
+@over_kinds
+def test_an_assigned_learning_rate_without_retracing(case):
+    gradients = sub_batch_gradients(4, sub_batches=4)
+    run = TfKerasRun(case, 2, 2, learning_rate=0.1).updates(gradients[:2])
     traces = run.traces
     run.optimizer.learning_rate = 0.02
     run.updates(gradients[2:])
@@ -171,8 +167,8 @@ def _slices(rng, rows, size, width):
     return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant([rows, width]))
 
 
-@over_cases
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (4, 1), (2, 2)])
+@over_kinds
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 2), (4, 1), (2, 2)])
 def test_sparse_equals_dense(case, replicas, micro_steps):
     """With repeated indices in one replica and between replicas."""
     rng = np.random.default_rng(3)
@@ -182,7 +178,7 @@ def test_sparse_equals_dense(case, replicas, micro_steps):
             [_slices(rng, 6, 8, 3), tf.constant(rng.normal(size=4), tf.float32)]
             for _ in range(replicas * micro_steps)
         ]
-        for _ in range(4)
+        for _ in range(3)
     ]
     dense = [[[tf.convert_to_tensor(e), b] for e, b in update] for update in sparse]
     one = TfKerasRun(case, replicas, micro_steps, weights=weights).updates(sparse)
@@ -199,7 +195,7 @@ class MissingRun(TfKerasRun):
         super()._apply([gradients[0], None, gradients[2]])
 
 
-@over_cases
+@over_kinds
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
 def test_missing_gradients_leave_the_variable_alone(case, wrap, caplog):
     gradients = sub_batch_gradients(3, sub_batches=4)
@@ -255,9 +251,11 @@ class SummedRun(TfKerasRun):
         super()._apply([context.all_reduce(tf.distribute.ReduceOp.SUM, g) for g in gradients])
 
 
-@over_cases
-@pytest.mark.parametrize("options", SUMMED, ids=lambda o: next(iter(o)))
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (2, 2), (1, 2)])
+@over_kinds
+@pytest.mark.parametrize(
+    ("replicas", "micro_steps", "options"),
+    [(2, 1, SUMMED[0]), (2, 2, SUMMED[1]), (1, 2, SUMMED[0])],
+)
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
 def test_summed_gradients_are_taken_or_refused(case, options, replicas, micro_steps, wrap):
     gradients = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
@@ -315,7 +313,7 @@ def assert_accumulators_empty(run):
 WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
 
 
-@over_cases
+@over_kinds
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "where", "value"),
@@ -324,10 +322,11 @@ WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
         (1, 3, 0, np.inf),
         (4, 1, 3, np.nan),
         (2, 2, 1, -np.inf),  # replica 1, micro-step 0
-        (2, 2, 2, np.nan),  # replica 0, micro-step 1
     ],
 )
 def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, value):
+    if wrapper == "fixed" and (replicas, micro_steps) != (2, 2):
+        pytest.skip("a fixed scale does not look at the gradients")
     wrap = WRAPPERS[wrapper]
     good = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
     run = TfKerasRun(case, replicas, micro_steps, wrap=wrap).update(good[0])
@@ -341,15 +340,16 @@ def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, val
     if wrapper == "dynamic":
         assert run.optimizer.loss_scale.numpy() == 32.0
     run.update(good[2])
-    never_poisoned = TfKerasRun(case, replicas, micro_steps).updates([good[0], good[2]])
-    for a, b in zip(run.weights(), never_poisoned.weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    finite = [good[0], good[2]]
+    assert_close(run.weights(), reference(case.name, initial_weights(), finite, **case.arguments))
     assert run.optimizer.iterations.numpy() == 2
 
 
 @over_cases
-@pytest.mark.parametrize("wrapper", ["dynamic", "fixed"])
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize(
+    ("wrapper", "replicas", "micro_steps"),
+    [("dynamic", 2, 2), ("dynamic", 1, 2), ("fixed", 2, 1)],
+)
 def test_statistics_are_used_under_a_loss_scale(case, wrapper, replicas, micro_steps):
     """Weights equal those of the rule on sub-batches, not those of its base on their mean."""
     gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
@@ -438,7 +438,7 @@ EXCLUSIONS = {
 }
 
 
-@over_cases
+@over_kinds
 @pytest.mark.parametrize("way", EXCLUSIONS)
 @pytest.mark.parametrize("copied", [False, True])
 def test_exclusions(case, way, copied):

@@ -352,18 +352,6 @@ def _tell(
     setattr(owner, name, telling)
 
 
-def share_variable(
-    optimizer: keras.optimizers.Optimizer, attribute: str, variable: keras.Variable
-) -> None:
-    """Puts a variable of another optimizer in the place of one of an optimizer's own.
-
-    There is no public way to make an optimizer forget a variable that its base class has made.
-    Checked on Keras 3.15.1.
-    """
-    optimizer._untrack_variable(getattr(optimizer, attribute))
-    setattr(optimizer, attribute, variable)
-
-
 def call_in_training(model: keras.Model, x: Any) -> Any:
     """``model(x, training=True)`` for a model that takes ``training``, as its ``train_step`` calls.
 

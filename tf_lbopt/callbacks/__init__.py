@@ -2,6 +2,12 @@
 
 from tf_lbopt.callbacks.freeze_layers import FreezeLayers
 from tf_lbopt.callbacks.gradient_signal_to_noise import GradientSignalToNoise
+from tf_lbopt.callbacks.gradient_variance_factor import GradientVarianceFactor
 from tf_lbopt.callbacks.skipped_updates import SkippedUpdates
 
-__all__ = ["FreezeLayers", "GradientSignalToNoise", "SkippedUpdates"]
+__all__ = [
+    "FreezeLayers",
+    "GradientSignalToNoise",
+    "GradientVarianceFactor",
+    "SkippedUpdates",
+]

@@ -163,9 +163,10 @@ class PostLocalSGD(LargeBatchOptimizer):
         self.start = start
         self.period = period
         self.average_momentum = average_momentum
-        _compat.share_variable(self, "_iterations", inner_optimizer._iterations)
+        # One set of counters: the schedule's updates are those that decide about the phase.
+        self._iterations = inner_optimizer._iterations
         if isinstance(inner_optimizer, ExtrapSGD):
-            _compat.share_variable(self, "skipped_updates", inner_optimizer.skipped_updates)
+            self.skipped_updates = inner_optimizer.skipped_updates
         anchor = tensorflow_variable(self._iterations)
         if not self._strategy.extended.variable_created_in_scope(anchor):
             raise ValueError(
@@ -173,9 +174,10 @@ class PostLocalSGD(LargeBatchOptimizer):
                 "both constructors inside `with strategy.scope():`. "
                 f"Received: a {type(inner_optimizer).__name__} from outside of it"
             )
+        self._updates_since_average = self._add_counter("updates_since_average")
         self._local = _LocalState(
             self._strategy,
-            self._add_counter("updates_since_average"),
+            self._updates_since_average,
             lambda: int(self._iterations.numpy()) > self.start,
         )
         _compat.let_optimizers_wrap_training()
@@ -194,9 +196,11 @@ class PostLocalSGD(LargeBatchOptimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """Its own variables and the inner optimizer's."""
-        own = {id(variable) for variable in self._variables}
-        return self._variables + [v for v in self.inner_optimizer.variables if id(v) not in own]
+        """The inner optimizer's variables and its own counters."""
+        inner = list(self.inner_optimizer.variables)
+        if isinstance(self.inner_optimizer, ExtrapSGD):
+            return [*inner, self._updates_since_average]
+        return [*inner, self.skipped_updates, self._updates_since_average]
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Excludes variables from the inner optimizer's weight decay."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import tf_keras
 from official.modeling.optimization.configs import optimizer_config
 
+from tf_lbopt.rules import VARIANCE
 from tf_lbopt.tf_keras import optimizers
 
 
@@ -158,6 +159,4 @@ REGISTRATIONS: Mapping[str, Registration] = {row.key: row for row in _ROWS}
 
 def needs_sub_batches(key: str) -> bool:
     """Whether an optimizer is one of this package that needs two or more sub-batches."""
-    from tf_lbopt.rules import VARIANCE
-
     return key in REGISTRATIONS and VARIANCE in REGISTRATIONS[key].cls.statistics

@@ -58,12 +58,13 @@ def extended(experiment: Any) -> Any:
     Returns:
         The same object.
     """
-    trainer = getattr(experiment, "trainer", None)
+    trainer: Any = getattr(experiment, "trainer", None)
     optimization_config = getattr(trainer, "optimizer_config", None)
     if isinstance(optimization_config, optimization.OptimizationConfig):
         trainer.optimizer_config = with_optimizers(optimization_config)
-    task = getattr(experiment, "task", None)
-    task_cls = _extended_task_config(type(task))
+    task: Any = getattr(experiment, "task", None)
+    given_cls: Any = type(task)
+    task_cls = _extended_task_config(given_cls)
     if task_cls is not None:
         experiment.task = _as(task_cls, task)
     return experiment
@@ -86,8 +87,10 @@ def with_optimizers(
         >>> config.optimizer.get().gamma
         0.2
     """
-    optimizer_cls = _extended_optimizer_config(type(config.optimizer))
-    copied = _as(_extended_optimization_config(type(config), optimizer_cls), config)
+    cls: Any = type(config)
+    given_cls: Any = type(config.optimizer)
+    optimizer_cls = _extended_optimizer_config(given_cls)
+    copied = _as(_extended_optimization_config(cls, optimizer_cls), config)
     copied.optimizer = _as(optimizer_cls, config.optimizer)
     return copied
 
@@ -102,7 +105,7 @@ def _as(cls: type, config: Any) -> Any:
 
 
 @functools.cache
-def _extended_optimizer_config(cls: type) -> type:
+def _extended_optimizer_config(cls: Any) -> Any:
     rows = [row for row in REGISTRATIONS.values() if row.key not in cls.__dataclass_fields__]
     if not rows:
         return cls
@@ -111,7 +114,7 @@ def _extended_optimizer_config(cls: type) -> type:
 
 
 @functools.cache
-def _extended_optimization_config(cls: type, optimizer_cls: type) -> type:
+def _extended_optimization_config(cls: Any, optimizer_cls: Any) -> Any:
     if cls.__dataclass_fields__["optimizer"].type is optimizer_cls:
         return cls
     field = dataclasses.field(default_factory=optimizer_cls)
@@ -119,7 +122,7 @@ def _extended_optimization_config(cls: type, optimizer_cls: type) -> type:
 
 
 @functools.cache
-def _extended_task_config(cls: type) -> type | None:
+def _extended_task_config(cls: Any) -> Any:
     if not dataclasses.is_dataclass(cls) or "sub_batches" in cls.__dataclass_fields__:
         return None
     builder = getattr(cls, "_BUILDER", None)
@@ -136,11 +139,11 @@ def _extended_task_config(cls: type) -> type | None:
     if builder is None:
         task_factory.register_task_cls(extended_cls)(extended_task)
     else:
-        extended_cls._BUILDER = extended_task  # type: ignore[attr-defined]
+        extended_cls._BUILDER = extended_task
     return extended_cls
 
 
-def _dataclass(base: type, fields: list[tuple[str, Any, Any]]) -> type:
+def _dataclass(base: Any, fields: list[tuple[str, Any, Any]]) -> Any:
     cls = dataclasses.make_dataclass(base.__name__, fields, bases=(base,))
     cls.__module__ = base.__module__
     cls.__doc__ = base.__doc__

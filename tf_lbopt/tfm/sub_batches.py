@@ -43,7 +43,7 @@ class SubBatchTask:
                 "`task.sub_batches` must be an integer >= 1. "
                 f"Received: task.sub_batches={sub_batches!r}"
             )
-        super().__init__(params, *args, **kwargs)
+        super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
 
     def create_optimizer(
         self,
@@ -123,8 +123,8 @@ class _StandIn:
         self._number = number
         self._summed = summed
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]  # tasks ask for a LossScaleOptimizer
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # tasks ask whether it is a LossScaleOptimizer
         return type(self._optimizer)
 
     def __getattr__(self, name: str) -> Any:

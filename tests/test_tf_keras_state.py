@@ -1,0 +1,393 @@
+"""The tf_keras classes in use: configuration, saved state, `compile` and `fit`."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from conftest import strategy_of
+from harness import assert_states_equal, initial_weights, needs_sub_batches, sub_batch_gradients
+from harness_tf_keras import CASES, TfKerasRun, dynamic, fixed
+from tensorflow.python.framework import config as tensorflow_config
+
+import tf_lbopt
+import tf_lbopt.tf_keras
+
+KINDS = [case for case in CASES if case.name in ("lars", "vr_lamb", "clars")]
+over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
+over_kinds = pytest.mark.parametrize("case", KINDS, ids=repr)
+(VR_LAMB,) = [case for case in CASES if case.name == "vr_lamb"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _determinism():
+    tf.config.experimental.enable_op_determinism()
+    yield
+    tensorflow_config.disable_op_determinism()  # there is no public way back
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_state():
+    tf_keras.utils.set_random_seed(0)
+    yield
+    tf_keras.mixed_precision.set_global_policy("float32")
+
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+@over_cases
+def test_config_round_trip(case):
+    optimizer = case(
+        weight_decay=0.25,
+        clipnorm=2.0,
+        use_ema=True,
+        ema_momentum=0.5,
+        ema_overwrite_frequency=7,
+        gradient_accumulation_steps=3,
+        exclude_from_weight_decay=["bias$"],
+        name="mine",
+    )
+    config = optimizer.get_config()
+    restored = case.cls.from_config(json.loads(json.dumps(config)))
+    assert restored.get_config() == config
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["exclude_from_weight_decay"] == ["bias$"]
+    assert config["weight_decay"] == 0.25
+    assert config["jit_compile"] is False
+    for argument, value in case.arguments.items():
+        if argument not in ("weight_decay", "learning_rate"):
+            assert config[argument] == value
+
+
+SCHEDULES = [
+    tf_keras.optimizers.schedules.CosineDecay(0.3, 10),
+    tf_lbopt.schedules.WarmupCosineDecay(0.3, 10, warmup_steps=2, alpha=0.1),
+]
+
+
+@over_cases
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["tf_keras", "keras"])
+def test_serialization_with_a_schedule(case, schedule):
+    name = tf_keras.utils.get_registered_name(case.cls)
+    assert name == f"tf_lbopt>{case.cls.__name__}"
+    assert tf_keras.utils.get_registered_object(name) is case.cls
+    for wrap in (lambda o: o, lambda o: dynamic(o, 4.0, 7), lambda o: fixed(o, 8.0)):
+        optimizer = wrap(case(learning_rate=schedule))
+        for serialize, deserialize in (
+            (tf_keras.optimizers.serialize, tf_keras.optimizers.deserialize),
+            (
+                tf_keras.saving.serialize_keras_object,
+                tf_keras.saving.deserialize_keras_object,
+            ),
+        ):
+            restored = deserialize(json.loads(json.dumps(serialize(optimizer))))
+            assert type(restored) is type(optimizer)
+            assert restored.get_config() == optimizer.get_config()
+            inner = getattr(restored, "inner_optimizer", restored)
+            assert type(inner) is case.cls
+
+
+# -- saved state -----------------------------------------------------------------------------------
+
+
+def _by_checkpoint(run, folder):
+    path = tf.train.Checkpoint(variables=run.variables, optimizer=run.optimizer).save(
+        str(folder / "checkpoint")
+    )
+
+    def load(fresh):
+        tf.train.Checkpoint(variables=fresh.variables, optimizer=fresh.optimizer).restore(
+            path
+        ).assert_consumed()
+
+    return load
+
+
+def _by_own_variables(run, folder):
+    store = {}
+    run.inner.save_own_variables(store)
+    weights = run.weights()
+    np.savez(folder / "own.npz", **store)
+
+    def load(fresh):
+        for variable, value in zip(fresh.variables, weights, strict=True):
+            variable.assign(value)
+        fresh.inner.load_own_variables(dict(np.load(folder / "own.npz")))
+
+    return load
+
+
+@over_kinds
+@pytest.mark.parametrize(
+    ("save", "wrap"),
+    [(_by_checkpoint, lambda o: o), (_by_checkpoint, dynamic), (_by_own_variables, lambda o: o)],
+    ids=["checkpoint", "checkpoint with loss scale", "own variables"],
+)
+@pytest.mark.parametrize(
+    ("replicas", "micro_steps", "save_after"), [(2, 1, 4), (1, 3, 8), (2, 2, 5)]
+)
+def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_after, tmp_path):
+    """The last two save in mid-accumulation, where replicas have different sums."""
+    if wrap is dynamic and replicas * micro_steps != 4:
+        pytest.skip("the wrapper does not look at what it saves")
+    micro_batches = [
+        update[m * replicas : (m + 1) * replicas]
+        for update in sub_batch_gradients(6, sub_batches=replicas * micro_steps)
+        for m in range(micro_steps)
+    ]
+    arguments = {"use_ema": True, "wrap": wrap}
+    original = TfKerasRun(case, replicas, micro_steps, **arguments)
+    for batch in micro_batches[:save_after]:
+        original.micro_step([[tf.constant(g) for g in layers] for layers in batch])
+    load = save(original, tmp_path)
+    fresh = TfKerasRun(case, replicas, micro_steps, weights=initial_weights(seed=99), **arguments)
+    load(fresh)
+    assert_states_equal(original.state(), fresh.state())
+    for batch in micro_batches[save_after:]:
+        for run in (original, fresh):
+            run.micro_step([[tf.constant(g) for g in layers] for layers in batch])
+    assert_states_equal(original.state(), fresh.state())
+    assert original.optimizer.iterations.numpy() == 6
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+def test_restore_before_build(wrap, tmp_path):
+    gradients = sub_batch_gradients(2, sub_batches=4)
+    original = TfKerasRun(VR_LAMB, 2, 2, wrap=wrap).update(gradients[0])
+    original.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][:2]])
+    path = tf.train.Checkpoint(variables=original.variables, optimizer=original.optimizer).save(
+        str(tmp_path / "checkpoint")
+    )
+    fresh = TfKerasRun(VR_LAMB, 2, 2, weights=initial_weights(seed=99), wrap=wrap, build=False)
+    tf.train.Checkpoint(variables=fresh.variables, optimizer=fresh.optimizer).restore(path)
+    for run in (original, fresh):
+        run.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][2:]])
+    assert_states_equal(original.state(), fresh.state())
+
+
+def test_a_checkpoint_has_no_weights_and_one_copy_of_the_slots(tmp_path):
+    run = TfKerasRun(VR_LAMB, 2).update(sub_batch_gradients(1, sub_batches=2)[0])
+    path = tf.train.Checkpoint(optimizer=run.optimizer).save(str(tmp_path / "checkpoint"))
+    shapes = [shape for _, shape in tf.train.list_variables(path)]
+    assert shapes.count(list(run.variables[0].shape)) == len(VR_LAMB.cls.slots)
+
+
+def _model():
+    return tf_keras.Sequential(
+        [
+            tf_keras.layers.Dense(4, activation="tanh", input_shape=(5,)),
+            tf_keras.layers.Dense(1),
+        ]
+    )
+
+
+def _data(rows=40, columns=5):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, columns)).astype("float32")
+    return x, x.sum(axis=1, keepdims=True)
+
+
+@over_kinds
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("file", ["model.keras", "saved_model", "weights.h5"])
+@pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+def test_saved_model_in_mid_accumulation(case, replicas, file, wrap, tmp_path):
+    """After 5 batches with 2 micro-steps per update; what was saved goes on where it was."""
+    if (wrap is dynamic or file != "model.keras") and (case, replicas) != (VR_LAMB, 2):
+        pytest.skip("formats do not depend on the optimizer")
+    if file == "weights.h5":
+        pytest.skip("has no optimizer state")
+    x, y = _data()
+    fit = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    with strategy_of(replicas).scope():
+        model = _model()
+        model.compile(wrap(case(gradient_accumulation_steps=2)), loss="mse")
+    model.fit(x, y, **fit)
+    assert model.optimizer.iterations.numpy() == 2
+    model.save(tmp_path / file)
+    with strategy_of(replicas).scope():
+        loaded = tf_keras.models.load_model(tmp_path / file)
+    inner = getattr(loaded.optimizer, "inner_optimizer", loaded.optimizer)
+    assert type(inner) is case.cls
+    for one in (model, loaded):
+        one.fit(x, y, **fit)
+        assert one.optimizer.iterations.numpy() == 5
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+# -- compile and fit -------------------------------------------------------------------------------
+
+RATES = {"lars": 0.5, "clars": 0.5, "sngm": 0.05, "vr_sgd": 0.05, "vr_lars": 0.5}
+
+
+@over_cases
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_fit_learns(case, replicas):
+    if replicas == 2 and case not in KINDS:
+        pytest.skip("`fit` under a strategy does not depend on the rule")
+    x, y = _data(64)
+    with strategy_of(replicas).scope():
+        model = _model()
+        model.compile(
+            case(
+                learning_rate=RATES.get(case.name, 0.02),
+                weight_decay=None,
+                gradient_accumulation_steps=2,
+            ),
+            loss="mse",
+        )
+    history = model.fit(x, y, batch_size=8, epochs=15, verbose=0)
+    assert history.history["loss"][-1] < 0.5 * history.history["loss"][0]
+    assert model.optimizer.iterations.numpy() == 15 * 4
+
+
+@over_kinds
+@pytest.mark.parametrize(
+    "options",
+    [{"steps_per_execution": 2}, {"run_eagerly": True}, {"jit_compile": True}],
+    ids=lambda o: next(iter(o)),
+)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_fit_in_other_ways_gives_the_same_weights(case, options, replicas):
+    if replicas == 2 and "jit_compile" in options:
+        pytest.skip("tf_keras does not compile a step under MirroredStrategy on CPUs")
+    x, y = _data(48)
+    weights = []
+    for chosen in ({}, options):
+        tf_keras.utils.set_random_seed(1)
+        with strategy_of(replicas).scope():
+            model = _model()
+            model.compile(case(gradient_accumulation_steps=3), loss="mse", **chosen)
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        assert model.optimizer.iterations.numpy() == 4
+        weights.append(model.get_weights())
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@over_kinds
+def test_fit_equals_a_custom_loop(case):
+    """As tf-models-official has it: the loss divided by the number of replicas in the step."""
+    x, y = _data(32)
+    strategy = strategy_of(2)
+    weights = []
+    for custom in (False, True):
+        tf_keras.utils.set_random_seed(1)
+        with strategy.scope():
+            model = _model()
+            optimizer = case()
+            if not custom:
+                model.compile(optimizer, loss="mse")
+        if not custom:
+            model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        else:
+            dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+            @tf.function
+            def step(batch, model=model, optimizer=optimizer):
+                def replica_step(batch):
+                    with tf.GradientTape() as tape:
+                        loss = tf.reduce_mean((model(batch[0]) - batch[1]) ** 2) / 2
+                    variables = model.trainable_variables
+                    optimizer.apply_gradients(
+                        list(zip(tape.gradient(loss, variables), variables, strict=True))
+                    )
+
+                strategy.run(replica_step, args=(batch,))
+
+            for batch in strategy.experimental_distribute_dataset(dataset):
+                step(batch)
+        weights.append(model.get_weights())
+        assert optimizer.iterations.numpy() == 4
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_minimize():
+    variable = tf.Variable([3.0, 4.0])
+    optimizer = tf_lbopt.tf_keras.SNGM(0.5, momentum=0.0)
+    optimizer.minimize(lambda: tf.reduce_sum(variable**2), [variable])
+    np.testing.assert_allclose(variable.numpy(), [2.7, 3.6], rtol=1e-6)
+
+
+@over_kinds
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_fit_in_mixed_float16(case, replicas):
+    """`compile` adds the wrapper; an overflow on the last replica alone halves its scale."""
+    tf_keras.mixed_precision.set_global_policy("mixed_float16")
+    x, y = _data(64)
+    x[24:32] = 6e4  # the second half of batch 1, all of which the last replica gets
+    with strategy_of(replicas).scope():
+        model = _model()
+        model.compile(dynamic(case(gradient_accumulation_steps=2), 2.0**10), loss="mse")
+    model.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    inner = model.optimizer.inner_optimizer
+    assert inner.skipped_updates.numpy() == 3
+    assert model.optimizer.iterations.numpy() == 3
+    assert model.optimizer.loss_scale.numpy() == 2.0**10 / 8
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+def test_compile_wraps_in_mixed_float16():
+    tf_keras.mixed_precision.set_global_policy("mixed_float16")
+    x, y = _data(16)
+    model = _model()
+    model.compile(VR_LAMB(gradient_accumulation_steps=2), loss="mse")
+    assert isinstance(model.optimizer, tf_keras.mixed_precision.LossScaleOptimizer)
+    before = model.get_weights()
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert model.optimizer.inner_optimizer.iterations.numpy() == 1
+    assert any(np.abs(a - b).max() > 0 for a, b in zip(before, model.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_fit_ends_with_the_average_of_the_weights(replicas):
+    x, y = _data(32)
+    with strategy_of(replicas).scope():
+        model = _model()
+        optimizer = tf_lbopt.tf_keras.SNGM(0.1, use_ema=True, ema_momentum=0.5)
+        model.compile(optimizer, loss="mse")
+    seen = []
+    model.fit(
+        x,
+        y,
+        batch_size=8,
+        shuffle=False,
+        verbose=0,
+        callbacks=[
+            tf_keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: seen.append(model.get_weights())
+            )
+        ],
+    )
+    average = seen[0]
+    for weights in seen[1:]:
+        average = [0.5 * a + 0.5 * w for a, w in zip(average, weights, strict=True)]
+    for a, b in zip(model.get_weights(), average, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(average, seen[-1], strict=True))
+
+
+def test_constraints_hold():
+    with strategy_of(2).scope():
+        model = tf_keras.Sequential(
+            [tf_keras.layers.Dense(1, kernel_constraint="non_neg", input_shape=(5,))]
+        )
+        model.compile(tf_lbopt.tf_keras.SNGM(1.0), loss="mse")
+    x, y = _data(16)
+    model.fit(x, -y, batch_size=8, verbose=0)
+    kernel = model.get_weights()[0]
+    assert kernel.min() == 0.0
+
+
+def test_needs_two_sub_batches_in_fit():
+    assert needs_sub_batches(VR_LAMB)
+    model = _model()
+    model.compile(VR_LAMB(), loss="mse")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        model.fit(*_data(8), verbose=0)

@@ -1,0 +1,366 @@
+"""Registration with tf-models-official, and sub-batches of its tasks."""
+
+import dataclasses
+import importlib
+import inspect
+
+import numpy as np
+import official.nlp.configs.experiment_configs
+import official.vision  # noqa: F401  # registers the experiments
+import pytest
+import tensorflow as tf
+import tf_keras
+from conftest import strategy_of
+from official.core import base_task, config_definitions, exp_factory, task_factory, train_utils
+from official.modeling import optimization
+from official.modeling.optimization import optimizer_factory
+from official.nlp.configs import bert, encoders
+from official.nlp.tasks import masked_lm
+
+import tf_lbopt.tfm
+from tf_lbopt import tf_keras as lbopt_tf_keras
+
+KEYS = list(tf_lbopt.tfm.REGISTRATIONS)
+
+
+# -- registration ----------------------------------------------------------------------------------
+
+
+def test_keys():
+    wanted = "sngm vr_sgd vr_momentum vr_adam vr_lars vr_lamb clars lbopt_lars lbopt_lamb"
+    assert set(wanted.split()) <= set(KEYS)
+    for key, row in tf_lbopt.tfm.REGISTRATIONS.items():
+        assert optimizer_factory.LEGACY_OPTIMIZERS_CLS[key] is row.cls
+        assert optimizer_factory.NEW_OPTIMIZERS_CLS[key] is row.cls
+
+
+def test_stock_keys_stay_stock():
+    for key in ("sgd", "adam", "adamw", "lamb", "lars", "rmsprop"):
+        assert "tf_lbopt" not in optimizer_factory.LEGACY_OPTIMIZERS_CLS[key].__module__
+
+
+def test_importing_twice_is_harmless():
+    before = exp_factory.get_exp_config
+    importlib.reload(tf_lbopt.tfm)
+    assert exp_factory.get_exp_config is before
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_config_has_the_arguments_and_defaults_of_the_class(key):
+    row = tf_lbopt.tfm.REGISTRATIONS[key]
+    arguments = {
+        name: parameter.default
+        for name, parameter in inspect.signature(row.cls).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and name not in ("args", "learning_rate")
+    }
+    arguments.pop("norm_estimator", None)  # tf-models has no road for norms by example
+    config = row.config().as_dict()
+    for name in ("name", "clipnorm", "clipvalue", "global_clipnorm"):
+        config.pop(name)
+    config.setdefault("exclude_from_weight_decay", None)
+    arguments.setdefault("exclude_from_weight_decay", None)
+    assert config == arguments
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("experiment", ["resnet_imagenet", "bert/pretraining"])
+def test_stock_experiments_take_every_optimizer(key, experiment):
+    prefix = "trainer.optimizer_config.optimizer"
+    unset = ",trainer.optimizer_config.warmup.polynomial.warmup_steps=2"
+    params = train_utils.parse_configuration(
+        train_utils.ParseConfigOptions(
+            experiment=experiment,
+            config_file=[],
+            params_override=f"{prefix}.type={key},{prefix}.{key}.weight_decay=0.25,"
+            f"{prefix}.{key}.exclude_from_weight_decay=[bias],{prefix}.{key}.global_clipnorm=2.0"
+            + (unset if experiment.startswith("bert") else ""),
+        )
+    )
+    task = task_factory.get_task(params.task)
+    optimizer = train_utils.create_optimizer(task, params)
+    row = tf_lbopt.tfm.REGISTRATIONS[key]
+    assert type(optimizer) is row.cls
+    assert optimizer.weight_decay == 0.25
+    assert optimizer.global_clipnorm == 2.0
+    assert optimizer.gradient_accumulation_steps is None
+    # What a run writes beside its checkpoints can be read again.
+    again = exp_factory.get_exp_config(experiment)
+    again.override(params.as_dict())
+    assert again.as_dict() == params.as_dict()
+
+
+def test_stock_experiments_are_else_as_they_were():
+    extended = exp_factory.get_exp_config("resnet_imagenet")
+    stock = exp_factory.get_exp_config.__wrapped__("resnet_imagenet")
+    assert isinstance(extended.task, type(stock.task))
+    as_dict = extended.as_dict()
+    assert as_dict["task"].pop("sub_batches") == 1
+    assert as_dict == stock.as_dict()
+    with pytest.raises(KeyError):
+        extended.override({"task": {"no_such_field": 1}})
+
+
+def test_own_experiments():
+    config = tf_lbopt.tfm.OptimizationConfig(
+        {"optimizer": {"type": "clars", "clars": {"eta": 0.1}}, "learning_rate": {"type": "power"}}
+    )
+    assert isinstance(config, optimization.OptimizationConfig)
+    assert config.optimizer.get().eta == 0.1
+    assert config.replace(ema=None).optimizer.get().eta == 0.1
+
+
+def test_moving_average_of_legacy_optimizers_is_refused():
+    params = _experiment("lbopt_lars", ema={"average_decay": 0.9})
+    with pytest.raises(ValueError, match="`ema` of tf-models works with its legacy optimizers"):
+        train_utils.create_optimizer(task_factory.get_task(params.task), params)
+
+
+# -- sub-batches -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class SmallConfig(config_definitions.TaskConfig):
+    steps_per_call: int = 1
+
+
+@task_factory.register_task_cls(SmallConfig)
+class SmallTask(base_task.Task):
+    """A small network on the standard training step."""
+
+    def build_model(self):
+        tf_keras.utils.set_random_seed(3)
+        return tf_keras.Sequential(
+            [
+                tf_keras.layers.Dense(6, activation="tanh", input_shape=(5,)),
+                tf_keras.layers.Dense(3, kernel_regularizer=tf_keras.regularizers.L2(0.01)),
+            ]
+        )
+
+    def build_inputs(self, params, input_context=None):
+        raise NotImplementedError
+
+    def build_losses(self, labels, model_outputs, aux_losses=None):
+        losses = tf_keras.losses.sparse_categorical_crossentropy(
+            labels, model_outputs, from_logits=True
+        )
+        return tf.reduce_mean(losses) + tf.add_n(aux_losses or [0.0])
+
+    def build_metrics(self, training=True):
+        return [tf_keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+
+    def train_step(self, inputs, model, optimizer, metrics=None):
+        for _ in range(self.task_config.steps_per_call - 1):
+            super().train_step(inputs, model, optimizer, metrics)
+        return super().train_step(inputs, model, optimizer, metrics)
+
+
+@exp_factory.register_config_factory("tf_lbopt_test_small")
+def _small():
+    return config_definitions.ExperimentConfig(
+        task=SmallConfig(),
+        trainer=config_definitions.TrainerConfig(
+            optimizer_config=optimization.OptimizationConfig(
+                {
+                    "optimizer": {"type": "sgd", "sgd": {"momentum": 0.9}},
+                    "learning_rate": {
+                        "type": "polynomial",
+                        "polynomial": {"initial_learning_rate": 0.1, "decay_steps": 8},
+                    },
+                }
+            )
+        ),
+    )
+
+
+def _experiment(kind, sub_batches=1, rate=0.1, experiment="tf_lbopt_test_small", **override):
+    params = exp_factory.get_exp_config(experiment)
+    params.override(
+        {
+            "task": {"sub_batches": sub_batches},
+            "trainer": {
+                "optimizer_config": {
+                    "optimizer": {"type": kind},
+                    "learning_rate": {"polynomial": {"initial_learning_rate": rate}},
+                    **override,
+                }
+            },
+        }
+    )
+    return params
+
+
+def _batches(steps=3, size=16):
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        x = rng.normal(size=(size, 5)).astype("float32")
+        yield x, (np.abs(x).sum(1) % 3).astype("int64")
+
+
+def _shards(batch, replicas):
+    return [
+        tf.nest.map_structure(lambda a, d=d: np.split(a, replicas)[d], batch)
+        for d in range(replicas)
+    ]
+
+
+def _train(params, replicas, batches):
+    """Trains as tf-models' trainer does; returns weights, metrics, mean loss and optimizer."""
+    strategy = strategy_of(replicas)
+    with strategy.scope():
+        task = task_factory.get_task(params.task)
+        model = task.build_model()
+        optimizer = train_utils.create_optimizer(task, params)
+        metrics = task.build_metrics(training=True)
+        loss = tf_keras.metrics.Mean()
+
+    @tf.function
+    def step(batch):
+        def on_replica(batch):
+            logs = task.train_step(batch, model=model, optimizer=optimizer, metrics=metrics)
+            loss.update_state(logs[task.loss])
+
+        strategy.run(on_replica, args=(batch,))
+
+    for batch in batches:
+        shards = [tf.nest.map_structure(tf.constant, shard) for shard in _shards(batch, replicas)]
+        step(
+            strategy.experimental_distribute_values_from_function(
+                lambda context, shards=shards: shards[context.replica_id_in_sync_group]
+            )
+            if replicas > 1
+            else shards[0]
+        )
+    weights = [w.numpy() for w in model.trainable_variables]
+    results = {metric.name: float(metric.result()) for metric in metrics}
+    return weights, results, float(loss.result()), optimizer
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw_experimental", "vr_lars", "clars", "sngm"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_sub_batches_are_as_good_as_replicas(kind, replicas):
+    expected, metrics, loss, _ = _train(_experiment(kind), 4, _batches())
+    params = _experiment(kind, sub_batches=4 // replicas)
+    weights, seen, seen_loss, optimizer = _train(params, replicas, _batches())
+    for got, want in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    assert seen == pytest.approx(metrics)
+    assert seen_loss == pytest.approx(loss, rel=1e-5)
+    assert int(optimizer.iterations) == 3
+
+
+def test_statistics_see_the_parts():
+    """Else the update would not be weighted: every replica's examples are the same."""
+    batches = [tuple(np.concatenate([a, a]) for a in batch) for batch in _batches()]
+    one, *_ = _train(_experiment("vr_sgd"), 2, batches)
+    two, *_ = _train(_experiment("vr_sgd", sub_batches=2), 2, batches)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adam", "vr_lars"])
+@pytest.mark.parametrize("scale", ["dynamic", 8.0])
+def test_with_loss_scaling(kind, scale):
+    def params(sub_batches):
+        params = _experiment(kind, sub_batches)
+        params.override({"runtime": {"mixed_precision_dtype": "float16", "loss_scale": scale}})
+        return params
+
+    expected, *_ = _train(params(1), 2, _batches())
+    got, _, _, optimizer = _train(params(2), 1, _batches())
+    assert isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2x"])
+def test_sub_batches_must_be_a_positive_integer(value):
+    with pytest.raises(ValueError, match="`task.sub_batches` must be an integer >= 1"):
+        task_factory.get_task(_experiment("sgd", sub_batches=value).task)
+
+
+def test_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="must be a multiple of task.sub_batches=3"):
+        _train(_experiment("sgd", sub_batches=3), 1, _batches())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "vr_lars"])
+def test_a_task_with_two_updates_a_step_is_refused(kind):
+    params = _experiment(kind, sub_batches=2)
+    params.override({"task": {"steps_per_call": 2}})
+    with pytest.raises(ValueError, match="called it 2 times"):
+        _train(params, 1, _batches())
+
+
+# -- masked language modelling ---------------------------------------------------------------------
+
+
+def _language_experiment(kind, sub_batches=1, scale_loss=True):
+    task = masked_lm.MaskedLMConfig(
+        scale_loss=scale_loss,
+        model=bert.PretrainerConfig(
+            encoder=encoders.EncoderConfig(
+                bert=encoders.BertEncoderConfig(
+                    vocab_size=30, num_layers=1, hidden_size=8, num_attention_heads=2,
+                    intermediate_size=8, dropout_rate=0.0, attention_dropout_rate=0.0,
+                    max_position_embeddings=8,
+                )
+            ),
+            cls_heads=[
+                bert.ClsHeadConfig(
+                    inner_dim=8, num_classes=2, dropout_rate=0.0, name="next_sentence"
+                )
+            ],
+        ),
+    )  # fmt: skip
+    task.train_data = bert_data = bert_pretrain_data()
+    bert_data.use_next_sentence_label = True
+    experiment = tf_lbopt.tfm.extended(
+        config_definitions.ExperimentConfig(task=task, trainer=_small().trainer)
+    )
+    experiment.override(
+        {
+            "task": {"sub_batches": sub_batches},
+            "trainer": {"optimizer_config": {"optimizer": {"type": kind}}},
+        }
+    )
+    return experiment
+
+
+def bert_pretrain_data():
+    from official.nlp.data import pretrain_dataloader
+
+    return pretrain_dataloader.BertPretrainDataConfig()
+
+
+def _sentences(steps=2, size=8):
+    rng = np.random.default_rng(1)
+    for _ in range(steps):
+        yield {
+            "input_word_ids": rng.integers(1, 30, (size, 8)).astype("int32"),
+            "input_mask": np.ones((size, 8), "int32"),
+            "input_type_ids": np.zeros((size, 8), "int32"),
+            "masked_lm_positions": rng.integers(0, 8, (size, 2)).astype("int32"),
+            "masked_lm_ids": rng.integers(1, 30, (size, 2)).astype("int32"),
+            "masked_lm_weights": rng.integers(0, 2, (size, 2)).astype("float32"),
+            "next_sentence_labels": rng.integers(0, 2, (size, 1)).astype("int32"),
+        }
+
+
+@pytest.mark.parametrize("kind", ["sgd", "vr_lamb"])
+@pytest.mark.parametrize("scale_loss", [True, False])
+def test_masked_language_modelling(kind, scale_loss):
+    def run(sub_batches, replicas):
+        tf_keras.utils.set_random_seed(5)
+        params = _language_experiment(kind, sub_batches, scale_loss)
+        return _train(params, replicas, _sentences())
+
+    expected, metrics, loss, _ = run(1, 4)
+    got, seen, seen_loss, optimizer = run(2, 2)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    assert seen == pytest.approx(metrics, rel=1e-5)
+    assert seen_loss == pytest.approx(loss, rel=1e-5)
+    assert int(optimizer.iterations) == 2
+
+
+def test_classes_are_those_of_tf_keras():
+    assert tf_lbopt.tfm.REGISTRATIONS["vr_lars"].cls is lbopt_tf_keras.VRLARS

@@ -1,0 +1,155 @@
+"""Looking at how much a layer's gradient varies from example to example."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_lbopt import _validation
+from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.per_example import per_example_gradient_norms
+
+
+class GradientVarianceFactor(keras.callbacks.Callback):
+    """Logs every layer's gradient variance factor, the quantity behind CLARS and warm-up.
+
+        M_k = (1/n) Σ ‖∇_k f_i(w)‖²  /  ‖(1/n) Σ ∇_k f_i(w)‖²
+
+    over n examples, for each trainable variable k, at the end of every epoch; 1 where all examples
+    agree, larger where their gradients cancel. A layer with a large M_k bears only a small rate
+    (Theorem 2 of the paper).
+
+    They go into `fit`'s logs as ``variance_factor/<path>`` (and so into the history, CSV files and
+    Keras's own TensorBoard callback, if that comes later in the list), and to TensorBoard directly
+    if `log_dir` is given. A layer whose mean gradient is 0 has infinity.
+
+    The model is called in inference form: dropout is off, and batch normalization takes its moving
+    statistics, because with those of the batch the gradient of a single example is not defined. The
+    cost is that of a pass over the examples; see `tf_lbopt.per_example_gradient_norms`.
+
+    Args:
+        x: Examples, an array or a structure of arrays; a sample of the training data.
+        y: Their labels, likewise.
+        sample_weight: Their weights, or `None`.
+        loss: A loss as in `compile`; `None`, the default, for the one that the model was compiled
+            with (a single one).
+        batch_size: Examples at a time, ≥ 1. Defaults to 128.
+        every: Epochs from one measurement to the next, ≥ 1. Defaults to 1.
+        log_dir: Folder for TensorBoard's event files, or `None`.
+
+    Raises:
+        ValueError: When training begins, if the model was compiled with several losses and none
+            is given.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="top")])
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> x, y = np.eye(2, dtype="float32"), np.ones([2, 1], "float32")
+        >>> callback = GradientVarianceFactor(x, y)
+        >>> history = model.fit(x, y, verbose=0, callbacks=[callback]).history
+        >>> [name.split("/", 1)[1][-10:] for name in history if name.startswith("variance")]
+        ['top/kernel', '/top/bias']
+
+    References:
+        Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
+        Layer-Wise Adaptive Rate Scaling" (AAAI), section "Variations of Gradient Variance",
+        Figure 2.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        sample_weight: Any = None,
+        loss: Any = None,
+        batch_size: int = 128,
+        every: int = 1,
+        log_dir: str | None = None,
+    ):
+        super().__init__()
+        self.batch_size = _validation.integer("batch_size", batch_size, low=1)
+        self.every = _validation.integer("every", every, low=1)
+        self.log_dir = log_dir
+        self.loss = loss
+        self._data = keras.tree.map_structure(np.asarray, (x, y))
+        if sample_weight is not None:
+            self._data = (*self._data, np.asarray(sample_weight))
+        sizes = {len(leaf) for leaf in keras.tree.flatten(self._data)}
+        if len(sizes) != 1 or not sizes.isdisjoint({0}):
+            raise ValueError(
+                "`x`, `y` and `sample_weight` must have the same number of examples, at least 1. "
+                f"Received: {sorted(sizes)}"
+            )
+        (self._examples,) = sizes
+        self._writer: Any = None
+        self._measure: Any = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Looks for the loss."""
+        loss = getattr(self.model, "loss", None) if self.loss is None else self.loss
+        if loss is None or isinstance(loss, (list, tuple, dict)):
+            raise ValueError(
+                "GradientVarianceFactor needs one loss: give `loss`, a callable of labels and "
+                f"predictions that returns [batch] values. Received: a model compiled with {loss!r}"
+            )
+        self._measure = None
+        if self.log_dir is not None:
+            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Measures, and writes what it finds."""
+        if (epoch + 1) % self.every:
+            return
+        numbers = {
+            f"variance_factor/{path_of(variable)}": factor
+            for variable, factor in zip(self.model.trainable_variables, self.factors(), strict=True)
+        }
+        if logs is not None:
+            logs.update(numbers)
+        if self._writer is not None:
+            with self._writer.as_default(step=epoch):
+                for name, value in numbers.items():
+                    if math.isfinite(value):
+                        tf.summary.scalar(name, value)
+                self._writer.flush()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Closes the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def factors(self) -> list[float]:
+        """M_k of the model as it is, in the order of its trainable variables."""
+        model = self.model
+        loss = model.loss if self.loss is None else self.loss
+        if self._measure is None:  # anew for every training: what is trainable may have changed
+
+            @tf.function(reduce_retracing=True)
+            def measure(*data: Any) -> Any:
+                norms, gradients = per_example_gradient_norms(
+                    model, data[0], data[1], loss, *data[2:], training=False
+                )
+                dense = [
+                    tf.zeros(v.shape) if g is None else tf.convert_to_tensor(g)
+                    for g, v in zip(gradients, model.trainable_variables, strict=True)
+                ]
+                return [tf.reduce_sum(tf.cast(n, tf.float64) ** 2) for n in norms], dense
+
+            self._measure = measure
+        squares = np.zeros(len(model.trainable_variables))
+        means = [np.zeros(v.shape) for v in model.trainable_variables]
+        for start in range(0, self._examples, self.batch_size):
+            batch = keras.tree.map_structure(
+                lambda leaf, start=start: tf.constant(leaf[start : start + self.batch_size]),
+                self._data,
+            )
+            own_squares, gradients = self._measure(*batch)
+            count = len(keras.tree.flatten(batch)[0])
+            squares += np.array([float(s) for s in own_squares]) / self._examples
+            for mean, gradient in zip(means, gradients, strict=True):
+                mean += gradient.numpy().astype(float) * (count / self._examples)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return [float(s / np.sum(m**2)) for s, m in zip(squares, means, strict=True)]
