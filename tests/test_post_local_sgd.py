@@ -120,7 +120,8 @@ class Loop:
                     predicted = x @ kernel + bias
                     small = tf.debugging.assert_less(tf.abs(predicted), 1e6)
                     with tf.control_dependencies([] if small is None else [small]):
-                        loss = tf.reduce_mean((predicted - y) ** 2) / self.replicas
+                        predicted = tf.identity(predicted)  # the gradient waits for it too
+                    loss = tf.reduce_mean((predicted - y) ** 2) / self.replicas
                 gradients = tape.gradient(loss, [kernel, bias])
                 self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
 

@@ -72,6 +72,49 @@ class PositiveFloatParser(flags.ArgumentParser):
         return "float"
 
 
+class ShareParser(flags.ArgumentParser):
+    """Parses a number from 0 up to, but without, 1."""
+
+    syntactic_help = "a number in [0, 1)"
+
+    def parse(self, argument: str | float) -> float:
+        """Returns the number, or raises ``ValueError`` naming what was expected."""
+        try:
+            value = float(argument)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < 1:
+            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
+        return value
+
+    def flag_type(self) -> str:
+        """Returns the type's name for help texts."""
+        return "float"
+
+
+class PositiveFloatsParser(flags.ArgumentParser):
+    """Parses a comma-separated list of different finite numbers greater than zero."""
+
+    syntactic_help = "a comma-separated list of different positive numbers"
+
+    def parse(self, argument: str | tuple[float, ...]) -> tuple[float, ...]:
+        """Returns the numbers, rising, or raises ``ValueError`` naming what was expected."""
+        if isinstance(argument, tuple):
+            return argument
+        parser = PositiveFloatParser()
+        try:
+            rates = sorted(parser.parse(part) for part in argument.split(","))
+        except ValueError:
+            rates = []
+        if not rates or len(set(rates)) < len(rates):
+            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
+        return tuple(rates)
+
+    def flag_type(self) -> str:
+        """Returns the type's name for help texts."""
+        return "list of floats"
+
+
 def define_integer(
     values: flags.FlagValues,
     name: str,

@@ -83,7 +83,14 @@ def _run(options: Options) -> None:
             runner = _Runner(trainer, progress, interrupted, only_final_test=options.tune)
             runs = _planned_runs(options)
             if options.tune:
-                tuned = [tune_learning_rate(run, runner.run) for run in runs]
+                # The small-batch baseline, which has an optimizer of its own, is searched for.
+                baseline = options.small_batch_size is not None
+                tuned = [
+                    tune_learning_rate(
+                        run, runner.run, None if baseline and run is runs[0] else options.rates
+                    )
+                    for run in runs
+                ]
             else:
                 compared = [runner.run(run) for run in runs]
     if options.tune:
@@ -128,11 +135,22 @@ def _planned_runs(options: Options) -> list[RunSettings]:
                 options.epochs,
                 settings.SMALL_BATCH_LEARNING_RATE,
                 options.seed,
+                options.warmup_fraction,
             )
         )
     for name in options.optimizers:
         rate = options.learning_rate or default_learning_rate(name)
-        runs.append(RunSettings(name, options.batch_size, options.epochs, rate, options.seed))
+        runs.append(
+            RunSettings(
+                name,
+                options.batch_size,
+                options.epochs,
+                rate,
+                options.seed,
+                options.warmup_fraction,
+                options.trust_coefficient,
+            )
+        )
     return runs
 
 

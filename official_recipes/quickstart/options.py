@@ -11,6 +11,8 @@ from absl import flags
 
 from official_recipes.common.flag_parsing import (
     FlagValueError,
+    PositiveFloatsParser,
+    ShareParser,
     define_integer,
     define_positive_float,
     help_text,
@@ -18,7 +20,7 @@ from official_recipes.common.flag_parsing import (
 )
 from official_recipes.common.image_data import KNOWN_FORMS, DataFormatError, ImageSource
 from official_recipes.quickstart.data import choose_source, validation_size
-from official_recipes.quickstart.settings import DATA_DEFAULTS, DEFAULT_OPTIMIZERS
+from official_recipes.quickstart.settings import DATA_DEFAULTS, DEFAULT_OPTIMIZERS, WARMUP_FRACTION
 
 PROGRAM = "python -m official_recipes.quickstart"
 SUMMARY = (
@@ -40,9 +42,12 @@ class Options:
         replicas: The number of logical CPU devices.
         epochs: Passes over the training split.
         learning_rate: Peak rate of all large-batch runs, or ``None`` for one per optimizer.
+        warmup_fraction: Share of the updates in which the rate rises to its peak.
+        trust_coefficient: τ of the optimizers with a trust ratio, or ``None`` for their defaults.
         seed: Seed of the initial weights and of the shuffling.
         output_dir: Where results are written.
         tune: Whether to search for learning rates instead of comparing.
+        rates: All rates that the search tries, or ``None`` to look around the default one.
     """
 
     source: ImageSource
@@ -52,9 +57,12 @@ class Options:
     replicas: int
     epochs: int
     learning_rate: float | None
+    warmup_fraction: float
+    trust_coefficient: float | None
     seed: int
     output_dir: Path
     tune: bool
+    rates: tuple[float, ...] | None
 
 
 def define_flags() -> flags.FlagValues:
@@ -90,6 +98,19 @@ def define_flags() -> flags.FlagValues:
         None,
         "Peak learning rate of all large-batch runs [default: one tuned rate per optimizer].",
     )
+    flags.DEFINE(
+        ShareParser(),
+        "warmup_fraction",
+        WARMUP_FRACTION,
+        "Share of the updates in which the learning rate rises from 0 to its peak; 0 for none.",
+        flag_values=values,
+    )
+    define_positive_float(
+        values,
+        "trust_coefficient",
+        None,
+        "Coefficient of the trust ratio of lars, vr_lars and clars [default: their own].",
+    )
     define_integer(
         values,
         "seed",
@@ -115,6 +136,13 @@ def define_flags() -> flags.FlagValues:
         False,
         "Search for learning rates on a validation part of the training split instead; prints "
         "and writes tuning.json. Takes about ten times as long as the comparison.",
+        flag_values=values,
+    )
+    flags.DEFINE(
+        PositiveFloatsParser(),
+        "rates",
+        None,
+        "With --tune: try exactly these learning rates for every large-batch optimizer.",
         flag_values=values,
     )
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
@@ -153,10 +181,15 @@ def parse_options(argv: Sequence[str]) -> Options | None:
         replicas=values.replicas,
         epochs=values.epochs or defaults.epochs,
         learning_rate=values.learning_rate,
+        warmup_fraction=values.warmup_fraction,
+        trust_coefficient=values.trust_coefficient,
         seed=values.seed,
         output_dir=Path(values.output_dir),
         tune=values.tune,
+        rates=values.rates,
     )
+    if options.rates is not None and not options.tune:
+        raise FlagValueError("rates", "to be given together with --tune", "no --tune")
     _check_batches(options)
     _check_output_dir(options.output_dir)
     return options

@@ -49,6 +49,8 @@ LEARNING_RATES = {
     "clars": 1.0,
     "lars": 30.0,
     "lamb": 0.03,
+    "extrap_sgd": 0.3,
+    "extrap_adam": 0.03,
     "sngm": 0.3,
     "vr_sgd": 1.0,
     "vr_momentum": 0.3,

@@ -34,6 +34,8 @@ class RunSettings:
         epochs: Passes over the training split.
         learning_rate: The peak of the schedule.
         seed: Seed of the initial weights and of the shuffling.
+        warmup_fraction: Share of the updates in which the rate rises to its peak.
+        trust_coefficient: τ of an optimizer with a trust ratio, or ``None`` for its default.
     """
 
     optimizer: str
@@ -41,6 +43,8 @@ class RunSettings:
     epochs: int
     learning_rate: float
     seed: int
+    warmup_fraction: float = settings.WARMUP_FRACTION
+    trust_coefficient: float | None = None
 
     @property
     def label(self) -> str:
@@ -160,7 +164,7 @@ class Trainer:
         total = per_epoch * run.epochs
         keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
         keras.utils.set_random_seed(run.seed)
-        warmup = round(total * settings.WARMUP_FRACTION)
+        warmup = round(total * run.warmup_fraction)
         schedule = WarmupPolynomialDecay(
             run.learning_rate,
             decay_steps=total - warmup,
@@ -171,7 +175,9 @@ class Trainer:
             model = build_model(data)
             model.set_weights(self._initial_weights)
             model.compile(
-                optimizer=_factory(run.optimizer)(learning_rate=schedule),
+                optimizer=_factory(run.optimizer)(
+                    learning_rate=schedule, **_coefficient(run.optimizer, run.trust_coefficient)
+                ),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             )
         test = _TestCurve(data, final_epoch=run.epochs if only_final_test else None)
@@ -260,6 +266,16 @@ def _factory(name: str) -> Callable[..., keras.optimizers.Optimizer]:
     if name in _STOCK_OPTIMIZERS:
         return _STOCK_OPTIMIZERS[name]
     return {row.name: row.cls for row in tf_lbopt.list_optimizers()}[name]
+
+
+def _coefficient(name: str, value: float | None) -> dict[str, float]:
+    """The argument for the coefficient of the trust ratio, where there is one."""
+    parameters = inspect.signature(_factory(name)).parameters
+    argument = next((name for name in ("trust_coefficient", "eta") if name in parameters), None)
+    # ExtrapSGD has a trust ratio only if it is asked for.
+    if value is None or argument is None or parameters[argument].default is None:
+        return {}
+    return {argument: value}
 
 
 def _floats(values: list) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
@@ -37,7 +37,9 @@ class TuningResult:
 
 
 def tune_learning_rate(
-    start: RunSettings, train: Callable[[RunSettings], RunResult]
+    start: RunSettings,
+    train: Callable[[RunSettings], RunResult],
+    rates: Sequence[float] | None = None,
 ) -> TuningResult:
     """Finds the rate of the best mean validation accuracy; ties go to the lower loss.
 
@@ -47,30 +49,35 @@ def tune_learning_rate(
     Args:
         start: The run to vary; its learning rate is the middle of the grid.
         train: Trains once, with a validation split in the place of the test split.
+        rates: Try exactly these instead.
 
     Returns:
         Every rate's score and the best one.
     """
+    if rates is not None:
+        return _result(start, [_score(start, rate, train) for rate in rates])
     middle = _nearest_index(start.learning_rate)
     scores = {
-        index: _score(start, index, train)
+        index: _score(start, _rate(index), train)
         for index in range(middle - _RATES_AT_FIRST // 2, middle + _RATES_AT_FIRST // 2 + 1)
     }
     while True:
-        # Rounded, so that the order of a sum does not decide a tie.
-        best = max(
-            scores, key=lambda index: (round(scores[index].accuracy, 9), -scores[index].loss)
-        )
+        best = max(scores, key=lambda index: _quality(scores[index]))
         beyond = {min(scores): best - 1, max(scores): best + 1}.get(best)
         if beyond is None or len(scores) >= _RATES_AT_MOST:
             break
-        scores[beyond] = _score(start, beyond, train)
-    return TuningResult(
-        start.optimizer,
-        start.batch_size,
-        [scores[index] for index in sorted(scores)],
-        scores[best],
-    )
+        scores[beyond] = _score(start, _rate(beyond), train)
+    return _result(start, [scores[index] for index in sorted(scores)])
+
+
+def _result(start: RunSettings, scores: list[RateScore]) -> TuningResult:
+    best = max(scores, key=_quality)
+    return TuningResult(start.optimizer, start.batch_size, scores, best)
+
+
+def _quality(score: RateScore) -> tuple[float, float]:
+    # Rounded, so that the order of a sum does not decide a tie.
+    return round(score.accuracy, 9), -score.loss
 
 
 def tuning_table(data_name: str, results: list[TuningResult]) -> Table:
@@ -93,8 +100,7 @@ def tuning_table(data_name: str, results: list[TuningResult]) -> Table:
     return table
 
 
-def _score(start: RunSettings, index: int, train: Callable[[RunSettings], RunResult]) -> RateScore:
-    rate = _rate(index)
+def _score(start: RunSettings, rate: float, train: Callable[[RunSettings], RunResult]) -> RateScore:
     runs = [
         train(replace(start, learning_rate=rate, seed=start.seed + offset))
         for offset in range(_SEEDS)
