@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -58,7 +59,7 @@ class Contender:
                     [(g, v.value) for g, v in zip(gradients, variables, strict=True)]
                 )
             else:
-                optimizer.apply(gradients, variables)
+                _apply(optimizer, gradients, variables)
 
 
 def contenders(weight_decay: float, replicas: int) -> tuple[list[Contender], list[tuple[str, str]]]:
@@ -150,7 +151,7 @@ def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -
     own = getattr(accumulating, "_accumulation", None)
     if own is not None:
         tf.distribute.get_strategy().run(
-            lambda: accumulating.apply([tf.ones(v.shape) for v in variables], variables)
+            lambda: _apply(accumulating, [tf.ones(v.shape) for v in variables], variables)
         )
         return _state_like(own.variables(), tiny())
     without = contender.create()
@@ -163,6 +164,13 @@ def collective_reductions(update: Any, replicas: int) -> float:
     graph = update.graph.as_graph_def()
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
     return sum(node.op.startswith("CollectiveReduce") for node in nodes) / replicas
+
+
+def _apply(optimizer: Any, gradients: Sequence[tf.Tensor], variables: Sequence[Any]) -> None:
+    # Moving the weights to where the gradients are taken is part of these optimizers' update.
+    moved = hasattr(optimizer, "extrapolated")
+    with optimizer.extrapolated(variables) if moved else contextlib.nullcontext():
+        optimizer.apply(gradients, variables)
 
 
 def _creator(cls: type, **settings: Any) -> Callable[..., Any]:

@@ -215,6 +215,36 @@ def test_batch_is_not_the_first_axis(layer, graph, caplog):
     assert "kernel in dense" in lines(caplog)[0]
 
 
+class Positions(L.Layer):
+    """Adds what it looks up for every position, the same for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.dense = L.Embedding(BATCH, 4), L.Dense(4)
+        self.table.build()
+        self.dense.build((None, 4))
+        self.scale = Scale()
+        self.scale.build((None, 4))
+
+    def call(self, inputs):
+        positions = self.table(keras.ops.arange(inputs.shape[1]))
+        return inputs + self.scale(self.dense(positions))
+
+
+@MODES
+@pytest.mark.parametrize("layer", [Positions, TimeMajor])
+def test_another_axis_is_as_long_as_the_batch(layer, graph, caplog):
+    """Then sizes do not tell one from the other."""
+    model = sequential(layer(), L.Dense(3), inputs=(BATCH, 4))
+    x, y = normal(BATCH, BATCH, 4), normal(BATCH, BATCH, 3, seed=2)
+    assert_exact(model, x, y, graph=graph)
+    (line,) = lines(caplog)
+    assert "kernel in dense" in line
+    assert ("(Scale)" in line) == (layer is Positions)
+    # The model's dense layer has its batch first.
+    assert model.layers[1].kernel.path not in line
+
+
 def test_batch_is_not_the_first_axis_at_run_time():
     """Without static shapes it is an error, not a wrong number."""
     model = sequential(Flattened(), inputs=(5, 4))

@@ -66,7 +66,10 @@ def test_config_has_the_arguments_and_defaults_of_the_class(key):
 @pytest.mark.parametrize("experiment", ["resnet_imagenet", "bert/pretraining"])
 def test_stock_experiments_take_every_optimizer(key, experiment):
     prefix = "trainer.optimizer_config.optimizer"
-    unset = ",trainer.optimizer_config.warmup.polynomial.warmup_steps=2"
+    unset = (
+        ",trainer.optimizer_config.warmup.polynomial.warmup_steps=2"
+        ",trainer.optimizer_config.learning_rate.polynomial.decay_steps=8"
+    )
     params = train_utils.parse_configuration(
         train_utils.ParseConfigOptions(
             experiment=experiment,
@@ -203,12 +206,18 @@ def _shards(batch, replicas):
     ]
 
 
+def _features(batch):
+    return batch[0] if isinstance(batch, tuple) else batch
+
+
 def _train(params, replicas, batches):
     """Trains as tf-models' trainer does; returns weights, metrics, mean loss and optimizer."""
+    batches = list(batches)
     strategy = strategy_of(replicas)
     with strategy.scope():
         task = task_factory.get_task(params.task)
         model = task.build_model()
+        model(tf.nest.map_structure(tf.constant, _features(batches[0])))  # else traced twice
         optimizer = train_utils.create_optimizer(task, params)
         metrics = task.build_metrics(training=True)
         loss = tf_keras.metrics.Mean()
@@ -235,8 +244,18 @@ def _train(params, replicas, batches):
     return weights, results, float(loss.result()), optimizer
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw_experimental", "vr_lars", "clars", "sngm"])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "replicas"),
+    [
+        ("sgd", 1),
+        ("adam", 2),
+        ("adamw_experimental", 2),
+        ("vr_lars", 1),
+        ("vr_lars", 2),
+        ("clars", 2),
+        ("sngm", 1),
+    ],
+)
 def test_sub_batches_are_as_good_as_replicas(kind, replicas):
     expected, metrics, loss, _ = _train(_experiment(kind), 4, _batches())
     params = _experiment(kind, sub_batches=4 // replicas)
@@ -245,7 +264,7 @@ def test_sub_batches_are_as_good_as_replicas(kind, replicas):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
     assert seen == pytest.approx(metrics)
     assert seen_loss == pytest.approx(loss, rel=1e-5)
-    assert int(optimizer.iterations) == 3
+    assert optimizer.iterations.numpy() == 3
 
 
 def test_statistics_see_the_parts():
@@ -273,12 +292,12 @@ def test_with_loss_scaling(kind, scale):
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2x"])
 def test_sub_batches_must_be_a_positive_integer(value):
-    with pytest.raises(ValueError, match="`task.sub_batches` must be an integer >= 1"):
+    with pytest.raises(ValueError, match=r"`task\.sub_batches` must be an integer >= 1"):
         task_factory.get_task(_experiment("sgd", sub_batches=value).task)
 
 
 def test_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="must be a multiple of task.sub_batches=3"):
+    with pytest.raises(ValueError, match=r"must be a multiple of task\.sub_batches=3"):
         _train(_experiment("sgd", sub_batches=3), 1, _batches())
 
 
@@ -345,21 +364,28 @@ def _sentences(steps=2, size=8):
         }
 
 
-@pytest.mark.parametrize("kind", ["sgd", "vr_lamb"])
-@pytest.mark.parametrize("scale_loss", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "scale_loss"),
+    [
+        ("sgd", True),
+        ("sgd", False),
+        ("lbopt_lars", False),
+        pytest.param("vr_lamb", False, marks=pytest.mark.long),
+    ],
+)
 def test_masked_language_modelling(kind, scale_loss):
     def run(sub_batches, replicas):
         tf_keras.utils.set_random_seed(5)
         params = _language_experiment(kind, sub_batches, scale_loss)
         return _train(params, replicas, _sentences())
 
-    expected, metrics, loss, _ = run(1, 4)
-    got, seen, seen_loss, optimizer = run(2, 2)
+    expected, metrics, loss, _ = run(1, 2)
+    got, seen, seen_loss, optimizer = run(2, 1)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
     assert seen == pytest.approx(metrics, rel=1e-5)
     assert seen_loss == pytest.approx(loss, rel=1e-5)
-    assert int(optimizer.iterations) == 2
+    assert optimizer.iterations.numpy() == 2
 
 
 def test_classes_are_those_of_tf_keras():

@@ -58,6 +58,8 @@ class ReplicaState(tf.train.experimental.PythonState):
 
     def serialize(self) -> bytes:
         """What a checkpoint stores: every replica's copies, or nothing."""
+        if not tf.executing_eagerly():
+            return b""  # into a SavedModel, from which TensorFlow would not restore it
         if self.state() is None:
             return self._pending or b""
         header = self.header()

@@ -258,7 +258,7 @@ class Extrapolation(Algorithm):
                 return
             copies = self._strategy.experimental_local_results(self._away)
             away = np.any([copy.numpy() for copy in copies], axis=0)
-            for index in np.flatnonzero(away):
+            for index in map(int, np.flatnonzero(away)):
                 variable = tensorflow_variable(self._trainable_variables[index])
                 _assign_copies(self._strategy, variable, self._origins[index])
             for copy in copies:
@@ -272,6 +272,7 @@ class Extrapolation(Algorithm):
         variables: Sequence[Any],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
+        summed: bool = False,
     ) -> None:
         active = self._block()
         if getattr(self, "_loss_scaled_from_outside", False):
@@ -297,7 +298,7 @@ class Extrapolation(Algorithm):
         moved = [v for v in self._trainable_variables if self._var_key(v) in active.keys]
         self._in_replica(self._return, moved)
         active.applied = True
-        super()._send(grads, variables, loss_scale, after)
+        super()._send(grads, variables, loss_scale, after, summed)
 
     def _part(self) -> int:
         block = self._block()

@@ -379,11 +379,10 @@ class PostLocalSGD(LargeBatchOptimizer):
                 return
             if isinstance(self.inner_optimizer, ExtrapSGD):
                 self.inner_optimizer.recover()
-            if self._local.is_away():
-                self._local.put_back_all(
-                    [tensorflow_variable(v) for v in self._trainable_variables],
-                    tensorflow_variable(self._iterations),
-                )
+            self._local.recover(
+                [tensorflow_variable(v) for v in self._trainable_variables],
+                tensorflow_variable(self._iterations),
+            )
 
     def wrap_training(
         self,
@@ -500,8 +499,8 @@ class PostLocalSGD(LargeBatchOptimizer):
 
         on_each_replica(strategy, tensorflow_variable(self._iterations), put_back)
 
-    def _put_back(self) -> None:
-        self._local.put_back([tensorflow_variable(v) for v in self._trainable_variables])
+    def _put_back(self) -> list[Any]:
+        return self._local.put_back([tensorflow_variable(v) for v in self._trainable_variables])
 
     def _update_locally(
         self, strategy: tf.distribute.Strategy, indices: Sequence[int], gradients: Sequence[Any]
@@ -525,10 +524,11 @@ class PostLocalSGD(LargeBatchOptimizer):
                 self._local.skipped.assign_add(1)
                 return tf.constant(False)
 
-            tf.cond(finite, apply, leave_out)
-            self._put_back()
-            tensorflow_variable(self._iterations).assign_add(1)
-            self._local.count()
+            with tf.control_dependencies([tf.cond(finite, apply, leave_out)]):
+                back = self._put_back()
+            with tf.control_dependencies(back):
+                tensorflow_variable(self._iterations).assign_add(1)
+                self._local.count()
             return [finite]
 
         (finite,) = on_each_replica(strategy, anchor, update, bundle([flags])[0], rate, *gradients)
@@ -718,14 +718,14 @@ class _LocalState(ReplicaState):
 
         new = tf.cond(tf.equal(self._counter, 0), lambda: tf.constant(True), written)
         with tf.control_dependencies([tf.cond(new, take_over, lambda: tf.constant(False))]):
-            away = self._away.assign(True, read_value=False)
-        with tf.control_dependencies([] if away is None else [away]):
+            away = _done(self._away.assign(True, read_value=False))
+        with tf.control_dependencies(away):
             _assign_all(targets, self.weights)
 
-    def put_back(self, targets: Sequence[tf.Variable]) -> None:
-        """Puts the average back."""
+    def put_back(self, targets: Sequence[tf.Variable]) -> list[Any]:
+        """Puts the average back; what comes after it must wait for what is returned."""
         with tf.control_dependencies(_assign_all(targets, self.averages)):
-            self._away.assign(False)
+            return _done(self._away.assign(False, read_value=False))
 
     def count(self) -> None:
         """Counts a local update."""
@@ -757,17 +757,20 @@ class _LocalState(ReplicaState):
             return False
         return any(bool(copy.numpy()) for copy in self._local_copies(self._away))
 
-    def put_back_all(self, targets: Sequence[tf.Variable], iterations: tf.Variable) -> None:
+    def recover(self, targets: Sequence[tf.Variable], iterations: tf.Variable) -> None:
         """Puts the average back on all replicas, after an error."""
-        for target, average in zip(targets, self.averages, strict=True):
-            copies = zip(self._local_copies(target), self._local_copies(average), strict=True)
-            for copy, value in copies:
-                copy.assign(value.read_value())
-        # An interrupt can come when some replicas have counted their step.
-        for counter in (iterations, self._counter):
-            made = min(int(copy.numpy()) for copy in self._local_copies(counter))
-            self._assign(counter, made)
-        self._assign(self._away, False)
+        if self._alone:
+            return
+        if self.is_away():
+            for target, average in zip(targets, self.averages, strict=True):
+                copies = zip(self._local_copies(target), self._local_copies(average), strict=True)
+                for copy, value in copies:
+                    copy.assign(value.read_value())
+            self._assign(self._away, False)
+        for counter in (iterations, self._counter):  # some replicas may have ended their step
+            made = {int(copy.numpy()) for copy in self._local_copies(counter)}
+            if len(made) > 1:
+                self._assign(counter, min(made))
 
     def restart(self) -> None:
         """Makes all replicas go on from the model's variables."""
@@ -889,11 +892,17 @@ def _variable(value: tf.Tensor) -> tf.Variable:
 
 
 def _assign_all(targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]) -> list[Any]:
-    assigned = [
-        target.assign(source.read_value(), read_value=False)
-        for target, source in zip(targets, sources, strict=True)
-    ]
-    return [operation for operation in assigned if operation is not None]
+    return _done(
+        *(
+            target.assign(source.read_value(), read_value=False)
+            for target, source in zip(targets, sources, strict=True)
+        )
+    )
+
+
+def _done(*operations: Any) -> list[Any]:
+    """Operations to wait for; eagerly there are none."""
+    return [operation for operation in operations if operation is not None]
 
 
 def _stored_dtype(variable: tf.Variable) -> tf.DType:

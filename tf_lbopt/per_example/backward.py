@@ -127,7 +127,7 @@ class Backward:
     ) -> dict[int, Contribution]:
         """What the rule says of the variables that the call read; nothing if it does not apply."""
         (output,) = use.outputs
-        if not has_rows(output, self._batch):
+        if use.rows is False or not has_rows(output, self._batch):
             return {}
         if self._batch is None or output.shape[0] is None:
             with tf.control_dependencies([self._check_rows(use, output)]):

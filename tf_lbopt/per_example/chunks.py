@@ -9,7 +9,7 @@ from tf_lbopt.per_example.contributions import Contribution, batch_size
 from tf_lbopt.rules.norms import compute_dtype
 
 BUDGET = 1 << 22
-"""How many numbers may be held for the examples of one part: 64 MiB of float32."""
+"""How many numbers may be held for the examples of one part: 16 MiB of float32."""
 
 _Part: TypeAlias = Callable[[Sequence[tf.Tensor]], tuple[tf.Tensor, tf.Tensor | None]]
 

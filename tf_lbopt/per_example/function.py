@@ -30,12 +30,11 @@ def per_example_gradient_norms(
 
     With f_i the loss of example i (see below), this returns ‖∇_k f_i‖ for all examples i and
     trainable variables k, and (1/B) Σ_i ∇_k f_i, exactly and from the same backward pass: the
-    ingredients of CLARS (Huo, Gu, Huang 2021, Algorithm 1, line 4 and eq. 5, whose N_k is the mean
-    of the norms). Layers that have a rule, most of Keras's, cost little more than the gradient
-    alone and never more than 64 MiB (or one example) of per-example gradients at a time; other
-    layers and variables read outside their layer are exact too, but slow, and are named once in a
-    warning of the logger ``tf_lbopt.per_example``. Variables that are used several times get the
-    norm of the sum.
+    ingredients of CLARS, whose N_k is the mean of the norms. Layers that have a rule, most of
+    Keras's, cost little more than the gradient alone, with never more than 16 MiB (or one example)
+    of per-example gradients at a time; other layers and variables that are read outside their layer
+    are exact too, but slow, and are named once in a warning of the logger ``tf_lbopt.per_example``.
+    Variables that are used several times get the norm of the sum.
 
     What f_i is:
 
@@ -93,6 +92,10 @@ def per_example_gradient_norms(
         ... )
         >>> norms[0].numpy().tolist(), gradients[0].numpy().tolist()
         ([2.5, 1.0], [[0.75], [1.5]])
+
+    References:
+        Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
+        Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, line 4, and equation 5.
     """
     _check_model(model)
     training = _validation.boolean("training", training)

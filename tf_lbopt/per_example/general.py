@@ -37,6 +37,8 @@ class Replay:
         self.failed = False
         self._gradients = gradients
         self._batch = batch
+        if use.rows is False:
+            raise NotReplayableError
         for tensor, gradient in zip(use.outputs, gradients, strict=True):
             if gradient is not None and not has_rows(tensor, batch):
                 raise NotReplayableError

@@ -63,7 +63,7 @@ class PerExampleNormsModel(keras.Model):
         # Left to itself, Keras makes a functional model out of one of a class by changing the bases
         # of that class, and of those above it: no model could be subclassed from them afterwards.
         if _has_symbolic_ends(*args, **kwargs) and not isinstance(self, _compat.Functional):
-            self.__class__ = _functional(type(self))
+            self.__class__ = _functional(type(self))  # type: ignore[arg-type]  # hashable it is
         super().__init__(*args, **kwargs)
 
     def example_losses(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:

@@ -27,6 +27,8 @@ class Use:
         outputs: Tensors through which all that the call computed reaches the loss: what a rule
             wants the gradient of, or all that the call returned.
         prepared: What the registration's ``prepare`` returned.
+        shapes: Of the tensors that the call returned.
+        rows: Whether the first axis of the outputs is the batch, `None` where it can not be told.
         inclusive: Whether ``reads`` has what the layers called by this one read, too.
     """
 
@@ -37,6 +39,8 @@ class Use:
     reads: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
     prepared: Any = None
+    shapes: list[tf.TensorShape] = dataclasses.field(default_factory=list)
+    rows: bool | None = None
     inclusive: bool = False
 
 
@@ -50,10 +54,17 @@ class Recording:
     Args:
         variables: Those of interest.
         tape: An active tape.
+
+    Attributes:
+        uses: The calls that read some of the variables.
+        calls: All calls of layers, in the order in which they began.
+        outermost: Those among them that were not made by another layer.
     """
 
     def __init__(self, variables: Sequence[keras.Variable], tape: tf.GradientTape):
         self.uses: list[Use] = []
+        self.calls: list[Use] = []
+        self.outermost: list[Use] = []
         self._tape = tape
         self._index = {id(variable): i for i, variable in enumerate(variables)}
         self._stack: list[Use] = []
@@ -76,6 +87,9 @@ class Recording:
             return original(layer, *args, **kwargs)
         registration = registration_of(layer) if _compat.calls_its_call(layer) else None
         use = Use(layer, args, kwargs, registration, inclusive=registration is not None)
+        self.calls.append(use)
+        if not self._stack:
+            self.outermost.append(use)
         self._stack.append(use)
         try:
             if registration is not None and registration.activation is not None:
@@ -87,6 +101,7 @@ class Recording:
                     use.prepared = registration.prepare(layer, args, kwargs)
         finally:
             self._stack.pop()
+        use.shapes = [t.shape for t in keras.tree.flatten(outputs) if isinstance(t, tf.Tensor)]
         if not use.reads:
             return outputs
         self.uses.append(use)

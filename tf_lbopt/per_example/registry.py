@@ -85,7 +85,7 @@ def register_layer(
             callable.
 
     Example:
-        >>> import tensorflow as tf
+        >>> from tf_lbopt.per_example import per_example_gradient_norms
         >>> class Scale(keras.layers.Layer):
         ...     def build(self, shape):
         ...         self.factors = self.add_weight(shape=shape[-1:], initializer="ones")

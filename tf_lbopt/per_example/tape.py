@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
+from tf_lbopt.per_example.axes import find_rows
 from tf_lbopt.per_example.backward import Backward, added
 from tf_lbopt.per_example.recording import Recording
 from tf_lbopt.rules.norms import Gradient
@@ -95,6 +96,8 @@ class PerExampleTape:
         if recording is None:
             raise RuntimeError("The losses must be computed inside `with tape:`.")
         _check_losses(losses, extra_loss)
+        if losses.shape[0] is not None:
+            find_rows(recording, losses.shape[0])
         backward = Backward(self._variables, recording.uses, self._tape, losses, self._subset)
         norms = backward.norms()
         gradients = backward.gradients

@@ -162,7 +162,7 @@ class _Collecting(_StandIn):
         totals = [_sum(*pair) for pair in zip(so_far, gradients, strict=True)]
         self._collected.gradients = totals
         if self._index < self._number - 1:
-            return self._optimizer.iterations
+            return None
         if not self._summed:
             totals = [_scaled(total, 1 / self._number) for total in totals]
         return self._optimizer.apply_gradients(list(zip(totals, variables, strict=True)), **kwargs)
