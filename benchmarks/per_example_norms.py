@@ -322,7 +322,7 @@ def step_of(way: str, model: keras.Model) -> Callable[[Any, Any], Any]:
         x, y = pair
         # An example on its own has no batch to be normalized by.
         gradients = gradient(x[None], y[None], training=False)
-        return tf.stack([tf.norm(tf.convert_to_tensor(g)) for g in gradients])
+        return tf.stack([_norm(g) for g in gradients])
 
     def step(x: tf.Tensor, y: tf.Tensor) -> Any:
         if way == "gradient":
@@ -338,6 +338,17 @@ def step_of(way: str, model: keras.Model) -> Callable[[Any, Any], Any]:
         return means, _values(gradient(x, y, training=True))
 
     return tf.function(step, autograph=False)
+
+
+def _norm(gradient: Any) -> tf.Tensor:
+    """Of one example's gradient; of a sparse one without making a table of it."""
+    import tensorflow as tf
+
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.norm(gradient)
+    same = gradient.indices[:, None] == gradient.indices[None, :]
+    products = tf.matmul(gradient.values, gradient.values, transpose_b=True)
+    return tf.sqrt(tf.reduce_sum(tf.where(same, products, tf.zeros_like(products))))
 
 
 def _values(gradients: Sequence[Any]) -> list[tf.Tensor]:

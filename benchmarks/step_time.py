@@ -5,6 +5,7 @@ Entry point of ``python -m benchmarks.step_time``; see benchmarks/README.md.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import inspect
 import json
@@ -59,6 +60,8 @@ BASES = {
     "lars": "keras_momentum",
     "lamb": "keras_momentum",
     "sngm": "keras_momentum",
+    "clars": "keras_nesterov",
+    "extrap_sgd": "keras_nesterov",
 }
 _DEFAULT = ("vr_sgd", "vr_momentum", "vr_lars", "vr_lamb", "lars", "lamb", "sngm")
 _KNOWN = tuple(dict.fromkeys([*BASES, *BASES.values()]))
@@ -506,6 +509,8 @@ def _optimizer(name: str, micro_steps: int) -> keras.optimizers.Optimizer:
             return keras.optimizers.SGD(**settings)
         case "keras_momentum":
             return keras.optimizers.SGD(momentum=0.9, nesterov=False, **settings)
+        case "keras_nesterov":
+            return keras.optimizers.SGD(momentum=0.9, nesterov=True, **settings)
         case "keras_adam":
             return keras.optimizers.Adam(**settings)
     (info,) = tf_lbopt.list_optimizers(name)
@@ -530,20 +535,21 @@ def _training_step(
         losses, sums = [], []
         parts = zip(tf.split(images, micro_steps), tf.split(labels, micro_steps), strict=True)
         for part_images, part_labels in parts:
-            with tf.GradientTape() as tape:
-                logits = model(part_images, training=True)
-                loss = tf.reduce_mean(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(part_labels, logits)
-                )
-                share = loss / strategy.num_replicas_in_sync
-            gradients = tape.gradient(share, variables)
-            losses.append(loss / sub_batches)
-            if optimizer is None:
-                # TensorFlow leaves out what no result depends on; control dependencies do not
-                # count.
-                sums += map(tf.reduce_sum, gradients)
-            else:
-                optimizer.apply(gradients, variables)
+            with _where_gradients_are_taken(optimizer, variables):
+                with tf.GradientTape() as tape:
+                    logits = model(part_images, training=True)
+                    loss = tf.reduce_mean(
+                        tf.nn.sparse_softmax_cross_entropy_with_logits(part_labels, logits)
+                    )
+                    share = loss / strategy.num_replicas_in_sync
+                gradients = tape.gradient(share, variables)
+                losses.append(loss / sub_batches)
+                if optimizer is None:
+                    # TensorFlow leaves out what no result depends on; control dependencies do not
+                    # count.
+                    sums += map(tf.reduce_sum, gradients)
+                else:
+                    optimizer.apply(gradients, variables)
         return [tf.add_n(losses), *sums]
 
     @tf.function(autograph=False)
@@ -551,6 +557,14 @@ def _training_step(
         return strategy.run(on_replica, (images, labels))
 
     return step
+
+
+def _where_gradients_are_taken(
+    optimizer: keras.optimizers.Optimizer | None, variables: Sequence[Any]
+) -> contextlib.AbstractContextManager[None]:
+    if hasattr(optimizer, "extrapolated"):
+        return optimizer.extrapolated(variables)
+    return contextlib.nullcontext()
 
 
 class _Step:

@@ -1,0 +1,511 @@
+"""Training an experiment of tf-models-official from the command line.
+
+What its own driver leaves open is done here: mistakes end in one line, CPU replicas, sub-batches,
+and signals, on which a run saves its state at the end of the current loop and stops.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from absl import flags
+
+from official_recipes.common.flag_parsing import (
+    EXIT_BAD_FLAG,
+    FlagValueError,
+    define_integer,
+    help_text,
+    parse_flags,
+)
+from official_recipes.common.interruption import Interrupted, Interruption, interruption
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+MODES = ("train", "eval", "train_and_eval", "continuous_eval", "train_and_post_eval")
+SYNTHETIC = "synthetic"
+"""As `input_path`: made-up data, where the experiment's task has some."""
+
+EXTRA = "tf-lbopt[recipes]"
+_LAST_WORDS = "interrupted again: what came after the last checkpoint is lost"
+_DIVERGED = "The loss value is NaN"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked command line.
+
+    Attributes:
+        experiment: Name of a registered experiment.
+        config_file: YAML files with overrides, in their order.
+        params_override: More overrides, or ``None``.
+        mode: One of `MODES`.
+        model_dir: Where checkpoints and summaries are.
+        tpu: Name or address, or ``None``.
+        cpu_replicas: Logical CPU devices, or ``None`` for what `runtime` says.
+        sub_batches: Parts of a replica's batch, or ``None`` for what `task` says.
+    """
+
+    experiment: str
+    config_file: tuple[str, ...]
+    params_override: str | None
+    mode: str
+    model_dir: str
+    tpu: str | None
+    cpu_replicas: int | None
+    sub_batches: int | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the mode includes training."""
+        return self.mode.startswith("train")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the mode includes evaluation."""
+        return "eval" in self.mode
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN."""
+
+
+def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoReturn:
+    """Runs a recipe's main function as a whole program and ends the process with its exit code.
+
+    Nothing is torn down at the end: the destructor of a distributed dataset's iterator waits for
+    threads of tf.data, one of which can sleep for up to a minute (seen with TensorFlow 2.20).
+
+    Args:
+        main: Takes the command line and returns the exit code.
+        argv: The command line, program name first.
+    """
+    exit_code = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def train_from_command_line(
+    argv: Sequence[str],
+    *,
+    program: str,
+    summary: str,
+    register: Callable[[], None],
+    default_experiment: str,
+    check: Callable[[Any, Options], None] | None = None,
+) -> int:
+    """The main function of a recipe.
+
+    Args:
+        argv: The command line, program name first.
+        program: How the recipe is called, for help.
+        summary: What it does, for help.
+        register: Registers the recipe's experiments; called when the flags are known to be good.
+        default_experiment: Of ``--experiment``.
+        check: More checks of the parameters; raises `FlagValueError`.
+
+    Returns:
+        The exit code: 0, also after SIGTERM; 1 for a run that diverged; 2 for flags, parameters or
+        data that cannot be used; 130 after Ctrl-C.
+    """
+    try:
+        options = parse_options(argv, program, summary, default_experiment)
+        if options is None:
+            return 0
+        _run(options, register, check)
+    except FlagValueError as error:
+        return _fail(error, EXIT_BAD_FLAG)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("tf_lbopt", "official_recipes"):
+            raise
+        return _fail(
+            f"the module {error.name} is missing: install what recipes need by "
+            f"pip install '{EXTRA}'",
+            EXIT_BAD_FLAG,
+        )
+    except DivergedError as error:
+        return _fail(error, 1)
+    except Interrupted as error:
+        return 0 if error.signal_number == signal.SIGTERM else error.exit_code
+    return 0
+
+
+def _fail(error: object, exit_code: int) -> int:
+    print(" ".join(str(error).split()), file=sys.stderr)
+    return exit_code
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+def parse_options(
+    argv: Sequence[str], program: str, summary: str, default_experiment: str
+) -> Options | None:
+    """Parses and checks the command line; prints help and returns ``None`` when asked for it.
+
+    Raises:
+        FlagValueError: A flag cannot be used.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "experiment", default_experiment, "A registered experiment.", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "config_file",
+        [],
+        "YAML file of overrides; given several times, later ones win.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "params_override",
+        None,
+        "More overrides, as a.b=1,a.c=2 or YAML; they win over --config_file.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("mode", "train_and_eval", f"Any of {', '.join(MODES)}.", flag_values=values)
+    flags.DEFINE_string(
+        "model_dir",
+        None,
+        "Folder of checkpoints and summaries, made if missing. A run goes on from the last "
+        "checkpoint in it.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("tpu", None, "Name or address of a TPU.", flag_values=values)
+    define_integer(
+        values,
+        "cpu_replicas",
+        None,
+        "Train on so many logical CPU devices instead of what the parameters' runtime says.",
+        maximum=64,
+    )
+    define_integer(
+        values,
+        "sub_batches",
+        None,
+        "Each replica takes its batch in so many parts within a step; short for task.sub_batches.",
+    )
+    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
+    parse_flags(values, argv)
+    if values.help:
+        print(help_text(values, program, summary))
+        return None
+    if values.mode not in MODES:
+        raise FlagValueError("mode", f"one of {', '.join(MODES)}", repr(values.mode))
+    if not values.model_dir:
+        raise FlagValueError("model_dir", "a folder", repr(values.model_dir))
+    for file in values.config_file:
+        if "://" not in file and not Path(file).is_file():
+            raise FlagValueError("config_file", "a file that exists", repr(file))
+    options = Options(
+        experiment=values.experiment,
+        config_file=tuple(values.config_file),
+        params_override=values.params_override,
+        mode=values.mode,
+        model_dir=values.model_dir,
+        tpu=values.tpu,
+        cpu_replicas=values.cpu_replicas,
+        sub_batches=values.sub_batches,
+    )
+    if "://" not in options.model_dir:
+        _check_model_dir(Path(options.model_dir), options)
+    return options
+
+
+def _check_model_dir(folder: Path, options: Options) -> None:
+    if not options.trains:
+        if not folder.is_dir():
+            raise FlagValueError(
+                "model_dir", f"a folder with a checkpoint for --mode={options.mode}", repr(folder)
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlagValueError("model_dir", "a folder that can be made", repr(str(folder))) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FlagValueError("model_dir", "a folder that can be written to", repr(str(folder)))
+
+
+# -- parameters ------------------------------------------------------------------------------------
+
+
+def parse_params(options: Options) -> Any:
+    """The experiment's parameters with all overrides.
+
+    Raises:
+        FlagValueError: An experiment, a file or a field does not exist or has no such value.
+    """
+    import tensorflow as tf
+    import yaml
+    from official.core import train_utils
+
+    wrong = (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+        tf.errors.OpError,
+        OSError,
+    )
+    try:
+        train_utils.exp_factory.get_exp_config(options.experiment)
+    except LookupError as error:
+        raise FlagValueError(
+            "experiment", "a registered experiment", repr(options.experiment)
+        ) from error
+    given = train_utils.ParseConfigOptions(options.experiment, [], options.tpu or "")
+    parser = train_utils.ExperimentParser(given)
+    params = parser.parse_runtime(parser.base_experiment())
+    for flag, overrides in (
+        ("config_file", options.config_file),
+        ("params_override", [options.params_override or ""]),
+    ):
+        for override in overrides:
+            given.config_file, given.params_override = [override], override
+            try:
+                params = (
+                    parser.parse_config_file(params)
+                    if flag == "config_file"
+                    else parser.parse_params_override(params)
+                )
+            except wrong as error:
+                raise FlagValueError(
+                    flag, f"fields of the experiment {options.experiment}", f"{override!r}: {error}"
+                ) from error
+    if options.sub_batches is not None:
+        try:
+            params.override({"task": {"sub_batches": options.sub_batches}})
+        except KeyError as error:
+            raise FlagValueError(
+                "sub_batches", "an experiment whose task has sub-batches", options.experiment
+            ) from error
+    try:
+        params.validate()
+    except KeyError as error:
+        raise FlagValueError("params_override", "consistent parameters", error) from error
+    return params
+
+
+def check_data(params: Any, options: Options) -> None:
+    """Checks that the files of all splits that the mode needs are there.
+
+    Raises:
+        FlagValueError: A path or pattern matches nothing, or a TFDS dataset is not prepared.
+    """
+    for needed, name in (
+        (options.trains, "train_data"),
+        (options.evaluates, "validation_data"),
+    ):
+        data = getattr(params.task, name, None)
+        if not needed or data is None:
+            continue
+        if getattr(data, "tfds_name", None):
+            _check_tfds(data, f"task.{name}")
+        elif getattr(data, "input_path", None) != SYNTHETIC:
+            _check_paths(data.input_path, f"task.{name}.input_path")
+
+
+def _check_paths(paths: Any, field: str) -> None:
+    import tensorflow as tf
+
+    expected = "files that exist (prepare_data.py makes them)"
+    listed = [paths] if isinstance(paths, str) else list(paths or [])
+    patterns = [p.strip() for path in listed for p in str(path).split(",") if p.strip()]
+    if not patterns:
+        raise FlagValueError("params_override", f"{field}: {expected}", repr(paths))
+    for pattern in patterns:
+        if not tf.io.gfile.glob(pattern):
+            raise FlagValueError(
+                "params_override", f"{field}: {expected}", f"{pattern!r}, which matches no file"
+            )
+
+
+def _check_tfds(data: Any, field: str) -> None:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(data.tfds_name, data_dir=data.tfds_data_dir or None)
+        prepared = (
+            builder.data_path.exists() and data.tfds_split.split("[")[0] in builder.info.splits
+        )
+    except Exception as error:
+        raise FlagValueError(
+            "params_override", f"{field}.tfds_name: a dataset of TFDS", f"{data.tfds_name}: {error}"
+        ) from error
+    if not prepared:
+        raise FlagValueError(
+            "params_override",
+            f"{field}: a dataset and split prepared by `tfds build {data.tfds_name}`",
+            f"tfds_name={data.tfds_name}, tfds_split={data.tfds_split}, "
+            f"tfds_data_dir={data.tfds_data_dir!r}",
+        )
+
+
+def check_batches(params: Any, options: Options, replicas: int) -> None:
+    """Checks that batches split evenly, and into enough sub-batches for the optimizer.
+
+    Raises:
+        FlagValueError: They do not.
+    """
+    from tf_lbopt.tfm import needs_sub_batches
+
+    parts = getattr(params.task, "sub_batches", 1)
+    if options.trains:
+        batch = params.task.train_data.global_batch_size
+        if batch < 1 or batch % (replicas * parts):
+            raise FlagValueError(
+                "params_override",
+                "task.train_data.global_batch_size: a multiple of replicas x sub-batches = "
+                f"{replicas} x {parts} = {replicas * parts}",
+                batch,
+            )
+        kind = params.trainer.optimizer_config.optimizer.type
+        if needs_sub_batches(kind) and replicas * parts < 2:
+            raise FlagValueError(
+                "sub_batches",
+                f"at least 2 sub-batches (replicas x --sub_batches) for the optimizer {kind}, "
+                "which compares their gradients",
+                f"{replicas} x {parts}",
+            )
+    if options.evaluates:
+        batch = params.task.validation_data.global_batch_size
+        if batch < 1 or batch % replicas:
+            raise FlagValueError(
+                "params_override",
+                f"task.validation_data.global_batch_size: a multiple of the {replicas} replicas",
+                batch,
+            )
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def _run(
+    options: Options,
+    register: Callable[[], None],
+    check: Callable[[Any, Options], None] | None,
+) -> None:
+    # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
+    from official_recipes.common.replicas import quiet_tensorflow
+
+    quiet_tensorflow()
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")
+    import official.core.train_lib  # noqa: F401  # may be missing
+
+    register()
+    params = parse_params(options)
+    if check is not None:
+        check(params, options)
+    check_data(params, options)
+    strategy = _strategy(params, options)
+    check_batches(params, options, strategy.num_replicas_in_sync)
+    _train(params, options, strategy)
+
+
+def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
+    from official.common import distribute_utils
+
+    from official_recipes.common.replicas import cpu_strategy
+
+    if options.cpu_replicas is not None:
+        return cpu_strategy(options.cpu_replicas)
+    try:
+        return distribute_utils.get_distribution_strategy(
+            distribution_strategy=params.runtime.distribution_strategy,
+            all_reduce_alg=params.runtime.all_reduce_alg,
+            num_gpus=params.runtime.num_gpus,
+            tpu_address=params.runtime.tpu,
+        )
+    except (ValueError, AttributeError) as error:
+        raise FlagValueError(
+            "params_override",
+            "a runtime that this machine has (or --cpu_replicas)",
+            f"runtime.distribution_strategy={params.runtime.distribution_strategy!r}, "
+            f"runtime.num_gpus={params.runtime.num_gpus}: {error}",
+        ) from error
+
+
+def _train(params: Any, options: Options, strategy: tf.distribute.Strategy) -> None:
+    from official.core import task_factory, train_lib, train_utils
+    from official.modeling import performance
+
+    if params.runtime.mixed_precision_dtype:
+        performance.set_mixed_precision_policy(params.runtime.mixed_precision_dtype)
+    with strategy.scope():
+        try:
+            task = task_factory.get_task(params.task, logging_dir=options.model_dir)
+            if options.trains:
+                train_utils.create_optimizer(task, params)
+        except (ValueError, TypeError) as error:
+            raise FlagValueError(
+                "params_override", "parameters that the task and the optimizer take", error
+            ) from error
+    params.lock()
+    if options.trains:
+        train_utils.serialize_config(params, options.model_dir)
+    with interruption((signal.SIGINT, signal.SIGTERM), _LAST_WORDS) as interrupted:
+        runner = train_lib.OrbitExperimentRunner(
+            distribution_strategy=strategy,
+            task=task,
+            mode=options.mode,
+            params=params,
+            model_dir=options.model_dir,
+        )
+        controller = runner.controller
+        if not options.trains and runner.checkpoint_manager.latest_checkpoint is None:
+            raise FlagValueError(
+                "model_dir",
+                f"a folder with a checkpoint for --mode={options.mode}",
+                repr(options.model_dir),
+            )
+        stop = _StopOnSignal(interrupted, controller, saves=options.trains)
+        controller.train_actions = (*controller.train_actions, stop)
+        controller.eval_actions = (*controller.eval_actions, stop)
+        try:
+            runner.run()
+        except RuntimeError as error:
+            if _DIVERGED not in str(error):
+                raise
+            raise DivergedError(
+                f"training diverged: the loss is NaN at step {int(controller.global_step)}; "
+                "lower the learning rate or lengthen the warm-up (checkpoints of before are in "
+                f"{options.model_dir})"
+            ) from error
+
+
+class _StopOnSignal:
+    """Saves the state after a loop (or an evaluation) and ends the run, if a signal has come.
+
+    tf-models' own action for this works only where the strategy has a cluster resolver, and leaves
+    the process running.
+    """
+
+    def __init__(self, interrupted: Interruption, controller: Any, saves: bool):
+        self._interrupted = interrupted
+        self._controller = controller
+        self._saves = saves
+
+    def __call__(self, output: Any) -> None:
+        del output
+        if not self._interrupted.requested:
+            return
+        if self._saves:
+            self._controller.save_checkpoint()
+            print(
+                f"stopped at step {self._controller.global_step.numpy()}; the same command goes "
+                "on from here"
+            )
+        self._interrupted.check()
