@@ -151,13 +151,15 @@ class Comparison:
         model: Its name.
         parameters: Trainable ones.
         variables: Trainable ones.
-        rows: One per way.
+        rows: One per way that could be run.
+        failed: The naive ways whose process died.
     """
 
     model: str
     parameters: int
     variables: int
     rows: list[Row]
+    failed: tuple[str, ...]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -384,25 +386,34 @@ def _measure(options: Options, name: str) -> Comparison:
     console = Console(stderr=True)
     with console.status("starting TensorFlow"):
         model, x, y = _start(name, options.batch)
-    naive = [way for way in options.ways if way in _NAIVE]
-    own = [way for way in options.ways if way not in _NAIVE]
-    rounds = (1 + options.warmup) * len(options.ways)
-    rounds += options.repeats * len(own) + options.naive_repeats * len(naive)
     memories: dict[str, Memory] = {}
+    failed = []
     with progress_bar(console) as progress:
-        total = rounds + (len(options.ways) if options.memory else 0)
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=_rounds(options, options.ways))
 
         def tick() -> None:
             progress.advance(task)
 
-        if options.memory:
-            for way in options.ways:
-                progress.update(task, description=f"{name}: memory of {way}")
-                memories[way] = _memory_in_fresh_process(options, name, way)
-                tick()
-        steps: dict[str, _Step] = {}
         for way in options.ways:
+            # Vectorizing can end the process, so it is first tried in another one.
+            if not options.memory and way != "vectorized_map":
+                continue
+            progress.update(task, description=f"{name}: memory of {way}")
+            try:
+                memory = _memory_in_fresh_process(options, name, way)
+            except subprocess.CalledProcessError:
+                if way not in _NAIVE:
+                    raise
+                failed.append(way)
+                continue
+            if options.memory:
+                memories[way] = memory
+        ways = [way for way in options.ways if way not in failed]
+        progress.update(task, total=_rounds(options, ways))
+        naive = [way for way in ways if way in _NAIVE]
+        own = [way for way in ways if way not in _NAIVE]
+        steps: dict[str, _Step] = {}
+        for way in ways:
             progress.update(task, description=f"{name}: tracing {way}")
             steps[way] = _Step(step_of(way, model), x, y)
             steps[way]()
@@ -414,14 +425,20 @@ def _measure(options: Options, name: str) -> Comparison:
         timings |= interleaved({way: steps[way] for way in naive}, options.naive_repeats, tick)
 
     alone = timings["gradient"]
-    rows = [
-        _row(way, timings[way], alone, steps[way].means, memories.get(way)) for way in options.ways
-    ]
+    rows = [_row(way, timings[way], alone, steps[way].means, memories.get(way)) for way in ways]
     return Comparison(
         model=name,
         parameters=count([tuple(v.shape) for v in model.trainable_variables]),
         variables=len(model.trainable_variables),
         rows=rows,
+        failed=tuple(failed),
+    )
+
+
+def _rounds(options: Options, ways: Sequence[str]) -> int:
+    return sum(
+        1 + options.warmup + (options.naive_repeats if way in _NAIVE else options.repeats)
+        for way in ways
     )
 
 
@@ -525,6 +542,8 @@ def _table(options: Options, comparison: Comparison) -> Table:
             "–" if memory is None else f"{memory.step_bytes / 2**20:.0f}",
             "–" if memory is None or alone is None else _ratio_of(memory, alone),
         )
+    for way in comparison.failed:
+        table.add_row(way, "failed", *["–"] * 5)
     return table
 
 

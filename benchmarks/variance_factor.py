@@ -123,6 +123,7 @@ def _plot(path: Path, data_name: str, results: dict[str, dict[str, list[float]]]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, len(results), figsize=(11, 4.2), layout="constrained")
     for axis, (name, curves) in zip(axes, results.items(), strict=True):
@@ -134,8 +135,12 @@ def _plot(path: Path, data_name: str, results: dict[str, dict[str, list[float]]]
         axis.set_yscale("log")
         axis.set_xlabel("epoch")
         axis.set_title(f"{name.upper()} on {data_name}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.legend(title="bottom to top")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), title="from bottom to top"
+    )
     axes[0].set_ylabel("gradient variance factor $M_k$ (log scale)")
     try:
         with atomic_write(path) as temporary:

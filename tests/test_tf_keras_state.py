@@ -130,7 +130,9 @@ def _by_own_variables(run, folder):
 )
 def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
-    if wrap is dynamic and replicas * micro_steps != 4:
+    if (replicas, micro_steps) != (2, 2) and (case is not VR_LAMB or save is _by_own_variables):
+        pytest.skip("the hardest of the three is tested with all")
+    if wrap is dynamic and case is not VR_LAMB:
         pytest.skip("the wrapper does not look at what it saves")
     micro_batches = [
         update[m * replicas : (m + 1) * replicas]
@@ -284,6 +286,8 @@ def test_fit_learns(case, replicas):
 def test_fit_in_other_ways_gives_the_same_weights(case, options, replicas):
     if replicas == 2 and "jit_compile" in options:
         pytest.skip("tf_keras does not compile a step under MirroredStrategy on CPUs")
+    if replicas == 2 and case is not VR_LAMB:
+        pytest.skip("how `fit` calls does not depend on the optimizer")
     x, y = _data(48)
     weights = []
     for chosen in ({}, options):

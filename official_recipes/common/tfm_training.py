@@ -465,7 +465,8 @@ def _train(params: Any, options: Options, strategy: tf.distribute.Strategy) -> N
             model_dir=options.model_dir,
         )
         controller = runner.controller
-        if not options.trains and runner.checkpoint_manager.latest_checkpoint is None:
+        found = runner.checkpoint_manager.latest_checkpoint
+        if options.mode == "eval" and found is None:
             raise FlagValueError(
                 "model_dir",
                 f"a folder with a checkpoint for --mode={options.mode}",
@@ -475,15 +476,36 @@ def _train(params: Any, options: Options, strategy: tf.distribute.Strategy) -> N
         controller.train_actions = (*controller.train_actions, stop)
         controller.eval_actions = (*controller.eval_actions, stop)
         try:
-            runner.run()
+            with strategy.scope():
+                _run_mode(options.mode, controller, params.trainer)
         except RuntimeError as error:
             if _DIVERGED not in str(error):
                 raise
             raise DivergedError(
-                f"training diverged: the loss is NaN at step {int(controller.global_step)}; "
+                f"training diverged: the loss is NaN at step {controller.global_step.numpy()}; "
                 "lower the learning rate or lengthen the warm-up (checkpoints of before are in "
                 f"{options.model_dir})"
             ) from error
+
+
+def _run_mode(mode: str, controller: Any, trainer: Any) -> None:
+    # Not by the runner's own method, which ends with counting operations in yet another graph.
+    if mode in ("train", "train_and_post_eval"):
+        controller.train(steps=trainer.train_steps)
+    if mode == "train_and_eval":
+        controller.train_and_evaluate(
+            train_steps=trainer.train_steps,
+            eval_steps=trainer.validation_steps,
+            eval_interval=trainer.validation_interval,
+        )
+    if mode in ("eval", "train_and_post_eval"):
+        controller.evaluate(steps=trainer.validation_steps)
+    if mode == "continuous_eval":
+        controller.evaluate_continuously(
+            steps=trainer.validation_steps,
+            timeout=trainer.continuous_eval_timeout,
+            timeout_fn=lambda: controller.global_step.numpy() >= trainer.train_steps,
+        )
 
 
 class _StopOnSignal:

@@ -178,7 +178,7 @@ class PostLocalSGD(LargeBatchOptimizer):
         self._local = _LocalState(
             self._strategy,
             self._updates_since_average,
-            lambda: int(self._iterations.numpy()) > self.start,
+            lambda: self._made() > self.start,
         )
         _compat.let_optimizers_wrap_training()
         _compat.tell_optimizers_of_weights()
@@ -254,13 +254,17 @@ class PostLocalSGD(LargeBatchOptimizer):
         self._local.settle()
         if self._strategy.num_replicas_in_sync == 1:
             return False
-        if int(self._iterations.numpy()) >= self.start:
+        if self._made() >= self.start:
             self._local.momenta_differ = True
             return True
         if self._local.momenta_differ:  # `iterations` was set back
             self.end_period()
             self._local.unite_momenta()
         return False
+
+    def _made(self) -> int:
+        """How many updates were made."""
+        return _read(self._strategy, tensorflow_variable(self._iterations))
 
     def end_update(self) -> None:
         """Averages the weights if a period is over; a custom loop calls it after each update."""
@@ -749,7 +753,7 @@ class _LocalState(ReplicaState):
 
     def updates(self) -> int:
         """How many local updates were made since the last average."""
-        return 0 if self._alone else int(self._counter.numpy())
+        return 0 if self._alone else _read(self._strategy, self._counter)
 
     def is_away(self) -> bool:
         """Whether a step has not ended, on any replica."""
@@ -885,6 +889,11 @@ class _LocalState(ReplicaState):
     def _assign(self, variable: tf.Variable, value: Any) -> None:
         for copy in self._local_copies(variable):
             copy.assign(tf.cast(value, copy.dtype))
+
+
+def _read(strategy: tf.distribute.Strategy, counter: tf.Variable) -> int:
+    # The copy itself: reading what distributes it takes several times as long.
+    return int(strategy.experimental_local_results(counter)[0].numpy())
 
 
 def _variable(value: tf.Tensor) -> tf.Variable:

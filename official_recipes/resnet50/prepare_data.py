@@ -1,0 +1,279 @@
+"""Entry point of ``python -m official_recipes.resnet50.prepare_data``."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from official_recipes.common.flag_parsing import (
+    EXIT_BAD_FLAG,
+    FlagValueError,
+    define_integer,
+    help_text,
+    parse_flags,
+)
+from official_recipes.common.image_data import DataFormatError
+from official_recipes.common.image_folders import (
+    Files,
+    ImageTree,
+    Labelled,
+    find_images,
+    open_files,
+    remove_folder,
+)
+from official_recipes.common.interruption import Interrupted, interruption
+
+PROGRAM = "python -m official_recipes.resnet50.prepare_data"
+SUMMARY = (
+    "Turns a folder or tar archive of images (one folder for each class, or Tiny ImageNet's\n"
+    "layout) into TFRecord files in a new folder, which appears when all is written."
+)
+_IMAGES_PER_SHARD = 1250
+_MOST_SHARDS = 1024
+_JPEG = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked command line.
+
+    Attributes:
+        source: Folder or archive.
+        output_dir: The folder to make.
+        shards: Training files, or ``None`` for one per 1250 images.
+        validation_fraction: Held out where there is no validation split.
+        seed: Of the shuffling.
+    """
+
+    source: Path
+    output_dir: Path
+    shards: int | None
+    validation_fraction: float
+    seed: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the TFRecords.
+
+    Args:
+        argv: The command line, program name first.
+
+    Returns:
+        The exit code: 0, 2 for flags or data that cannot be used, 130 or 143 when interrupted.
+    """
+    try:
+        options = _parse_options(argv)
+        if options is not None:
+            _prepare(options)
+    except (FlagValueError, ModuleNotFoundError) as error:
+        return _fail(error)
+    except DataFormatError as error:
+        return _fail(FlagValueError("source", "a folder or tar archive of images", error))
+    except Interrupted as error:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    message = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
+    print(message, file=sys.stderr)
+    return EXIT_BAD_FLAG
+
+
+def _parse_options(argv: Sequence[str]) -> Options | None:
+    values = flags.FlagValues()
+    flags.DEFINE_string("source", None, "Folder or tar archive of images.", flag_values=values)
+    flags.DEFINE_string(
+        "output_dir", None, "Folder to make; must be empty if it exists.", flag_values=values
+    )
+    define_integer(
+        values,
+        "shards",
+        None,
+        f"Training files [default: one per {_IMAGES_PER_SHARD} images, at most {_MOST_SHARDS}].",
+    )
+    flags.DEFINE_float(
+        "validation_fraction",
+        0.05,
+        "Share of the images to hold out where the source has no validation split.",
+        lower_bound=0.0,
+        upper_bound=0.9,
+        flag_values=values,
+    )
+    define_integer(values, "seed", 1, "Of the shuffling and of what is held out.", minimum=0)
+    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
+    parse_flags(values, argv)
+    if values.help:
+        print(help_text(values, PROGRAM, SUMMARY))
+        return None
+    for name in ("source", "output_dir"):
+        if not values[name].value:
+            raise FlagValueError(name, "a path", repr(values[name].value))
+    source, output_dir = Path(values.source), Path(values.output_dir).absolute()
+    if not source.exists():
+        raise FlagValueError("source", "a folder or tar archive that exists", repr(str(source)))
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FlagValueError(
+            "output_dir", "a folder that is empty or does not exist", repr(str(output_dir))
+        )
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlagValueError(
+            "output_dir", "a folder that can be made", repr(str(output_dir))
+        ) from error
+    if not os.access(output_dir.parent, os.W_OK | os.X_OK):
+        raise FlagValueError(
+            "output_dir", "a folder in one that can be written to", repr(str(output_dir))
+        )
+    return Options(source, output_dir, values.shards, values.validation_fraction, values.seed)
+
+
+def _prepare(options: Options) -> None:
+    from rich.console import Console
+
+    from official_recipes.common.progress import progress_bar
+
+    console = Console(stderr=True)
+    with (
+        interruption((signal.SIGINT, signal.SIGTERM), "interrupted: nothing was written") as stop,
+        _replacing(options.output_dir) as partial,
+        progress_bar(console) as progress,
+    ):
+        task = progress.add_task("reading the list of files", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            stop.check()
+
+        files = open_files(options.source, partial, show)
+        tree = find_images(files, options.validation_fraction, options.seed)
+        writer = _Writer(files, partial, options.seed, show)
+        splits = {"train": tree.train, "validation": tree.validation}
+        record: dict[str, Any] = {"classes": len(tree.classes), "splits": {}}
+        for name, split in splits.items():
+            progress.update(task, description=f"writing {name} images")
+            shards = _shards(len(split.names), options.shards if name == "train" else None)
+            writer.write(name, split, shards)
+            record["splits"][name] = {"images": len(split.names), "shards": shards}
+        record["converted_to_jpeg"] = writer.converted
+        _write_texts(partial, tree, record)
+        (partial / "archive.tar").unlink(missing_ok=True)
+        stop.check()
+    described = ", ".join(
+        f"{split['images']} {name} images in {split['shards']} files"
+        for name, split in record["splits"].items()
+    )
+    print(f"wrote {described}, {record['classes']} classes, to {options.output_dir}")
+
+
+def _shards(images: int, wanted: int | None) -> int:
+    if not images:
+        return 0
+    return min(images, wanted or min(_MOST_SHARDS, math.ceil(images / _IMAGES_PER_SHARD)))
+
+
+@contextlib.contextmanager
+def _replacing(output_dir: Path) -> Iterator[Path]:
+    """A hidden folder that gets the name of the output when the block succeeds, whole.
+
+    A process that is killed leaves it behind; the next run for the same output removes it.
+    """
+    partial = output_dir.parent / f".{output_dir.name}.partial"
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FlagValueError(
+                "output_dir", "a folder that no other run is writing", repr(str(output_dir))
+            ) from error
+        for leftover in partial.iterdir():
+            leftover.unlink()
+        try:
+            yield partial
+            os.rename(partial, output_dir)
+        except BaseException:
+            remove_folder(partial)
+            raise
+    finally:
+        os.close(lock)
+
+
+class _Writer:
+    """Writes splits as TFRecord files, each in an order of its own."""
+
+    def __init__(
+        self, files: Files, folder: Path, seed: int, progress: Callable[[int, int], None]
+    ) -> None:
+        self.converted = 0
+        self._files = files
+        self._folder = folder
+        self._seed = seed
+        self._progress = progress
+
+    def write(self, split: str, images: Labelled, shards: int) -> None:
+        import tensorflow as tf
+
+        pairs = list(zip(images.names, images.labels, strict=True))
+        random.Random(self._seed).shuffle(pairs)
+        done = 0
+        for shard in range(shards):
+            path = self._folder / f"{split}-{shard:05d}-of-{shards:05d}"
+            with tf.io.TFRecordWriter(str(path)) as out:
+                for name, label in pairs[shard::shards]:
+                    out.write(self._example(name, label))
+                    done += 1
+                    self._progress(done, len(pairs))
+
+    def _example(self, name: str, label: int) -> bytes:
+        import tensorflow as tf
+
+        encoded = self._jpeg(name)
+        feature = {
+            "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded])),
+            "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+            "image/filename": tf.train.Feature(
+                bytes_list=tf.train.BytesList(value=[name.encode()])
+            ),
+        }
+        return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+    def _jpeg(self, name: str) -> bytes:
+        content = self._files.read(name)
+        if content.startswith(_JPEG):
+            return content
+        import tensorflow as tf
+
+        try:
+            image = tf.io.decode_image(content, channels=3, expand_animations=False)
+        except tf.errors.InvalidArgumentError as error:
+            raise DataFormatError(f"{name} is no image that can be read") from error
+        self.converted += 1
+        return tf.io.encode_jpeg(image, quality=95).numpy()
+
+
+def _write_texts(folder: Path, tree: ImageTree, record: dict[str, Any]) -> None:
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in tree.classes), "utf-8")
+    (folder / "dataset.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.exit(main(sys.argv))
