@@ -38,7 +38,10 @@ def brute_force(model, x, y, weights):
     for row, label, weight in zip(x, y, weights, strict=True):
         with tf.GradientTape() as tape:
             predicted = model(row[None], training=False)
-            loss = weight * keras.losses.sparse_categorical_crossentropy(np.array([label]), predicted)[0]
+            loss = (
+                weight
+                * keras.losses.sparse_categorical_crossentropy(np.array([label]), predicted)[0]
+            )
         own = tape.gradient(loss, [v.value for v in model.trainable_variables])
         own = [g.numpy().astype(float) for g in own]
         squares = squares + np.array([np.sum(g**2) for g in own])

@@ -777,6 +777,21 @@ def test_an_error_in_a_local_step_leaves_all_as_it_was(make, replica, run_eagerl
     assert_all_close(loop.run(data, 3), expected[3:])
 
 
+def test_recovery_leaves_one_count_where_some_replicas_have_ended_their_step():
+    data = batches(6, ROWS * 2)
+    loop = Loop(sgd(1, 3), 2)
+    loop.run(data, 0, 3)
+    seen, optimizer = loop.weights(), loop.optimizer
+    since = next(v for v in optimizer.variables if "since_average" in v.path)
+    for counter in (optimizer.iterations, since):
+        loop.strategy.experimental_local_results(counter.value)[0].assign_add(1)
+    optimizer.recover()
+    equal_on_all_replicas(loop.strategy, [optimizer.iterations, since])
+    assert int(optimizer.iterations.numpy()) == 3
+    assert_close(loop.weights(), seen, rtol=0, atol=0)
+    assert_all_close(loop.run(data, 3), reference(data, 2, 1, 3)[0][3:])
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_fit_puts_the_average_back(error):
     """In mid-step of the local phase; with the local updates made before."""

@@ -100,6 +100,7 @@ def train_from_command_line(
     register: Callable[[], None],
     default_experiment: str,
     check: Callable[[Any, Options], None] | None = None,
+    builds_optimizer: bool = False,
 ) -> int:
     """The main function of a recipe.
 
@@ -110,6 +111,8 @@ def train_from_command_line(
         register: Registers the recipe's experiments; called when the flags are known to be good.
         default_experiment: Of ``--experiment``.
         check: More checks of the parameters; raises `FlagValueError`.
+        builds_optimizer: Whether the tasks' models come with all their variables, so that the
+            optimizer's can be made before the training step is traced: else it is traced twice.
 
     Returns:
         The exit code: 0, also after SIGTERM; 1 for a run that diverged; 2 for flags, parameters or
@@ -119,7 +122,7 @@ def train_from_command_line(
         options = parse_options(argv, program, summary, default_experiment)
         if options is None:
             return 0
-        _run(options, register, check)
+        _run(options, register, check, builds_optimizer)
     except FlagValueError as error:
         return _fail(error, EXIT_BAD_FLAG)
     except ModuleNotFoundError as error:
@@ -289,7 +292,7 @@ def parse_params(options: Options) -> Any:
             ) from error
     try:
         params.validate()
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise FlagValueError("params_override", "consistent parameters", error) from error
     return params
 
@@ -392,6 +395,7 @@ def _run(
     options: Options,
     register: Callable[[], None],
     check: Callable[[Any, Options], None] | None,
+    builds_optimizer: bool,
 ) -> None:
     # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
     from official_recipes.common.replicas import quiet_tensorflow
@@ -412,7 +416,7 @@ def _run(
     check_data(params, options)
     strategy = _strategy(params, options)
     check_batches(params, options, strategy.num_replicas_in_sync)
-    _train(params, options, strategy)
+    _train(params, options, strategy, builds_optimizer)
 
 
 def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
@@ -438,7 +442,9 @@ def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
         ) from error
 
 
-def _train(params: Any, options: Options, strategy: tf.distribute.Strategy) -> None:
+def _train(
+    params: Any, options: Options, strategy: tf.distribute.Strategy, builds_optimizer: bool
+) -> None:
     from official.core import task_factory, train_lib, train_utils
     from official.modeling import performance
 
@@ -472,6 +478,8 @@ def _train(params: Any, options: Options, strategy: tf.distribute.Strategy) -> N
                 f"a folder with a checkpoint for --mode={options.mode}",
                 repr(options.model_dir),
             )
+        if options.trains and builds_optimizer:
+            _build_optimizer(runner.trainer, strategy)
         stop = _StopOnSignal(interrupted, controller, saves=options.trains)
         controller.train_actions = (*controller.train_actions, stop)
         controller.eval_actions = (*controller.eval_actions, stop)
@@ -486,6 +494,17 @@ def _train(params: Any, options: Options, strategy: tf.distribute.Strategy) -> N
                 "lower the learning rate or lengthen the warm-up (checkpoints of before are in "
                 f"{options.model_dir})"
             ) from error
+
+
+def _build_optimizer(trainer: Any, strategy: tf.distribute.Strategy) -> None:
+    # What a checkpoint has for variables that do not exist yet is given to them when they are made.
+    # A run without updates would else write a checkpoint without them.
+    from tf_lbopt.tf_keras.base import LargeBatchOptimizer
+
+    optimizer = getattr(trainer.optimizer, "inner_optimizer", trainer.optimizer)
+    if isinstance(optimizer, LargeBatchOptimizer):
+        with strategy.scope():
+            optimizer.build(trainer.model.trainable_variables)
 
 
 def _run_mode(mode: str, controller: Any, trainer: Any) -> None:

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         summary=SUMMARY,
         register=_register,
         default_experiment=EXPERIMENT,
+        builds_optimizer=True,
     )
 
 

@@ -295,6 +295,8 @@ class Extrapolation(Algorithm):
                 "`extrapolated` must be given all variables that are trained. "
                 f"Received gradients also of {', '.join(path_of(v) for v in not_moved)}"
             )
+        # A gradient may be a variable itself, which is about to change.
+        grads = [tf.identity(g) if isinstance(g, keras.Variable) else g for g in grads]
         moved = [v for v in self._trainable_variables if self._var_key(v) in active.keys]
         self._in_replica(self._return, moved)
         active.applied = True

@@ -37,6 +37,10 @@ class PerExampleNormsModel(keras.Model):
     reductions than a mean or a sum, and overridden `compute_loss` methods, need `example_losses`
     to be overridden.
 
+    Args:
+        *args: As for the class it stands for.
+        **kwargs: Likewise.
+
     Attributes:
         norms_subset_size: Norms of only so many examples of each replica's batch, from the first
             (the paper takes 512 of the global batch); ``None``, the default, means of all.

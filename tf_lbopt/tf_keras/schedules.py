@@ -19,7 +19,7 @@ class KerasSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
             callable without arguments.
 
     Example:
-        >>> schedule = KerasSchedule(keras.optimizers.schedules.PolynomialDecay(1.0, 4))
+        >>> schedule = KerasSchedule(keras.optimizers.schedules.PolynomialDecay(1.0, 4, 0.0))
         >>> [round(float(schedule(t)), 4) for t in range(3)]
         [1.0, 0.75, 0.5]
     """

@@ -1,0 +1,424 @@
+"""The ResNet recipe: its configurations, its command line, and one short training."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from official_recipes.common import tfm_training
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.resnet50 import train
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "official_recipes" / "resnet50" / "configs").glob("*.yaml"))
+IMAGENET = 1_281_167
+
+SMALL = """
+task:
+  model:
+    num_classes: 4
+    input_size: [32, 32, 3]
+    backbone: {type: resnet, resnet: {model_id: 18}}
+  train_data: {input_path: synthetic, global_batch_size: 16}
+  validation_data: {input_path: synthetic, global_batch_size: 32}
+trainer:
+  train_steps: 4
+  steps_per_loop: 2
+  summary_interval: 2
+  checkpoint_interval: 2
+  validation_interval: 4
+  validation_steps: 1
+  optimizer_config:
+    learning_rate: {cosine: {initial_learning_rate: 2.0, decay_steps: 100, offset: 0}}
+    warmup: {linear: {warmup_steps: 2}}
+runtime: {mixed_precision_dtype: float32}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL)
+    return [f"--config_file={file}", f"--model_dir={tmp_path / 'model'}"]
+
+
+def _params(*arguments, model_dir="unused"):
+    train._register()
+    options = tfm_training.Options(
+        experiment=train.EXPERIMENT,
+        config_file=tuple(str(a) for a in arguments),
+        params_override=None,
+        mode="train_and_eval",
+        model_dir=model_dir,
+        tpu=None,
+        cpu_replicas=None,
+        sub_batches=None,
+    )
+    return tfm_training.parse_params(options)
+
+
+# -- configurations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configurations_are_consistent(file):
+    from official.core import task_factory, train_utils
+    from official.modeling import optimization
+
+    params = _params(file)
+    trainer, schedule = params.trainer, params.trainer.optimizer_config
+    train_utils.create_optimizer(task_factory.get_task(params.task), params)
+    rate = optimization.OptimizerFactory(schedule).build_learning_rate()
+    rates = [float(rate(step)) for step in (0, 1, trainer.train_steps)]
+    assert rates[-1] == pytest.approx(0, abs=1e-5)
+    peak = schedule.learning_rate.get().initial_learning_rate
+    if schedule.warmup.get() is None:
+        assert rates[0] == pytest.approx(peak)
+    else:
+        warmup = schedule.warmup.get().warmup_steps
+        assert 0 == rates[0] < rates[1]
+        assert float(rate(warmup)) == pytest.approx(peak)
+        assert float(rate(warmup // 2)) == pytest.approx(peak * (warmup // 2) / warmup)
+    assert trainer.summary_interval % trainer.steps_per_loop == 0
+    if "tiny" not in file.stem:
+        batch = params.task.train_data.global_batch_size
+        assert trainer.train_steps == 90 * (IMAGENET // batch)
+        assert batch == 1024 * int(file.stem.split("_")[1].removesuffix("k"))
+    if "vrgd" in file.stem:  # the square-root rule
+        assert peak == pytest.approx(25 * (batch / 16384) ** 0.5, abs=0.005)
+
+
+def test_there_are_configurations_for_the_batches_of_the_papers():
+    vrgd = {f"vrgd_{k}k" for k in (2, 4, 8, 16, 32, 64, 96)}
+    assert {file.stem for file in CONFIGS} >= {*vrgd, "sngm_8k", "clars_16k"}
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode=fly"], "--mode: expected one of train"),
+        (["--config_file=nowhere.yaml"], "--config_file: expected a file that exists"),
+        (["--cpu_replicas=0"], "--cpu_replicas: expected"),
+        (["--nonsense=1"], "--nonsense: expected one of the flags"),
+        (["--experiment=nonsense"], "--experiment: expected a registered experiment"),
+        (["--params_override=task.nonsense=1"], "'nonsense' does not exist"),
+        (["--params_override=task.train_data.input_path=no/train*"], "which matches no file"),
+        (["--mode=eval"], "a folder with a checkpoint"),
+        (["--params_override=trainer.optimizer_config.optimizer.type=vr_nonsense"], "vr_nonsense"),
+        (["--params_override=trainer.optimizer_config.optimizer.vr_lars.gamma=7"], "`gamma` must"),
+        (["--sub_batches=3"], "1 x 3 = 3, received 16"),
+        (["--params_override=task.train_data.global_batch_size=0"], "a multiple of replicas"),
+        ([], "at least 2 sub-batches"),
+    ],
+)
+def test_mistakes_end_in_one_line(small, arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(tfm_training, "_strategy", lambda *_: tf.distribute.get_strategy())
+    if "--params_override=trainer.optimizer_config.optimizer.vr_lars.gamma=7" in arguments:
+        arguments = [*arguments, "--sub_batches=2"]
+    assert train.main(["train", *small, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert said in error[0]
+
+
+def test_missing_extra_is_named(small, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "official.core.train_lib", None)
+    assert train.main(["train", *small]) == 2
+    assert "pip install 'tf-lbopt[recipes]'" in capsys.readouterr().err
+
+
+def test_dataset_that_is_not_prepared(small, capsys):
+    override = "task.train_data.tfds_name=mnist,task.train_data.tfds_data_dir=/nowhere"
+    assert train.main(["train", *small, f"--params_override={override}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "tfds" in error[0]
+
+
+def test_stock_experiments_take_the_flag():
+    train._register()
+    options = tfm_training.Options(
+        "resnet_imagenet", (), None, "train", "unused", None, None, sub_batches=4
+    )
+    assert tfm_training.parse_params(options).task.sub_batches == 4
+
+
+def test_help(capsys):
+    assert train.main(["train", "--help"]) == 0
+    assert "--sub_batches" in capsys.readouterr().out
+
+
+# -- synthetic input -------------------------------------------------------------------------------
+
+
+def test_synthetic_images():
+    from official_recipes.resnet50.experiments import synthetic_images
+
+    batches = list(synthetic_images(4, [16, 16, 3], 100, is_training=False))
+    assert [len(labels) for _, labels in batches] == [100] * 5 + [12]
+    again = list(synthetic_images(4, [16, 16, 3], 100, is_training=False))
+    np.testing.assert_array_equal(batches[0][0], again[0][0])
+    images, labels = next(iter(synthetic_images(4, [16, 16, 3], 64, is_training=True)))
+    means = np.stack([images.numpy()[labels.numpy() == c].mean(0) for c in range(4)])
+    assert np.abs(means[0] - means[1]).mean() > 0.5
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def _command(small, *arguments):
+    return [
+        *[sys.executable, "-m", "official_recipes.resnet50.train", *small],
+        "--cpu_replicas=2",
+        *arguments,
+    ]
+
+
+def _run(small, *arguments, **kwargs):
+    return subprocess.run(
+        _command(small, *arguments), cwd=ROOT, capture_output=True, text=True, **kwargs
+    )
+
+
+def _checkpoint(folder):
+    path = tf.train.latest_checkpoint(str(folder))
+    return path, {
+        name: tf.train.load_variable(path, name)
+        for name, _ in tf.train.list_variables(path)
+        if name.endswith("VARIABLE_VALUE")
+    }
+
+
+def test_stop_and_go_on(small, tmp_path):
+    """SIGTERM in training checkpoints and exits 0; the same command goes on from there."""
+    model_dir = tmp_path / "model"
+    kind = "trainer.optimizer_config.optimizer.type=lbopt_lars"  # traced faster than vr_lars
+    endless = f"--params_override={kind},trainer.train_steps=1000,trainer.checkpoint_interval=500"
+    with subprocess.Popen(
+        _command(small, "--mode=train", endless),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if "steps/sec" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "the same command goes on from here" in rest
+    path, state = _checkpoint(model_dir)
+    step = int(path.rsplit("-", 1)[1])
+    assert 0 < step < 500
+    momenta = [v for name, v in state.items() if name.startswith("optimizer/") and np.ndim(v) == 4]
+    assert momenta
+    assert any(np.any(v != 0) for v in momenta)
+
+    done = f"--params_override={kind},trainer.train_steps={step + 2},trainer.validation_interval=2"
+    result = _run(small, done)
+    assert result.returncode == 0, result.stderr
+    assert f"restored from checkpoint: {path}" in result.stdout
+    assert f"eval | step: {step + 2: 6d}" in result.stdout
+    assert "accuracy" in result.stdout
+    _, after = _checkpoint(model_dir)
+    assert after["global_step/.ATTRIBUTES/VARIABLE_VALUE"] == step + 2
+    iterations = [v for name, v in after.items() if "optimizer" in name and v.shape == ()]
+    assert step + 2 in iterations
+
+
+@pytest.mark.long
+def test_killed_run_goes_on_with_all_its_state(small, tmp_path):
+    """A second run without updates reads all that the first has written, and writes it again."""
+    model_dir = tmp_path / "model"
+    fixed = "--sub_batches=2"
+    with subprocess.Popen(
+        _command(small, "--mode=train", fixed, "--params_override=trainer.train_steps=1000"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if "saved checkpoint" in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    path, before = _checkpoint(model_dir)
+    step = int(path.rsplit("-", 1)[1])
+    result = _run(small, "--mode=train", fixed, f"--params_override=trainer.train_steps={step}")
+    assert result.returncode == 0, result.stderr
+    assert f"restored from checkpoint: {path}" in result.stdout
+    _, after = _checkpoint(model_dir)
+    assert set(after) == set(before)
+    assert sum("optimizer" in name and np.ndim(v) == 4 for name, v in after.items()) == 20
+    for name, value in before.items():
+        if not name.startswith("save_counter"):
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["lbopt_lars", "vr_lars", "vr_lamb", "sngm", "clars", "sgd"])
+def test_every_optimizer_trains(small, kind):
+    override = f"--params_override=trainer.optimizer_config.optimizer.type={kind}"
+    result = _run(small, override, "--sub_batches=2")
+    assert result.returncode == 0, result.stderr
+    assert "'validation_loss': np.float32(nan)" not in result.stdout
+    assert "eval | step:      4" in result.stdout
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def _jpeg(value, kind="jpeg"):
+    image = tf.fill([8, 8, 3], tf.cast(value, tf.uint8))
+    return (tf.io.encode_jpeg if kind == "jpeg" else tf.io.encode_png)(image).numpy()
+
+
+def _tree(folder, tiny=False, root="", per_class=3):
+    """Three classes, the brightness tells which; returns it."""
+    for label, name in enumerate(("ant", "bee", "cat")):
+        for i in range(per_class):
+            path = folder / root / "train" / name / ("images" if tiny else "") / f"{name}{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_jpeg(80 * label))
+        path = folder / root / "val" / ("images" if tiny else name) / f"val_{label}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_jpeg(80 * label, "png" if label == 2 else "jpeg"))
+        if tiny:
+            with (folder / root / "val" / "val_annotations.txt").open("a") as file:
+                file.write(f"val_{label}.JPEG\t{name}\t0\t0\t7\t7\n")
+    return folder
+
+
+def _examples(folder, split):
+    found = []
+    for path in sorted(folder.glob(f"{split}-*")):
+        for record in tf.data.TFRecordDataset(str(path)):
+            feature = tf.train.Example.FromString(record.numpy()).features.feature
+            image = tf.io.decode_jpeg(feature["image/encoded"].bytes_list.value[0])
+            found.append((feature["image/class/label"].int64_list.value[0], int(image[0, 0, 0])))
+    return found
+
+
+def _prepare(*arguments):
+    from official_recipes.resnet50 import prepare_data
+
+    return prepare_data.main(["prepare_data", *arguments])
+
+
+@pytest.mark.parametrize("form", ["folder", "tiny", "tar", "tar.gz", "tiny in a folder.tar.xz"])
+def test_prepare_data(tmp_path, form, capsys):
+    tree = _tree(tmp_path / "in", tiny="tiny" in form, root="top" if "in a folder" in form else "")
+    source = tree
+    if "tar" in form:
+        kind = {"tar": "tar", "gz": "gztar", "xz": "xztar"}[form.split(".")[-1]]
+        source = shutil.make_archive(str(tmp_path / "packed"), kind, tree)
+    out = tmp_path / "out"
+    assert _prepare(f"--source={source}", f"--output_dir={out}", "--shards=2") == 0
+    assert "9 train images in 2 files, 3 validation images" in capsys.readouterr().out
+    train_examples = _examples(out, "train")
+    assert sorted(label for label, _ in train_examples) == [0] * 3 + [1] * 3 + [2] * 3
+    for label, value in train_examples + _examples(out, "validation"):
+        assert abs(value - 80 * label) < 4
+    assert sorted(label for label, _ in _examples(out, "validation")) == [0, 1, 2]
+    record = json.loads((out / "dataset.json").read_text())
+    assert record["classes"] == 3
+    assert record["converted_to_jpeg"] == 1
+    assert (out / "classes.txt").read_text().split() == ["ant", "bee", "cat"]
+    assert not (out / "archive.tar").exists()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_prepare_data_without_splits(tmp_path):
+    tree = _tree(tmp_path / "in", per_class=10) / "train"
+    out = tmp_path / "out"
+    arguments = [f"--source={tree}", f"--output_dir={out}", "--validation_fraction=0.1"]
+    assert _prepare(*arguments) == 0
+    assert len(_examples(out, "train")) == 27
+    assert len(_examples(out, "validation")) == 3
+
+
+def test_prepare_data_mistakes(tmp_path, capsys):
+    full = _tree(tmp_path / "full")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken = tmp_path / "broken.tar.gz"
+    broken.write_bytes(b"\x1f\x8b\x08 no")
+    unreadable = _tree(tmp_path / "unreadable")
+    (unreadable / "train" / "ant" / "ant0.JPEG").write_bytes(b"no image")
+    new = tmp_path / "new"
+    for source, out, said in (
+        ("nowhere", new, "--source: expected a folder or tar archive that exists"),
+        (empty, new, "no images of a known layout"),
+        (broken, new, "is damaged"),
+        (unreadable, new, "is no image that can be read"),
+        (full, full, "--output_dir: expected a folder that is empty or does not exist"),
+        ("", new, "--source: expected a path"),
+    ):
+        assert _prepare(f"--source={source}", f"--output_dir={out}") == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        assert said in error[0]
+        assert not new.exists()
+        assert not (tmp_path / ".new.partial").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, number):
+    tree = _tree(tmp_path / "in", per_class=1)
+    for i in range(8000):
+        os.link(tree / "train" / "ant" / "ant0.JPEG", tree / "train" / "bee" / f"x{i}.JPEG")
+    out = tmp_path / "out"
+    command = [
+        *[sys.executable, "-c"],
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from official_recipes.resnet50.prepare_data import main; sys.exit(main(sys.argv))",
+        *[f"--source={tree}", f"--output_dir={out}"],
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / ".out.partial"
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("train-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -9)
+    assert not out.exists()
+    assert _prepare(f"--source={tree}", f"--output_dir={out}", "--shards=1") == 0
+    assert not partial.exists()
+    assert len(_examples(out, "train")) == 8003
+
+
+def test_prepared_data_trains(tmp_path, small):
+    """On the prepared files the stock reader finds what it needs (nothing is trained)."""
+    out = tmp_path / "out"
+    assert _prepare(f"--source={_tree(tmp_path / 'in')}", f"--output_dir={out}") == 0
+    params = _params(Path(small[0].split("=")[1]))
+    params.override({"task": {"train_data": {"input_path": f"{out}/train*"}}})
+    from official.core import task_factory
+
+    task = task_factory.get_task(params.task)
+    images, labels = next(iter(task.build_inputs(params.task.train_data)))
+    assert images.shape == (16, 32, 32, 3)
+    assert set(labels.numpy()) <= {0, 1, 2}
+
+
+def test_unknown_fields_of_files_are_named(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("trainer: {nonsense: 1}")
+    with pytest.raises(FlagValueError, match=r"--config_file: .*'nonsense' does not exist"):
+        _params(file)
