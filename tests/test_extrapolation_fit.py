@@ -295,6 +295,15 @@ def test_model_file_has_the_weights_and_the_state(tmp_path):
     assert_close(model.get_weights(), reference(data, 1, **ARGUMENTS)[-1][0])
 
 
+def test_a_checkpoint_has_no_copy_of_the_weights(tmp_path):
+    loop = Loop(lambda: tf_lbopt.ExtrapSGD(noise="gaussian", learning_rate=0.1))
+    loop.run(batches(1, ROWS))
+    path = tf.train.Checkpoint(optimizer=loop.optimizer).save(str(tmp_path / "a"))
+    shapes = [shape for _, shape in tf.train.list_variables(path)]
+    # The velocity alone.
+    assert shapes.count([5, 3]) == 1
+
+
 def test_model_checkpoint_in_mid_epoch(tmp_path):
     data = batches(4, ROWS * 2)
     model = model_of(lambda: tf_lbopt.ExtrapSGD(**ARGUMENTS), 2)

@@ -42,6 +42,17 @@ class _Active:
 _active: dict[tuple[int, int], _Active] = {}
 
 
+class _Home:
+    """Where the weights come back to: x_t of every variable, and which are not there now.
+
+    A class of its own, so that no checkpoint has these variables.
+    """
+
+    def __init__(self, origins: list[tf.Variable], away: tf.Variable):
+        self.origins = origins
+        self.away = away
+
+
 class Extrapolation(Algorithm):
     """Mix-in, placed before a base, whose gradients are taken at extrapolated weights.
 
@@ -103,9 +114,10 @@ class Extrapolation(Algorithm):
     def _create_variables(self, variables: list[Any]) -> None:
         super()._create_variables(variables)
         # Not among the optimizer's variables: between steps they hold nothing worth saving.
-        self._origins = [self._untracked(variable, variable.dtype) for variable in variables]
-        # Which variables are not at x_t now.
-        self._away = tf.Variable([False] * len(variables), trainable=False, name="extrapolated")
+        self._home = _Home(
+            [self._untracked(variable, variable.dtype) for variable in variables],
+            tf.Variable([False] * len(variables), trainable=False, name="extrapolated"),
+        )
         if self._past is not None:
             for part in range(self.sub_batches):
                 for index, variable in enumerate(variables):
@@ -207,13 +219,13 @@ class Extrapolation(Algorithm):
         def move(replica: tf.Tensor, rate: tf.Tensor) -> list[tf.Tensor]:
             targets = [tensorflow_variable(self._trainable_variables[index]) for index in indices]
             copies = [
-                self._origins[index].assign(target, read_value=False)
+                self._home.origins[index].assign(target, read_value=False)
                 for index, target in zip(indices, targets, strict=True)
             ]
             # An error in mid-step is recovered from by these copies, so they must be whole.
             with tf.control_dependencies([copy for copy in copies if copy is not None]):
-                moved = [index in indices for index in range(len(self._origins))]
-                away = self._away.assign(moved, read_value=False)
+                moved = [index in indices for index in range(len(self._home.origins))]
+                away = self._home.away.assign(moved, read_value=False)
             with tf.control_dependencies([] if away is None else [away]):
                 point = replica * self.sub_batches + sub_batch
                 for index in indices:
@@ -241,12 +253,12 @@ class Extrapolation(Algorithm):
         def put_back() -> list[tf.Tensor]:
             assigned = [
                 tensorflow_variable(self._trainable_variables[index]).assign(
-                    self._origins[index].read_value(), read_value=False
+                    self._home.origins[index].read_value(), read_value=False
                 )
                 for index in indices
             ]
             with tf.control_dependencies([a for a in assigned if a is not None]):
-                self._away.assign([False] * len(self._origins), read_value=False)
+                self._home.away.assign([False] * len(self._home.origins), read_value=False)
             return [tf.constant(True)]
 
         on_each_replica(strategy, tensorflow_variable(self._iterations), put_back)
@@ -256,11 +268,11 @@ class Extrapolation(Algorithm):
         with tf.init_scope():
             if not self.built:
                 return
-            copies = self._strategy.experimental_local_results(self._away)
+            copies = self._strategy.experimental_local_results(self._home.away)
             away = np.any([copy.numpy() for copy in copies], axis=0)
             for index in map(int, np.flatnonzero(away)):
                 variable = tensorflow_variable(self._trainable_variables[index])
-                _assign_copies(self._strategy, variable, self._origins[index])
+                _assign_copies(self._strategy, variable, self._home.origins[index])
             for copy in copies:
                 copy.assign(np.zeros_like(away))
 
