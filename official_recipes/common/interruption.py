@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
-STOPPING = "interrupted: stopping after this update (press Ctrl-C again to stop at once)"
+STOPPING = "interrupted: stopping after what is in progress (Ctrl-C again stops at once)"
 NO_RESULTS = "interrupted: no results were written"
 
 _SHOW_CURSOR = "\x1b[?25h"
