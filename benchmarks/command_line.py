@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from official_recipes.common.files import atomic_write
-from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.flag_parsing import (
+    EXIT_BAD_FLAG,
+    EXIT_INTERRUPTED,
+    FlagValueError,
+)
+from official_recipes.common.interruption import NO_RESULTS
 from official_recipes.common.progress import progress_bar as progress_bar
+
+
+def exit_code_of(run: Callable[[], None]) -> int:
+    """Runs a benchmark whose errors end in one line on stderr.
+
+    Args:
+        run: Parses the command line and measures.
+
+    Returns:
+        0, 2 for flags that cannot be used, 130 when interrupted, and that of a process of the
+        benchmark's own that failed.
+    """
+    try:
+        run()
+    except FlagValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return EXIT_BAD_FLAG
+    except subprocess.CalledProcessError as error:
+        print(f"the run failed: {' '.join(map(str, error.cmd[1:]))}", file=sys.stderr)
+        return error.returncode
+    except KeyboardInterrupt:
+        print(NO_RESULTS, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
 
 
 def listed_names(entries: Sequence[str]) -> tuple[str, ...]:

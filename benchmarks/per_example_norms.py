@@ -21,13 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clock import Timing, cores, interleaved, peak_resident_bytes, resident_bytes
-from benchmarks.command_line import as_given, listed_names, output_file, progress_bar, write_json
+from benchmarks.command_line import (
+    as_given,
+    exit_code_of,
+    listed_names,
+    output_file,
+    progress_bar,
+    write_json,
+)
 from benchmarks.shapes import count
 from benchmarks.step_time import MODELS as RESIDUAL
 from benchmarks.step_time import build_model as build_residual
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
-    EXIT_INTERRUPTED,
     FlagValueError,
     define_integer,
     help_text,
@@ -172,20 +177,13 @@ def main(argv: Sequence[str]) -> int:
         The exit code: 0, 2 for flags that cannot be used, 130 when interrupted, and that of a
         process that failed to measure memory.
     """
-    try:
+
+    def run() -> None:
         options = parse_options(argv)
         if options is not None:
             _run(options)
-    except FlagValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
-    except subprocess.CalledProcessError as error:
-        print(f"the run failed: {' '.join(map(str, error.cmd[1:]))}", file=sys.stderr)
-        return error.returncode
-    except KeyboardInterrupt:
-        print("interrupted: no results were written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_code_of(run)
 
 
 # -- flags -----------------------------------------------------------------------------------------

@@ -17,10 +17,15 @@ from absl import flags
 from rich.console import Console
 
 from benchmarks.clock import Timing, cores, interleaved
-from benchmarks.command_line import as_given, listed_names, output_file, progress_bar, write_json
+from benchmarks.command_line import (
+    as_given,
+    exit_code_of,
+    listed_names,
+    output_file,
+    progress_bar,
+    write_json,
+)
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
-    EXIT_INTERRUPTED,
     FlagValueError,
     define_integer,
     help_text,
@@ -69,20 +74,16 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for flags that cannot be used, 130 when interrupted.
     """
-    values = _flags()
-    try:
+
+    def run() -> None:
+        values = _flags()
         parse_flags(values, argv)
         if values.help:
             print(help_text(values, PROGRAM, SUMMARY))
         else:
             _run(values, output_file(values.output))
-    except FlagValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
-    except KeyboardInterrupt:
-        print("interrupted: no results were written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_code_of(run)
 
 
 def _flags() -> flags.FlagValues:

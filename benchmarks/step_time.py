@@ -24,11 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clock import Timing, cores, interleaved
-from benchmarks.command_line import as_given, listed_names, output_file, progress_bar, write_json
+from benchmarks.command_line import (
+    as_given,
+    exit_code_of,
+    listed_names,
+    output_file,
+    progress_bar,
+    write_json,
+)
 from benchmarks.shapes import count
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
-    EXIT_INTERRUPTED,
     FlagValueError,
     IntegerParser,
     define_integer,
@@ -202,20 +207,13 @@ def main(argv: Sequence[str]) -> int:
         The exit code: 0, 2 for flags that cannot be used, 130 when interrupted, and that of the
         process that failed where there is one for every number of replicas.
     """
-    try:
+
+    def run() -> None:
         options = parse_options(argv)
         if options is not None:
             _run(options)
-    except FlagValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
-    except subprocess.CalledProcessError as error:
-        print(f"the run failed: {' '.join(error.cmd[1:])}", file=sys.stderr)
-        return error.returncode
-    except KeyboardInterrupt:
-        print("interrupted: no results were written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_code_of(run)
 
 
 # -- flags -----------------------------------------------------------------------------------------

@@ -27,11 +27,16 @@ from benchmarks.clock import (
     peak_resident_bytes,
     resident_bytes,
 )
-from benchmarks.command_line import as_given, listed_names, output_file, progress_bar, write_json
+from benchmarks.command_line import (
+    as_given,
+    exit_code_of,
+    listed_names,
+    output_file,
+    progress_bar,
+    write_json,
+)
 from benchmarks.shapes import MODELS, Shape, count
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
-    EXIT_INTERRUPTED,
     FlagValueError,
     define_integer,
     help_text,
@@ -122,17 +127,13 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for flags that cannot be used, 130 when interrupted.
     """
-    try:
+
+    def run() -> None:
         options = parse_options(argv)
         if options is not None:
             _run(options)
-    except FlagValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
-    except KeyboardInterrupt:
-        print("interrupted: no results were written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_code_of(run)
 
 
 # -- flags -----------------------------------------------------------------------------------------

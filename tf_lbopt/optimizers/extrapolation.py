@@ -5,6 +5,7 @@ own copies to its own point, takes its gradient there, and puts x_t back before 
 kept as it was instead of being computed back, so that replicas stay equal to the last bit.
 """
 
+import abc
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -235,6 +236,7 @@ class Extrapolation(Algorithm):
 
         on_each_replica(strategy, tensorflow_variable(self._iterations), move, replica, rate)
 
+    @abc.abstractmethod
     def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
         """Moves one variable, in place, on a replica; a subclass defines it.
 
@@ -244,7 +246,6 @@ class Extrapolation(Algorithm):
             rate: γ̂.
             point: The number of the sub-batch, from 0 to k − 1.
         """
-        raise NotImplementedError
 
     def _return(self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any]) -> None:
         del replica

@@ -1,5 +1,6 @@
 """Tasks that take each replica's batch in parts: gradient accumulation within one training step."""
 
+import abc
 import copy
 import numbers
 from collections.abc import Iterable
@@ -141,8 +142,9 @@ class _StandIn:
         ]
         return self._apply([g for g, _ in pairs], [v for _, v in pairs], kwargs)
 
+    @abc.abstractmethod
     def _apply(self, gradients: list[Any], variables: list[Any], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """What becomes of one part's gradients."""
 
 
 class _Passing(_StandIn):
