@@ -11,8 +11,8 @@ import pytest
 
 from official_recipes.common import image_data
 from official_recipes.common.files import atomic_write
-from official_recipes.common.image_data import CIFAR10_CLASSES, DataFormatError
-from official_recipes.quickstart.data import DigitsSource, hold_out_validation
+from official_recipes.common.image_data import CIFAR10_CLASSES, DataFormatError, DigitsSource
+from official_recipes.quickstart.data import hold_out_validation
 
 REAL_DATA = Path(
     os.environ.get("TF_LBOPT_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")

@@ -72,6 +72,29 @@ class PositiveFloatParser(flags.ArgumentParser):
         return "float"
 
 
+class NumberParser(flags.ArgumentParser):
+    """Parses a finite number of at least ``minimum``."""
+
+    def __init__(self, minimum: float) -> None:
+        super().__init__()
+        self.minimum = minimum
+        self.syntactic_help = f"a number >= {minimum:g}"
+
+    def parse(self, argument: str | float) -> float:
+        """Returns the number, or raises ``ValueError`` naming what was expected."""
+        try:
+            value = float(argument)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= self.minimum):
+            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
+        return value
+
+    def flag_type(self) -> str:
+        """Returns the type's name for help texts."""
+        return "float"
+
+
 class ShareParser(flags.ArgumentParser):
     """Parses a number from 0 up to, but without, 1."""
 

@@ -8,6 +8,7 @@ a while. TensorFlow is imported only where JPEG images are decoded.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import math
 import pickle
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
@@ -37,8 +38,9 @@ CIFAR10_CLASSES = (
 )
 
 KNOWN_FORMS = (
-    "MNIST (train-images-idx3-ubyte[.gz] and its three companions) or CIFAR-10 "
-    "(cifar10_jpeg.tar.gz, or data_batch_1 ... data_batch_5 and test_batch)"
+    "MNIST (train-images-idx3-ubyte[.gz] and its three companions), CIFAR-10 "
+    "(cifar10_jpeg.tar.gz, or data_batch_1 ... data_batch_5 and test_batch) or CIFAR-100 (train "
+    "and test)"
 )
 
 
@@ -77,7 +79,7 @@ class ImageSource(Protocol):
 
     @property
     def kind(self) -> str:
-        """A short key: ``digits``, ``mnist`` or ``cifar10``."""
+        """A short key: ``digits``, ``mnist``, ``cifar10`` or ``cifar100``."""
 
     @property
     def name(self) -> str:
@@ -113,7 +115,72 @@ def find_source(folder: Path) -> ImageSource:
     for candidate in (folder, folder / "cifar-10-batches-py"):
         if (candidate / "data_batch_1").is_file():
             return CifarPickleSource(candidate)
+    for candidate in (folder, folder / "cifar-100-python"):
+        if (candidate / "train").is_file() and (candidate / "test").is_file():
+            return Cifar100PickleSource(candidate)
     raise DataFormatError(f"{folder} has no known data")
+
+
+# --- digits ------------------------------------------------------------------------------------
+
+# Fixed, so that a recipe's --seed changes the training and never the split.
+_SPLIT_SEED = 0
+_DIGITS_TEST_SIZE = 360
+
+
+@dataclass(frozen=True)
+class DigitsSource:
+    """The 1,797 8x8 digits inside scikit-learn, with a fixed stratified split."""
+
+    kind: str = "digits"
+    name: str = "scikit-learn digits"
+    train_size: int = 1797 - _DIGITS_TEST_SIZE
+
+    def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        train_images, test_images, train_labels, test_labels = train_test_split(
+            digits.images.astype(np.uint8)[..., np.newaxis],
+            digits.target.astype(np.int64),
+            test_size=_DIGITS_TEST_SIZE,
+            stratify=digits.target,
+            random_state=_SPLIT_SEED,
+        )
+        if progress is not None:
+            progress(1, 1)
+        return ImageData(
+            self.name, train_images, train_labels, test_images, test_labels, max_value=16
+        )
+
+
+def hold_out_validation(data: ImageData, size: int) -> ImageData:
+    """Replaces the test split with a stratified part of the training split.
+
+    What is chosen by it (a learning rate) is chosen without the test images.
+
+    Args:
+        data: The data.
+        size: How many training images are set apart.
+    """
+    from sklearn.model_selection import train_test_split
+
+    train_images, images, train_labels, labels = train_test_split(
+        data.train_images,
+        data.train_labels,
+        test_size=size,
+        stratify=data.train_labels,
+        random_state=_SPLIT_SEED,
+    )
+    return dataclasses.replace(
+        data,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=images,
+        test_labels=labels,
+    )
 
 
 # --- MNIST -------------------------------------------------------------------------------------
@@ -380,17 +447,43 @@ class CifarPickleSource:
         return ImageData(self.name, images, labels, *batches[-1])
 
     def _batch(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        path = self.folder / name
-        if not path.is_file():
-            raise DataFormatError(f"{self.folder} has no {name}")
-        # A damaged pickle can raise nearly anything; all of it means the same to the caller.
-        with path.open("rb") as file, _as_format_error(path):
-            content = _ArrayUnpickler(file, encoding="bytes").load()
-            data = np.asarray(content[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-            labels = np.asarray(content[b"labels"], np.int64)
-        if len(data) != len(labels):
-            raise DataFormatError(f"{path}: {len(data)} images but {len(labels)} labels")
-        return np.ascontiguousarray(data.transpose(0, 2, 3, 1)), labels
+        return _read_pickle(self.folder / name, b"labels")
+
+
+@dataclass(frozen=True)
+class Cifar100PickleSource:
+    """The original ``cifar-100-python`` folder, with the 100 fine labels."""
+
+    folder: Path
+    kind: str = "cifar100"
+    name: str = "CIFAR-100"
+
+    @property
+    def train_size(self) -> int:
+        """The number of training images."""
+        return len(_read_pickle(self.folder / "train", b"fine_labels")[1])
+
+    def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels."""
+        splits = []
+        for index, name in enumerate(("train", "test")):
+            splits.append(_read_pickle(self.folder / name, b"fine_labels"))
+            if progress is not None:
+                progress(index + 1, 2)
+        return ImageData(self.name, *splits[0], *splits[1])
+
+
+def _read_pickle(path: Path, labels_key: bytes) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise DataFormatError(f"{path.parent} has no {path.name}")
+    # A damaged pickle can raise nearly anything; all of it means the same to the caller.
+    with path.open("rb") as file, _as_format_error(path):
+        content = _ArrayUnpickler(file, encoding="bytes").load()
+        data = np.asarray(content[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(content[labels_key], np.int64)
+    if len(data) != len(labels):
+        raise DataFormatError(f"{path}: {len(data)} images but {len(labels)} labels")
+    return np.ascontiguousarray(data.transpose(0, 2, 3, 1)), labels
 
 
 @contextlib.contextmanager
@@ -398,4 +491,70 @@ def _as_format_error(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise DataFormatError(f"{path} is not a CIFAR-10 batch: {error}") from error
+        raise DataFormatError(f"{path} is not a batch of CIFAR: {error}") from error
+
+
+# --- TensorFlow Datasets -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A data set of TensorFlow Datasets with images, labels and the splits train and test.
+
+    Args:
+        dataset: Its name, such as ``cifar10`` or ``cifar100``.
+        data_dir: TFDS's folder, or ``None`` for its own default; downloaded if it is not there.
+    """
+
+    dataset: str
+    data_dir: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """The data set's name."""
+        return self.dataset
+
+    @property
+    def name(self) -> str:
+        """How results on this data are to be labelled."""
+        return {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}.get(
+            self.dataset, self.dataset
+        )
+
+    @property
+    def train_size(self) -> int:
+        """The number of training images."""
+        return int(self._builder().info.splits["train"].num_examples)
+
+    def load(self, progress: ProgressCallback | None = None) -> ImageData:
+        """Reads all images and labels, downloading them first where needed."""
+        import tensorflow_datasets as tfds
+
+        builder = self._builder()
+        with _as_tfds_error(self.dataset):
+            builder.download_and_prepare()
+            arrays: list[np.ndarray] = []
+            for index, split in enumerate(("train", "test")):
+                images, labels = tfds.as_numpy(
+                    builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
+                )
+                arrays += [images, labels.astype(np.int64)]
+                if progress is not None:
+                    progress(index + 1, 2)
+        return ImageData(self.name, arrays[0], arrays[1], arrays[2], arrays[3])
+
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        with _as_tfds_error(self.dataset):
+            folder = None if self.data_dir is None else str(self.data_dir)
+            return tfds.builder(self.dataset, data_dir=folder)
+
+
+@contextlib.contextmanager
+def _as_tfds_error(dataset: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # TFDS raises its own, those of the network and of files.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataFormatError(f"TFDS cannot provide {dataset!r}: {first}") from error

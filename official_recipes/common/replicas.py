@@ -54,3 +54,27 @@ def cpu_strategy(replicas: int) -> tf.distribute.MirroredStrategy:
     )
     _strategy = tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(replicas)])
     return _strategy
+
+
+def training_strategy(replicas: int, device: str = "auto") -> tf.distribute.Strategy:
+    """Returns a strategy for a recipe's replicas.
+
+    Args:
+        replicas: How many.
+        device: ``cpu``, or ``auto`` for GPUs where there are as many as replicas.
+
+    Returns:
+        The default strategy for a single replica, which lets Keras accumulate gradients as on any
+        one device, and a ``MirroredStrategy`` for more.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if device == "auto" and len(gpus) >= replicas:
+        if replicas == 1:
+            return tf.distribute.get_strategy()
+        return tf.distribute.MirroredStrategy([f"GPU:{index}" for index in range(replicas)])
+    if replicas == 1:
+        tf.config.set_visible_devices([], "GPU")
+        return tf.distribute.get_strategy()
+    return cpu_strategy(replicas)

@@ -6,9 +6,13 @@ and signals, on which a run saves its state at the end of the current loop and s
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 MODES = ("train", "eval", "train_and_eval", "continuous_eval", "train_and_post_eval")
 SYNTHETIC = "synthetic"
 """As `input_path`: made-up data, where the experiment's task has some."""
+
+SUMMARY_FILE = "summary.json"
+"""What a run leaves in its model_dir when it ends: see `write_summary`."""
 
 EXTRA = "tf-lbopt[recipes]"
 _LAST_WORDS = "interrupted again: what came after the last checkpoint is lost"
@@ -119,10 +126,11 @@ def train_from_command_line(
         data that cannot be used; 130 after Ctrl-C.
     """
     try:
+        started = time.monotonic()
         options = parse_options(argv, program, summary, default_experiment)
         if options is None:
             return 0
-        _run(options, register, check, builds_optimizer)
+        _run(options, register, check, builds_optimizer, started)
     except FlagValueError as error:
         return _fail(error, EXIT_BAD_FLAG)
     except ModuleNotFoundError as error:
@@ -396,6 +404,7 @@ def _run(
     register: Callable[[], None],
     check: Callable[[Any, Options], None] | None,
     builds_optimizer: bool,
+    started: float,
 ) -> None:
     # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
     from official_recipes.common.replicas import quiet_tensorflow
@@ -416,7 +425,7 @@ def _run(
     check_data(params, options)
     strategy = _strategy(params, options)
     check_batches(params, options, strategy.num_replicas_in_sync)
-    _train(params, options, strategy, builds_optimizer)
+    _train(params, options, strategy, builds_optimizer, started)
 
 
 def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
@@ -443,7 +452,11 @@ def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
 
 
 def _train(
-    params: Any, options: Options, strategy: tf.distribute.Strategy, builds_optimizer: bool
+    params: Any,
+    options: Options,
+    strategy: tf.distribute.Strategy,
+    builds_optimizer: bool,
+    started: float,
 ) -> None:
     from official.core import task_factory, train_lib, train_utils
     from official.modeling import performance
@@ -480,9 +493,10 @@ def _train(
             )
         if options.trains and builds_optimizer:
             _build_optimizer(runner.trainer, strategy)
+        record = _Record(runner.trainer)
         stop = _StopOnSignal(interrupted, controller, saves=options.trains)
-        controller.train_actions = (*controller.train_actions, stop)
-        controller.eval_actions = (*controller.eval_actions, stop)
+        controller.train_actions = (*controller.train_actions, record.trained, stop)
+        controller.eval_actions = (*controller.eval_actions, record.evaluated, stop)
         try:
             with strategy.scope():
                 _run_mode(options.mode, controller, params.trainer)
@@ -494,6 +508,107 @@ def _train(
                 "lower the learning rate or lengthen the warm-up (checkpoints of before are in "
                 f"{options.model_dir})"
             ) from error
+        if record.ran and strategy.extended.should_save_summary:
+            write_summary(
+                options.model_dir,
+                {
+                    "experiment": options.experiment,
+                    "mode": options.mode,
+                    "optimizer": _optimizer_type(params),
+                    "steps": int(controller.global_step.numpy()),
+                    "seconds": round(time.monotonic() - started, 3),
+                    "step_ms": record.step_ms,
+                    "metrics": record.metrics,
+                    "train_metrics": record.train_metrics,
+                    "replicas": strategy.num_replicas_in_sync,
+                    "sub_batches": getattr(params.task, "sub_batches", 1),
+                    "global_batch_size": getattr(
+                        getattr(params.task, "train_data", None), "global_batch_size", None
+                    ),
+                },
+            )
+
+
+def _optimizer_type(params: Any) -> str | None:
+    optimizer = getattr(params.trainer.optimizer_config, "optimizer", None)
+    return getattr(optimizer, "type", None)
+
+
+class _Record:
+    """What `write_summary` needs to know of a run: its loops' times and its last metrics."""
+
+    def __init__(self, trainer: Any):
+        self.metrics: dict[str, Any] = {}
+        self.train_metrics: dict[str, Any] = {}
+        self.ran = False
+        self._ms: list[float] = []
+        if hasattr(trainer, "train"):
+            trainer.train = self._timed(trainer.train)
+
+    def _timed(self, train: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        from orbit import utils
+
+        def timed(num_steps: Any) -> Any:
+            start = time.perf_counter()
+            output = train(num_steps)
+            for value in (output or {}).values():  # Waits for what is still running on a device.
+                utils.get_value(value)
+            self._ms.append(1000 * (time.perf_counter() - start) / int(num_steps))
+            return output
+
+        return timed
+
+    def trained(self, output: Any) -> None:
+        """A loop of training has ended."""
+        self.ran, self.train_metrics = True, _plain(output)
+
+    def evaluated(self, output: Any) -> None:
+        """An evaluation has ended."""
+        self.ran, self.metrics = True, _plain(output)
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median over the loops but the first, in which the step is traced; none without others."""
+        return round(statistics.median(self._ms[1:]), 3) if len(self._ms) > 1 else None
+
+
+def _plain(value: Any) -> Any:
+    """A tree of metrics as JSON has it: plain numbers, no NaN."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "numpy"):
+        value = value.numpy()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+
+
+def write_summary(model_dir: str, summary: dict[str, Any]) -> None:
+    """Writes `summary.json`, whole or not at all.
+
+    A run that trained or evaluated and was neither interrupted nor diverged leaves it, with the
+    fields ``experiment``, ``mode``, ``optimizer``, ``steps`` (the last), ``seconds`` (wall time
+    from the program's start), ``step_ms`` (median over this run's loops but the first, or null),
+    ``metrics`` (of the last evaluation), ``train_metrics`` (of the last loop of training),
+    ``replicas``, ``sub_batches`` and ``global_batch_size``. Values that are not finite are null.
+
+    Args:
+        model_dir: The folder, also one that only TensorFlow can reach.
+        summary: The fields.
+    """
+    import tensorflow as tf
+
+    path = os.path.join(model_dir, SUMMARY_FILE)
+    partial = f"{path}.partial"
+    with tf.io.gfile.GFile(partial, "w") as file:
+        file.write(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    tf.io.gfile.rename(partial, path, overwrite=True)
 
 
 def _build_optimizer(trainer: Any, strategy: tf.distribute.Strategy) -> None:

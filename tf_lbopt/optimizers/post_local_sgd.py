@@ -116,9 +116,10 @@ class PostLocalSGD(LargeBatchOptimizer):
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the inner
-            optimizer is of another kind, is built, was created outside of the strategy's scope or
-            has a setting that is not supported; a LossScaleOptimizer is put around this one
-            (Keras does so under the policy "mixed_float16"; "mixed_bfloat16" needs none).
+            optimizer is of another kind, overrides `update_step`, is built, was created outside of
+            the strategy's scope or has a setting that is not supported; a LossScaleOptimizer is
+            put around this one (Keras does so under the policy "mixed_float16"; "mixed_bfloat16"
+            needs none).
 
     Example:
         >>> import numpy as np
@@ -938,6 +939,14 @@ def _check_inner(inner: Any) -> None:
         raise ValueError(
             "`inner_optimizer` must be a keras.optimizers.SGD or a tf_lbopt.ExtrapSGD: local steps "
             f"are not supported for other optimizers. {received}"
+        )
+    if isinstance(inner, keras.optimizers.SGD) and (
+        type(inner).update_step is not keras.optimizers.SGD.update_step
+    ):
+        raise ValueError(
+            "`inner_optimizer` must not override `update_step`, which local steps do not call. "
+            "(tf_lbopt.ExtrapSGD with extrapolation_rate=0.0 is SGD with coupled weight decay.) "
+            f"{received}"
         )
     if inner.built:
         raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")

@@ -1,0 +1,1 @@
+"""A repeatable study of the optimizers: declared runs, one table of results, rendered documents."""

@@ -1,0 +1,138 @@
+"""Entry point of ``python -m benchmarks.study``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.command_line import exit_code_of, progress_bar
+from benchmarks.study.grid import Results, Study, next_runs, outcomes
+from benchmarks.study.studies import STUDIES
+from benchmarks.study.table import RESULTS, read_rows
+from official_recipes.common.files import append_row
+from official_recipes.common.flag_parsing import (
+    FlagValueError,
+    define_integer,
+    help_text,
+    parse_flags,
+)
+from official_recipes.common.interruption import interruption, run_program
+
+PROGRAM = "python -m benchmarks.study"
+SUMMARY = (
+    "Makes the runs of a study that its table of results does not have yet, and prints what is\n"
+    "known. Ctrl-C keeps every finished run; the same command goes on from there."
+)
+
+
+def define_flags() -> flags.FlagValues:
+    """Returns the study's flags."""
+    values = flags.FlagValues()
+    flags.DEFINE_enum("study", None, sorted(STUDIES), "Which study.", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "Folder with CIFAR-10.", flag_values=values)
+    flags.DEFINE_string("results", str(RESULTS), "The table of results.", flag_values=values)
+    define_integer(
+        values, "minutes", None, "Begin no run after so many minutes [default: until all are done]."
+    )
+    flags.DEFINE_boolean("run", True, "Make runs; else only print.", flag_values=values)
+    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
+    return values
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the study and returns the exit code."""
+    return exit_code_of(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> None:
+    values = define_flags()
+    parse_flags(values, argv)
+    if values.help:
+        print(help_text(values, PROGRAM, SUMMARY))
+        return
+    if values.study is None:
+        raise FlagValueError("study", f"one of {', '.join(sorted(STUDIES))}", "none")
+    study, path = STUDIES[values.study], Path(values.results)
+    if values.run and next_runs(study, Results(study, read_rows(path))):
+        if values.data_dir is None:
+            raise FlagValueError("data_dir", "a folder with CIFAR-10", "none")
+        _run(study, path, Path(values.data_dir), values.minutes)
+    Console().print(summary(study, Results(study, read_rows(path))))
+
+
+def _run(study: Study, path: Path, data_dir: Path, minutes: int | None) -> None:
+    from official_recipes.common.replicas import quiet_tensorflow
+
+    quiet_tensorflow()
+    from benchmarks.study.runner import Runner
+
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with progress_bar(console) as progress, interruption() as interrupted:
+        runner = Runner(data_dir, _replicas(study))
+        reading = progress.add_task("reading", total=None)
+        runner.load(lambda done, total: progress.update(reading, completed=done, total=total))
+        progress.remove_task(reading)
+        seconds: list[float] = []
+        while left := next_runs(study, Results(study, read_rows(path))):
+            interrupted.check()
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
+            run = left[0]
+            mean = sum(seconds) / len(seconds) if seconds else None
+            estimate = "" if mean is None else f", {len(left) * mean / 60:.0f} min"
+            name = f"{run.label}, {run.stage} {run.value:g}, seed {run.seed}"
+            task = progress.add_task(f"{name} ({len(left)} known to be left{estimate})", total=None)
+
+            def after_update(done: int, total: int, task: object = task) -> None:
+                interrupted.check()
+                progress.update(task, completed=done, total=total)  # type: ignore[arg-type]
+
+            row = runner.train(run, after_update)
+            append_row(path, row)
+            seconds.append(row["seconds"])
+            progress.remove_task(task)
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row["final"].items() if v is not None)
+            console.print(
+                f"{run.cell}: {name}: {'diverged' if row['diverged'] else shown}, "
+                f"{row['seconds']:.0f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _replicas(study: Study) -> int:
+    numbers = {int(cell.settings["replicas"]) for cell, _ in study.comparisons}
+    assert len(numbers) == 1, "a process has one strategy"
+    return numbers.pop()
+
+
+def summary(study: Study, results: Results) -> Table:
+    """What is known of a study's contenders."""
+    table = Table(title=f"study {study.name}")
+    for heading in ("cell", "contender", "tuned", "best", "runs", f"test {study.metric}"):
+        table.add_column(heading)
+    known = outcomes(study, results)
+    for cell, contenders in study.comparisons:
+        for contender in contenders:
+            outcome = known[cell.name, contender.label]
+            mean = sum(outcome.final) / len(outcome.final) if outcome.final else None
+            table.add_row(
+                cell.name,
+                contender.label,
+                ", ".join(f"{v:g}: {s:.4f}" for v, s in outcome.tried.items()),
+                f"{contender.axis} {outcome.best:g}" if outcome.tried and outcome.best else "",
+                str(len(outcome.final)),
+                "" if mean is None else f"{mean:.4f}",
+            )
+    return table
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv)

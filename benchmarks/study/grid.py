@@ -1,0 +1,228 @@
+"""What a study runs: contenders that are tuned on a validation split, then tested with seeds.
+
+Nothing here trains. A study is a function of the results so far: `next_runs` says what is still
+to be run, so that an interrupted study goes on where it was and a best value at the edge of its
+grid leads to one more run beyond.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Scalar = float | int | bool | str
+Row = dict[str, Any]
+
+TUNING, FINAL = "tuning", "final"
+_AT_MOST = 9
+_UNTUNED = (1.0,)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What all contenders of a comparison have in common.
+
+    Attributes:
+        name: For results and headings.
+        settings: Flags of the recipe: model, batch_size, epochs, schedule, ...
+        validation_size: Training examples set apart for tuning.
+        tuning_seeds: Each value of a grid is tried with these.
+        final_seeds: The best value is tested with these.
+    """
+
+    name: str
+    settings: Mapping[str, Scalar]
+    validation_size: int
+    tuning_seeds: tuple[int, ...] = (1,)
+    final_seeds: tuple[int, ...] = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer with one hyper-parameter to tune.
+
+    Attributes:
+        label: For results and headings.
+        settings: Flags of the recipe: optimizer, its arguments, warm-up, ...
+        axis: The flag that is tuned.
+        values: The first grid, rising, of equal ratios between neighbours.
+        takes_from: Label of the contender whose best value of its own axis this one takes over.
+    """
+
+    label: str
+    settings: Mapping[str, Scalar]
+    axis: str = "learning_rate"
+    values: tuple[float, ...] = ()
+    takes_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        study: The study's name.
+        cell: The cell's name.
+        label: The contender's.
+        stage: `TUNING` or `FINAL`.
+        value: Of the contender's axis.
+        settings: All flags of the recipe, the axis, seed and validation_size among them.
+    """
+
+    study: str
+    cell: str
+    label: str
+    stage: str
+    value: float
+    settings: Mapping[str, Scalar] = field(hash=False)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.settings["seed"])
+
+    def head(self) -> Row:
+        """What identifies the run in the table."""
+        return {
+            "study": self.study,
+            "cell": self.cell,
+            "label": self.label,
+            "stage": self.stage,
+            "value": self.value,
+            "flags": dict(self.settings),
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """Cells, each with its contenders.
+
+    Attributes:
+        name: Of the study.
+        comparisons: Cells and the contenders in each, those that others take from first.
+        metric: Of the results' ``final``, higher is better, named without its split.
+    """
+
+    name: str
+    comparisons: Sequence[tuple[Cell, Sequence[Contender]]]
+    metric: str = "accuracy"
+
+
+class Results:
+    """The rows of one study, found by what identifies a run; the latest of equal ones counts."""
+
+    def __init__(self, study: Study, rows: Iterable[Row]) -> None:
+        self._metric = study.metric
+        self._rows = {_key(row): row for row in rows if row.get("study") == study.name}
+
+    def row(self, run: Run) -> Row | None:
+        """The result of a run, if there is one."""
+        return self._rows.get(_key(run.head()))
+
+    def score(self, run: Run) -> float | None:
+        """The metric at the end; a run that diverged has the lowest there is."""
+        row = self.row(run)
+        if row is None:
+            return None
+        found = [v for k, v in row["final"].items() if k.split("_", 1)[-1] == self._metric]
+        return -math.inf if row["diverged"] or not found or found[0] is None else float(found[0])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a contender.
+
+    Attributes:
+        tried: Mean validation score by value of the axis.
+        best: The value of the best one, ``None`` while runs are missing.
+        final: Test scores at the best value, one per seed that has been run.
+        missing: Runs still to be made before more can be said.
+    """
+
+    tried: dict[float, float]
+    best: float | None
+    final: list[float]
+    missing: list[Run]
+
+
+def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
+    """What is known of every contender, by names of cell and contender."""
+    found: dict[tuple[str, str], Outcome] = {}
+    for cell, contenders in study.comparisons:
+        for contender in contenders:
+            inherited: dict[str, float] = {}
+            if contender.takes_from is not None:
+                source = found[cell.name, contender.takes_from]
+                giver = next(c for c in contenders if c.label == contender.takes_from)
+                if source.best is None:
+                    found[cell.name, contender.label] = Outcome({}, None, [], [])
+                    continue
+                inherited[giver.axis] = source.best
+            found[cell.name, contender.label] = _outcome(study, cell, contender, inherited, results)
+    return found
+
+
+def next_runs(study: Study, results: Results) -> list[Run]:
+    """The runs that can be made now; none are left when the study is complete."""
+    return [run for outcome in outcomes(study, results).values() for run in outcome.missing]
+
+
+def _outcome(
+    study: Study,
+    cell: Cell,
+    contender: Contender,
+    inherited: Mapping[str, float],
+    results: Results,
+) -> Outcome:
+    def run(stage: str, value: float, seed: int) -> Run:
+        settings: dict[str, Scalar] = {**cell.settings, **contender.settings, **inherited}
+        if contender.values:
+            settings[contender.axis] = value
+        settings["seed"] = seed
+        settings["validation_size"] = cell.validation_size if stage == TUNING else 0
+        return Run(study.name, cell.name, contender.label, stage, value, settings)
+
+    tried: dict[float, float] = {}
+    if contender.values:
+        grid = list(contender.values)
+        while True:
+            runs = [run(TUNING, v, s) for v in grid if v not in tried for s in cell.tuning_seeds]
+            missing = [r for r in runs if results.score(r) is None]
+            if missing:
+                return Outcome(tried, None, [], missing)
+            for value in grid:
+                scores = [results.score(run(TUNING, value, s)) for s in cell.tuning_seeds]
+                tried[value] = statistics.fmean(s for s in scores if s is not None)
+            best = max(grid, key=lambda value: tried[value])
+            ratio = grid[1] / grid[0] if len(grid) > 1 else 2.0
+            if len(grid) >= _AT_MOST:
+                break
+            # Whole numbers, such as a period, have a lower end; one beyond 1 there is none.
+            if best == grid[-1]:
+                grid.append(_rounded(best * ratio, best))
+            elif best == grid[0] and not (float(best).is_integer() and best / ratio < 1):
+                grid.insert(0, _rounded(best / ratio, best))
+            else:
+                break
+    else:
+        best = _UNTUNED[0]
+    runs = [run(FINAL, best, seed) for seed in cell.final_seeds]
+    scores = [results.score(r) for r in runs]
+    return Outcome(
+        dict(sorted(tried.items())),
+        best,
+        [s for s in scores if s is not None],
+        [r for r, s in zip(runs, scores, strict=True) if s is None],
+    )
+
+
+def _rounded(value: float, like: float) -> float:
+    return int(value) if isinstance(like, int) else float(f"{value:.3g}")
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    flags = tuple(sorted((k, str(v)) for k, v in row["flags"].items()))
+    return (row["study"], row["cell"], row["label"], row["stage"], flags)

@@ -1,0 +1,154 @@
+"""Image classification on arrays that fit in memory, as a task of the Keras 3 recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from official_recipes.cifar.models import build_model
+from official_recipes.common.image_data import ImageData
+from official_recipes.common.keras_training import Metrics
+
+_PADDING = 4
+_TEST_BATCH = 1000
+
+
+class ImageTask:
+    """Classifies images.
+
+    Args:
+        data: Images and labels; where a validation split was held out, it is in the place of the
+            test split.
+        network: A key of `official_recipes.cifar.models.NETWORKS`.
+        augmentation: Whether training images are shifted by up to 4 pixels and mirrored.
+        held_out: Whether ``data``'s test split is a validation split.
+        label_smoothing: In [0, 1).
+    """
+
+    name = "cifar"
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        data: ImageData,
+        network: str,
+        *,
+        augmentation: bool = True,
+        held_out: bool = False,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self._data = data
+        # Eager tensors are captured by tf.data; arrays would become constants of its graph.
+        self._train = (tf.constant(data.train_images), tf.constant(data.train_labels))
+        self._network = network
+        self._augmentation = augmentation
+        self._split = "validation" if held_out else "test"
+        self._label_smoothing = label_smoothing
+        pixels = data.train_images.reshape(-1, data.train_images.shape[-1])
+        # Exact integer sums; an array of floats would take four times the images' memory.
+        count = len(pixels)
+        mean = np.array([int(c.sum(dtype=np.int64)) for c in pixels.T]) / count
+        squares = np.array([int(np.square(c, dtype=np.int64).sum()) for c in pixels.T]) / count
+        self._mean = mean
+        self._deviation = np.maximum(np.sqrt(np.maximum(squares - mean**2, 0.0)), 1e-3)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Data, network and what is done to the images."""
+        return {
+            "data": self._data.name,
+            "model": self._network,
+            "augmentation": self._augmentation,
+            "label_smoothing": self._label_smoothing,
+            "split": self._split,
+            "train_size": self.train_size,
+        }
+
+    @property
+    def train_size(self) -> int:
+        """The number of training images."""
+        return len(self._data.train_labels)
+
+    def splits(self) -> tuple[str, ...]:
+        """The one split that is not trained on."""
+        return (self._split,)
+
+    def build_model(self) -> keras.Model:
+        """Returns the network, which takes uint8 images and gives logits."""
+        return build_model(
+            self._network,
+            self._data.train_images.shape[1:],
+            self._data.classes,
+            self._mean.tolist(),
+            self._deviation.tolist(),
+        )
+
+    def loss(self) -> keras.losses.Loss:
+        """Cross-entropy of logits."""
+        if self._label_smoothing:
+            return keras.losses.CategoricalCrossentropy(
+                from_logits=True, label_smoothing=self._label_smoothing
+            )
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def batch(self, indices: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Gathers images and labels, and shifts and mirrors the images."""
+        images, labels = (tf.gather(array, indices) for array in self._train)
+        if self._augmentation:
+            images = shifted_and_mirrored(images, seed)
+        if self._label_smoothing:
+            labels = tf.one_hot(labels, self._data.classes)
+        return images, labels
+
+    def evaluate(self, model: keras.Model, split: str) -> Metrics:
+        """Accuracy and cross-entropy, on one device with the weights that all replicas share."""
+        assert split == self._split
+        images, labels = self._data.test_images, self._data.test_labels
+        logits = np.concatenate(
+            [
+                keras.ops.convert_to_numpy(model(images[at : at + _TEST_BATCH], training=False))
+                for at in range(0, len(images), _TEST_BATCH)
+            ]
+        )
+        loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+        return {
+            "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
+            "loss": float(np.mean(loss)),
+        }
+
+
+def shifted_and_mirrored(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """Pads by 4 black pixels, crops at random and mirrors half of the images.
+
+    The whole batch is one gather on the flattened images, a fraction of what the same costs image
+    by image.
+
+    Args:
+        images: [batch, height, width, channels] of any type.
+        seed: [2] integers.
+
+    Returns:
+        Images of the same shape and type.
+    """
+    count, height, width, channels = images.shape
+    shifts = tf.random.stateless_uniform(
+        [count, 2, 1], seed, maxval=2 * _PADDING + 1, dtype=tf.int32
+    )
+    mirror = tf.random.stateless_uniform([count, 1], seed + 1, maxval=2, dtype=tf.int32)
+    rows = tf.range(height)[None] + shifts[:, 0] - _PADDING
+    columns = tf.range(width)[None]
+    columns = tf.where(mirror > 0, width - 1 - columns, columns) + shifts[:, 1] - _PADDING
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, :
+    ]
+    # All pixels in one list, with a black one at its end for what lies outside.
+    pixels = tf.concat(
+        [tf.reshape(images, [-1, channels]), tf.zeros([1, channels], images.dtype)], axis=0
+    )
+    first = tf.range(count)[:, None, None] * (height * width)
+    at = first + rows[:, :, None] * width + columns[:, None, :]
+    return tf.gather(pixels, tf.where(inside, at, count * height * width))

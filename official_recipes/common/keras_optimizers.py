@@ -1,0 +1,280 @@
+"""Optimizers by name and learning-rate schedules for the Keras 3 recipes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import tf_lbopt
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.keras_options import ScheduleOptions, TrainingOptions
+from tf_lbopt.schedules import (
+    WarmupCosineDecay,
+    WarmupPolynomialDecay,
+    linear_scaling,
+    sqrt_scaling,
+)
+
+_PACKAGE = "official_recipes"
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class SGD(keras.optimizers.SGD):
+    """Keras's SGD with coupled weight decay: λ w is added to the gradient.
+
+    The `weight_decay` of Keras's own SGD is decoupled: it does not pass through the momentum, so
+    that the same number decays weights ten times less at momentum 0.9. Papers mean the coupled one.
+
+    Args:
+        learning_rate: A number or schedule.
+        coupled_weight_decay: λ ≥ 0. Defaults to 0.0.
+        **kwargs: Of `keras.optimizers.SGD`.
+    """
+
+    def __init__(self, learning_rate: Any = 0.01, coupled_weight_decay: float = 0.0, **kwargs: Any):
+        super().__init__(learning_rate, **kwargs)
+        self.coupled_weight_decay = coupled_weight_decay
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """One variable's update, with the mean gradient over all replicas."""
+        if self.coupled_weight_decay:
+            gradient = gradient + self.coupled_weight_decay * keras.ops.cast(
+                variable, gradient.dtype
+            )
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal optimizer."""
+        return {**super().get_config(), "coupled_weight_decay": self.coupled_weight_decay}
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear rise to a schedule's first rate, then that schedule.
+
+    Args:
+        after: The schedule after the warm-up; its step 0 is the warm-up's end.
+        warmup_steps: W ≥ 0, in updates.
+        start: The rate of update 0.
+    """
+
+    def __init__(
+        self,
+        after: keras.optimizers.schedules.LearningRateSchedule,
+        warmup_steps: int,
+        start: float = 0.0,
+    ):
+        super().__init__()
+        self.after = after
+        self.warmup_steps = warmup_steps
+        self.start = start
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate of the update with this number, counted from 0."""
+        step = keras.ops.cast(step, "float32")
+        rate = self.after(keras.ops.maximum(step - self.warmup_steps, 0.0))
+        if not self.warmup_steps:
+            return rate
+        share = keras.ops.minimum(step / self.warmup_steps, 1.0)
+        return keras.ops.where(
+            step < self.warmup_steps, self.start + share * (self.after(0.0) - self.start), rate
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal schedule."""
+        return {
+            "after": keras.saving.serialize_keras_object(self.after),
+            "warmup_steps": self.warmup_steps,
+            "start": self.start,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LinearWarmup:
+        """Makes an equal schedule."""
+        after = keras.saving.deserialize_keras_object(config["after"])
+        return cls(**{**config, "after": after})
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class StepDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that is multiplied by a factor at each boundary.
+
+    Args:
+        learning_rate: The first rate.
+        boundaries: Rising numbers of updates.
+        factor: By which the rate drops.
+    """
+
+    def __init__(self, learning_rate: float, boundaries: tuple[int, ...], factor: float):
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.boundaries = tuple(boundaries)
+        self.factor = factor
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate of the update with this number, counted from 0."""
+        step = keras.ops.cast(step, "float32")
+        passed = keras.ops.sum(
+            keras.ops.cast(step >= tf.constant(self.boundaries, tf.float32), "float32")
+        )
+        return self.learning_rate * keras.ops.power(self.factor, passed)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal schedule."""
+        return {
+            "learning_rate": self.learning_rate,
+            "boundaries": list(self.boundaries),
+            "factor": self.factor,
+        }
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class InverseSqrtDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """``η √(W / (W + t))``, t updates after a warm-up of W updates: the Transformer's schedule.
+
+    Args:
+        learning_rate: η.
+        warmup_steps: W ≥ 1.
+    """
+
+    def __init__(self, learning_rate: float, warmup_steps: int):
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate, `step` updates after the warm-up."""
+        step = keras.ops.cast(step, "float32")
+        return self.learning_rate * keras.ops.sqrt(self.warmup_steps / (self.warmup_steps + step))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal schedule."""
+        return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps}
+
+
+def make_schedule(
+    options: ScheduleOptions, batch_size: int, updates_per_epoch: int, epochs: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Returns the learning rate as a function of the update.
+
+    Args:
+        options: What it is.
+        batch_size: Of the run.
+        updates_per_epoch: To turn epochs into updates.
+        epochs: Of the whole run.
+    """
+    warmup = round(options.warmup_epochs * updates_per_epoch)
+    rate = options.learning_rate
+    if options.base_batch_size is not None:
+        rule = linear_scaling if options.scaling == "linear" else sqrt_scaling
+        rate = rule(rate, options.base_batch_size, batch_size)
+    rest = max(1, updates_per_epoch * epochs - warmup)
+    if options.kind == "polynomial":
+        after = WarmupPolynomialDecay(rate, decay_steps=rest, power=options.power)
+    elif options.kind == "cosine":
+        after = WarmupCosineDecay(rate, decay_steps=rest)
+    elif options.kind == "inverse_sqrt":
+        after = InverseSqrtDecay(rate, max(1, warmup))
+    else:
+        # Boundaries are epochs from the start of the run.
+        boundaries = [round(b * updates_per_epoch) - warmup for b in options.boundaries]
+        after = StepDecay(rate, tuple(boundaries), options.factor)
+    return LinearWarmup(after, warmup, options.warmup_start) if warmup else after
+
+
+_STOCK: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, Any]]] = {
+    "sgd": (keras.optimizers.SGD, {}),
+    "momentum": (keras.optimizers.SGD, {"momentum": 0.9}),
+    "nesterov": (keras.optimizers.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (keras.optimizers.AdamW, {"weight_decay": 0.0}),
+}
+
+
+def known_optimizers() -> tuple[str, ...]:
+    """Every name that ``--optimizer`` takes."""
+    return (*_STOCK, *(row.name for row in tf_lbopt.list_optimizers()))
+
+
+def make_optimizer(
+    options: TrainingOptions, updates_per_epoch: int, epochs: int
+) -> keras.optimizers.Optimizer:
+    """Builds the optimizer with its schedule, accumulation and wrappers.
+
+    Args:
+        options: What was asked for.
+        updates_per_epoch: To turn epochs into updates.
+        epochs: Of the whole run.
+
+    Raises:
+        FlagValueError: The optimizer is unknown, or does not take an argument or its value.
+    """
+    name = options.optimizer
+    if name not in known_optimizers():
+        raise FlagValueError("optimizer", f"one of {', '.join(known_optimizers())}", repr(name))
+    schedule = make_schedule(options.schedule, options.batch_size, updates_per_epoch, epochs)
+    factory, arguments = _stock(options) if name in _STOCK else _ours(options)
+    accepted = {
+        *inspect.signature(factory).parameters,
+        *inspect.signature(keras.optimizers.Optimizer).parameters,
+        *(inspect.signature(keras.optimizers.SGD).parameters if factory is SGD else ()),
+    }
+    for argument in arguments:
+        if argument not in accepted:
+            raise FlagValueError(
+                argument.removeprefix("coupled_"),
+                f"not to be given with --optimizer={name}, which has no such argument",
+                arguments[argument],
+            )
+    try:
+        optimizer = factory(learning_rate=schedule, **arguments)
+        if options.post_local is not None:
+            optimizer = tf_lbopt.PostLocalSGD(
+                optimizer,
+                start=math.ceil(options.post_local.start_epoch * updates_per_epoch),
+                period=options.post_local.period,
+                average_momentum=options.post_local.average_momentum,
+            )
+        if options.dtype == "mixed_float16":
+            optimizer = tf_lbopt.LossScaleOptimizer(optimizer)
+    except (TypeError, ValueError) as error:
+        raise FlagValueError("optimizer", f"arguments that {name} takes", error) from error
+    return optimizer
+
+
+def _stock(options: TrainingOptions) -> tuple[Any, dict[str, Any]]:
+    factory, defaults = _STOCK[options.optimizer]
+    if options.gradient_accumulation_steps > 1:
+        raise FlagValueError(
+            "gradient_accumulation_steps",
+            f"1 for Keras's {options.optimizer} (accumulation needs an optimizer of tf_lbopt)",
+            options.gradient_accumulation_steps,
+        )
+    arguments = {**defaults, **options.optimizer_arguments}
+    if factory is keras.optimizers.SGD and arguments.get("weight_decay"):
+        arguments["coupled_weight_decay"] = arguments.pop("weight_decay")
+        return SGD, arguments
+    return factory, arguments
+
+
+def _ours(options: TrainingOptions) -> tuple[Any, dict[str, Any]]:
+    row = next(row for row in tf_lbopt.list_optimizers() if row.name == options.optimizer)
+    if row.needs_sub_batches:
+        _check_sub_batches(options)
+    arguments: dict[str, Any] = dict(options.optimizer_arguments)
+    if options.gradient_accumulation_steps > 1:
+        arguments["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+    return row.cls, arguments
+
+
+def _check_sub_batches(options: TrainingOptions) -> None:
+    if options.replicas * options.gradient_accumulation_steps < 2:
+        raise FlagValueError(
+            "replicas",
+            f"at least 2 sub-batches (replicas x micro-steps) for {options.optimizer}, which "
+            "compares their gradients",
+            f"{options.replicas} x {options.gradient_accumulation_steps}",
+        )

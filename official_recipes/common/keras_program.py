@@ -1,0 +1,134 @@
+"""The main function of the Keras 3 recipes: flags, strategy, progress, exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress
+
+from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
+from official_recipes.common.interruption import Interruption, interruption
+from official_recipes.common.keras_options import (
+    TrainingOptions,
+    parse_training_flags,
+    training_options,
+)
+from official_recipes.common.progress import progress_bar
+
+if TYPE_CHECKING:
+    from official_recipes.common.keras_training import RunResult, Task
+
+_LAST_WORDS = "interrupted: what came after the last checkpoint is lost"
+EXIT_DIVERGED = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one recipe has of its own.
+
+    Attributes:
+        program: How it is called, for help.
+        summary: What it does, for help.
+        define_flags: Returns its flags, those of all recipes among them.
+        configs: The folder of its config files.
+        check: Looks at the flags before TensorFlow is imported.
+        make_task: Reads the data and returns the task.
+    """
+
+    program: str
+    summary: str
+    define_flags: Callable[[], flags.FlagValues]
+    configs: Path
+    check: Callable[[flags.FlagValues], Any]
+    make_task: Callable[[flags.FlagValues, Callable[[int, int], None]], Task]
+
+
+def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
+    """Runs a recipe from its command line.
+
+    Args:
+        recipe: The recipe.
+        argv: The command line, program name first.
+
+    Returns:
+        The exit code: 0, 2 for flags or data that cannot be used, 1 if training diverged.
+
+    Raises:
+        KeyboardInterrupt: A signal ended the run; what its last checkpoint holds is not lost.
+    """
+    try:
+        values = recipe.define_flags()
+        go_on = parse_training_flags(
+            values,
+            argv,
+            program=recipe.program,
+            summary=recipe.summary,
+            configs=recipe.configs,
+        )
+        if not go_on:
+            return 0
+        options = training_options(values)
+        recipe.check(values)
+        result = _run(recipe, values, options)
+    except FlagValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return EXIT_BAD_FLAG
+    if result.diverged:
+        print(
+            f"training diverged in epoch {len(result.train_loss)}; lower --learning_rate or "
+            "lengthen --warmup_epochs",
+            file=sys.stderr,
+        )
+        return EXIT_DIVERGED
+    return 0
+
+
+def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> RunResult:
+    # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
+    from official_recipes.common.replicas import quiet_tensorflow, training_strategy
+
+    console = Console(stderr=True)
+    with console.status("starting TensorFlow"):
+        quiet_tensorflow()
+        from official_recipes.common.keras_training import train
+
+        strategy = training_strategy(options.replicas, options.device)
+    with progress_bar(console) as progress, interruption(last_words=_LAST_WORDS) as interrupted:
+        task = recipe.make_task(values, _Bar(progress, "reading", interrupted))
+        bar = _Bar(progress, f"{options.optimizer}, batch {options.batch_size}", interrupted)
+
+        def after_epoch(epoch: int, loss: float, metrics: dict[str, float]) -> None:
+            shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+            Console().print(
+                f"epoch {epoch}/{options.epochs}: loss {loss:.4f}{shown}", highlight=False
+            )
+
+        result = train(task, options, strategy, bar, after_epoch)
+    where = "" if options.model_dir is None else f"; wrote {options.model_dir / 'result.json'}"
+    print(f"{result.updates} updates in {result.seconds:.1f} s{where}")
+    return result
+
+
+class _Bar:
+    """Shows how far something is, and ends it between two steps if a signal has come."""
+
+    def __init__(self, progress: Progress, text: str, interrupted: Interruption) -> None:
+        self._progress = progress
+        self._text = text
+        self._task: Any = None
+        self._interrupted = interrupted
+
+    def __call__(self, done: int, total: int) -> None:
+        self._interrupted.check()
+        if self._task is None:
+            self._task = self._progress.add_task(self._text, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._task)
+            self._task = None

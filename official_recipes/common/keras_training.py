@@ -1,0 +1,368 @@
+"""Training a task with Keras 3's `compile` and `fit`: batches, checkpoints, results.
+
+The batch of every update is a function of the seed, the epoch and the update's number alone, so
+that a resumed run sees what the run that was stopped would have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from official_recipes.common.files import append_row, atomic_write
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.keras_optimizers import make_optimizer
+from official_recipes.common.keras_options import TrainingOptions, check_batch
+
+_VERSIONS = ("tensorflow", "keras", "numpy", "tf-lbopt")
+_HISTORY = "history.json"
+_RESULT = "result.json"
+_SETTINGS = "settings.json"
+# What may change between a run and its continuation.
+_NOT_OF_THE_RUN = ("model_dir", "resume", "result_file", "checkpoint_every", "device")
+
+Metrics = dict[str, float]
+
+
+class Task(Protocol):
+    """What is to be learned."""
+
+    @property
+    def name(self) -> str:
+        """Of the task, for results."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What tells this task from others of its name, for results: data, model, ..."""
+
+    @property
+    def train_size(self) -> int:
+        """The number of training examples."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that matters most, one of those that `evaluate` returns."""
+
+    def build_model(self) -> keras.Model:
+        """Returns a new model with random weights."""
+
+    def loss(self) -> Any:
+        """Returns the loss, for `compile`."""
+
+    def batch(self, indices: tf.Tensor, seed: tf.Tensor) -> Any:
+        """Returns the examples with these indices, as `fit` takes them; runs inside tf.data.
+
+        Args:
+            indices: [batch] int64.
+            seed: [2] int64, another one in every batch of a run, for random augmentation.
+        """
+
+    def evaluate(self, model: keras.Model, split: str) -> Metrics:
+        """Returns metrics of a split, named without it."""
+
+    def splits(self) -> tuple[str, ...]:
+        """Returns the splits to evaluate, the one that `metric` is read from first."""
+
+
+@dataclass
+class RunResult:
+    """One finished run; the lists hold one value per epoch.
+
+    Attributes:
+        task: The task's name.
+        task_settings: Of the task.
+        options: The training options.
+        updates: Weight updates made.
+        train_loss: Mean loss over the epoch's batches.
+        metrics: Of each evaluation, with ``epoch``, as ``<split>_<metric>``.
+        seconds: Wall time of training and evaluation, earlier parts of a resumed run included.
+        resumed_from: Epochs after which the run was resumed, if it was.
+    """
+
+    task: str
+    task_settings: dict[str, Any]
+    options: TrainingOptions
+    updates: int
+    train_loss: list[float]
+    metrics: list[Metrics]
+    seconds: float
+    resumed_from: int | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the training loss became infinite or NaN, which ends a run early."""
+        return not all(map(math.isfinite, self.train_loss))
+
+    def record(self) -> dict[str, Any]:
+        """Returns the result as plain data that JSON can hold."""
+        return {
+            "task": self.task,
+            **self.task_settings,
+            **_plain(self.options),
+            "updates": self.updates,
+            "diverged": self.diverged,
+            "final": _finite(self.metrics[-1] if self.metrics else {}),
+            "train_loss": [_finite(value) for value in self.train_loss],
+            "evaluations": [_finite(row) for row in self.metrics],
+            "seconds": round(self.seconds, 2),
+            "resumed_from": self.resumed_from,
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        }
+
+
+def updates_per_epoch(task: Task, options: TrainingOptions) -> int:
+    """Returns the number of whole batches in the training split."""
+    return task.train_size // options.batch_size
+
+
+def train(
+    task: Task,
+    options: TrainingOptions,
+    strategy: tf.distribute.Strategy,
+    on_update: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[int, float, Metrics], None] | None = None,
+) -> RunResult:
+    """Trains once.
+
+    Args:
+        task: What is to be learned.
+        options: How.
+        strategy: Of as many replicas as `options.replicas`.
+        on_update: Called after every update with the number of updates made and their total.
+        on_epoch: Called after every epoch with its number, training loss and metrics.
+
+    Returns:
+        The curves of the run; where there is a model_dir, its ``result.json`` holds them too.
+
+    Raises:
+        FlagValueError: The options do not fit the task, the optimizer or what is in model_dir.
+    """
+    check_batch(options, task.train_size)
+    keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
+    keras.utils.set_random_seed(options.seed)
+    per_epoch = updates_per_epoch(task, options)
+    keras.config.set_dtype_policy(options.dtype)
+    with strategy.scope():
+        model = task.build_model()
+        model.compile(
+            optimizer=make_optimizer(options, per_epoch, options.epochs),
+            loss=task.loss(),
+            auto_scale_loss=False,  # tf_lbopt's own wrapper scales it where that is needed.
+        )
+    run = RunResult(task.name, dict(task.settings), options, 0, [], [], 0.0)
+    checkpoints = _Checkpoints(model, strategy, run) if options.model_dir is not None else None
+    first = checkpoints.restore() if checkpoints is not None else 0
+    progress = _Progress(task, run, first, per_epoch, on_update, on_epoch)
+    callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN(), progress]
+    if checkpoints is not None:
+        assert options.model_dir is not None
+        callbacks.append(checkpoints)
+        callbacks.append(
+            keras.callbacks.TensorBoard(str(options.model_dir / "tensorboard"), write_graph=False)
+        )
+    earlier = run.seconds
+    started = time.perf_counter()
+    progress.now = lambda: earlier + time.perf_counter() - started
+    if first < options.epochs and not run.diverged:
+        model.fit(
+            _batches(task, options, first),
+            initial_epoch=first,
+            epochs=options.epochs,
+            steps_per_epoch=per_epoch * options.gradient_accumulation_steps,
+            callbacks=callbacks,
+            shuffle=False,  # The dataset shuffles.
+            verbose=0,
+        )
+    run.seconds = progress.now()
+    run.updates = int(model.optimizer.iterations.numpy())
+    if options.model_dir is not None:
+        write_json(options.model_dir / _RESULT, run.record())
+    if options.result_file is not None:
+        append_row(options.result_file, run.record())
+    return run
+
+
+def _batches(task: Task, options: TrainingOptions, first_epoch: int) -> tf.data.Dataset:
+    """Micro-batches from an epoch on, without end: a last epoch that is cut off is no error."""
+    per_epoch = updates_per_epoch(task, options)
+    size = options.batch_size // options.gradient_accumulation_steps
+    seed = tf.constant(options.seed, tf.int64)
+
+    def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(task.train_size, dtype=tf.int64), seed=tf.stack([seed, epoch])
+        )
+        batches = tf.reshape(order[: per_epoch * options.batch_size], [-1, size])
+        return tf.data.Dataset.from_tensor_slices(batches).enumerate(
+            epoch * per_epoch * options.gradient_accumulation_steps
+        )
+
+    def examples(number: tf.Tensor, indices: tf.Tensor) -> Any:
+        return task.batch(tf.ensure_shape(indices, [size]), tf.stack([seed, number]))
+
+    return (
+        tf.data.Dataset.counter(first_epoch)
+        .flat_map(epoch_batches)
+        .map(examples, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .prefetch(2)
+    )
+
+
+class _Progress(keras.callbacks.Callback):
+    """Counts, evaluates and records; comes before callbacks that read the logs."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: RunResult,
+        first_epoch: int,
+        per_epoch: int,
+        on_update: Callable[[int, int], None] | None,
+        on_epoch: Callable[[int, float, Metrics], None] | None,
+    ) -> None:
+        super().__init__()
+        self.now: Callable[[], float] = lambda: 0.0
+        self._task = task
+        self._run = run
+        self._micro_steps = run.options.gradient_accumulation_steps
+        self._steps = first_epoch * per_epoch * self._micro_steps
+        self._total = run.options.epochs * per_epoch
+        self._on_update = on_update
+        self._on_epoch = on_epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._steps += 1
+        if self._on_update is not None and self._steps % self._micro_steps == 0:
+            self._on_update(self._steps // self._micro_steps, self._total)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        logs = {} if logs is None else logs
+        options, run = self._run.options, self._run
+        loss = float(np.asarray(logs.get("loss", math.nan)))
+        run.train_loss.append(loss)
+        metrics: Metrics = {}
+        last = epoch + 1 == options.epochs or self.model.stop_training
+        if last or (options.evaluate_every and (epoch + 1) % options.evaluate_every == 0):
+            for split in self._task.splits():
+                for name, value in self._task.evaluate(self.model, split).items():
+                    metrics[f"{split}_{name}"] = value
+            run.metrics.append({"epoch": float(epoch + 1), **metrics})
+            logs.update(metrics)
+        run.seconds = self.now()
+        if self._on_epoch is not None:
+            self._on_epoch(epoch + 1, loss, metrics)
+
+
+class _Checkpoints(keras.callbacks.Callback):
+    """Saves model, optimizer and curves after epochs, and brings them back."""
+
+    def __init__(
+        self, model: keras.Model, strategy: tf.distribute.Strategy, run: RunResult
+    ) -> None:
+        super().__init__()
+        assert run.options.model_dir is not None
+        self._folder = run.options.model_dir
+        self._run = run
+        self._epoch = tf.Variable(0, dtype=tf.int64, trainable=False)
+        with strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+        self._checkpoint = tf.train.Checkpoint(
+            model=model, optimizer=model.optimizer, epoch=self._epoch
+        )
+        self._manager = tf.train.CheckpointManager(
+            self._checkpoint, str(self._folder / "checkpoints"), max_to_keep=2
+        )
+
+    def restore(self) -> int:
+        """Brings the last checkpoint back, if the run is to be resumed; returns its epoch."""
+        path = self._manager.latest_checkpoint
+        settings = self._folder / _SETTINGS
+        plain = {
+            key: value
+            for key, value in {**self._run.task_settings, **_plain(self._run.options)}.items()
+            if key not in _NOT_OF_THE_RUN
+        }
+        if path is None:
+            write_json(settings, plain)
+            return 0
+        if not self._run.options.resume:
+            raise FlagValueError(
+                "model_dir",
+                "a folder without checkpoints, or --resume to go on",
+                repr(str(self._folder)),
+            )
+        self._check_settings(json.loads(settings.read_text(encoding="utf-8")), plain)
+        self._checkpoint.restore(path).assert_existing_objects_matched()
+        epoch = int(self._epoch.numpy())
+        history = json.loads((self._folder / _HISTORY).read_text(encoding="utf-8"))
+        run = self._run
+        run.train_loss = [math.nan if x is None else x for x in history["train_loss"][:epoch]]
+        run.metrics = [row for row in history["metrics"] if row["epoch"] <= epoch]
+        run.seconds = history["seconds"][epoch - 1]
+        run.resumed_from = epoch
+        return epoch
+
+    def _check_settings(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in sorted({*saved, *now}):
+            if saved.get(key) != json.loads(json.dumps(now.get(key))):
+                raise FlagValueError(
+                    key if key != "schedule" else "learning_rate and schedule",
+                    f"{saved.get(key)}, as in the run to resume",
+                    now.get(key),
+                )
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        options = self._run.options
+        last = epoch + 1 == options.epochs or self.model.stop_training
+        self._append_history()
+        if last or (epoch + 1) % options.checkpoint_every == 0:
+            self._epoch.assign(epoch + 1)
+            self._manager.save()
+
+    def _append_history(self) -> None:
+        path = self._folder / _HISTORY
+        run = self._run
+        seconds = []
+        if len(run.train_loss) > 1 and path.is_file():
+            seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        seconds = [*seconds[: len(run.train_loss) - 1], run.seconds]
+        write_json(
+            path,
+            {
+                "train_loss": [_finite(value) for value in run.train_loss],
+                "metrics": [_finite(row) for row in run.metrics],
+                "seconds": seconds,
+            },
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader never sees half of it."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+def _plain(options: TrainingOptions) -> dict[str, Any]:
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(options).items()
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -1,0 +1,74 @@
+"""An output folder that appears when all of it is written, never before."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from official_recipes.common.flag_parsing import FlagValueError
+
+
+def check_output_dir(value: str | None, flag: str = "output_dir") -> Path:
+    """The folder to make, when it can be made.
+
+    Args:
+        value: As given on the command line.
+        flag: Its name, for errors.
+
+    Raises:
+        FlagValueError: It is none, has something in it, or cannot be made.
+    """
+    if not value:
+        raise FlagValueError(flag, "a path", repr(value))
+    folder = Path(value).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FlagValueError(flag, "a folder that is empty or does not exist", repr(str(folder)))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlagValueError(flag, "a folder that can be made", repr(str(folder))) from error
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise FlagValueError(flag, "a folder in one that can be written to", repr(str(folder)))
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(output_dir: Path, flag: str = "output_dir") -> Iterator[Path]:
+    """A hidden folder that gets the name of the output when the block succeeds, whole.
+
+    A process that is killed leaves it behind; the next run for the same output removes it.
+
+    Args:
+        output_dir: The folder to make; nothing or an empty folder is there.
+        flag: The name of the flag that gave it, for errors.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        FlagValueError: Another run is writing the same output.
+    """
+    partial = output_dir.parent / f".{output_dir.name}.partial"
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FlagValueError(
+                flag, "a folder that no other run is writing", repr(str(output_dir))
+            ) from error
+        for leftover in partial.iterdir():
+            leftover.unlink()
+        try:
+            yield partial
+            os.rename(partial, output_dir)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
