@@ -535,10 +535,13 @@ class TfdsSource:
             builder.download_and_prepare()
             arrays: list[np.ndarray] = []
             for index, split in enumerate(("train", "test")):
-                images, labels = tfds.as_numpy(
-                    builder.as_dataset(split=split, batch_size=-1, as_supervised=True)
+                batches = list(
+                    tfds.as_numpy(
+                        builder.as_dataset(split=split, batch_size=1000, as_supervised=True)
+                    )
                 )
-                arrays += [images, labels.astype(np.int64)]
+                arrays.append(np.concatenate([images for images, _ in batches]))
+                arrays.append(np.concatenate([labels for _, labels in batches]).astype(np.int64))
                 if progress is not None:
                     progress(index + 1, 2)
         return ImageData(self.name, arrays[0], arrays[1], arrays[2], arrays[3])

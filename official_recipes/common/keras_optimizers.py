@@ -186,6 +186,9 @@ def make_schedule(
     return LinearWarmup(after, warmup, options.warmup_start) if warmup else after
 
 
+# Arguments that every optimizer takes, also where its signature says **kwargs.
+_OF_ALL = ("gradient_accumulation_steps", "global_clipnorm")
+
 _STOCK: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, Any]]] = {
     "sgd": (keras.optimizers.SGD, {}),
     "momentum": (keras.optimizers.SGD, {"momentum": 0.9}),
@@ -219,8 +222,8 @@ def make_optimizer(
     factory, arguments = _stock(options) if name in _STOCK else _ours(options)
     accepted = {
         *inspect.signature(factory).parameters,
-        *inspect.signature(keras.optimizers.Optimizer).parameters,
         *(inspect.signature(keras.optimizers.SGD).parameters if factory is SGD else ()),
+        *_OF_ALL,
     }
     for argument in arguments:
         if argument not in accepted:

@@ -101,8 +101,9 @@ class RunResult:
 
     @property
     def diverged(self) -> bool:
-        """Whether the training loss became infinite or NaN, which ends a run early."""
-        return not all(map(math.isfinite, self.train_loss))
+        """Whether a loss became infinite or NaN, which ends a run early."""
+        values = [*self.train_loss, *(v for row in self.metrics for v in row.values())]
+        return not all(map(math.isfinite, values))
 
     def record(self) -> dict[str, Any]:
         """Returns the result as plain data that JSON can hold."""

@@ -41,7 +41,7 @@ SUMMARY_FILE = "summary.json"
 
 EXTRA = "tf-lbopt[recipes]"
 _LAST_WORDS = "interrupted again: what came after the last checkpoint is lost"
-_DIVERGED = "The loss value is NaN"
+_DIVERGED = "The loss value is"  # NaN, or beyond trainer.loss_upper_bound
 
 
 @dataclass(frozen=True)
@@ -495,7 +495,8 @@ def _train(
             _build_optimizer(runner.trainer, strategy)
         record = _Record(runner.trainer)
         stop = _StopOnSignal(interrupted, controller, saves=options.trains)
-        controller.train_actions = (*controller.train_actions, record.trained, stop)
+        skips = _SkippedUpdates(runner.trainer)
+        controller.train_actions = (*controller.train_actions, record.trained, skips, stop)
         controller.eval_actions = (*controller.eval_actions, record.evaluated, stop)
         try:
             with strategy.scope():
@@ -504,8 +505,10 @@ def _train(
             if _DIVERGED not in str(error):
                 raise
             raise DivergedError(
-                f"training diverged: the loss is NaN at step {controller.global_step.numpy()}; "
-                "lower the learning rate or lengthen the warm-up (checkpoints of before are in "
+                f"training diverged: in the loop that ended at step "
+                f"{controller.global_step.numpy()} the mean loss is NaN or larger than "
+                f"trainer.loss_upper_bound={params.trainer.loss_upper_bound:g}; lower the learning "
+                "rate or lengthen the warm-up (checkpoints of before are in "
                 f"{options.model_dir})"
             ) from error
         if record.ran and strategy.extended.should_save_summary:
@@ -570,6 +573,32 @@ class _Record:
     def step_ms(self) -> float | None:
         """Median over the loops but the first, in which the step is traced; none without others."""
         return round(statistics.median(self._ms[1:]), 3) if len(self._ms) > 1 else None
+
+
+class _SkippedUpdates:
+    """Says, after a loop, how many of its updates were skipped: they are no steps of the schedule.
+
+    tf-models counts steps by itself, an optimizer of this package those that it made.
+    """
+
+    def __init__(self, trainer: Any):
+        optimizer = getattr(trainer, "optimizer", None)
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        self._counter = getattr(inner, "skipped_updates", None)
+        self._seen = self._count()
+
+    def _count(self) -> int:
+        return 0 if self._counter is None else int(self._counter.numpy())
+
+    def __call__(self, output: Any) -> None:
+        del output
+        count = self._count()
+        if count > self._seen:
+            print(
+                f"skipped updates: {count - self._seen} in this loop, {count} in all (gradients "
+                "that were not finite)"
+            )
+        self._seen = count
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,553 @@
+"""What the Keras 3 recipes share, and the CIFAR recipe."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from conftest import strategy_of
+
+import tf_lbopt
+from official_recipes.cifar import train as cifar
+from official_recipes.cifar.models import NETWORKS, build_model
+from official_recipes.cifar.task import ImageTask, shifted_and_mirrored
+from official_recipes.common import keras_optimizers
+from official_recipes.common.files import append_row
+from official_recipes.common.flag_parsing import FlagValueError, parse_flags
+from official_recipes.common.image_data import DataFormatError, ImageData, TfdsSource, find_source
+from official_recipes.common.keras_optimizers import (
+    SGD,
+    InverseSqrtDecay,
+    LinearWarmup,
+    StepDecay,
+    known_optimizers,
+    make_optimizer,
+    make_schedule,
+)
+from official_recipes.common.keras_options import (
+    OPTIMIZER_FLAGS,
+    PostLocalOptions,
+    ScheduleOptions,
+    TrainingOptions,
+    training_options,
+)
+from official_recipes.common.keras_training import train
+
+CONFIGS = sorted(cifar.CONFIGS.glob("*.yaml"))
+CONSTANT = ScheduleOptions("constant", 0.05, None, "sqrt", 1.0, (), 0.1, 0.0, 0.0)
+FAST = TrainingOptions("momentum", {}, CONSTANT, batch_size=64, epochs=2, replicas=2)
+
+
+def digits(train_size=640, test_size=128):
+    data = cifar.DigitsSource().load()
+    return dataclasses.replace(
+        data,
+        train_images=data.train_images[:train_size],
+        train_labels=data.train_labels[:train_size],
+        test_images=data.test_images[:test_size],
+        test_labels=data.test_labels[:test_size],
+    )
+
+
+def task_of(**arguments):
+    return ImageTask(digits(), "two_conv", augmentation=False, **arguments)
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+def parsed(*arguments):
+    values = cifar.define_flags()
+    parse_flags(values, ["cifar", *arguments])
+    return values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optimizer=sngm"], ["learning_rate", "none"]),
+        (["--learning_rate=-1"], ["learning_rate", "positive", "-1"]),
+        (["--learning_rate=0.1", "--batch_size=100", "--replicas=3"], ["batch_size", "3", "100"]),
+        (["--learning_rate=0.1", "--schedule=step"], ["boundaries", "none"]),
+        (["--learning_rate=0.1", "--schedule=step", "--boundaries=5,3"], ["boundaries", "5,3"]),
+        (["--learning_rate=0.1", "--warmup_epochs=20", "--epochs=20"], ["warmup_epochs", "20"]),
+        (["--learning_rate=0.1", "--schedule=inverse_sqrt"], ["warmup_epochs"]),
+        (["--learning_rate=0.1", "--resume"], ["resume", "model_dir"]),
+        (["--learning_rate=0.1", "--momentum=1"], ["momentum", "[0, 1)"]),
+        (["--learning_rate=0.1", "--data_dir=nowhere"], ["data_dir", "CIFAR-10", "nowhere"]),
+        (["--config_file=nothing"], ["config_file", "sngm_table2_resnet20_sngm", "nothing"]),
+        (["--learning_rate=0.1", "--model=resnet18"], ["model", "resnet18"]),
+        (["--learnig_rate=0.1"], ["learnig_rate", "unknown"]),
+    ],
+)
+def test_wrong_flags_end_in_one_line(arguments, words, capsys):
+    assert cifar.main(["cifar", *arguments]) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1
+    for word in words:
+        assert word in captured
+
+
+def test_a_config_file_with_a_wrong_flag(tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    for text, word in (("learning_rat: 1", "learning_rat"), ("- a", "mapping"), ("a: [", "YAML")):
+        path.write_text(text)
+        assert cifar.main(["cifar", f"--config_file={path}"]) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_flags_win_over_the_config_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("learning_rate: 0.5\nepochs: 7\nboundaries: [2, 4.5]\nnesterov: true\n")
+    values = cifar.define_flags()
+    arguments = ["cifar", f"--config_file={path}", "--epochs=9", "--schedule=step"]
+    from official_recipes.common.keras_options import parse_training_flags
+
+    assert parse_training_flags(values, arguments, program="", summary="", configs=cifar.CONFIGS)
+    options = training_options(values)
+    assert options.epochs == 9
+    assert options.schedule.learning_rate == 0.5
+    assert options.schedule.boundaries == (2.0, 4.5)
+    assert options.optimizer_arguments == {"nesterov": True}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files(path):
+    values = cifar.define_flags()
+    from official_recipes.common.keras_options import parse_training_flags
+
+    parse_training_flags(
+        values, ["cifar", f"--config_file={path}"], program="", summary="", configs=cifar.CONFIGS
+    )
+    options = training_options(values)
+    optimizer = make_optimizer(options, 10, options.epochs)
+    assert math.isfinite(float(optimizer.learning_rate))
+    lines = path.read_text().splitlines()
+    named = [line for line in lines if line and not line.startswith("#")]
+    assert set(yaml.safe_load("\n".join(named))) <= set(values)
+    for line in named:
+        if not line.startswith("optimizer:"):
+            assert "paper" in line or "derived" in line, line
+
+
+def test_every_constructor_argument_is_a_flag():
+    import inspect
+
+    # What belongs to the schedule, to accumulation, or is a list of variables has no flag.
+    others = {
+        "self",
+        "kwargs",
+        "args",
+        "learning_rate",
+        "name",
+        "exclude_from_weight_decay",
+        "exclude_from_layer_adaptation",
+    }
+    for row in tf_lbopt.list_optimizers():
+        assert set(inspect.signature(row.cls).parameters) <= {*OPTIMIZER_FLAGS, *others}, row.name
+
+
+# -- schedules and optimizers ----------------------------------------------------------------------
+
+
+def schedule(kind, **arguments):
+    base = dataclasses.replace(CONSTANT, kind=kind, learning_rate=1.0)
+    return make_schedule(dataclasses.replace(base, **arguments), 64, updates_per_epoch=10, epochs=4)
+
+
+def rates(made, steps):
+    return [float(made(step)) for step in steps]
+
+
+def test_schedules():
+    assert rates(schedule("constant"), [0, 39]) == [1.0, 1.0]
+    step = schedule("step", boundaries=(1.0, 3.0), factor=0.1)
+    np.testing.assert_allclose(rates(step, [0, 9, 10, 29, 30]), [1, 1, 0.1, 0.1, 0.01], rtol=1e-6)
+    polynomial = schedule("polynomial", power=2.0)
+    np.testing.assert_allclose(rates(polynomial, [0, 20, 40]), [1, 0.25, 0], atol=1e-6)
+    cosine = schedule("cosine", warmup_epochs=1.0, warmup_start=0.5)
+    np.testing.assert_allclose(rates(cosine, [0, 5, 10, 25, 40]), [0.5, 0.75, 1, 0.5, 0], atol=1e-6)
+    warm = schedule("step", boundaries=(2.0,), warmup_epochs=1.0)
+    np.testing.assert_allclose(rates(warm, [0, 5, 10, 19, 20]), [0, 0.5, 1, 1, 0.1], rtol=1e-6)
+    root = schedule("inverse_sqrt", warmup_epochs=1.0)
+    np.testing.assert_allclose(rates(root, [5, 10, 40]), [0.5, 1.0, 0.5], rtol=1e-6)
+    for scaling, expected in (("linear", 4.0), ("sqrt", 2.0)):
+        scaled = schedule("constant", base_batch_size=16, scaling=scaling)
+        assert rates(scaled, [3]) == [expected]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        LinearWarmup(StepDecay(0.1, (3, 5), 0.5), 2, 0.01),
+        InverseSqrtDecay(0.1, 3),
+    ],
+)
+def test_schedules_are_serialized(made):
+    text = json.dumps(keras.saving.serialize_keras_object(made))
+    again = keras.saving.deserialize_keras_object(json.loads(text))
+    assert rates(again, range(9)) == rates(made, range(9))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_coupled_weight_decay(replicas):
+    strategy = strategy_of(replicas)
+    weights, decay, rate, beta = np.array([1.0, -2.0]), 0.1, 0.5, 0.9
+    with strategy.scope():
+        variable = keras.Variable(weights, dtype="float32")
+        optimizer = SGD(rate, momentum=beta, coupled_weight_decay=decay)
+        optimizer.build([variable])
+
+    @tf.function
+    def step(number):
+        def on_replica():
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            gradient = tf.cast(replica + 1, tf.float32) * tf.constant([1.0, 2.0]) * number
+            optimizer.apply([gradient], [variable])
+
+        strategy.run(on_replica)
+
+    velocity = np.zeros(2)
+    for number in (1.0, 2.0, 3.0):
+        step(tf.constant(number))
+        gradient = sum(range(1, replicas + 1)) * np.array([1.0, 2.0]) * number
+        velocity = beta * velocity - rate * (gradient + decay * weights)
+        weights = weights + velocity
+    np.testing.assert_allclose(variable.numpy(), weights, rtol=1e-5)
+    config = json.loads(json.dumps(optimizer.get_config()))
+    assert SGD.from_config(config).get_config() == optimizer.get_config()
+
+
+def test_post_local_sgd_refuses_what_local_steps_would_ignore():
+    with pytest.raises(ValueError, match="update_step"):
+        tf_lbopt.PostLocalSGD(SGD(0.1, coupled_weight_decay=0.1), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": "sgdd"}, ["optimizer", "sngm", "sgdd"]),
+        ({"optimizer": "sngm", "optimizer_arguments": {"gamma": 0.1}}, ["gamma", "sngm"]),
+        ({"optimizer": "adam", "optimizer_arguments": {"momentum": 0.1}}, ["momentum", "adam"]),
+        ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps", "momentum"]),
+        ({"optimizer": "vr_sgd", "replicas": 1}, ["replicas", "1 x 1"]),
+        ({"optimizer": "vr_sgd", "optimizer_arguments": {"gamma": 2.0}}, ["gamma", "2.0"]),
+        (
+            {"optimizer": "adam", "post_local": PostLocalOptions(1.0, 4, False)},
+            ["inner_optimizer", "AdamW"],
+        ),
+    ],
+)
+def test_wrong_optimizers(changes, words):
+    with pytest.raises(FlagValueError) as caught:
+        make_optimizer(dataclasses.replace(FAST, **changes), 10, 2)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def test_augmentation_against_one_image_at_a_time():
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, size=(200, 6, 6, 3), dtype=np.uint8)
+    seed = tf.constant([3, 4], tf.int64)
+    result = shifted_and_mirrored(tf.constant(images), seed).numpy()
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, shifted_and_mirrored(tf.constant(images), seed))
+    found = set()
+    for before, after in zip(images, result, strict=True):
+        matches = []
+        for mirrored in (False, True):
+            image = before[:, ::-1] if mirrored else before
+            padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+            for down in range(9):
+                for right in range(9):
+                    if np.array_equal(padded[down : down + 6, right : right + 6], after):
+                        matches.append((mirrored, down, right))
+        assert matches
+        if len(matches) == 1:
+            found.add(matches[0])
+    assert {m for m, _, _ in found} == {False, True}
+    assert {d for _, d, _ in found} == {r for _, _, r in found} == set(range(9))
+
+
+def test_every_epoch_has_every_example_once_and_another_order():
+    from official_recipes.common.keras_training import _batches
+
+    class Indices:
+        train_size = 70
+
+        def batch(self, indices, seed):
+            return indices, seed
+
+    options = dataclasses.replace(FAST, batch_size=32, gradient_accumulation_steps=2)
+
+    def take(first, count):
+        return [
+            (indices.numpy().tolist(), seed.numpy().tolist())
+            for indices, seed in _batches(Indices(), options, first).take(count)
+        ]
+
+    batches = take(0, 8)
+    epochs = [[i for indices, _ in batches[at : at + 4] for i in indices] for at in (0, 4)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == 64
+    assert epochs[0] != epochs[1]
+    assert len({tuple(seed) for _, seed in batches}) == 8
+    assert take(1, 4) == batches[4:]
+
+
+def cifar100_folder(folder):
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 6), ("test", 4)):
+        content = {
+            b"data": rng.integers(0, 256, size=(count, 3072), dtype=np.uint8),
+            b"fine_labels": list(range(100 - count, 100)),
+            b"coarse_labels": [0] * count,
+        }
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
+
+
+def test_cifar100(tmp_path):
+    source = find_source(cifar100_folder(tmp_path))
+    assert (source.kind, source.train_size) == ("cifar100", 6)
+    data = source.load()
+    assert data.classes == 100
+    assert data.train_images.shape == (6, 32, 32, 3)
+    content = pickle.loads((tmp_path / "train").read_bytes(), encoding="bytes")
+    np.testing.assert_array_equal(
+        data.train_images[2, :, :, 1].ravel(), content[b"data"][2, 1024:2048]
+    )
+    assert data.test_labels.tolist() == [96, 97, 98, 99]
+    (tmp_path / "test").write_bytes(b"no pickle")
+    with pytest.raises(DataFormatError, match="test"):
+        source.load()
+
+
+def test_tfds():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=12):
+        data = TfdsSource("cifar10").load()
+    assert data.name == "CIFAR-10"
+    assert data.train_images.shape == data.test_images.shape == (12, 32, 32, 3)
+    with pytest.raises(DataFormatError, match="no_such_set"):
+        TfdsSource("no_such_set").load()
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    # He et al. give 0.27 M and 0.85 M; VGG-A's convolutions have 9,220,480 weights and biases.
+    [
+        ("resnet20", 269_722),
+        ("resnet56", 853_018),
+        ("vgg11", 9_220_480 + 5_130),
+        ("vgg11_bn", 9_220_480 - 2_752 + 2 * 2_752 + 5_130),
+    ],
+)
+def test_networks(network, parameters):
+    model = build_model(network, (32, 32, 3), 10, [125.0] * 3, [60.0] * 3)
+    assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == parameters
+    assert model(np.zeros([2, 32, 32, 3], np.uint8)).shape == (2, 10)
+
+
+def test_images_are_normalized():
+    data = digits()
+    model = ImageTask(data, "two_conv").build_model()
+    layer = next(x for x in model.layers if isinstance(x, keras.layers.Normalization))
+    normalized = np.asarray(layer(data.train_images))
+    assert abs(normalized.mean()) < 1e-4
+    assert abs(normalized.std() - 1) < 1e-4
+
+
+def test_names_of_networks_are_known_before_tensorflow():
+    assert set(cifar.MODELS) == set(NETWORKS)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+QUICK = ("momentum", "sngm", "vr_lamb", "extrap_sgd")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.long)
+        for name in known_optimizers()
+    ],
+)
+def test_every_optimizer_learns(name):
+    peak = {"clars": 1.0, "vr_sgd": 0.3, "lars": 10.0, "vr_lars": 10.0}.get(name, 0.05)
+    peak = 0.01 if "adam" in name or "lamb" in name else peak
+    options = dataclasses.replace(
+        FAST,
+        optimizer=name,
+        epochs=6,
+        schedule=dataclasses.replace(CONSTANT, learning_rate=peak),
+    )
+    result = train(task_of(), options, strategy_of(2))
+    assert result.updates == 60
+    assert result.train_loss[-1] < 0.6 * result.train_loss[0]
+    assert result.metrics[-1]["test_accuracy"] > 0.5
+    json.dumps(result.record(), allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.long
+def test_mixed_precision(dtype):
+    options = dataclasses.replace(FAST, optimizer="vr_momentum", dtype=dtype, epochs=4)
+    try:
+        result = train(task_of(), options, strategy_of(2))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert result.train_loss[-1] < 0.8 * result.train_loss[0]
+
+
+def test_accumulation_is_one_update_of_the_whole_batch():
+    one = dataclasses.replace(FAST, optimizer="sngm", epochs=1)
+    two = dataclasses.replace(one, gradient_accumulation_steps=2)
+    results = [train(task_of(), options, strategy_of(2)) for options in (one, two)]
+    assert [r.updates for r in results] == [10, 10]
+    np.testing.assert_allclose(results[0].train_loss, results[1].train_loss, rtol=1e-3)
+
+
+def test_label_smoothing_and_a_validation_split():
+    data = cifar.load_data(cifar.DigitsSource(), 300)
+    assert (len(data.train_labels), len(data.test_labels)) == (1137, 300)
+    task = ImageTask(data, "two_conv", held_out=True, label_smoothing=0.1)
+    result = train(task, dataclasses.replace(FAST, epochs=1, evaluate_every=0), strategy_of(2))
+    assert set(result.metrics[-1]) == {"epoch", "validation_accuracy", "validation_loss"}
+    with pytest.raises(FlagValueError, match="validation_size"):
+        cifar.load_data(cifar.DigitsSource(), 2000)
+
+
+def test_divergence_is_recorded():
+    options = dataclasses.replace(
+        FAST, schedule=dataclasses.replace(CONSTANT, learning_rate=1e20), epochs=3
+    )
+    result = train(task_of(), options, strategy_of(2))
+    assert result.diverged
+    assert json.loads(json.dumps(result.record(), allow_nan=False))["diverged"]
+
+
+def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
+    options = dataclasses.replace(FAST, optimizer="extrap_sgd", epochs=3, model_dir=tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    whole = train(task_of(), options, strategy_of(2))
+
+    class KilledError(Exception):
+        pass
+
+    def kill(epoch, loss, metrics):
+        if epoch == 2:
+            raise KilledError
+
+    (tmp_path / "b").mkdir()
+    cut = dataclasses.replace(options, model_dir=tmp_path / "b")
+    with pytest.raises(KilledError):
+        train(task_of(), cut, strategy_of(2), on_epoch=kill)
+    with pytest.raises(FlagValueError, match="resume"):
+        train(task_of(), cut, strategy_of(2))
+    with pytest.raises(FlagValueError, match="optimizer"):
+        train(task_of(), dataclasses.replace(cut, resume=True, optimizer="sngm"), strategy_of(2))
+    resumed = train(task_of(), dataclasses.replace(cut, resume=True), strategy_of(2))
+    assert (resumed.resumed_from, resumed.updates) == (1, 30)
+    np.testing.assert_allclose(resumed.train_loss, whole.train_loss, rtol=1e-5)
+    assert [row["epoch"] for row in resumed.metrics] == [1, 2, 3]
+    written = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert written["train_loss"] == resumed.train_loss
+    other = train(task_of(), dataclasses.replace(options, model_dir=None, seed=2), strategy_of(2))
+    assert not np.allclose(other.train_loss, whole.train_loss, rtol=1e-3)
+
+
+def command(folder, *more):
+    arguments = [
+        "--model=two_conv",
+        "--optimizer=sngm",
+        "--learning_rate=0.2",
+        "--batch_size=64",
+        f"--model_dir={folder / 'run'}",
+        f"--result_file={folder / 'results.jsonl'}",
+        *more,
+    ]
+    return [sys.executable, "-m", "official_recipes.cifar.train", *arguments]
+
+
+def test_a_run_that_is_killed_and_resumed(tmp_path):
+    process = subprocess.Popen(command(tmp_path, "--epochs=60"), stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not (checkpoints / "checkpoint").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "results.jsonl").exists()
+    done = subprocess.run(
+        command(tmp_path, "--epochs=60", "--resume"), capture_output=True, text=True, check=True
+    )
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["resumed_from"] >= 1
+    assert len(row["train_loss"]) == 60
+    assert row["updates"] == 60 * 22
+    assert row["optimizer"] == "sngm"
+    assert row["final"]["test_accuracy"] > 0.9
+    assert f"epoch {row['resumed_from'] + 1}/60" in done.stdout
+    assert list((tmp_path / "run" / "tensorboard" / "train").iterdir())
+
+
+def test_rows_are_appended_whole(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"half of a ro')
+    append_row(path, {"b": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"b": 2}]
+    with pytest.raises(ValueError, match="JSON"):
+        append_row(path, {"c": math.nan})
+    assert len(path.read_text().splitlines()) == 2
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg"
+
+
+@pytest.mark.long
+def test_on_cifar10():
+    if not DATA.is_dir():
+        pytest.skip("CIFAR-10 (JPEG) is not at ../shared/data/cifar10-jpeg")
+    data = cifar.load_data(find_source(DATA), 0)
+    small = dataclasses.replace(
+        data, train_images=data.train_images[:10_000], train_labels=data.train_labels[:10_000]
+    )
+    assert isinstance(small, ImageData)
+    options = dataclasses.replace(FAST, batch_size=128, epochs=4)
+    result = train(ImageTask(small, "two_conv"), options, strategy_of(2))
+    assert result.metrics[-1]["test_accuracy"] > 0.35
+
+
+def test_the_stock_optimizers_are_keras_own():
+    for name in ("sgd", "momentum", "nesterov", "adam"):
+        made = make_optimizer(dataclasses.replace(FAST, optimizer=name), 10, 2)
+        assert type(made) in (keras.optimizers.SGD, keras.optimizers.AdamW)
+    made = make_optimizer(
+        dataclasses.replace(FAST, optimizer_arguments={"weight_decay": 0.1}), 10, 2
+    )
+    assert type(made) is keras_optimizers.SGD
+    assert made.coupled_weight_decay == 0.1
+    assert not made.weight_decay
