@@ -11,11 +11,15 @@ import tf_lbopt
 import tf_lbopt.tf_keras
 
 NAMES = ["sngm", "lars", "lamb", "vr_sgd", "vr_momentum", "vr_adam", "vr_lars", "vr_lamb", "clars"]
+NAMES += ["extrap_sgd"]
 KERAS_CLASSES = {info.name: info.cls for info in tf_lbopt.list_optimizers() if info.name in NAMES}
 CASES = [
     Case(name, getattr(tf_lbopt.tf_keras, KERAS_CLASSES[name].__name__), ARGUMENTS[name])
     for name in NAMES
 ]
+# What all have in common is tested on one of each kind: without statistics, with either of them,
+# and with gradients from beside the weights.
+KINDS = [case for case in CASES if case.name in ("lars", "vr_lamb", "clars", "extrap_sgd")]
 KERAS_CASES = {name: Case(name, KERAS_CLASSES[name], ARGUMENTS[name]) for name in NAMES}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -415,6 +416,93 @@ def test_prepared_data_trains(tmp_path, small):
     images, labels = next(iter(task.build_inputs(params.task.train_data)))
     assert images.shape == (16, 32, 32, 3)
     assert set(labels.numpy()) <= {0, 1, 2}
+
+
+def _prepare_squares(data_dir, dataset="bright_squares", label="label"):
+    """Makes a prepared dataset of TFDS: squares whose brightness is their class."""
+    import tensorflow_datasets as tfds
+
+    class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        name = dataset
+
+        def _info(self):
+            image = tfds.features.Image(shape=(None, None, 3))
+            features = {"image": image, label: tfds.features.ClassLabel(num_classes=4)}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(64), "test": self._generate_examples(32)}
+
+        def _generate_examples(self, count):
+            rng = np.random.default_rng(count)
+            for i in range(count):
+                image = rng.integers(0, 20, (40, 36, 3)) + 60 * (i % 4)
+                yield i, {"image": image.astype("uint8"), label: i % 4}
+
+    Squares(data_dir=str(data_dir)).download_and_prepare()
+
+
+def _tfds_override(data_dir, name="bright_squares"):
+    return "--params_override=" + ",".join(
+        f"task.{data}.input_path='',task.{data}.tfds_name={name},task.{data}.tfds_split={split},"
+        f"task.{data}.tfds_data_dir={data_dir},task.{data}.decode_jpeg_only=false"
+        for data, split in (("train_data", "train"), ("validation_data", "test"))
+    )
+
+
+@pytest.mark.long
+def test_dataset_of_tfds_trains(small, tmp_path):
+    _prepare_squares(tmp_path / "tfds")
+    kind = "trainer.optimizer_config.optimizer.type=lbopt_lars"
+    steps = "trainer.train_steps=24,trainer.validation_interval=24"
+    override = f"{_tfds_override(tmp_path / 'tfds')},{kind},{steps}"
+    result = _run(small, override)
+    assert result.returncode == 0, result.stderr
+    assert "eval | step:     24" in result.stdout
+    losses = [
+        float(x) for x in re.findall(r"'training_loss': np.float32\(([0-9.]+)\)", result.stdout)
+    ]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+
+
+def test_dataset_of_tfds_is_read(small, tmp_path):
+    _prepare_squares(tmp_path / "tfds")
+    params = _params(Path(small[0].split("=")[1]))
+    override = _tfds_override(tmp_path / "tfds").removeprefix("--params_override=")
+    from official.modeling.hyperparams import params_dict
+
+    params = params_dict.override_params_dict(params, override, is_strict=True)
+    from official.core import task_factory
+
+    task = task_factory.get_task(params.task)
+    images, labels = next(iter(task.build_inputs(params.task.validation_data)))
+    assert images.shape == (32, 32, 32, 3)
+    brightness = images.numpy().mean(axis=(1, 2, 3))
+    means = [brightness[labels.numpy() == label].mean() for label in range(4)]
+    assert np.all(np.diff(means) > 0.5)
+
+
+def test_dataset_of_tfds_that_does_not_fit(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tfm_training, "_strategy", lambda *_: tf.distribute.get_strategy())
+    _prepare_squares(tmp_path / "tfds")
+    _prepare_squares(tmp_path / "tfds", dataset="odd_squares", label="kind")
+    kind = ",trainer.optimizer_config.optimizer.type=lbopt_lars"
+    capsys.readouterr()
+    for override, said in (
+        (_tfds_override(tmp_path / "tfds", "odd_squares"), "the features `image` and `label`"),
+        (
+            _tfds_override(tmp_path / "tfds") + ",task.model.num_classes=3",
+            "task.model.num_classes: at least the 4 of bright_squares",
+        ),
+    ):
+        assert train.main(["train", *small, override + kind]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        assert said in error[0]
 
 
 def test_unknown_fields_of_files_are_named(tmp_path):

@@ -14,8 +14,9 @@ from harness import (
     initial_weights,
     needs_sub_batches,
     sub_batch_gradients,
+    taking_gradients,
 )
-from harness_tf_keras import CASES, KERAS_CASES, NAMES, TfKerasRun, dynamic, fixed
+from harness_tf_keras import CASES, KERAS_CASES, KINDS, NAMES, TfKerasRun, dynamic, fixed
 from references import reference
 
 import tf_lbopt
@@ -23,8 +24,6 @@ import tf_lbopt.tf_keras
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 SPLITS = [(1, 1), (2, 2), (4, 1), (1, 4)]
-# What all have in common is tested on one of each kind: without statistics and with either of them.
-KINDS = [case for case in CASES if case.name in ("lars", "vr_lamb", "clars")]
 over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
 over_kinds = pytest.mark.parametrize("case", KINDS, ids=repr)
 
@@ -266,6 +265,10 @@ def test_summed_gradients_are_taken_or_refused(case, options, replicas, micro_st
         with pytest.raises(ValueError, match=r"(?s)single sub-batches.*Received: skip_gradients"):
             run.updates(gradients)
         return
+    if wrap is dynamic and hasattr(case.cls, "extrapolated"):  # the wrapper may leave the call out
+        with pytest.raises(ValueError, match="condition or loop inside the block"):
+            run.updates(gradients)
+        return
     run.updates(gradients)
     expected = reference(case.name, initial_weights(), gradients, **case.arguments)
     assert_close(run.weights(), expected)
@@ -363,7 +366,7 @@ def test_statistics_are_used_under_a_loss_scale(case, wrapper, replicas, micro_s
     expected = reference(case.name, initial_weights(), gradients, **case.arguments)
     assert_close(run.weights(), expected)
     assert run.optimizer.iterations.numpy() == 4
-    if case.cls.statistics:
+    if case.cls.statistics and not hasattr(case.cls, "extrapolated"):
         means = [[np.mean(layer, axis=0) for layer in zip(*u, strict=True)] for u in gradients]
         without = reference(case.name, initial_weights(), [[m] for m in means], **case.arguments)
         assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(expected, without, strict=True))
@@ -411,7 +414,9 @@ def test_a_single_sub_batch_is_refused_by_those_that_need_two(case):
         with pytest.raises(ValueError, match="gradient_accumulation_steps"):
             optimizer.apply_gradients([(tf.ones(2), tf.Variable([1.0, 2.0]))])
     else:
-        optimizer.apply_gradients([(tf.ones(2), tf.Variable([1.0, 2.0]))])
+        variable = tf.Variable([1.0, 2.0])
+        with taking_gradients(optimizer, [variable]):
+            optimizer.apply_gradients([(tf.ones(2), variable)])
 
 
 @pytest.mark.parametrize(
@@ -462,8 +467,9 @@ def test_exclusions(case, way, copied):
         optimizer = case.cls.from_config(optimizer.get_config())
     for update in gradients:
         for layers in update:
-            optimizer.apply_gradients(zip(map(tf.constant, layers), variables, strict=True))
-    adapts = {"adapts": [True] * 3} if extra else {}
+            with taking_gradients(optimizer, variables):
+                optimizer.apply_gradients(zip(map(tf.constant, layers), variables, strict=True))
+    adapts = {"adapts": [True] * 3} if extra and case.name != "extrap_sgd" else {}
     expected = reference(
         case.name,
         initial_weights(),

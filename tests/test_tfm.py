@@ -11,13 +11,22 @@ import pytest
 import tensorflow as tf
 import tf_keras
 from conftest import strategy_of
-from official.core import base_task, config_definitions, exp_factory, task_factory, train_utils
+from official.core import (
+    actions,
+    base_task,
+    base_trainer,
+    config_definitions,
+    exp_factory,
+    task_factory,
+    train_utils,
+)
 from official.modeling import optimization
 from official.modeling.optimization import optimizer_factory
 from official.nlp.configs import bert, encoders
 from official.nlp.tasks import masked_lm
 
 import tf_lbopt.tfm
+from official_recipes.common import tfm_training
 from tf_lbopt import tf_keras as lbopt_tf_keras
 
 KEYS = list(tf_lbopt.tfm.REGISTRATIONS)
@@ -27,7 +36,8 @@ KEYS = list(tf_lbopt.tfm.REGISTRATIONS)
 
 
 def test_keys():
-    wanted = "sngm vr_sgd vr_momentum vr_adam vr_lars vr_lamb clars lbopt_lars lbopt_lamb"
+    wanted = "sngm vr_sgd vr_momentum vr_adam vr_lars vr_lamb clars extrap_sgd lbopt_lars"
+    wanted += " lbopt_lamb"
     assert set(wanted.split()) <= set(KEYS)
     for key, row in tf_lbopt.tfm.REGISTRATIONS.items():
         assert optimizer_factory.LEGACY_OPTIMIZERS_CLS[key] is row.cls
@@ -54,6 +64,7 @@ def test_config_has_the_arguments_and_defaults_of_the_class(key):
         if parameter.kind is not parameter.VAR_KEYWORD and name not in ("args", "learning_rate")
     }
     arguments.pop("norm_estimator", None)  # tf-models has no road for norms by example
+    arguments.pop("sub_batches", None)  # it is the task's
     config = row.config().as_dict()
     for name in ("name", "clipnorm", "clipvalue", "global_clipnorm"):
         config.pop(name)
@@ -143,10 +154,13 @@ class SmallTask(base_task.Task):
         raise NotImplementedError
 
     def build_losses(self, labels, model_outputs, aux_losses=None):
+        # Where all labels are 2: a finite loss with a gradient that is not.
+        smooth = tf.where(tf.reduce_all(labels == 2), 0.0, 1.0)
+        spoiled = tf.sqrt(smooth * (1.0 + tf.reduce_mean(model_outputs**2)))
         losses = tf_keras.losses.sparse_categorical_crossentropy(
             labels, model_outputs, from_logits=True
         )
-        return tf.reduce_mean(losses) + tf.add_n(aux_losses or [0.0])
+        return tf.reduce_mean(losses) + tf.add_n(aux_losses or [0.0]) + spoiled
 
     def build_metrics(self, training=True):
         return [tf_keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
@@ -175,14 +189,19 @@ def _small():
     )
 
 
-def _experiment(kind, sub_batches=1, rate=0.1, experiment="tf_lbopt_test_small", **override):
+def _experiment(
+    kind, sub_batches=1, rate=0.1, experiment="tf_lbopt_test_small", fields=None, **override
+):
     params = exp_factory.get_exp_config(experiment)
     params.override(
         {
             "task": {"sub_batches": sub_batches},
             "trainer": {
                 "optimizer_config": {
-                    "optimizer": {"type": kind},
+                    "optimizer": {
+                        "type": kind,
+                        **({kind: fields} if fields else {}),
+                    },
                     "learning_rate": {"polynomial": {"initial_learning_rate": rate}},
                     **override,
                 }
@@ -210,14 +229,15 @@ def _features(batch):
     return batch[0] if isinstance(batch, tuple) else batch
 
 
-def _train(params, replicas, batches):
+def _train(params, replicas, batches, build=True):
     """Trains as tf-models' trainer does; returns weights, metrics, mean loss and optimizer."""
     batches = list(batches)
     strategy = strategy_of(replicas)
     with strategy.scope():
         task = task_factory.get_task(params.task)
         model = task.build_model()
-        model(tf.nest.map_structure(tf.constant, _features(batches[0])))  # else traced twice
+        if build:
+            model(tf.nest.map_structure(tf.constant, _features(batches[0])))  # else traced twice
         optimizer = train_utils.create_optimizer(task, params)
         metrics = task.build_metrics(training=True)
         loss = tf_keras.metrics.Mean()
@@ -254,6 +274,8 @@ def _train(params, replicas, batches):
         ("vr_lars", 2),
         ("clars", 2),
         ("sngm", 1),
+        ("extrap_sgd", 1),
+        ("extrap_sgd", 2),
     ],
 )
 def test_sub_batches_are_as_good_as_replicas(kind, replicas):
@@ -275,7 +297,82 @@ def test_statistics_see_the_parts():
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["adam", "vr_lars"])
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("sub_batches", [1, 2])
+def test_extrapolated_sgd_takes_its_gradients_elsewhere(replicas, sub_batches):
+    """As a loop that takes the points by hand; without the past gradients it comes elsewhere."""
+    k = replicas * sub_batches
+    weights, *_, optimizer = _train(_experiment("extrap_sgd", sub_batches), replicas, _batches(4))
+    assert optimizer.sub_batches == sub_batches
+    assert optimizer.gradient_accumulation_steps is None
+    task = task_factory.get_task(_experiment("sgd").task)
+    model = task.build_model()
+    variables = model.trainable_variables
+    x = [v.numpy() for v in variables]
+    velocity = [np.zeros_like(w) for w in x]
+    past = [[np.zeros_like(w) for w in x] for _ in range(k)]
+    for t, batch in enumerate(_batches(4)):
+        rate = 0.1 - (0.1 - 1e-4) * t / 8
+        own = []
+        # A replica takes its parts in turn.
+        for d, (features, labels) in enumerate(_shards(batch, k)):
+            for variable, w, v, zeta in zip(variables, x, velocity, past[d], strict=True):
+                variable.assign(w + 0.9 * v - rate / k * zeta)
+            with tf.GradientTape() as tape:
+                loss = task.build_losses(labels, model(features), model.losses)
+            own.append([g.numpy() for g in tape.gradient(loss, variables)])
+        mean = [np.mean(g, axis=0) for g in zip(*own, strict=True)]
+        velocity = [0.9 * v - rate * g for v, g in zip(velocity, mean, strict=True)]
+        x = [w + v for w, v in zip(x, velocity, strict=True)]
+        past = own
+    for got, want in zip(weights, x, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    at_home = _experiment("extrap_sgd", sub_batches, fields={"extrapolation_rate": 0.0})
+    plain, *_ = _train(at_home, replicas, _batches(4))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(plain, x, strict=True))
+
+
+def test_a_task_that_builds_its_model_late(monkeypatch):
+    """Its variables exist before they are moved."""
+
+    class Late(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = tf_keras.layers.Dense(3)
+
+        def call(self, x, training=None):
+            return self.dense(x)
+
+    def build_model(task):
+        tf_keras.utils.set_random_seed(3)
+        return Late()
+
+    monkeypatch.setattr(SmallTask, "build_model", build_model)
+    weights, *_ = _train(_experiment("extrap_sgd"), 2, _batches(), build=False)
+    expected, *_ = _train(_experiment("extrap_sgd"), 2, _batches())
+    for got, want in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_extrapolated_sgd_in_a_task_that_knows_nothing_of_it_is_refused():
+    stock = exp_factory.get_exp_config.__wrapped__("tf_lbopt_test_small")
+    stock.trainer = _experiment("extrap_sgd").trainer
+    with pytest.raises(ValueError, match=r"with optimizer\.extrapolated"):
+        _train(stock, 1, _batches())
+
+
+def test_an_extrapolated_optimizer_with_other_parts_than_the_task_is_refused():
+    params = _experiment("extrap_sgd", sub_batches=2)
+    task = task_factory.get_task(params.task)
+    model = task.build_model()
+    optimizer = lbopt_tf_keras.ExtrapSGD(0.1, sub_batches=4)
+    with pytest.raises(
+        ValueError, match=r"sub_batches=task\.sub_batches=2.*Received: sub_batches=4"
+    ):
+        task.train_step(next(_batches(1)), model, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["adam", "vr_lars", "extrap_sgd"])
 @pytest.mark.parametrize("scale", ["dynamic", 8.0])
 def test_with_loss_scaling(kind, scale):
     def params(sub_batches):
@@ -288,6 +385,83 @@ def test_with_loss_scaling(kind, scale):
     assert isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+# -- the trainer -----------------------------------------------------------------------------------
+
+
+def _trainer(params, replicas, batches):
+    """tf-models' own, with a folder-less checkpoint of what it saves."""
+    batches = list(batches)
+    with strategy_of(replicas).scope():
+        task = task_factory.get_task(params.task)
+        model = task.build_model()
+        optimizer = train_utils.create_optimizer(task, params)
+        dataset = (
+            tf.data.Dataset.from_generator(
+                lambda: iter(batches),
+                output_signature=(tf.TensorSpec([16, 5]), tf.TensorSpec([16], tf.int64)),
+            )
+            .unbatch()
+            .batch(16, drop_remainder=True)
+            .repeat()
+        )
+        return base_trainer.Trainer(
+            params,
+            task,
+            model,
+            optimizer,
+            evaluate=False,
+            train_dataset=strategy_of(replicas).experimental_distribute_dataset(dataset),
+        )
+
+
+@pytest.mark.parametrize(("kind", "replicas"), [("lbopt_lars", 2), ("extrap_sgd", 2)])
+def test_a_skipped_update_is_a_step_but_none_of_the_schedule(kind, replicas, tmp_path):
+    """Checkpoints keep both counts; the schedule goes by the updates that were made."""
+    batches = list(_batches(4))
+    batches[1] = batches[1][0], np.full(16, 2)
+    params = _experiment(kind)
+    trainer = _trainer(params, replicas, batches)
+    logs = trainer.train(tf.constant(4))
+    assert np.isfinite(logs["training_loss"].numpy())
+    path = tf.train.CheckpointManager(
+        trainer.checkpoint, str(tmp_path), max_to_keep=1, step_counter=trainer.global_step
+    ).save()
+    again = _trainer(params, replicas, _batches(1))
+    again.checkpoint.restore(path)
+    again.train(tf.constant(1))
+    for one, steps in ((trainer, 4), (again, 5)):
+        assert one.global_step.numpy() == steps
+        assert one.optimizer.iterations.numpy() == steps - 1
+        assert one.optimizer.skipped_updates.numpy() == 1
+        rate = 0.1 - (0.1 - 1e-4) * (steps - 2) / 8  # of the last update, counted from 0
+        assert one.optimizer.learning_rate.numpy() == pytest.approx(rate)
+    expected, *_ = _train(params, replicas, [batches[i] for i in (0, 2, 3)] + list(_batches(1)))
+    for got, want in zip(again.model.trainable_variables, expected, strict=True):
+        np.testing.assert_allclose(got.numpy(), want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("trials", [-1, 0, 2])
+def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_optimizer_did(trials, tmp_path):
+    params = _experiment("lbopt_lars")
+    params.override({"trainer": {"recovery_max_trials": trials}})
+    trainer = _trainer(params, 1, _batches(1))
+    manager = tf.train.CheckpointManager(trainer.checkpoint, str(tmp_path), max_to_keep=1)
+    manager.save()
+    after_loop = actions.get_train_actions(params, trainer, str(tmp_path), manager)
+    outputs = [{"training_loss": tf.constant(loss)} for loss in (np.nan, np.inf)]
+    if trials < 0:
+        assert after_loop == []
+        return
+    (check,) = after_loop
+    for i in range(trials):
+        trainer.global_step.assign(7)
+        check(outputs[i % 2])
+        assert trainer.global_step.numpy() == 0  # as in the checkpoint
+    for output in outputs:
+        with pytest.raises(RuntimeError, match=tfm_training._DIVERGED):
+            check(output)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2x"])
@@ -370,6 +544,7 @@ def _sentences(steps=2, size=8):
         ("sgd", True),
         ("sgd", False),
         ("lbopt_lars", False),
+        pytest.param("extrap_sgd", False, marks=pytest.mark.long),
         pytest.param("vr_lamb", False, marks=pytest.mark.long),
     ],
 )

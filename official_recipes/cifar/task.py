@@ -104,8 +104,9 @@ class ImageTask:
             labels = tf.one_hot(labels, self._data.classes)
         return images, labels
 
-    def evaluate(self, model: keras.Model, split: str) -> Metrics:
+    def evaluate(self, model: keras.Model, split: str, *, final: bool) -> Metrics:
         """Accuracy and cross-entropy, on one device with the weights that all replicas share."""
+        del final
         assert split == self._split
         images, labels = self._data.test_images, self._data.test_labels
         logits = np.concatenate(

@@ -68,8 +68,8 @@ class Task(Protocol):
             seed: [2] int64, another one in every batch of a run, for random augmentation.
         """
 
-    def evaluate(self, model: keras.Model, split: str) -> Metrics:
-        """Returns metrics of a split, named without it."""
+    def evaluate(self, model: keras.Model, split: str, *, final: bool) -> Metrics:
+        """Returns metrics of a split, named without it; slow ones only at the end of the run."""
 
     def splits(self) -> tuple[str, ...]:
         """Returns the splits to evaluate, the one that `metric` is read from first."""
@@ -256,7 +256,7 @@ class _Progress(keras.callbacks.Callback):
         last = epoch + 1 == options.epochs or self.model.stop_training
         if last or (options.evaluate_every and (epoch + 1) % options.evaluate_every == 0):
             for split in self._task.splits():
-                for name, value in self._task.evaluate(self.model, split).items():
+                for name, value in self._task.evaluate(self.model, split, final=last).items():
                     metrics[f"{split}_{name}"] = value
             run.metrics.append({"epoch": float(epoch + 1), **metrics})
             logs.update(metrics)

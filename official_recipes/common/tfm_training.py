@@ -378,11 +378,13 @@ def check_batches(params: Any, options: Options, replicas: int) -> None:
                 f"{replicas} x {parts} = {replicas * parts}",
                 batch,
             )
-        kind = params.trainer.optimizer_config.optimizer.type
-        if needs_sub_batches(kind) and replicas * parts < 2:
+        config = params.trainer.optimizer_config
+        configs = [config, getattr(config, "embeddings", config)]  # which may have their own
+        kinds = [c.optimizer.type for c in configs if needs_sub_batches(c.optimizer.type)]
+        if kinds and replicas * parts < 2:
             raise FlagValueError(
                 "sub_batches",
-                f"at least 2 sub-batches (replicas x --sub_batches) for the optimizer {kind}, "
+                f"at least 2 sub-batches (replicas x --sub_batches) for the optimizer {kinds[0]}, "
                 "which compares their gradients",
                 f"{replicas} x {parts}",
             )

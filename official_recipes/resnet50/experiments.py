@@ -9,9 +9,11 @@ import tensorflow as tf
 from official.core import config_definitions, exp_factory, task_factory
 from official.modeling import optimization
 from official.vision.configs import image_classification as configs
+from official.vision.dataloaders import tfds_classification_decoders as tfds_decoders
 from official.vision.tasks import image_classification as tasks
 
 import tf_lbopt.tfm
+from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import SYNTHETIC
 
 EXPERIMENT = "large_batch_resnet"
@@ -32,12 +34,14 @@ class LargeBatchResNet(configs.ImageClassificationTask):
 
 @task_factory.register_task_cls(LargeBatchResNet)
 class LargeBatchResNetTask(tasks.ImageClassificationTask):
-    """tf-models' image classification, with an input that needs no data."""
+    """tf-models' image classification, with an input that needs no data and more of TFDS."""
 
     def build_inputs(
         self, params: Any, input_context: tf.distribute.InputContext | None = None
     ) -> tf.data.Dataset:
         """The dataset of one worker, in batches for one replica."""
+        if params.tfds_name:
+            _check_tfds(params, self.task_config.model.num_classes)
         if params.input_path != SYNTHETIC:
             return super().build_inputs(params, input_context)
         batch = params.global_batch_size
@@ -50,6 +54,34 @@ class LargeBatchResNetTask(tasks.ImageClassificationTask):
             params.is_training,
             tf.as_dtype(params.dtype),
         )
+
+
+def _check_tfds(params: Any, classes: int) -> None:
+    """Lets a dataset be read, if it has images with labels that the model can tell apart.
+
+    tf-models has a list of the few datasets that it takes; what it does with them suits any other.
+    """
+    import tensorflow_datasets as tfds
+
+    features = tfds.builder(params.tfds_name, data_dir=params.tfds_data_dir or None).info.features
+    image, label = (dict(features or {}).get(key) for key in ("image", "label"))
+    if not isinstance(image, tfds.features.Image) or not isinstance(
+        label, tfds.features.ClassLabel
+    ):
+        raise FlagValueError(
+            "params_override",
+            "tfds_name: a dataset with the features `image` and `label`",
+            f"{params.tfds_name} with the features {sorted(features or {})}",
+        )
+    if label.num_classes is not None and label.num_classes > classes:
+        raise FlagValueError(
+            "params_override",
+            f"task.model.num_classes: at least the {label.num_classes} of {params.tfds_name}",
+            classes,
+        )
+    tfds_decoders.TFDS_ID_TO_DECODER_MAP.setdefault(
+        params.tfds_name, tfds_decoders.ClassificationDecorder
+    )
 
 
 def synthetic_images(

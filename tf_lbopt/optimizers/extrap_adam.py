@@ -7,8 +7,9 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation, rules
-from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
+from tf_lbopt.optimizers.base import with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.rules.adam import preconditioned
 from tf_lbopt.rules.extrapolation import apply_extrapolation
@@ -108,7 +109,7 @@ class ExtrapAdamAlgorithm(Extrapolation):
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
-class ExtrapAdam(ExtrapAdamAlgorithm, LargeBatchOptimizer):
+class ExtrapAdam(ExtrapAdamAlgorithm, ExtrapolatedOptimizer):
     """EXTRAP-ADAM for Keras 3.
 
     Example:

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from tf_lbopt import _validation, rules
 from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
-from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
+from tf_lbopt.optimizers.base import with_common_arguments
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
+from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.rules.extrapolation import (
     apply_extrapolation,
@@ -166,7 +167,7 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
 
     def _kind_of(self, variable: Any) -> str:
         # `fit` knows the layers; in a custom loop there are only the names that Keras gives.
-        kind = self._filter_kinds.get(self._var_key(variable))
+        kind = self._layers.kinds.get(self._var_key(variable))
         if kind is not None:
             return kind
         path = path_of(variable)
@@ -193,7 +194,7 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
-class ExtrapSGD(ExtrapSGDAlgorithm, LargeBatchOptimizer):
+class ExtrapSGD(ExtrapSGDAlgorithm, ExtrapolatedOptimizer):
     """Extrapolated SGD for Keras 3.
 
     Example:

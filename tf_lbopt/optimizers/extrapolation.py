@@ -3,11 +3,15 @@
 Model variables hold x_t whenever Python has control. Within a training step each replica moves its
 own copies to its own point, takes its gradient there, and puts x_t back before the update; x_t is
 kept as it was instead of being computed back, so that replicas stay equal to the last bit.
+
+Here is what belongs to no framework; the adapters `ExtrapolatedOptimizer` of Keras 3
+(`tf_lbopt.optimizers.extrapolated`) and tf_keras (`tf_lbopt.tf_keras.extrapolated`) have the rest.
 """
 
 import abc
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt import _compat, _validation
+from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import on_each_replica, once_for_all_replicas, replica_number
@@ -37,6 +41,11 @@ class _Active:
         self.keys = {optimizer._var_key(variable) for variable in variables}
         self.sub_batch = sub_batch
         self.applied = False
+        self.graph = _current_graph()
+
+
+def _current_graph() -> tf.Graph | None:
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 # Blocks of `extrapolated` that are open, by optimizer and replica.
@@ -54,7 +63,45 @@ class _Home:
         self.away = away
 
 
-class Extrapolation(Algorithm):
+class _Layers:
+    """What is known of a model's layers: by variable, its kind of filter. In no checkpoint."""
+
+    def __init__(self, model: Any = None, kinds: Mapping[Any, str] | None = None):
+        self.kinds = kinds or {}
+        self._model = None if model is None else weakref.ref(model)
+
+    def are_of(self, model: Any) -> bool:
+        return self._model is not None and self._model() is model
+
+
+class ExtrapolationAdapter:
+    """What an adapter of a framework provides for `Extrapolation`, beside what it does anyway."""
+
+    @abc.abstractmethod
+    def _let_wrap_training(self) -> None:
+        """Makes the framework's trainer offer its training step to `wrap_training`."""
+
+    @abc.abstractmethod
+    def _build_model(self, model: Any, data: Any) -> None:
+        """Creates the variables of a model that is not built yet, given a batch of its data."""
+
+    @abc.abstractmethod
+    def _kinds_of_filters(self, model: Any) -> dict[Any, str]:
+        """By `_var_key`, which variables are an ``embedding`` or a ``depthwise`` kernel."""
+
+    @abc.abstractmethod
+    def _value_of(self, schedule: Any) -> tf.Tensor:
+        """What a schedule, as `_schedule` returned it, says of the coming update."""
+
+    @abc.abstractmethod
+    def _serialized(self, schedule: Any) -> Any:
+        """A schedule as `get_config` has it."""
+
+    def _check_wrapper(self) -> None:
+        """Raises if what is wrapped around the optimizer leaves out updates."""
+
+
+class Extrapolation(ExtrapolationAdapter, Algorithm):
     """Mix-in, placed before a base, whose gradients are taken at extrapolated weights.
 
     A subclass says how a replica's weights are moved: `move`.
@@ -78,7 +125,13 @@ class Extrapolation(Algorithm):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.extrapolation_rate = _checked_rate(extrapolation_rate)
+        if callable(extrapolation_rate) or isinstance(extrapolation_rate, dict):
+            extrapolation_rate = self._schedule(extrapolation_rate)
+        else:
+            extrapolation_rate = _validation.real(
+                "extrapolation_rate", extrapolation_rate, low=0.0, optional=True
+            )
+        self.extrapolation_rate = extrapolation_rate
         self.sub_batches = _validation.integer("sub_batches", sub_batches, low=1)
         if self.sub_batches > 1:
             self._accumulation = Accumulation(
@@ -88,8 +141,10 @@ class Extrapolation(Algorithm):
                 parts=self.sub_batches,
             )
         self._past = _PastGradients(self._strategy, self.sub_batches) if keeps_past else None
-        self._filter_kinds: dict[int, str] = {}
-        _compat.let_optimizers_wrap_training()
+        self._layers = _Layers()
+        self._let_wrap_training()
+
+    # -- the rate ----------------------------------------------------------------------------------
 
     def past_of(self, own: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         """What is kept of a sub-batch's gradient until the next update."""
@@ -106,9 +161,9 @@ class Extrapolation(Algorithm):
         rate = self.extrapolation_rate
         if rate is None:
             return self._read_learning_rate() / self.points
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            return tf.convert_to_tensor(rate(self._iterations))
-        return tf.convert_to_tensor(rate() if callable(rate) else rate, tf.float32)
+        if callable(rate):
+            return self._value_of(rate)
+        return tf.convert_to_tensor(rate, tf.float32)
 
     # -- variables ---------------------------------------------------------------------------------
 
@@ -157,7 +212,8 @@ class Extrapolation(Algorithm):
 
         Raises:
             ValueError: Called in the cross-replica context, for unknown variables, for a part that
-                does not exist, or within another such block.
+                does not exist, or within another such block; or the update is not made in the
+                block itself, but in a condition, loop or `tf.function` inside it.
         """
         variables = self._to_be_moved(variables, sub_batch)
         active = _Active(self, variables, sub_batch)
@@ -286,21 +342,22 @@ class Extrapolation(Algorithm):
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
-    ) -> None:
+    ) -> tf.Tensor:
         active = self._block()
-        if getattr(self, "_loss_scaled_from_outside", False):
-            raise ValueError(
-                f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
-                "`compile` adds for mixed_float16): it leaves out the update, and with it the way "
-                "back from the extrapolated weights. Use tf_lbopt.LossScaleOptimizer("
-                f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
-            )
+        self._check_wrapper()
         if active is None or active.applied:
             raise ValueError(
                 f"{type(self).__name__} needs gradients that were taken at extrapolated weights. "
                 "`fit` and `train_on_batch` see to it; in a custom training loop take them, and "
                 "call `apply_gradients` once, in `with optimizer.extrapolated(variables):` in the "
                 "replica function. Received: gradients from outside of such a block"
+            )
+        if active.graph is not _current_graph():
+            # The way back is part of the update: a branch not taken would leave the weights away.
+            raise ValueError(
+                f"{type(self).__name__} must be applied in the `with optimizer.extrapolated(...):` "
+                "block itself. Put the block inside the `tf.function` (the condition, the loop). "
+                "Received: gradients from a `tf.function`, condition or loop inside the block"
             )
         not_moved = [v for v in variables if self._var_key(v) not in active.keys]
         if not_moved:
@@ -309,11 +366,11 @@ class Extrapolation(Algorithm):
                 f"Received gradients also of {', '.join(path_of(v) for v in not_moved)}"
             )
         # A gradient may be a variable itself, which is about to change.
-        grads = [tf.identity(g) if isinstance(g, keras.Variable) else g for g in grads]
+        grads = [tf.identity(g) if _is_variable(g) else g for g in grads]
         moved = [v for v in self._trainable_variables if self._var_key(v) in active.keys]
         self._in_replica(self._return, moved)
         active.applied = True
-        super()._send(grads, variables, loss_scale, after, summed)
+        return super()._send(grads, variables, loss_scale, after, summed)
 
     def _part(self) -> int:
         block = self._block()
@@ -331,26 +388,38 @@ class Extrapolation(Algorithm):
                 own = dense(merge_repeated_indices(own))
                 self._past.variables[part, index].assign(self.past_of(own, dense(mean)))
 
-    # -- Keras's trainer ---------------------------------------------------------------------------
+    def prepare_model(self, model: Any, data: Any) -> None:
+        """Makes sure that a model has variables to be moved, and finds out what its layers are.
+
+        For random noise, whose size is that of a filter; without this, variables' names must do.
+
+        Args:
+            model: The model.
+            data: A batch of its inputs, or a tuple that begins with them.
+        """
+        if not self._layers.are_of(model):
+            self._build_model(model, data)
+            self._layers = _Layers(model, self._kinds_of_filters(model))
+
+    # -- the framework's trainer -------------------------------------------------------------------
 
     def wrap_training(
         self,
-        model: keras.Model,
+        model: Any,
         train_step: Callable[[Any], Any],
         make_function: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
     ) -> Callable[[Any], Any]:
-        """Makes `fit`'s training function; see `_compat.let_optimizers_wrap_training`.
+        """Makes `fit`'s training function, once for every one that the framework makes.
 
         Args:
             model: The model.
             train_step: Its `train_step`.
             make_function: Makes a training function of a step.
         """
-        self._filter_kinds = _filter_kinds(model, self._var_key)
 
         @tf.autograph.experimental.do_not_convert
         def step(data: Any) -> Any:
-            _compat.build_by_shapes(model, keras.utils.unpack_x_y_sample_weight(data)[0])
+            self.prepare_model(model, data)
             logs = None
             for part in range(self.sub_batches):
                 own = data if self.sub_batches == 1 else _part_of(data, part, self.sub_batches)
@@ -374,8 +443,7 @@ class Extrapolation(Algorithm):
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         rate = self.extrapolation_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            rate = keras.saving.serialize_keras_object(rate)
+        rate = self._serialized(rate) if callable(rate) else rate
         return {
             **super().get_config(),
             "extrapolation_rate": rate,
@@ -437,12 +505,8 @@ def _assign_copies(
         copy.assign(value.read_value())
 
 
-def _checked_rate(rate: Any) -> Any:
-    if isinstance(rate, dict):  # a serialized schedule, inside from_config
-        return keras.saving.deserialize_keras_object(rate)
-    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) or callable(rate):
-        return rate
-    return _validation.real("extrapolation_rate", rate, low=0.0, optional=True)
+def _is_variable(gradient: Any) -> bool:
+    return isinstance(gradient, (keras.Variable, tf.Variable))
 
 
 def _part_of(data: Any, part: int, parts: int) -> Any:
@@ -462,7 +526,7 @@ def _part_of(data: Any, part: int, parts: int) -> Any:
         size //= parts
         return leaf[part * size : (part + 1) * size]
 
-    return keras.tree.map_structure(of, data)
+    return tf.nest.map_structure(of, data)
 
 
 def _indivisible(parts: int, received: Any) -> str:
@@ -470,22 +534,3 @@ def _indivisible(parts: int, received: Any) -> str:
         f"sub_batches={parts} needs batches of a multiple of {parts} examples on every replica: "
         f"choose the batch size so, and drop the remainder. Received: {received} examples"
     )
-
-
-def _filter_kinds(model: keras.Model, key_of: Callable[[Any], int]) -> dict[int, str]:
-    """Which variables are embeddings or depthwise kernels, by what their layers are."""
-    kinds = {}
-    for layer in _all_layers(model):
-        if isinstance(layer, keras.layers.Embedding):
-            kinds.update({key_of(v): "embedding" for v in layer.trainable_variables})
-        elif isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
-            kinds[key_of(layer.kernel)] = "depthwise"
-        elif isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
-            kinds[key_of(layer.depthwise_kernel)] = "depthwise"
-    return kinds
-
-
-def _all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    yield layer
-    for child in _compat.sublayers(layer):
-        yield from _all_layers(child)

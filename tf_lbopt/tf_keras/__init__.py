@@ -3,8 +3,9 @@
 The classes have the names and arguments of those for Keras 3 and are made of the same algorithms;
 `loss_scale_factor` is missing, as in tf_keras. They are new-style optimizers
 (`tf_keras.optimizers.Optimizer`, not `tf_keras.optimizers.legacy`), work with `compile` and `fit`,
-in custom loops, under `tf.distribute` strategies and in a
-`tf_keras.mixed_precision.LossScaleOptimizer`. Schedules of `tf_lbopt.schedules` are taken too.
+in custom loops (those of `ExtrapSGD` wrap their step in `extrapolated`), under `tf.distribute`
+strategies and in a `tf_keras.mixed_precision.LossScaleOptimizer`. Schedules of `tf_lbopt.schedules`
+are taken too.
 
 Example:
     >>> import tensorflow as tf
@@ -25,6 +26,7 @@ from tf_lbopt.tf_keras.optimizers import (
     VRLAMB,
     VRLARS,
     VRSGD,
+    ExtrapSGD,
     VRAdam,
     VRMomentum,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "VRLAMB",
     "VRLARS",
     "VRSGD",
+    "ExtrapSGD",
     "KerasSchedule",
     "VRAdam",
     "VRMomentum",

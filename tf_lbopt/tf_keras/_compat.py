@@ -3,12 +3,14 @@
 Each function says what it needs the private name for; all were checked on tf_keras 2.20.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 from tensorflow.python.trackable.data_structures import NoDependency
+
+from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas
 
 _LOSS_SCALE = "loss_scale"
 
@@ -63,3 +65,71 @@ def is_loss_scaled_dynamically(optimizer: tf_keras.optimizers.Optimizer) -> bool
     attribute of it.
     """
     return is_loss_scaled(optimizer) and optimizer._lookup_dependency(_LOSS_SCALE) is not None
+
+
+# -- the trainer -----------------------------------------------------------------------------------
+
+
+def let_optimizers_wrap_training() -> None:
+    """Makes `tf_keras.Model` offer each training step to the optimizer, from now on.
+
+    An optimizer that has ``wrap_training`` (or, if it has not, the one inside a LossScaleOptimizer)
+    is given the model, its ``train_step`` and what makes a training function of a step; it returns
+    the training function. Others are not affected.
+
+    ``make_train_function`` is public, but that it calls ``train_step`` of the model that it is
+    given, and stores its result in ``train_function``, is not promised.
+    """
+    original = tf_keras.Model.make_train_function
+    if getattr(original, "offers_training", False):
+        return
+
+    def make_train_function(model: Any, force: bool = False) -> Any:
+        wrap = _wrap_training_of(getattr(model, "optimizer", None))
+        if wrap is None or (model.train_function is not None and not force):
+            return original(model, force)
+        model.train_function = wrap(
+            model, model.train_step, lambda step: original(_WithStep(model, step), True)
+        )
+        return model.train_function
+
+    make_train_function.__doc__ = original.__doc__
+    make_train_function.offers_training = True  # type: ignore[attr-defined]
+    tf_keras.Model.make_train_function = make_train_function
+
+
+def _wrap_training_of(optimizer: Any) -> Callable[..., Any] | None:
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return getattr(optimizer, "wrap_training", None) or getattr(inner, "wrap_training", None)
+
+
+class _WithStep:
+    """A model with another ``train_step``; in all else it is that model."""
+
+    def __init__(self, model: tf_keras.Model, train_step: Callable[[Any], Any]):
+        vars(self).update(_model=model, train_step=train_step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+
+def build_by_shapes(model: tf_keras.Model, x: Any, strategy: tf.distribute.Strategy) -> None:
+    """Creates the variables of a model that is not built yet, from the shapes of its inputs.
+
+    A model that is no graph of layers has none before its first call. Called by all replicas.
+    """
+    if model.built:
+        return
+    specs = tf.nest.map_structure(
+        lambda leaf: None if leaf is None else tf.type_spec_from_value(leaf), x
+    )
+
+    def build() -> None:
+        with inside_scope(strategy):
+            call = tf.function(lambda inputs: model(inputs, training=False))
+            call.get_concrete_function(specs)
+
+    once_for_all_replicas(build)

@@ -4,6 +4,7 @@ import tensorflow as tf  # noqa: F401  # for the examples
 import tf_keras
 
 from tf_lbopt.optimizers.clars import CLARSAlgorithm
+from tf_lbopt.optimizers.extrap_sgd import ExtrapSGDAlgorithm
 from tf_lbopt.optimizers.lamb import LAMBAlgorithm
 from tf_lbopt.optimizers.lars import LARSAlgorithm
 from tf_lbopt.optimizers.sngm import SNGMAlgorithm
@@ -11,6 +12,7 @@ from tf_lbopt.optimizers.vr_adam import VRAdamAlgorithm
 from tf_lbopt.optimizers.vr_layerwise import VRLAMBAlgorithm, VRLARSAlgorithm
 from tf_lbopt.optimizers.vr_sgd import VRMomentumAlgorithm, VRSGDAlgorithm
 from tf_lbopt.tf_keras.base import LargeBatchOptimizer, with_common_arguments
+from tf_lbopt.tf_keras.extrapolated import ExtrapolatedOptimizer
 
 
 @tf_keras.utils.register_keras_serializable(package="tf_lbopt")
@@ -142,4 +144,22 @@ class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
         >>> _ = optimizer.apply_gradients([(tf.constant([-3.0, 4.0]), w)])
         >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]
         [3.0, 3.24]
+    """
+
+
+@tf_keras.utils.register_keras_serializable(package="tf_lbopt")
+@with_common_arguments
+class ExtrapSGD(ExtrapSGDAlgorithm, ExtrapolatedOptimizer):
+    """Extrapolated SGD for tf_keras.
+
+    Example:
+        >>> w = tf.Variable([1.0])
+        >>> optimizer = ExtrapSGD(learning_rate=0.1, momentum=0.5, extrapolation_rate=0.2)
+        >>> for _ in range(2):
+        ...     with optimizer.extrapolated([w]):
+        ...         point = float(w.numpy()[0])
+        ...         _ = optimizer.apply_gradients([(w.read_value(), w)])  # gradient of w²/2
+        ...     print(round(point, 4), round(float(w.numpy()[0]), 4))
+        1.0 0.9
+        0.65 0.785
     """

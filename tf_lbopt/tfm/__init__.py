@@ -1,8 +1,9 @@
 """The optimizers of this package in tf-models-official, and gradient accumulation for its tasks.
 
 Importing this module registers them with tf-models' `OptimizerFactory`, as ``sngm``, ``vr_sgd``,
-``vr_momentum``, ``vr_adam``, ``vr_lars``, ``vr_lamb``, ``clars``, ``lbopt_lars`` and
-``lbopt_lamb`` (``lars`` and ``lamb`` are tf-models' own). Every registered experiment takes them:
+``vr_momentum``, ``vr_adam``, ``vr_lars``, ``vr_lamb``, ``clars``, ``extrap_sgd``, ``lbopt_lars``
+and ``lbopt_lamb`` (``lars`` and ``lamb`` are tf-models' own). Every registered experiment takes
+them:
 
     --params_override=trainer.optimizer_config.optimizer.type=vr_lars,
                       trainer.optimizer_config.optimizer.vr_lars.gamma=0.1
@@ -25,6 +26,7 @@ Example:
 from tf_lbopt.tfm.configs import (
     REGISTRATIONS,
     CLARSConfig,
+    ExtrapSGDConfig,
     LAMBConfig,
     LARSConfig,
     Registration,
@@ -48,6 +50,7 @@ from tf_lbopt.tfm.sub_batches import SubBatchTask
 __all__ = [
     "REGISTRATIONS",
     "CLARSConfig",
+    "ExtrapSGDConfig",
     "LAMBConfig",
     "LARSConfig",
     "OptimizationConfig",

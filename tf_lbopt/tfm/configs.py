@@ -125,6 +125,23 @@ class CLARSConfig(_LayerwiseConfig):
     max_trust_ratio: float | None = None
 
 
+@dataclasses.dataclass
+class ExtrapSGDConfig(_LayerwiseConfig):
+    """Of `tf_lbopt.tf_keras.ExtrapSGD`; the fields are its arguments.
+
+    Its `sub_batches` are those of the task.
+    """
+
+    name: str = "ExtrapSGD"
+    momentum: float = 0.9
+    nesterov: bool = True
+    extrapolation_rate: float | None = None
+    noise: str = "past_gradient"
+    shared_noise: bool = False
+    noise_seed: int | None = None
+    trust_coefficient: float | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Registration:
     """What tf-models gets to know of an optimizer.
@@ -149,6 +166,7 @@ _ROWS = (
     Registration("vr_lars", optimizers.VRLARS, VRLARSConfig),
     Registration("vr_lamb", optimizers.VRLAMB, VRLAMBConfig),
     Registration("clars", optimizers.CLARS, CLARSConfig),
+    Registration("extrap_sgd", optimizers.ExtrapSGD, ExtrapSGDConfig),
     Registration("lbopt_lars", optimizers.LARS, LARSConfig),
     Registration("lbopt_lamb", optimizers.LAMB, LAMBConfig),
 )

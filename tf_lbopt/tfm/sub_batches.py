@@ -1,6 +1,7 @@
 """Tasks that take each replica's batch in parts: gradient accumulation within one training step."""
 
 import abc
+import contextlib
 import copy
 import numbers
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.tfm.configs import REGISTRATIONS
 
 
@@ -22,6 +24,9 @@ class SubBatchTask:
 
     An optimizer of this package sees each part's gradient, so its statistics are over replicas
     times parts. Any other gets the gradients of all parts in one call of `apply_gradients`.
+
+    An extrapolated optimizer takes every part's gradient at a point of its own; also without parts
+    the step is taken in its `extrapolated`. Between steps the model has x, as everywhere.
 
     The task's `train_step` must call `apply_gradients` of the optimizer that it is given, once.
 
@@ -65,9 +70,12 @@ class SubBatchTask:
             if self.task_config.sub_batches > 1:
                 optimizer_config = copy.deepcopy(optimizer_config)
                 # No field of the configuration: set by hand, steps would no longer be updates.
-                vars(optimizer_config.optimizer.get())["gradient_accumulation_steps"] = (
-                    self.task_config.sub_batches
+                argument = (
+                    "sub_batches"
+                    if issubclass(REGISTRATIONS[kind].cls, Extrapolation)
+                    else "gradient_accumulation_steps"
                 )
+                vars(optimizer_config.optimizer.get())[argument] = self.task_config.sub_batches
         return super().create_optimizer(  # type: ignore[misc]
             optimizer_config, runtime_config, **given
         )
@@ -77,7 +85,8 @@ class SubBatchTask:
         step = super().train_step  # type: ignore[misc]
         number = self.task_config.sub_batches
         if number == 1:
-            return step(inputs, model, optimizer, *args, **kwargs)
+            with _at_its_point(optimizer, model, inputs):
+                return step(inputs, model, optimizer, *args, **kwargs)
         # A task that does not divide its loss by the replicas sums gradients over them, and so over
         # the parts.
         summed = getattr(self.task_config, "scale_loss", True) is False
@@ -92,7 +101,8 @@ class SubBatchTask:
             stand_in: Any = (_Passing if accumulates else _Collecting)(
                 optimizer, collected, index, number, summed
             )
-            logs.append(step(part, model, stand_in, *args, **kwargs))
+            with _at_its_point(optimizer, model, part, index):
+                logs.append(step(part, model, stand_in, *args, **kwargs))
             if collected.calls != index + 1:
                 raise ValueError(
                     f"task.sub_batches={number} needs a task whose `train_step` calls "
@@ -170,8 +180,27 @@ class _Collecting(_StandIn):
         return self._optimizer.apply_gradients(list(zip(totals, variables, strict=True)), **kwargs)
 
 
+def _at_its_point(
+    optimizer: Any, model: Any, inputs: Any, part: int = 0
+) -> contextlib.AbstractContextManager[None]:
+    """What a step must be taken in: for most optimizers, nothing."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if not isinstance(inner, Extrapolation):
+        return contextlib.nullcontext()
+    inner.prepare_model(model, inputs)
+    return inner.extrapolated(model.trainable_variables, part)
+
+
 def _accumulates(optimizer: Any, number: int) -> bool:
     inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(inner, Extrapolation):
+        if inner.sub_batches != number or inner.gradient_accumulation_steps is not None:
+            raise ValueError(
+                f"An extrapolated optimizer must have sub_batches=task.sub_batches={number} and no "
+                f"gradient_accumulation_steps. Received: sub_batches={inner.sub_batches}, "
+                f"gradient_accumulation_steps={inner.gradient_accumulation_steps}"
+            )
+        return True
     steps = getattr(inner, "gradient_accumulation_steps", None)
     if steps not in (None, number):
         raise ValueError(

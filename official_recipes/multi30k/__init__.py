@@ -1,0 +1,1 @@
+"""Trains a small transformer to translate, with any optimizer, on Keras 3."""

@@ -1,0 +1,197 @@
+"""Translation with a transformer, as a task of the Keras 3 recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from official_recipes.common.keras_training import Metrics
+from official_recipes.multi30k.data import END, PAD, START, Pairs, encode, train_tokenizer
+from official_recipes.multi30k.model import Shape, Transformer
+
+_BATCH = 128
+
+
+@keras.saving.register_keras_serializable(package="official_recipes")
+class PieceCrossentropy(keras.losses.Loss):
+    """Cross-entropy of logits per piece, padding left out, with label smoothing.
+
+    Args:
+        label_smoothing: ε: the target is 1 − ε on the right piece and ε/n on each of n.
+        **kwargs: Of `keras.losses.Loss`.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """The mean over each sentence's batch; a batch of nothing but padding has none."""
+        log_probabilities = tf.nn.log_softmax(y_pred)
+        right = tf.gather(log_probabilities, y_true, batch_dims=2)
+        smooth = tf.reduce_mean(log_probabilities, axis=-1)
+        losses = -(1 - self.label_smoothing) * right - self.label_smoothing * smooth
+        there = tf.cast(tf.not_equal(y_true, PAD), losses.dtype)
+        # The mean per piece of this replica's sentences, as one number for each sentence.
+        mean = tf.math.divide_no_nan(tf.reduce_sum(losses * there), tf.reduce_sum(there))
+        return tf.fill([tf.shape(y_true)[0]], mean)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make an equal loss."""
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+
+
+class TranslationTask:
+    """Translates sentences.
+
+    Args:
+        name: Of the data, for results.
+        splits: Sentence pairs of ``train``, ``validation`` and ``test``.
+        shape: Of the transformer.
+        pieces: The most pieces of the shared vocabulary.
+        longest: The most pieces of a sentence; longer ones are cut.
+        label_smoothing: In [0, 1).
+    """
+
+    name = "multi30k"
+    metric = "bleu"
+
+    def __init__(
+        self,
+        data_name: str,
+        splits: Mapping[str, Pairs],
+        shape: Shape,
+        *,
+        pieces: int,
+        longest: int,
+        label_smoothing: float,
+    ) -> None:
+        self._data_name = data_name
+        self._splits = splits
+        self._shape = shape
+        self._longest = longest
+        self._label_smoothing = label_smoothing
+        self._tokenizer = train_tokenizer([*splits["train"][0], *splits["train"][1]], pieces)
+        self._pieces = int(self._tokenizer.vocab_size())
+        self._ids = {
+            split: [encode(self._tokenizer, sentences, longest) for sentences in pairs]
+            for split, pairs in splits.items()
+        }
+        self._train = [tf.constant(ids) for ids in self._ids["train"]]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Data and network."""
+        shape = self._shape
+        return {
+            "data": self._data_name,
+            "model": f"transformer-{shape.layers}x{shape.width}",
+            "inner": shape.inner,
+            "heads": shape.heads,
+            "dropout": shape.dropout,
+            "label_smoothing": self._label_smoothing,
+            "pieces": self._pieces,
+            "longest": self._longest,
+            "train_size": self.train_size,
+        }
+
+    @property
+    def train_size(self) -> int:
+        """The number of sentence pairs."""
+        return len(self._ids["train"][0])
+
+    def splits(self) -> tuple[str, ...]:
+        """Validation after every evaluation; the test split, once, at the end."""
+        return ("validation", "test")
+
+    def build_model(self) -> keras.Model:
+        """Returns the transformer, with its variables."""
+        model = Transformer(self._shape, self._pieces, self._longest)
+        ids = np.full([1, 2], START, np.int32)
+        model((ids, ids))
+        return model
+
+    def loss(self) -> keras.losses.Loss:
+        """Cross-entropy per piece."""
+        return PieceCrossentropy(self._label_smoothing)
+
+    def batch(self, indices: tf.Tensor, seed: tf.Tensor) -> Any:
+        """Source and shifted target ids, no longer than the batch's longest sentences."""
+        del seed
+        source, target = (_trimmed(tf.gather(ids, indices)) for ids in self._train)
+        return (source, target[:, :-1]), target[:, 1:]
+
+    def evaluate(self, model: keras.Model, split: str, *, final: bool) -> Metrics:
+        """Loss per piece without smoothing, and at the end BLEU of greedy translations."""
+        if split == "test" and not final:
+            return {}
+        metrics = {"loss": self._loss_of(model, split)}
+        if final:
+            metrics["bleu"] = self._bleu(self.translate(model, split), split)
+        return metrics
+
+    def _loss_of(self, model: keras.Model, split: str) -> float:
+        @tf.function(reduce_retracing=True)
+        def measure(source: tf.Tensor, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            logits = model((source, target[:, :-1]), training=False)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(target[:, 1:], logits)
+            there = tf.cast(tf.not_equal(target[:, 1:], PAD), losses.dtype)
+            return tf.reduce_sum(losses * there), tf.reduce_sum(there)
+
+        total = count = 0.0
+        for source, target in self._batches(split):
+            loss, pieces = measure(source, target)
+            total, count = total + float(loss), count + float(pieces)
+        return total / count
+
+    def _batches(self, split: str) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        source, target = self._ids[split]
+        return [
+            (
+                _trimmed(tf.constant(source[at : at + _BATCH])),
+                _trimmed(tf.constant(target[at : at + _BATCH])),
+            )
+            for at in range(0, len(source), _BATCH)
+        ]
+
+    def translate(self, model: keras.Model, split: str) -> list[str]:
+        """Returns the translations of a split's source sentences, piece after likeliest piece."""
+
+        @tf.function(reduce_retracing=True)
+        def greedy(source: tf.Tensor) -> tf.Tensor:
+            memory, mask = model.encode(source, training=False)
+            count = tf.shape(source)[0]
+            target = tf.fill([count, self._longest], PAD)
+            target = tf.concat([tf.fill([count, 1], START), target[:, 1:]], axis=1)
+            ended = tf.zeros([count], tf.bool)
+            at = tf.constant(1)
+            while at < self._longest and not tf.reduce_all(ended):
+                logits = model.decode(memory, mask, target[:, :at], training=False)[:, -1]
+                piece = tf.where(ended, PAD, tf.argmax(logits, axis=-1, output_type=tf.int32))
+                column = tf.one_hot(at, self._longest, dtype=tf.int32)
+                target += piece[:, None] * column
+                ended |= tf.equal(piece, END)
+                at += 1
+            return target
+
+        result = []
+        for source, _ in self._batches(split):
+            for ids in greedy(source).numpy().tolist():
+                end = ids.index(END) if END in ids else len(ids)
+                result.append(self._tokenizer.decode([i for i in ids[1:end] if i > END]))
+        return result
+
+    def _bleu(self, translations: list[str], split: str) -> float:
+        import sacrebleu
+
+        return float(sacrebleu.corpus_bleu(translations, [self._splits[split][1]]).score)
+
+
+def _trimmed(ids: tf.Tensor) -> tf.Tensor:
+    """Leaves out columns of nothing but padding at the end."""
+    there = tf.reduce_any(tf.not_equal(ids, PAD), axis=0)
+    return ids[:, : tf.reduce_sum(tf.cast(there, tf.int32))]

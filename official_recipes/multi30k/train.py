@@ -1,0 +1,104 @@
+"""Trains a transformer to translate, with any optimizer; ``--help`` lists the flags.
+
+Entry point of ``python -m official_recipes.multi30k.train``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from official_recipes.common.flag_parsing import FlagValueError, ShareParser, define_integer
+from official_recipes.common.interruption import run_program
+from official_recipes.common.keras_options import define_training_flags
+from official_recipes.common.keras_program import Recipe, run_recipe
+from official_recipes.common.text_data import TextDataError
+from official_recipes.multi30k.data import KNOWN_FORMS, PairSource, find_pairs
+
+if TYPE_CHECKING:
+    from official_recipes.multi30k.task import TranslationTask
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def define_flags() -> flags.FlagValues:
+    """Returns the recipe's flags."""
+    values = define_training_flags(batch_size=128, epochs=4, schedule="inverse_sqrt")
+    values["warmup_epochs"].default = values["warmup_epochs"].value = 2.0
+    define_integer(values, "layers", 3, "In the encoder, and as many in the decoder.")
+    define_integer(values, "width", 256, "Of the embeddings; a multiple of --heads.")
+    define_integer(values, "inner", 1024, "Of the dense layers.")
+    define_integer(values, "heads", 4, "Of the attention.")
+    define_integer(values, "pieces", 8000, "The most word pieces of both languages.", minimum=100)
+    define_integer(values, "longest", 48, "The most pieces of a sentence.", minimum=4)
+    flags.DEFINE(ShareParser(), "dropout", 0.1, "Dropout.", flag_values=values)
+    flags.DEFINE(ShareParser(), "label_smoothing", 0.1, "Label smoothing.", flag_values=values)
+    return values
+
+
+def make_source(values: flags.FlagValues) -> PairSource:
+    """Returns the sentence pairs that the flags name, not read yet.
+
+    Raises:
+        FlagValueError: The folder is missing or holds no known pairs, or sizes do not fit.
+    """
+    if values.width % values.heads:
+        raise FlagValueError("width", f"a multiple of --heads={values.heads}", values.width)
+    try:
+        return find_pairs(None if values.data_dir is None else Path(values.data_dir))
+    except TextDataError as error:
+        raise FlagValueError(
+            "data_dir", f"a folder with {KNOWN_FORMS}", f"{values.data_dir!r} ({error})"
+        ) from error
+
+
+def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) -> TranslationTask:
+    """Reads the pairs, makes word pieces and returns the task.
+
+    Raises:
+        FlagValueError: The files cannot be read.
+    """
+    from official_recipes.multi30k.model import Shape
+    from official_recipes.multi30k.task import TranslationTask
+
+    source = make_source(values)
+    try:
+        splits = source.load()
+        task = TranslationTask(
+            source.name,
+            splits,
+            Shape(values.layers, values.width, values.inner, values.heads, values.dropout),
+            pieces=values.pieces,
+            longest=values.longest,
+            label_smoothing=values.label_smoothing,
+        )
+    except TextDataError as error:
+        raise FlagValueError("data_dir", "readable sentence pairs", error) from error
+    progress(1, 1)
+    return task
+
+
+RECIPE = Recipe(
+    program="python -m official_recipes.multi30k.train",
+    summary=(
+        "Trains a transformer of half the base size on Multi30k, English to German (or, without\n"
+        "--data_dir, on number words), with any optimizer, and evaluates loss and BLEU."
+    ),
+    define_flags=define_flags,
+    configs=CONFIGS,
+    check=make_source,
+    make_task=make_task,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the recipe and returns the exit code."""
+    return run_recipe(RECIPE, argv)
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv)

@@ -1,0 +1,1 @@
+"""Trains an LSTM language model with any optimizer, on Keras 3."""

@@ -1,0 +1,114 @@
+"""Word-level text: WikiText-2's files, or English text that ships with Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from official_recipes.common.text_data import (
+    TextDataError,
+    first_file,
+    python_topics,
+    read_lines,
+)
+
+UNKNOWN, END = "<unk>", "<eos>"
+KNOWN_FORMS = (
+    "WikiText-2 (train.txt, valid.txt and test.txt, or wiki.train.tokens and so on; without the "
+    "training file, the validation file is trained on and the test file evaluated)"
+)
+
+
+@dataclass(frozen=True)
+class LanguageData:
+    """Two texts as word ids.
+
+    Attributes:
+        name: How results on this data are to be labelled.
+        vocabulary: Words by id.
+        train: [tokens] int32.
+        held_out: [tokens] int32; words that the training text does not have are `UNKNOWN`.
+        held_out_name: ``validation`` or ``test``.
+    """
+
+    name: str
+    vocabulary: tuple[str, ...]
+    train: np.ndarray
+    held_out: np.ndarray
+    held_out_name: str
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text found in a folder and not read yet.
+
+    Attributes:
+        name: How results on this data are to be labelled.
+        train: Files to train on; ``None`` for Python's own text.
+        held_out: The file to evaluate on.
+        held_out_name: ``validation`` or ``test``.
+    """
+
+    name: str
+    train: Path | None
+    held_out: Path | None
+    held_out_name: str
+
+    def load(self) -> LanguageData:
+        """Reads both texts.
+
+        Raises:
+            TextDataError: A file cannot be read or is empty.
+        """
+        if self.train is None or self.held_out is None:
+            paragraphs = python_topics()
+            held_out = paragraphs[::10]
+            train = [text for index, text in enumerate(paragraphs) if index % 10]
+        else:
+            train, held_out = read_lines(self.train), read_lines(self.held_out)
+        return as_ids(self.name, train, held_out, self.held_out_name)
+
+
+def find_text(folder: Path | None) -> TextSource:
+    """Finds out which text a folder holds; Python's own text without a folder.
+
+    Raises:
+        TextDataError: The folder is missing or holds no known text.
+    """
+    if folder is None:
+        return TextSource("Python's help topics", None, None, "validation")
+    if not folder.is_dir():
+        raise TextDataError(f"{folder} is not a folder")
+    found = {
+        split: first_file(folder, [f"{split}.txt", f"wiki.{split}.tokens", f"wiki.{split}.raw"])
+        for split in ("train", "valid", "test")
+    }
+    train, valid, test = found["train"], found["valid"], found["test"]
+    if train is not None and valid is not None:
+        return TextSource("WikiText-2", train, valid, "validation")
+    if valid is not None and test is not None:
+        return TextSource("WikiText-2, trained on its validation text", valid, test, "test")
+    raise TextDataError(f"{folder} has no known text")
+
+
+def as_ids(
+    name: str, train: Sequence[str], held_out: Sequence[str], held_out_name: str
+) -> LanguageData:
+    """Turns lines into word ids; every line ends with `END`, empty lines are left out.
+
+    Raises:
+        TextDataError: A text has no words.
+    """
+    texts = [
+        [word for line in lines if line.strip() for word in (*line.split(), END)]
+        for lines in (train, held_out)
+    ]
+    if not all(texts):
+        raise TextDataError(f"{name}: a text has no words")
+    vocabulary = tuple(dict.fromkeys([UNKNOWN, END, *texts[0]]))
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    arrays = [np.array([ids.get(word, 0) for word in text], np.int32) for text in texts]
+    return LanguageData(name, vocabulary, arrays[0], arrays[1], held_out_name)

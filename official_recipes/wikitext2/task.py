@@ -1,0 +1,112 @@
+"""Language modelling with an LSTM, as a task of the Keras 3 recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from official_recipes.common.keras_training import Metrics
+from official_recipes.wikitext2.data import LanguageData
+
+_EVALUATION_BATCH = 64
+
+
+class LanguageTask:
+    """Predicts the next word.
+
+    A training example is a window of `sequence_length` words, and the LSTM starts each with a zero
+    state: windows can then be shuffled and shared out among replicas.
+
+    Args:
+        data: Word ids.
+        sequence_length: Words per window.
+        hidden: Units of each layer, and width of the embedding.
+        layers: LSTM layers.
+        dropout: Share of the inputs of each layer that is dropped.
+    """
+
+    name = "wikitext2"
+    metric = "perplexity"
+
+    def __init__(
+        self, data: LanguageData, *, sequence_length: int, hidden: int, layers: int, dropout: float
+    ) -> None:
+        self._data = data
+        self._length = sequence_length
+        self._hidden = hidden
+        self._layers = layers
+        self._dropout = dropout
+        # One word more than the window: what is to be predicted after its last word.
+        count = (len(data.train) - 1) // sequence_length
+        starts = np.arange(count)[:, None] * sequence_length
+        self._windows = tf.constant(data.train[starts + np.arange(sequence_length + 1)])
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Data and network."""
+        return {
+            "data": self._data.name,
+            "model": f"lstm-{self._layers}x{self._hidden}",
+            "sequence_length": self._length,
+            "dropout": self._dropout,
+            "vocabulary": len(self._data.vocabulary),
+            "split": self._data.held_out_name,
+            "train_size": self.train_size,
+        }
+
+    @property
+    def train_size(self) -> int:
+        """The number of windows."""
+        return int(self._windows.shape[0])
+
+    def splits(self) -> tuple[str, ...]:
+        """The one text that is not trained on."""
+        return (self._data.held_out_name,)
+
+    def build_model(self) -> keras.Model:
+        """Returns the network: [batch, words] ids to float32 logits of the next words."""
+        inputs = keras.Input((None,), dtype="int32")
+        x = keras.layers.Embedding(len(self._data.vocabulary), self._hidden)(inputs)
+        for _ in range(self._layers):
+            if self._dropout:
+                x = keras.layers.Dropout(self._dropout)(x)
+            x = keras.layers.LSTM(self._hidden, return_sequences=True)(x)
+        if self._dropout:
+            x = keras.layers.Dropout(self._dropout)(x)
+        logits = keras.layers.Dense(len(self._data.vocabulary))(x)
+        return keras.Model(inputs, keras.layers.Activation("linear", dtype="float32")(logits))
+
+    def loss(self) -> keras.losses.Loss:
+        """Mean cross-entropy per word."""
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def batch(self, indices: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Windows, and the words that follow each of their words."""
+        del seed
+        windows = tf.gather(self._windows, indices)
+        return windows[:, :-1], windows[:, 1:]
+
+    def evaluate(self, model: keras.Model, split: str, *, final: bool) -> Metrics:
+        """Mean cross-entropy per word of the whole text, and its exponential."""
+        del final
+        assert split == self._data.held_out_name
+        text, length = self._data.held_out, self._length
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+        measure = tf.function(lambda x, y: loss(y, model(x, training=False)), reduce_retracing=True)
+        whole = (len(text) - 1) // length
+        starts = np.arange(whole)[:, None] * length
+        windows = text[starts + np.arange(length + 1)]
+        total = 0.0
+        for at in range(0, whole, _EVALUATION_BATCH):
+            part = windows[at : at + _EVALUATION_BATCH]
+            total += float(measure(part[:, :-1], part[:, 1:]))
+        rest = text[whole * length :]
+        if len(rest) > 1:
+            total += float(measure(rest[None, :-1], rest[None, 1:]))
+        mean = total / (len(text) - 1)
+        return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}

@@ -1,0 +1,96 @@
+"""Trains an LSTM language model with any optimizer; ``--help`` lists the flags.
+
+Entry point of ``python -m official_recipes.wikitext2.train``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from official_recipes.common.flag_parsing import FlagValueError, ShareParser, define_integer
+from official_recipes.common.interruption import run_program
+from official_recipes.common.keras_options import define_training_flags
+from official_recipes.common.keras_program import Recipe, run_recipe
+from official_recipes.common.text_data import TextDataError
+from official_recipes.wikitext2.data import KNOWN_FORMS, TextSource, find_text
+
+if TYPE_CHECKING:
+    from official_recipes.wikitext2.task import LanguageTask
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def define_flags() -> flags.FlagValues:
+    """Returns the recipe's flags."""
+    values = define_training_flags(batch_size=32, epochs=4, schedule="constant")
+    define_integer(values, "sequence_length", 35, "Words per window.")
+    define_integer(values, "hidden", 128, "Units of each LSTM layer, and of the embedding.")
+    define_integer(values, "layers", 2, "LSTM layers.")
+    flags.DEFINE(
+        ShareParser(), "dropout", 0.0, "Dropout before each layer and the logits.",
+        flag_values=values,
+    )  # fmt: skip
+    return values
+
+
+def make_source(values: flags.FlagValues) -> TextSource:
+    """Returns the text that the flags name, not read yet.
+
+    Raises:
+        FlagValueError: The folder is missing or holds no known text.
+    """
+    try:
+        return find_text(None if values.data_dir is None else Path(values.data_dir))
+    except TextDataError as error:
+        raise FlagValueError(
+            "data_dir", f"a folder with {KNOWN_FORMS}", f"{values.data_dir!r} ({error})"
+        ) from error
+
+
+def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) -> LanguageTask:
+    """Reads the text and returns the task.
+
+    Raises:
+        FlagValueError: The text cannot be read or is too short.
+    """
+    from official_recipes.wikitext2.task import LanguageTask
+
+    try:
+        data = make_source(values).load()
+    except TextDataError as error:
+        raise FlagValueError("data_dir", "readable text", error) from error
+    progress(1, 1)
+    return LanguageTask(
+        data,
+        sequence_length=values.sequence_length,
+        hidden=values.hidden,
+        layers=values.layers,
+        dropout=values.dropout,
+    )
+
+
+RECIPE = Recipe(
+    program="python -m official_recipes.wikitext2.train",
+    summary=(
+        "Trains a two-layer LSTM on WikiText-2 (or, without --data_dir, on English text that\n"
+        "ships with Python) with any optimizer, and evaluates its perplexity."
+    ),
+    define_flags=define_flags,
+    configs=CONFIGS,
+    check=make_source,
+    make_task=make_task,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the recipe and returns the exit code."""
+    return run_recipe(RECIPE, argv)
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv)
