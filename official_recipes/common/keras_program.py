@@ -106,7 +106,9 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
         def after_epoch(epoch: int, loss: float, metrics: dict[str, float]) -> None:
             shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
             Console().print(
-                f"epoch {epoch}/{options.epochs}: loss {loss:.4f}{shown}", highlight=False
+                f"epoch {epoch}/{options.epochs}: loss {loss:.4f}{shown}",
+                highlight=False,
+                soft_wrap=True,
             )
 
         result = train(task, options, strategy, bar, after_epoch)

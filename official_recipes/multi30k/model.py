@@ -58,7 +58,8 @@ class Embedded(keras.layers.Layer):
 
     def call(self, ids: Any) -> Any:
         """[batch, pieces] ids to [batch, pieces, width]."""
-        x = ops.take(self.table, ids, axis=0) * self.width**0.5
+        # Keras builds a model under a strategy with floats in the place of its inputs.
+        x = ops.take(self.table, ops.cast(ids, "int32"), axis=0) * self.width**0.5
         positions = ops.convert_to_tensor(self._positions)[: ops.shape(ids)[1]]
         return ops.cast(x, self.compute_dtype) + ops.cast(positions, self.compute_dtype)
 
@@ -104,7 +105,7 @@ class Transformer(keras.Model):
         mask = ops.not_equal(source, PAD)[:, None, :]
         x = self.dropout(self.embedded(source), training=training)
         for block in self.encoder:
-            x = block(x, mask=mask, training=training)
+            x = block(x, attention_mask=mask, training=training)
         return x, mask
 
     def decode(self, memory: Any, mask: Any, target: Any, training: bool | None = None) -> Any:
@@ -144,7 +145,7 @@ class _Block(keras.layers.Layer):
     def call(
         self,
         x: Any,
-        mask: Any = None,
+        attention_mask: Any = None,
         memory: Any = None,
         memory_mask: Any = None,
         training: bool | None = None,
@@ -154,7 +155,9 @@ class _Block(keras.layers.Layer):
         def added(x: Any, y: Any) -> Any:
             return next(norms)(x + self.dropout(y, training=training))
 
-        x = added(x, self.attention(x, x, attention_mask=mask, use_causal_mask=self._decodes))
+        x = added(
+            x, self.attention(x, x, attention_mask=attention_mask, use_causal_mask=self._decodes)
+        )
         if self.memory_attention is not None:
             x = added(x, self.memory_attention(x, memory, attention_mask=memory_mask))
         return added(x, self.outer(self.inner(x)))

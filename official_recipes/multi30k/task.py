@@ -14,6 +14,7 @@ from official_recipes.multi30k.data import END, PAD, START, Pairs, encode, train
 from official_recipes.multi30k.model import Shape, Transformer
 
 _BATCH = 128
+_IDS = tf.TensorSpec([None, None], tf.int32)
 
 
 @keras.saving.register_keras_serializable(package="official_recipes")
@@ -31,6 +32,7 @@ class PieceCrossentropy(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """The mean over each sentence's batch; a batch of nothing but padding has none."""
+        y_true = tf.cast(y_true, tf.int32)  # Keras has made floats of them.
         log_probabilities = tf.nn.log_softmax(y_pred)
         right = tf.gather(log_probabilities, y_true, batch_dims=2)
         smooth = tf.reduce_mean(log_probabilities, axis=-1)
@@ -135,7 +137,7 @@ class TranslationTask:
         return metrics
 
     def _loss_of(self, model: keras.Model, split: str) -> float:
-        @tf.function(reduce_retracing=True)
+        @tf.function(input_signature=[_IDS, _IDS])
         def measure(source: tf.Tensor, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             logits = model((source, target[:, :-1]), training=False)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(target[:, 1:], logits)
@@ -161,7 +163,7 @@ class TranslationTask:
     def translate(self, model: keras.Model, split: str) -> list[str]:
         """Returns the translations of a split's source sentences, piece after likeliest piece."""
 
-        @tf.function(reduce_retracing=True)
+        @tf.function(input_signature=[_IDS])
         def greedy(source: tf.Tensor) -> tf.Tensor:
             memory, mask = model.encode(source, training=False)
             count = tf.shape(source)[0]

@@ -62,9 +62,15 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
     Raises:
         FlagValueError: The files cannot be read.
     """
+    import warnings
+
     from official_recipes.multi30k.model import Shape
     from official_recipes.multi30k.task import TranslationTask
 
+    # The table of embeddings is that of the logits too, whose gradient is dense anyway.
+    warnings.filterwarnings(
+        "ignore", message="Converting sparse IndexedSlices", module="tensorflow"
+    )
     source = make_source(values)
     try:
         splits = source.load()

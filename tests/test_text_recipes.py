@@ -1,0 +1,301 @@
+"""The WikiText-2 and Multi30k recipes."""
+
+import dataclasses
+import gzip
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy_of
+
+from official_recipes.common.flag_parsing import parse_flags
+from official_recipes.common.keras_optimizers import known_optimizers, make_optimizer
+from official_recipes.common.keras_options import (
+    ScheduleOptions,
+    TrainingOptions,
+    parse_training_flags,
+    training_options,
+)
+from official_recipes.common.keras_training import train
+from official_recipes.common.text_data import TextDataError, read_lines
+from official_recipes.multi30k import data as pairs
+from official_recipes.multi30k import train as multi30k
+from official_recipes.multi30k.model import Shape, Transformer
+from official_recipes.multi30k.task import PieceCrossentropy, TranslationTask
+from official_recipes.wikitext2 import data as language
+from official_recipes.wikitext2 import train as wikitext2
+from official_recipes.wikitext2.task import LanguageTask
+
+CONSTANT = ScheduleOptions("constant", 0.5, None, "sqrt", 1.0, (), 0.1, 0.0, 0.0)
+FAST = TrainingOptions("momentum", {}, CONSTANT, batch_size=16, epochs=2, replicas=2)
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def with_rate(options, rate):
+    return dataclasses.replace(
+        options, schedule=dataclasses.replace(options.schedule, learning_rate=rate)
+    )
+
+
+def language_task(**arguments):
+    text = [f"the {a} {b} follows the {a}" for a in ("cat", "dog") for b in ("and", "or")] * 60
+    data = language.as_ids("cats", text, text[:9], "validation")
+    arguments = {"sequence_length": 7, "hidden": 16, "layers": 2, "dropout": 0.0, **arguments}
+    return LanguageTask(data, **arguments)
+
+
+def translation_task(count=160, **arguments):
+    splits = {
+        split: (source[:count], target[:count])
+        for split, (source, target) in pairs.number_words().items()
+    }
+    arguments = {"pieces": 120, "longest": 20, "label_smoothing": 0.1, **arguments}
+    return TranslationTask("numbers", splits, Shape(1, 32, 64, 2, 0.0), **arguments)
+
+
+# -- flags and files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [wikitext2, multi30k])
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--optimizer=sngm"], "learning_rate"),
+        (["--learning_rate=0.1", "--data_dir=nowhere"], "nowhere"),
+        (["--learning_rate=0.1", "--layers=0"], "layers"),
+        (["--learning_rate=0.1", "--dropout=1"], "dropout"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(recipe, arguments, word, capsys):
+    assert recipe.main(["recipe", *arguments]) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1
+    assert word in captured
+
+
+def test_heads_must_divide_the_width(capsys):
+    assert multi30k.main(["recipe", "--learning_rate=0.1", "--width=30"]) == 2
+    assert "--heads=4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path"),
+    [(r, p) for r in (wikitext2, multi30k) for p in sorted(r.CONFIGS.glob("*.yaml"))],
+    ids=lambda value: getattr(value, "stem", ""),
+)
+def test_config_files(recipe, path):
+    values = recipe.define_flags()
+    parse_training_flags(
+        values, ["recipe", f"--config_file={path}"], program="", summary="", configs=path.parent
+    )
+    options = training_options(values)
+    assert make_optimizer(options, 20, options.epochs).sub_batches == values.sub_batches
+    for line in path.read_text().splitlines():
+        assert line.startswith("#") or "paper" in line or "derived" in line, line
+
+
+def test_lines_and_damaged_files(tmp_path):
+    (tmp_path / "a.txt").write_text("ä b\n\nc\n")
+    (tmp_path / "a.gz").write_bytes(gzip.compress("ä b\n\nc".encode()))
+    assert read_lines(tmp_path / "a.txt") == read_lines(tmp_path / "a.gz") == ["ä b", "", "c"]
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"abc")[:-5])
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
+    for name in ("b.gz", "c.txt", "d.txt"):
+        with pytest.raises(TextDataError, match=name):
+            read_lines(tmp_path / name)
+
+
+def test_texts(tmp_path):
+    (tmp_path / "valid.txt").write_text(" = A = \n \n a b a \n")
+    (tmp_path / "test.txt").write_text("a c\n")
+    data = language.find_text(tmp_path).load()
+    assert data.vocabulary == ("<unk>", "<eos>", "=", "A", "a", "b")
+    assert data.train.tolist() == [2, 3, 2, 1, 4, 5, 4, 1]
+    assert data.held_out.tolist() == [4, 0, 1]
+    assert data.held_out_name == "test"
+    (tmp_path / "train.txt").write_text("b\n")
+    source = language.find_text(tmp_path)
+    assert (source.held_out_name, source.load().vocabulary[2:]) == ("validation", ("b",))
+    (tmp_path / "valid.txt").write_text("\n")
+    with pytest.raises(TextDataError, match="no words"):
+        source.load()
+    default = language.find_text(None).load()
+    assert len(default.train) > 10 * len(default.held_out) / 2 > 10_000
+    with pytest.raises(TextDataError, match="no known text"):
+        language.find_text(tmp_path.parent)
+
+
+def test_pairs(tmp_path):
+    for split in ("train", "val", "test_2016_flickr"):
+        (tmp_path / f"{split}.en").write_text("a b\nc\n")
+        (tmp_path / f"{split}.de.gz").write_bytes(gzip.compress("ä\nö\n".encode()))
+    found = pairs.find_pairs(tmp_path)
+    assert found.load()["test"] == (["a b", "c"], ["ä", "ö"])
+    (tmp_path / "val.en").write_text("a b\n")
+    with pytest.raises(TextDataError, match="1 lines"):
+        found.load()
+    (tmp_path / "train.en").unlink()
+    with pytest.raises(TextDataError, match=r"train\.en"):
+        pairs.find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "english", "german"),
+    [
+        (7, "seven", "sieben"),
+        (21, "twenty one", "einundzwanzig"),
+        (100, "one hundred", "einhundert"),
+        (342, "three hundred and forty two", "dreihundertzweiundvierzig"),
+        (1001, "one thousand one", "eintausendeins"),
+        (
+            71_680,
+            "seventy one thousand six hundred and eighty",
+            "einundsiebzigtausendsechshundertachtzig",
+        ),
+    ],
+)
+def test_number_words(number, english, german):
+    assert pairs.in_english(number) == english
+    assert pairs.in_german(number) == german
+
+
+def test_word_pieces():
+    sentences = [text for split in pairs.number_words().values() for text in split[1]]
+    tokenizer = pairs.train_tokenizer(sentences, 80)
+    ids = pairs.encode(tokenizer, sentences[:50], longest=12)
+    assert ids.shape[1] <= 12
+    for row, sentence in zip(ids, sentences, strict=False):
+        inner = [i for i in row.tolist() if i > pairs.END]
+        assert row[0] == pairs.START
+        assert pairs.END in row
+        if len(inner) < 10:
+            assert tokenizer.decode(inner) == sentence
+
+
+# -- models and losses -----------------------------------------------------------------------------
+
+
+def test_perplexity_is_that_of_every_word():
+    task = language_task()
+    keras.utils.set_random_seed(1)
+    model = task.build_model()
+    text = task._data.held_out
+    total = 0.0
+    for start in range(0, len(text) - 1, 7):
+        window = text[start : start + 8]
+        logits = model(window[None, :-1]).numpy()[0].astype(np.float64)
+        log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= log[np.arange(len(window) - 1), window[1:]].sum()
+    metrics = task.evaluate(model, "validation", final=True)
+    np.testing.assert_allclose(metrics["loss"], total / (len(text) - 1), rtol=1e-5)
+    assert metrics["perplexity"] == math.exp(metrics["loss"])
+
+
+def test_loss_leaves_padding_out_and_smooths():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 3, 5)).astype("float32")
+    ids = np.array([[3, 4, 0], [2, 0, 0]], np.int32)
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = [
+        0.9 * -log[i, j, ids[i, j]] + 0.1 * -log[i, j].mean() for i, j in ((0, 0), (0, 1), (1, 0))
+    ]
+    loss = PieceCrossentropy(0.1)
+    np.testing.assert_allclose(float(loss(ids, logits)), np.mean(losses), rtol=1e-5)
+    assert PieceCrossentropy.from_config(loss.get_config()).label_smoothing == 0.1
+    assert float(loss(np.zeros_like(ids), logits)) == 0.0
+
+
+def test_the_decoder_sees_neither_the_future_nor_padding():
+    keras.utils.set_random_seed(0)
+    model = Transformer(Shape(2, 16, 32, 2, 0.0), 20, 10)
+    source = np.array([[5, 6, 7, 0, 0]], np.int32)
+    target = np.array([[1, 8, 9, 10]], np.int32)
+    logits = model((source, target)).numpy()
+    assert logits.shape == (1, 4, 20)
+    changed = target.copy()
+    changed[0, 3] = 11
+    np.testing.assert_allclose(model((source, changed)).numpy()[:, :3], logits[:, :3], atol=1e-5)
+    longer = np.pad(source, ((0, 0), (0, 3)))
+    np.testing.assert_allclose(model((longer, target)).numpy(), logits, atol=1e-5)
+    other = source.copy()
+    other[0, 2] = 8
+    assert np.abs(model((other, target)).numpy() - logits).max() > 1e-3
+
+
+def test_greedy_translation_ends_at_the_end():
+    task = translation_task(40)
+    model = task.build_model()
+    translations = task.translate(model, "test")
+    assert len(translations) == 40
+    ids = task._ids["test"][0][:1]
+    memory, mask = model.encode(tf.constant(ids))
+    target = [pairs.START]
+    while len(target) < 20 and target[-1] != pairs.END:
+        logits = model.decode(memory, mask, tf.constant([target]))
+        target.append(int(np.argmax(logits[0, -1])))
+    inner = [i for i in target[1:] if i > pairs.END]
+    assert translations[0] == task._tokenizer.decode(inner)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+QUICK = ("momentum", "vr_lamb", "extrap_adam")
+RATES = {"clars": 1.0, "lars": 30.0, "vr_lars": 30.0}
+
+
+def _all(quick):
+    return [
+        n if n in quick else pytest.param(n, marks=pytest.mark.long) for n in known_optimizers()
+    ]
+
+
+def _rate(name):
+    return RATES.get(name, 0.03 if "adam" in name or "lamb" in name else 0.5)
+
+
+@pytest.mark.parametrize("name", _all(QUICK[:2]))
+def test_language_models_learn(name):
+    options = with_rate(dataclasses.replace(FAST, optimizer=name, epochs=4), _rate(name))
+    options = dataclasses.replace(options, optimizer_arguments={"global_clipnorm": 1.0})
+    result = train(language_task(), options, strategy_of(2))
+    perplexities = [row["validation_perplexity"] for row in result.metrics]
+    assert perplexities[-1] < 0.7 * perplexities[0]
+
+
+@pytest.mark.parametrize("name", _all(QUICK[2:]))
+def test_translation_learns(name):
+    rate = {"clars": 0.3, "lars": 10.0, "vr_lars": 10.0}.get(name, _rate(name) / 5)
+    options = with_rate(dataclasses.replace(FAST, optimizer=name, epochs=3, seed=2), rate)
+    result = train(translation_task(), options, strategy_of(2))
+    assert result.metrics[-1]["validation_loss"] < result.metrics[0]["validation_loss"]
+    assert 0 <= result.metrics[-1]["test_bleu"] <= 100
+    assert "test_bleu" not in result.metrics[0]
+
+
+@pytest.mark.long
+def test_dropout_and_accumulation():
+    options = dataclasses.replace(FAST, optimizer="sngm", gradient_accumulation_steps=2)
+    result = train(language_task(dropout=0.2), options, strategy_of(2))
+    assert result.train_loss[-1] < result.train_loss[0]
+
+
+@pytest.mark.long
+def test_real_text():
+    if not SHARED.is_dir():
+        pytest.skip("real data is not at ../shared/data")
+    values = wikitext2.define_flags()
+    parse_flags(values, ["recipe", f"--data_dir={SHARED / 'wikitext-2'}"])
+    data = wikitext2.make_source(values).load()
+    assert data.name == "WikiText-2, trained on its validation text"
+    assert (len(data.train), len(data.held_out)) == (217_646, 245_569)
+    values = multi30k.define_flags()
+    parse_flags(values, ["recipe", f"--data_dir={SHARED / 'multi30k'}"])
+    splits = multi30k.make_source(values).load()
+    assert {k: len(v[0]) for k, v in splits.items()} == {
+        "train": 29_000,
+        "validation": 1014,
+        "test": 1000,
+    }
