@@ -442,32 +442,11 @@ def build_model(architecture: Architecture, width: int = 1) -> keras.Model:
     """
     import keras
 
-    def normalized(x: keras.KerasTensor, channels: int, strides: int = 1) -> keras.KerasTensor:
-        x = keras.layers.Conv2D(
-            channels,
-            3,
-            strides,
-            padding="same",
-            use_bias=False,
-            kernel_initializer="he_normal",
-        )(x)
-        return keras.layers.BatchNormalization()(x)
+    from official_recipes.cifar.models import residual_network
 
     inputs = keras.Input((architecture.image, architecture.image, 3))
-    x = keras.ops.relu(normalized(inputs, width * architecture.channels[0]))
-    for stage, stage_channels in enumerate(architecture.channels):
-        channels = width * stage_channels
-        for block in range(architecture.blocks):
-            strides = 2 if stage and not block else 1
-            shortcut = x
-            if strides > 1:
-                added = channels - x.shape[-1]
-                padding = [[0, 0], [0, 0], [0, 0], [added // 2, added - added // 2]]
-                shortcut = keras.ops.pad(x[:, ::strides, ::strides, :], padding)
-            x = keras.ops.relu(normalized(x, channels, strides))
-            x = keras.ops.relu(normalized(x, channels) + shortcut)
-    x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, keras.layers.Dense(_CLASSES)(x))
+    channels = [width * stage_channels for stage_channels in architecture.channels]
+    return keras.Model(inputs, residual_network(inputs, channels, architecture.blocks, _CLASSES))
 
 
 def _batch(

@@ -269,7 +269,9 @@ def test_killed_run_goes_on_with_all_its_state(small, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["lbopt_lars", "vr_lars", "vr_lamb", "sngm", "clars", "sgd"])
+@pytest.mark.parametrize(
+    "kind", ["lbopt_lars", "vr_lars", "vr_lamb", "sngm", "clars", "extrap_sgd", "sgd"]
+)
 def test_every_optimizer_trains(small, kind):
     override = f"--params_override=trainer.optimizer_config.optimizer.type={kind}"
     result = _run(small, override, "--sub_batches=2")
