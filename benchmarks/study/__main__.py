@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command_line import exit_code_of, progress_bar
+from benchmarks.study.documents import DOCS, DOCUMENTS
 from benchmarks.study.grid import Results, Study, next_runs, outcomes
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
@@ -40,6 +41,12 @@ def define_flags() -> flags.FlagValues:
     define_integer(
         values, "minutes", None, "Begin no run after so many minutes [default: until all are done]."
     )
+    flags.DEFINE_boolean(
+        "render",
+        False,
+        "Fill the study's document in docs/ and draw its plots.",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("run", True, "Make runs; else only print.", flag_values=values)
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     return values
@@ -63,7 +70,11 @@ def _main(argv: Sequence[str]) -> None:
         if values.data_dir is None:
             raise FlagValueError("data_dir", "a folder with CIFAR-10", "none")
         _run(study, path, Path(values.data_dir), values.minutes)
-    Console().print(summary(study, Results(study, read_rows(path))))
+    results = Results(study, read_rows(path))
+    Console().print(summary(study, results))
+    if values.render:
+        for written in DOCUMENTS[study.name](study, results, DOCS):
+            print(f"wrote {written}")
 
 
 def _run(study: Study, path: Path, data_dir: Path, minutes: int | None) -> None:

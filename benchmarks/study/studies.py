@@ -60,6 +60,13 @@ def extrapolation_contenders(post_local_start_epoch: float) -> list[Contender]:
     ]
 
 
+def _untuned(contender: Contender, **settings: Scalar) -> Contender:
+    """The contender at one setting, so that a single expensive run says something."""
+    axis = {"extrapolation_rate": 0.03, "post_local_period": 8}
+    fixed = {contender.axis: axis[contender.axis]} if contender.axis in axis else {}
+    return Contender(contender.label, {**contender.settings, **fixed, **settings})
+
+
 EXTRAPOLATION = Study(
     "extrapolation",
     [
@@ -70,7 +77,22 @@ EXTRAPOLATION = Study(
                 validation_size=5000,
             ),
             extrapolation_contenders(3.0),
-        )
+        ),
+        (
+            Cell(
+                "ResNet-20, B=512, 1 epoch",
+                {
+                    **_EXTRAPOLATION,
+                    "model": "resnet20",
+                    "epochs": 1,
+                    "batch_size": 512,
+                    "warmup_epochs": 0.2,
+                },
+                validation_size=5000,
+                final_seeds=(1,),
+            ),
+            [_untuned(c, learning_rate=0.1) for c in extrapolation_contenders(0.5)],
+        ),
     ],
 )
 

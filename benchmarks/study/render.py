@@ -1,0 +1,119 @@
+"""Tables and plots of a study, made from its table of results alone.
+
+A document has its figures between two comment lines, ``<!-- begin NAME -->`` and
+``<!-- end NAME -->``; everything else in it is written by hand.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.study.grid import Cell, Contender, Outcome, Results, Study, outcomes
+from official_recipes.common.files import atomic_write
+
+
+def fill(document: Path, blocks: Mapping[str, str]) -> None:
+    """Replaces what is between the marks of a document.
+
+    Args:
+        document: A Markdown file.
+        blocks: New content by name.
+
+    Raises:
+        ValueError: The document lacks a mark, or has one that nothing is given for.
+    """
+    text = document.read_text(encoding="utf-8")
+    names = re.findall(r"<!-- begin (\S+) -->", text)
+    if sorted(names) != sorted(blocks):
+        raise ValueError(f"{document} has blocks {sorted(names)}; there are {sorted(blocks)}")
+    for name, content in blocks.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        head, rest = text.split(begin, 1)
+        if end not in rest:
+            raise ValueError(f"{document}: no {end}")
+        text = f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end, 1)[1]}"
+    with atomic_write(document) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def comparison_table(
+    study: Study, results: Results, cell: Cell, contenders: list[Contender]
+) -> str:
+    """Returns a Markdown table: what was tuned, and the metric at the best value."""
+    known = outcomes(study, results)
+    several = len(cell.final_seeds) > 1
+    lines = [
+        f"| method | {'tuned: validation ' + study.metric + ' | ' if several else ''}test "
+        f"{study.metric}{', mean ± standard deviation | seeds' if several else ''} |",
+        "|---|" + ("---|" if several else "") + "---:|" + ("---:|" if several else ""),
+    ]
+    for contender in contenders:
+        outcome = known[cell.name, contender.label]
+        shown = percent(outcome.final)
+        if several:
+            lines.append(
+                f"| {contender.label} | {_tried(contender, outcome)} | {shown} | "
+                f"{len(outcome.final)} |"
+            )
+        else:
+            lines.append(f"| {contender.label} | {shown} |")
+    return "\n".join(lines)
+
+
+def percent(scores: list[float]) -> str:
+    """Returns mean and standard deviation of shares as percentages."""
+    finite = [100 * score for score in scores if math.isfinite(score)]
+    if not scores:
+        return "not run"
+    if len(finite) < len(scores):
+        return f"{len(scores) - len(finite)} of {len(scores)} diverged"
+    if len(finite) == 1:
+        return f"{finite[0]:.2f} %"
+    return f"{statistics.fmean(finite):.2f} ± {statistics.stdev(finite):.2f} %"
+
+
+def _tried(contender: Contender, outcome: Outcome) -> str:
+    if not outcome.tried:
+        return f"as {contender.takes_from}" if contender.takes_from else "nothing"
+    parts = []
+    for value, score in outcome.tried.items():
+        shown = f"{value:g}: " + (f"{100 * score:.1f} %" if math.isfinite(score) else "diverged")
+        parts.append(f"**{shown}**" if value == outcome.best else shown)
+    return f"{contender.axis.replace('_', ' ')} {', '.join(parts)}"
+
+
+def plot_comparison(
+    study: Study, results: Results, cell: Cell, contenders: list[Contender], path: Path
+) -> None:
+    """Draws every seed's result of every contender, with their means, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    known = outcomes(study, results)
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(contenders) + 1.4), layout="constrained")
+    labels = []
+    for place, contender in enumerate(contenders):
+        scores = [100 * s for s in known[cell.name, contender.label].final if math.isfinite(s)]
+        axis.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.5, markersize=6)
+        if scores:
+            axis.plot(
+                [statistics.fmean(scores)], [place], "|", color="black", markersize=18,
+                markeredgewidth=2,
+            )  # fmt: skip
+        labels.append(contender.label)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"test {study.metric} (%); a dot for each seed, a line for their mean")
+    axis.set_title(cell.name)
+    axis.grid(alpha=0.3)
+    try:
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+    finally:
+        plt.close(figure)

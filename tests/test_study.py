@@ -1,0 +1,210 @@
+"""The study: what is run next, what is kept, what is written into documents."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Benchmarks are not part of the package; at the end, so that the installed package is tested.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.study.__main__ import main, summary
+from benchmarks.study.documents import DOCS, DOCUMENTS
+from benchmarks.study.grid import (
+    FINAL,
+    TUNING,
+    Cell,
+    Contender,
+    Results,
+    Study,
+    next_runs,
+    outcomes,
+)
+from benchmarks.study.render import comparison_table, fill, percent
+from benchmarks.study.studies import STUDIES
+from benchmarks.study.table import RESULTS, read_rows
+from official_recipes.cifar import train as cifar
+from official_recipes.common.flag_parsing import parse_flags
+from official_recipes.common.keras_options import training_options
+
+CELL = Cell(
+    "cell", {"batch_size": 64}, validation_size=10, tuning_seeds=(1, 2), final_seeds=(1, 2, 3)
+)
+BASE = Contender("base", {"optimizer": "momentum"}, values=(0.1, 0.2, 0.4))
+TAKER = Contender(
+    "taker", {"optimizer": "extrap_sgd"}, "extrapolation_rate", (1.0, 2.0, 4.0), "base"
+)
+FIXED = Contender("fixed", {"optimizer": "sngm"}, takes_from="base")
+STUDY = Study("study", [(CELL, [BASE, TAKER, FIXED])])
+
+
+def carry_out(study, score, limit=200):
+    """Runs a study to its end with a made-up score in the place of training."""
+    rows = []
+    while left := next_runs(study, Results(study, rows)):
+        run = left[0]
+        value = score(run)
+        split = "validation" if run.stage == TUNING else "test"
+        rows.append(
+            {
+                **run.head(),
+                "diverged": value is None,
+                "final": {"epoch": 1.0, f"{split}_accuracy": value, f"{split}_loss": 0.0},
+            }
+        )
+        assert len(rows) < limit
+    return rows
+
+
+def at_best(best):
+    def score(run):
+        return 1 / (1 + abs(math.log2(run.value / best))) + 0.01 * run.seed
+
+    return score
+
+
+def test_tuning_comes_first_and_the_best_is_never_at_the_edge():
+    rows = carry_out(STUDY, at_best(0.05))
+    outcome = outcomes(STUDY, Results(STUDY, rows))["cell", "base"]
+    assert outcome.best == 0.05
+    assert sorted(outcome.tried) == [0.025, 0.05, 0.1, 0.2, 0.4]
+    assert len(outcome.final) == 3
+    assert [row["stage"] for row in rows[:10]] == [TUNING] * 10
+    finals = [row for row in rows if row["stage"] == FINAL and row["label"] == "base"]
+    assert [row["flags"]["seed"] for row in finals] == [1, 2, 3]
+    assert {row["flags"]["validation_size"] for row in finals} == {0}
+    assert {row["flags"]["learning_rate"] for row in finals} == {0.05}
+
+
+def test_the_grid_grows_upward_too_and_ends_somewhere():
+    up = outcomes(STUDY, Results(STUDY, carry_out(STUDY, at_best(1.6))))["cell", "base"]
+    assert up.best == 1.6
+    assert max(up.tried) == 3.2
+    far = outcomes(STUDY, Results(STUDY, carry_out(STUDY, at_best(1e9))))["cell", "base"]
+    assert len(far.tried) == 9
+
+
+def test_whole_numbers_have_a_lower_end():
+    period = Contender("period", {}, "post_local_period", (4, 8, 16))
+    study = Study("study", [(CELL, [period])])
+    outcome = outcomes(study, Results(study, carry_out(study, lambda run: 1 / run.value)))
+    assert sorted(outcome["cell", "period"].tried) == [1, 2, 4, 8, 16]
+    assert all(isinstance(value, int) for value in outcome["cell", "period"].tried)
+
+
+def test_a_contender_takes_over_the_best_rate():
+    rows = carry_out(STUDY, at_best(0.2))
+    for label in ("taker", "fixed"):
+        mine = [row for row in rows if row["label"] == label]
+        assert {row["flags"]["learning_rate"] for row in mine} == {0.2}
+    assert not [r for r in rows if r["label"] == "fixed" and r["stage"] == TUNING]
+    started = [row for row in rows if row["label"] == "base"][:1]
+    assert {run.label for run in next_runs(STUDY, Results(STUDY, started))} == {"base"}
+
+
+def test_divergence_is_the_worst_result():
+    rows = carry_out(STUDY, lambda run: None if run.value > 0.3 else run.value)
+    outcome = outcomes(STUDY, Results(STUDY, rows))["cell", "base"]
+    assert outcome.best == 0.2
+    assert outcome.tried[0.4] == -math.inf
+
+
+def test_rows_of_other_settings_do_not_count():
+    rows = carry_out(STUDY, at_best(0.2))
+    other = Study("study", [(Cell("cell", {"batch_size": 128}, 10), [BASE])])
+    assert len(next_runs(other, Results(other, rows))) == 3
+    renamed = Study("other", STUDY.comparisons)
+    assert next_runs(renamed, Results(renamed, rows))
+    assert not next_runs(STUDY, Results(STUDY, rows))
+
+
+def test_the_table_of_a_killed_writer(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"a": 1}\n{"b": 2}\n{"c"')
+    assert read_rows(path) == [{"a": 1}, {"b": 2}]
+    path.write_text('{"a": 1}\n{"b"\n{"c": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_rows(path)
+
+
+def test_documents_are_filled(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_text("head\n<!-- begin x -->\nold\n<!-- end x -->\ntail\n")
+    fill(path, {"x": "new | table"})
+    assert path.read_text() == "head\n<!-- begin x -->\nnew | table\n<!-- end x -->\ntail\n"
+    with pytest.raises(ValueError, match="blocks"):
+        fill(path, {"y": ""})
+    path.write_text("<!-- begin x -->\n")
+    with pytest.raises(ValueError, match="end x"):
+        fill(path, {"x": ""})
+
+
+def test_tables():
+    rows = carry_out(STUDY, at_best(0.2))
+    table = comparison_table(STUDY, Results(STUDY, rows), CELL, [BASE, TAKER, FIXED])
+    lines = table.splitlines()
+    assert len(lines) == 5
+    assert "**0.2: 101.5 %**" in lines[2]
+    assert "102.00 ± 1.00 %" in lines[2]
+    assert "as base" in lines[4]
+    assert percent([]) == "not run"
+    assert percent([0.5]) == "50.00 %"
+    assert percent([0.5, -math.inf]) == "1 of 2 diverged"
+    assert summary(STUDY, Results(STUDY, rows)).row_count == 3
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_every_run_of_a_study_has_flags_that_the_recipe_takes(study):
+    rows = carry_out(study, lambda run: 1 / (1 + abs(math.log(run.value / 0.1))), limit=2000)
+    for row in rows:
+        values = cifar.define_flags()
+        arguments = [f"--{k}={str(v).lower()}" for k, v in row["flags"].items()]
+        parse_flags(values, ["study", *arguments])
+        assert training_options(values).seed == row["flags"]["seed"]
+    assert study.name in DOCUMENTS
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_documents_hold_what_the_table_says(study, tmp_path):
+    (tmp_path / "images").mkdir()
+    for document in DOCS.glob("*.md"):
+        (tmp_path / document.name).write_text(document.read_text())
+    written = DOCUMENTS[study.name](study, Results(study, read_rows(RESULTS)), tmp_path)
+    for path in written:
+        if path.suffix == ".md":
+            assert path.read_text() == (DOCS / path.name).read_text()
+        else:
+            assert path.stat().st_size > 10_000
+
+
+def test_wrong_flags(capsys):
+    assert main(["study"]) == 2
+    assert "extrapolation" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_run_from_the_command_line(tmp_path):
+    script = (
+        "import sys, benchmarks.study.__main__ as m\n"
+        "from benchmarks.study.grid import *\n"
+        "cell = Cell('c', {'model': 'two_conv', 'batch_size': 64, 'epochs': 1, 'replicas': 2}, 100,"
+        " final_seeds=(1,))\n"
+        "m.STUDIES['extrapolation'] = Study('extrapolation', [(cell, [Contender('sgd',"
+        " {'optimizer': 'momentum', 'learning_rate': 0.05})])])\n"
+        "from benchmarks.study import runner\n"
+        "from official_recipes.common.image_data import DigitsSource\n"
+        "runner.cifar.make_source = lambda values: DigitsSource()\n"
+        f"m.run_program(m.main, ['study', '--study=extrapolation', '--data_dir=.',"
+        f" '--results={tmp_path / 'rows.jsonl'}'])\n"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, cwd=root)
+    (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert row["label"] == "sgd"
+    assert row["stage"] == FINAL
+    assert 0 < row["final"]["test_accuracy"] < 1
+    assert row["versions"]["keras"]
