@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py README.md $(shell find tf_lbopt official_reci
 PYTEST := TF_LBOPT_INSTALLED=1 $(BIN)/pytest
 JOBS ?= 2
 
-.PHONY: setup quickstart test test-all lint types format benchmark clean
+.PHONY: setup quickstart recipes evidence test test-all lint types format benchmark clean
 
 setup: .venv/.installed
 
@@ -27,6 +27,12 @@ setup: .venv/.installed
 
 quickstart: setup
 	$(BIN)/python -m official_recipes.quickstart
+
+recipes: setup
+	$(BIN)/python -m official_recipes.small_runs
+
+evidence: setup
+	$(BIN)/python -m benchmarks.study --study=extrapolation --norun --render
 
 lint: setup
 	$(BIN)/ruff check .
