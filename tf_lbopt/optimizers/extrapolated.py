@@ -1,0 +1,59 @@
+"""The Keras 3 side of extrapolated optimizers: `fit`, schedules and loss scaling."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_lbopt import _compat
+from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.extrapolation import ExtrapolationAdapter
+
+
+class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
+    """Base of the Keras 3 optimizers whose algorithm is an `Extrapolation`."""
+
+    _var_key: Callable[[Any], Any]
+
+    def _let_wrap_training(self) -> None:
+        _compat.let_optimizers_wrap_training()
+
+    def _build_model(self, model: keras.Model, data: Any) -> None:
+        _compat.build_by_shapes(model, keras.utils.unpack_x_y_sample_weight(data)[0])
+
+    def _kinds_of_filters(self, model: keras.Model) -> dict[Any, str]:
+        kinds = {}
+        for layer in _all_layers(model):
+            if isinstance(layer, keras.layers.Embedding):
+                kinds.update({self._var_key(v): "embedding" for v in layer.trainable_variables})
+            elif isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+                kinds[self._var_key(layer.kernel)] = "depthwise"
+            elif isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
+                kinds[self._var_key(layer.depthwise_kernel)] = "depthwise"
+        return kinds
+
+    def _value_of(self, schedule: Any) -> tf.Tensor:
+        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            return tf.convert_to_tensor(schedule(self._iterations))
+        return tf.convert_to_tensor(schedule(), tf.float32)
+
+    def _serialized(self, schedule: Any) -> Any:
+        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            return keras.saving.serialize_keras_object(schedule)
+        return schedule
+
+    def _check_wrapper(self) -> None:
+        if self._loss_scaled_from_outside:
+            raise ValueError(
+                f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
+                "`compile` adds for mixed_float16): it leaves out the update, and with it the way "
+                "back from the extrapolated weights. Use tf_lbopt.LossScaleOptimizer("
+                f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
+            )
+
+
+def _all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    yield layer
+    for child in _compat.sublayers(layer):
+        yield from _all_layers(child)

@@ -1,0 +1,43 @@
+"""The tf_keras side of extrapolated optimizers: `fit` and schedules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from tf_lbopt.optimizers.extrapolation import ExtrapolationAdapter
+from tf_lbopt.tf_keras import _compat
+from tf_lbopt.tf_keras.base import LargeBatchOptimizer
+
+_DEPTHWISE = (tf_keras.layers.DepthwiseConv1D, tf_keras.layers.DepthwiseConv2D)
+_SEPARABLE = (tf_keras.layers.SeparableConv1D, tf_keras.layers.SeparableConv2D)
+
+
+class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
+    """Base of the tf_keras optimizers whose algorithm is an `Extrapolation`."""
+
+    _var_key: Callable[[Any], Any]
+
+    def _let_wrap_training(self) -> None:
+        _compat.let_optimizers_wrap_training()
+
+    def _build_model(self, model: tf_keras.Model, data: Any) -> None:
+        _compat.build_by_shapes(
+            model, tf_keras.utils.unpack_x_y_sample_weight(data)[0], self._strategy
+        )
+
+    def _kinds_of_filters(self, model: tf_keras.Model) -> dict[Any, str]:
+        kinds = {}
+        for layer in model.submodules:
+            if isinstance(layer, tf_keras.layers.Embedding):
+                kinds.update({self._var_key(v): "embedding" for v in layer.trainable_variables})
+            elif isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)) and layer.built:
+                kinds[self._var_key(layer.depthwise_kernel)] = "depthwise"
+        return kinds
+
+    def _value_of(self, schedule: Any) -> tf.Tensor:
+        return tf.convert_to_tensor(schedule(self.iterations))
+
+    def _serialized(self, schedule: Any) -> Any:
+        return tf_keras.optimizers.schedules.serialize(schedule)
