@@ -1,0 +1,444 @@
+"""Entry point of ``python -m official_recipes.dlrm.prepare_data``."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from official_recipes.common.files import check_new_folder, new_folder
+from official_recipes.common.flag_parsing import (
+    EXIT_BAD_FLAG,
+    FlagValueError,
+    ShareParser,
+    define_integer,
+    help_text,
+    parse_flags,
+)
+from official_recipes.common.interruption import Interrupted, Interruption, interruption
+from official_recipes.dlrm.raw_rows import (
+    CATEGORIES,
+    DENSE_FEATURES,
+    Chunk,
+    DenseTexts,
+    Lines,
+    RowError,
+    mix,
+    parse,
+    read_lines,
+)
+from official_recipes.dlrm.synthetic import BayesAUC, ClickModel
+from official_recipes.dlrm.vocabulary import FrequencyCounter, FrequentIds, HashedIds, Ids
+
+PROGRAM = "python -m official_recipes.dlrm.prepare_data"
+SUMMARY = (
+    "Turns raw Criteo rows (label, 13 integers, 26 categories, separated by TABs; also .gz), or\n"
+    "made-up ones, into the files that tf-models' CriteoTsvReader reads, in a new folder, which\n"
+    "appears when all is written. Rows stream through; memory does not grow with their number."
+)
+RECORD = "dataset.json"
+SPLITS = ("train", "validation", "test")
+IDS = ("frequency", "hashed")
+_NOTHING = "interrupted: nothing was written"
+_MOST_ID = 2**31  # CriteoTsvReader reads ids as int32.
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked command line.
+
+    Attributes:
+        sources: Files for each split; training rows alone are held out from.
+        synthetic_rows: Rows to make up instead, or ``None``.
+        output_dir: The folder to make.
+        ids: One of `IDS`.
+        min_frequency: How often a category is in the training rows to have an id.
+        buckets: Of hashed ids.
+        validation_fraction: Of the training source's rows.
+        test_fraction: Of the training source's rows.
+        shards: Training files.
+        counts_in_memory: How many counts of categories to keep before they go to disk.
+        skip_malformed: Whether malformed rows are counted and left out.
+        seed: Of what is held out, of the rows' order, and of made-up rows.
+    """
+
+    sources: dict[str, tuple[Path, ...]]
+    synthetic_rows: int | None
+    output_dir: Path
+    ids: str
+    min_frequency: int
+    buckets: int
+    validation_fraction: float
+    test_fraction: float
+    shards: int
+    counts_in_memory: int
+    skip_malformed: bool
+    seed: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the data set.
+
+    Args:
+        argv: The command line, program name first.
+
+    Returns:
+        The exit code: 0, 2 for flags or data that cannot be used, 130 or 143 when interrupted.
+    """
+    try:
+        options = _parse_options(argv)
+        if options is not None:
+            _prepare(options)
+    except (FlagValueError, RowError, ModuleNotFoundError) as error:
+        return _fail(error)
+    except OSError as error:
+        return _fail(FlagValueError("output_dir", "a folder that can be written to", error))
+    except Interrupted as error:
+        print(_NOTHING, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    message = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
+    print(message, file=sys.stderr)
+    return EXIT_BAD_FLAG
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+def _parse_options(argv: Sequence[str]) -> Options | None:
+    values = flags.FlagValues()
+    for split in SPLITS:
+        flags.DEFINE_string(
+            "source" if split == "train" else f"{split}_source",
+            None,
+            f"Files of {split} rows, or patterns, separated by commas"
+            + ("." if split == "train" else "; instead of a share of --source."),
+            flag_values=values,
+        )
+    define_integer(
+        values,
+        "synthetic_rows",
+        None,
+        "Make so many rows up, with planted weights, instead of reading --source.",
+    )
+    flags.DEFINE_string(
+        "output_dir", None, "Folder to make; must be empty if it exists.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "ids",
+        "frequency",
+        "frequency: categories that are in the training rows --min_frequency times have an id "
+        "each (two passes). hashed: ids by a hash below --buckets (one pass).",
+        flag_values=values,
+    )
+    define_integer(values, "min_frequency", 15, "Least count of a category with an id.")
+    define_integer(
+        values, "buckets", 100_000, "Vocabulary size of each column.", minimum=2, maximum=_MOST_ID
+    )
+    for split, default in (("validation", 0.05), ("test", 0.0)):
+        flags.DEFINE(
+            ShareParser(),
+            f"{split}_fraction",
+            default,
+            f"Share of the rows to hold out where there is no --{split}_source.",
+            flag_values=values,
+        )
+    define_integer(
+        values,
+        "shards",
+        16,
+        "Training files; every row goes to one at random. At least one for each host.",
+        maximum=512,
+    )
+    define_integer(
+        values,
+        "counts_in_memory",
+        2**25,
+        "Counts of categories to keep in memory, about 30 bytes each; more go to the disk of "
+        "--output_dir.",
+        minimum=1000,
+    )
+    flags.DEFINE_boolean(
+        "skip_malformed", False, "Count and leave malformed rows out.", flag_values=values
+    )
+    define_integer(values, "seed", 1, "Of all that is random.", minimum=0)
+    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
+    parse_flags(values, argv)
+    if values.help:
+        print(help_text(values, PROGRAM, SUMMARY))
+        return None
+    return _checked(values)
+
+
+def _checked(values: flags.FlagValues) -> Options:
+    if values.ids not in IDS:
+        raise FlagValueError("ids", f"one of {', '.join(IDS)}", repr(values.ids))
+    if bool(values.source) == (values.synthetic_rows is not None):
+        raise FlagValueError(
+            "source",
+            "files, or --synthetic_rows instead",
+            "both" if values.source else "neither",
+        )
+    sources = {
+        split: _files("source" if split == "train" else f"{split}_source", values)
+        for split in SPLITS
+    }
+    if values.synthetic_rows is not None and any(sources.values()):
+        raise FlagValueError(
+            "synthetic_rows", "no --validation_source or --test_source with it", "one"
+        )
+    held_out = {
+        split: 0.0 if sources[split] else values[f"{split}_fraction"].value for split in SPLITS[1:]
+    }
+    if sum(held_out.values()) >= 1:
+        raise FlagValueError(
+            "test_fraction", "less than 1 with --validation_fraction", held_out["test"]
+        )
+    if not values.output_dir:
+        raise FlagValueError("output_dir", "a path", repr(values.output_dir))
+    output_dir = Path(values.output_dir).absolute()
+    check_new_folder("output_dir", output_dir)
+    return Options(
+        sources=sources,
+        synthetic_rows=values.synthetic_rows,
+        output_dir=output_dir,
+        ids=values.ids,
+        min_frequency=values.min_frequency,
+        buckets=values.buckets,
+        validation_fraction=held_out["validation"],
+        test_fraction=held_out["test"],
+        shards=values.shards,
+        counts_in_memory=values.counts_in_memory,
+        skip_malformed=values.skip_malformed,
+        seed=values.seed,
+    )
+
+
+def _files(flag: str, values: flags.FlagValues) -> tuple[Path, ...]:
+    found: list[Path] = []
+    for pattern in (values[flag].value or "").split(","):
+        if not pattern.strip():
+            continue
+        matches = [Path(name) for name in sorted(glob.glob(pattern.strip()))]
+        files = [path for path in matches if path.is_file()]
+        if not files:
+            raise FlagValueError(
+                flag,
+                "files or patterns of files that exist",
+                f"{pattern.strip()!r}, which is a folder" if matches else repr(pattern.strip()),
+            )
+        found.extend(path for path in files if path not in found)
+    return tuple(found)
+
+
+# -- two passes ------------------------------------------------------------------------------------
+
+
+def _prepare(options: Options) -> None:
+    from rich.console import Console
+
+    from official_recipes.common.progress import progress_bar
+
+    with (
+        interruption((signal.SIGINT, signal.SIGTERM), _NOTHING) as stop,
+        new_folder("output_dir", options.output_dir) as partial,
+        progress_bar(Console(stderr=True)) as bar,
+    ):
+        rows = _Rows(options, bar, stop)
+        counter = FrequencyCounter(partial, options.counts_in_memory)
+        ids: Ids = HashedIds(options.buckets)
+        if options.ids == "frequency":
+            for split, chunk in rows.read(("train",), "counting"):
+                if split == "train":
+                    counter.add(chunk.keys)
+            ids = FrequentIds(counter.frequent(options.min_frequency))
+        record = _write(options, rows, ids, partial)
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        stop.check()
+    described = ", ".join(f"{record['rows'][split]} {split}" for split in SPLITS)
+    print(
+        f"wrote {described} rows, {sum(record['vocab_sizes'])} ids in {CATEGORIES} columns, "
+        f"to {options.output_dir}"
+    )
+    if record["skipped_rows"]:
+        print(f"left {record['skipped_rows']} malformed rows out", file=sys.stderr)
+    if "bayes_auc" in record:
+        best = record["bayes_auc"]["validation"]
+        print(f"best possible AUC on the validation rows: {best['of_these_clicks']:.4f}")
+
+
+class _Rows:
+    """Reads the rows of the splits, the same every time it is asked."""
+
+    def __init__(self, options: Options, bar: Any, stop: Interruption) -> None:
+        self.skipped = 0
+        self._options = options
+        self._bar = bar
+        self._stop = stop
+        self._texts = DenseTexts()
+
+    def read(self, splits: Sequence[str], description: str) -> Iterator[tuple[str, Chunk]]:
+        """Rows with the split they belong to, the sources of some splits after each other."""
+        self.skipped = 0
+        options = self._options
+        with contextlib.closing(_Progress(self._bar, self._stop, description)) as progress:
+            progress.total = options.synthetic_rows or sum(
+                file.stat().st_size for split in splits for file in options.sources[split]
+            )
+            for split in splits:
+                first_row = 0
+                for lines in self._lines(split, progress):
+                    chunk = parse(lines, self._texts, first_row, options.skip_malformed)
+                    first_row += len(lines.lines)
+                    self.skipped += chunk.skipped
+                    yield from self._split(split, chunk)
+
+    def _lines(self, split: str, progress: Callable[[int], None]) -> Iterator[Lines]:
+        options = self._options
+        if split == "train" and options.synthetic_rows:
+            return ClickModel(options.seed).lines(options.synthetic_rows, progress)
+        return read_lines(options.sources[split], progress)
+
+    def _split(self, split: str, chunk: Chunk) -> Iterator[tuple[str, Chunk]]:
+        options = self._options
+        if split != "train":
+            yield split, chunk
+            return
+        if not chunk.labels:
+            return
+        position = uniform(chunk.row_numbers, 2 * options.seed)
+        held_out = options.validation_fraction + options.test_fraction
+        for name, chosen in (
+            ("train", position >= held_out),
+            ("validation", position < options.validation_fraction),
+            ("test", (position >= options.validation_fraction) & (position < held_out)),
+        ):
+            if chosen.all():
+                yield name, chunk
+            elif chosen.any():
+                yield name, _selected(chunk, np.flatnonzero(chosen))
+
+
+class _Progress:
+    """A bar, and the place where an interrupted run ends."""
+
+    def __init__(self, bar: Any, stop: Interruption, description: str) -> None:
+        self._bar = bar
+        self._stop = stop
+        self._task = bar.add_task(description, total=None)
+        self._total = 0
+
+    @property
+    def total(self) -> int:
+        """How much there is to do."""
+        return self._total
+
+    @total.setter
+    def total(self, total: int) -> None:
+        self._total = total
+        self._bar.update(self._task, total=total)
+
+    def __call__(self, done: int) -> None:
+        self._stop.check()
+        self._bar.advance(self._task, done)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.remove_task(self._task)
+
+
+def uniform(row_numbers: Any, salt: int) -> Any:
+    """Numbers in [0, 1) for row numbers, as good as random but the same every time."""
+    return (mix(row_numbers, salt) >> np.uint64(11)) * 2.0**-53
+
+
+def _selected(chunk: Chunk, rows: Any) -> Chunk:
+    chosen = rows.tolist()
+    return Chunk(
+        chunk.row_numbers[rows],
+        [chunk.labels[i] for i in chosen],
+        [[column[i] for i in chosen] for column in chunk.dense],
+        chunk.keys[:, rows],
+        0,
+        None if chunk.logits is None else chunk.logits[rows],
+    )
+
+
+def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, Any]:
+    counts = dict.fromkeys(SPLITS, 0)
+    clicks = dict.fromkeys(SPLITS, 0)
+    best = {split: BayesAUC() for split in SPLITS}
+    with contextlib.ExitStack() as files:
+        outputs = {}
+        for split, shards in zip(SPLITS, (options.shards, 1, 1), strict=True):
+            if split == "train" or options.sources[split] or _fraction(options, split):
+                outputs[split] = [
+                    files.enter_context(
+                        (folder / f"{split}-{i:05d}-of-{shards:05d}.tsv").open("wb")
+                    )
+                    for i in range(shards)
+                ]
+        for split, chunk in rows.read([s for s in SPLITS if s in outputs], "writing"):
+            texts = _texts(chunk, ids)
+            shard_of = uniform(chunk.row_numbers, 2 * options.seed + 1) * len(outputs[split])
+            for shard, output in enumerate(outputs[split]):
+                chosen = np.flatnonzero(shard_of.astype(int) == shard).tolist()
+                output.writelines([texts[i] for i in chosen])
+            counts[split] += len(texts)
+            clicks[split] += chunk.labels.count(b"1")
+            if chunk.logits is not None:
+                best[split].add(chunk.logits, np.array([x == b"1" for x in chunk.labels]))
+    if not counts["train"]:
+        raise RowError("--source has no rows to train on")
+    record: dict[str, Any] = {
+        "rows": counts,
+        "clicks": clicks,
+        "skipped_rows": rows.skipped,
+        "num_dense_features": DENSE_FEATURES,
+        "vocab_sizes": ids.vocab_sizes,
+        "ids": options.ids,
+        **(
+            {"min_frequency": options.min_frequency}
+            if options.ids == "frequency"
+            else {"buckets": options.buckets}
+        ),
+    }
+    if options.synthetic_rows:
+        record["bayes_auc"] = {
+            split: {
+                "of_these_clicks": best[split].of_these_clicks,
+                "expected": best[split].expected,
+            }
+            for split in SPLITS
+            if 0 < clicks[split] < counts[split]
+        }
+    return record
+
+
+def _fraction(options: Options, split: str) -> float:
+    return options.validation_fraction if split == "validation" else options.test_fraction
+
+
+def _texts(chunk: Chunk, ids: Ids) -> list[bytes]:
+    columns: list[list[bytes]] = [chunk.labels, *chunk.dense]
+    for column in range(CATEGORIES):
+        columns.append([b"%d" % i for i in ids.ids(column, chunk.keys[column]).tolist()])
+    return [b"\t".join(fields) + b"\n" for fields in zip(*columns, strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

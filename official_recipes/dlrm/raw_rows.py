@@ -1,0 +1,213 @@
+"""Raw Criteo rows: a click (0 or 1), 13 integers and 26 hashed categories, separated by TABs."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+DENSE_FEATURES = 13
+CATEGORIES = 26
+FIELDS = 1 + DENSE_FEATURES + CATEGORIES
+CHUNK_BYTES = 4 * 2**20
+"""How much text is taken at a time: what memory depends on, whatever the number of rows is."""
+
+_INTEGER = re.compile(rb"-?[0-9]+")
+_KEY_BYTES = 8
+_DIGEST = np.uint64(1 << 63)
+
+
+class RowError(Exception):
+    """A file that can not be read, or a row that is none; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive rows.
+
+    Attributes:
+        row_numbers: Of each row that is there; malformed ones that were left out count.
+        labels: The clicks as they are written, ``b"0"`` or ``b"1"``.
+        dense: For each of the 13 columns the values as `CriteoTsvReader` takes them.
+        keys: 26 columns of numbers that tell categories apart, 0 for a missing one.
+        skipped: Malformed rows that were left out.
+        logits: The true log-odds of a click, where they are known.
+    """
+
+    row_numbers: npt.NDArray[np.uint64]
+    labels: list[bytes]
+    dense: list[list[bytes]]
+    keys: npt.NDArray[np.uint64]
+    skipped: int = 0
+    logits: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Some consecutive lines without their ends.
+
+    Attributes:
+        source: For messages.
+        first_line: The number of the first one in its source, from 1.
+        lines: The lines.
+        logits: The true log-odds of a click, where they are known.
+    """
+
+    source: str
+    first_line: int
+    lines: list[bytes]
+    logits: npt.NDArray[np.float64] | None = None
+
+
+def read_lines(
+    files: Sequence[Path], progress: Callable[[int], None], chunk_bytes: int | None = None
+) -> Iterator[Lines]:
+    """The lines of text files, plain or compressed by gzip (told by the content), in chunks.
+
+    Args:
+        files: In their order.
+        progress: Called with the number of bytes read since the last call, on disk.
+        chunk_bytes: About how much text is in a chunk; `CHUNK_BYTES` if not given.
+
+    Yields:
+        Lines of one file.
+
+    Raises:
+        RowError: A file can not be read or is damaged.
+    """
+    chunk_bytes = chunk_bytes or CHUNK_BYTES
+    for file in files:
+        number, position = 1, 0
+        try:
+            with file.open("rb") as raw:
+                compressed = raw.read(2) == b"\x1f\x8b"
+                raw.seek(0)
+                text = gzip.GzipFile(fileobj=raw) if compressed else raw
+                while lines := text.readlines(chunk_bytes):
+                    yield Lines(str(file), number, [line.rstrip(b"\r\n") for line in lines])
+                    number += len(lines)
+                    now = raw.tell()
+                    progress(now - position)
+                    position = now
+        except (OSError, EOFError, zlib.error) as error:
+            raise RowError(f"{file} can not be read after line {number - 1}: {error}") from error
+
+
+def parse(
+    lines: Lines, texts: DenseTexts, first_row: int = 0, skip_malformed: bool = False
+) -> Chunk:
+    """Rows from lines.
+
+    Args:
+        lines: Where they are.
+        texts: Turns integers to what is written for them.
+        first_row: The number of the first one.
+        skip_malformed: Whether malformed rows are left out and counted.
+
+    Raises:
+        RowError: The first malformed row, by file and line.
+    """
+    given = lines.lines
+    row_numbers = first_row + np.arange(len(given), dtype=np.uint64)
+    logits = lines.logits
+    try:
+        labels, dense, keys = _parse_columns(given, texts)
+    except ValueError:
+        problems = [_problem(line, texts) for line in given]
+        wrong = [index for index, problem in enumerate(problems) if problem]
+        if not skip_malformed:
+            raise RowError(
+                f"{lines.source}, line {lines.first_line + wrong[0]}: {problems[wrong[0]]}"
+            ) from None
+        good = np.array([not problem for problem in problems])
+        row_numbers, given = row_numbers[good], [x for x, ok in zip(given, good, strict=True) if ok]
+        logits = None if logits is None else logits[good]
+        labels, dense, keys = _parse_columns(given, texts)
+    return Chunk(row_numbers, labels, dense, keys, len(lines.lines) - len(given), logits)
+
+
+class DenseTexts(dict[bytes, bytes]):
+    """What is written for an integer: log(1 + x), where missing and negative ones count as 0.
+
+    Raises:
+        ValueError: It is no integer.
+    """
+
+    _MOST = 2**20  # Almost all values are small and come again.
+
+    def __missing__(self, value: bytes) -> bytes:
+        if value and not _INTEGER.fullmatch(value):
+            raise ValueError
+        text = b"%.7g" % math.log1p(max(int(value or b"0"), 0))
+        if len(self) >= self._MOST:
+            self.clear()
+        self[value] = text
+        return text
+
+
+def _parse_columns(
+    lines: list[bytes], texts: DenseTexts
+) -> tuple[list[bytes], list[list[bytes]], npt.NDArray[np.uint64]]:
+    if any(line.count(b"\t") != FIELDS - 1 for line in lines):
+        raise ValueError
+    fields = b"\t".join(lines).split(b"\t") if lines else []
+    labels = fields[::FIELDS]
+    if not {b"0", b"1"}.issuperset(labels):
+        raise ValueError
+    dense = [[texts[x] for x in fields[i::FIELDS]] for i in range(1, 1 + DENSE_FEATURES)]
+    keys = np.empty((CATEGORIES, len(lines)), np.uint64)
+    for index in range(CATEGORIES):
+        keys[index] = _keys(fields[1 + DENSE_FEATURES + index :: FIELDS])
+    return labels, dense, keys
+
+
+def _keys(values: list[bytes]) -> npt.NDArray[np.uint64]:
+    """The eight bytes of each value as a number, so that none are confused; digests of longer."""
+    array = np.array(values, dtype=f"S{_KEY_BYTES}").view("<u8")
+    if values and max(map(len, values)) > _KEY_BYTES:
+        array = array.copy()
+        for index, value in enumerate(values):
+            if len(value) > _KEY_BYTES:
+                digest = hashlib.blake2b(value, digest_size=_KEY_BYTES).digest()
+                array[index] = np.frombuffer(digest, "<u8")[0] | _DIGEST
+    return array
+
+
+def _problem(line: bytes, texts: DenseTexts) -> str | None:
+    fields = line.split(b"\t")
+    if len(fields) != FIELDS:
+        return f"expected {FIELDS} fields separated by TABs, received {len(fields)}"
+    if fields[0] not in (b"0", b"1"):
+        return f"expected 0 or 1 in field 1, received {_shown(fields[0])}"
+    for index in range(1, 1 + DENSE_FEATURES):
+        try:
+            texts[fields[index]]
+        except ValueError:
+            return f"expected an integer in field {index + 1}, received {_shown(fields[index])}"
+    return None
+
+
+def _shown(field: bytes) -> str:
+    return repr(field[:40].decode(errors="replace"))
+
+
+def mix(numbers: npt.NDArray[np.uint64], salt: int) -> npt.NDArray[np.uint64]:
+    """A hash of 64-bit numbers (the finalizer of SplitMix64): equally spread, the same everywhere.
+
+    Args:
+        numbers: To be hashed.
+        salt: Another number, another hash.
+    """
+    with np.errstate(over="ignore"):
+        x = numbers + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * salt + 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

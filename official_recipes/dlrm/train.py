@@ -1,0 +1,102 @@
+"""Entry point of ``python -m official_recipes.dlrm.train``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
+
+PROGRAM = "python -m official_recipes.dlrm.train"
+SUMMARY = (
+    "Trains DLRM on click logs as prepare_data.py writes them, at large batches and with any\n"
+    "optimizer of this package. The flags are those of the tf-models command line, and two more."
+)
+EXPERIMENT = "large_batch_dlrm"
+_DENSE_ONLY = ("lars",)
+"""Optimizers of tf-models that can not take the sparse gradients of embeddings."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains, evaluates, or both.
+
+    Args:
+        argv: The command line, program name first.
+
+    Returns:
+        The exit code.
+    """
+    # TensorFlow Recommenders needs it; too late once TensorFlow has been asked for its Keras.
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    return train_from_command_line(
+        argv,
+        program=PROGRAM,
+        summary=SUMMARY,
+        register=_register,
+        default_experiment=EXPERIMENT,
+        check=_check,
+        builds_optimizer=True,
+    )
+
+
+def _register() -> None:
+    import tf_lbopt.tfm  # noqa: F401
+    from official_recipes.dlrm import experiments  # noqa: F401
+
+
+def _check(params: Any, options: Options) -> None:
+    """Completes the vocabulary sizes from what is recorded beside the data, and checks the rest."""
+    from official_recipes.dlrm.experiments import INTERACTIONS
+    from official_recipes.dlrm.inputs import recorded_vocab_sizes
+
+    model = params.task.model
+    if not model.vocab_sizes:
+        data = params.task.train_data if options.trains else params.task.validation_data
+        found = recorded_vocab_sizes(data.input_path)
+        if found is None:
+            raise FlagValueError(
+                "params_override",
+                "task.model.vocab_sizes, or a dataset.json of prepare_data.py beside input_path",
+                repr(data.input_path),
+            )
+        model.vocab_sizes = found
+    for name, wrong, expected in (
+        ("interaction", model.interaction not in INTERACTIONS, f"one of {', '.join(INTERACTIONS)}"),
+        (
+            "bottom_mlp",
+            model.bottom_mlp[-1:] != [model.embedding_dim],
+            f"widths that end in embedding_dim = {model.embedding_dim}",
+        ),
+        ("top_mlp", model.top_mlp[-1:] != [1], "widths that end in 1"),
+        ("vocab_sizes", min(model.vocab_sizes) < 1, "positive sizes"),
+    ):
+        if wrong:
+            received = getattr(model, name)
+            raise FlagValueError("params_override", f"task.model.{name}: {expected}", received)
+    if params.trainer.train_tf_while_loop:
+        # How many rows of a table a replica has looked up differs from step to step, and TensorFlow
+        # 2.20 takes a collective in a loop to be of one shape in all its turns.
+        raise FlagValueError(
+            "params_override",
+            "trainer.train_tf_while_loop: false",
+            params.trainer.train_tf_while_loop,
+        )
+    config = params.trainer.optimizer_config
+    for name, kind in (
+        ("embeddings.optimizer", config.embeddings.optimizer.type),
+        ("optimizer", config.embeddings.optimizer.type or config.optimizer.type),
+    ):
+        if kind in _DENSE_ONLY:
+            raise FlagValueError(
+                "params_override",
+                f"trainer.optimizer_config.{name}.type: one that takes sparse gradients, such as "
+                f"lbopt_{kind}",
+                kind,
+            )
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv)

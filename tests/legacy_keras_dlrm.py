@@ -1,0 +1,406 @@
+"""Tests of the DLRM task, which needs TF_USE_LEGACY_KERAS=1 before TensorFlow is asked for Keras.
+
+So they run in a process of their own: `test_dlrm.py` calls pytest on this file.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from conftest import strategy_of
+from official.core import task_factory, train_utils
+from official.recommendation.ranking.configs import config as stock_config
+from official.recommendation.ranking.data import data_pipeline
+from sklearn.metrics import log_loss, roc_auc_score
+from test_sparse_memory import table_sized_outputs
+
+from official_recipes.common import tfm_training
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.dlrm import experiments, inputs, prepare_data, train
+from official_recipes.dlrm.optimizers import EmbeddingsApart, PlateauPolynomial
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "official_recipes" / "dlrm" / "configs").glob("*.yaml"))
+PUBLISHED = {"32k": 32768, "64k": 65536, "128k": 131072, "256k": 262144, "512k": 524288}
+TABLE_ROWS = 1_000_000
+train._register()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clicks") / "data"
+    arguments = ["--synthetic_rows=6000", f"--output_dir={folder}", "--shards=4"]
+    assert prepare_data.main(["prepare_data", *arguments, "--min_frequency=2"]) == 0
+    return folder
+
+
+def _params(*files, override=None, sub_batches=None, mode="train_and_eval"):
+    options = tfm_training.Options(
+        experiment=train.EXPERIMENT,
+        config_file=tuple(str(f) for f in files),
+        params_override=override,
+        mode=mode,
+        model_dir="unused",
+        tpu=None,
+        cpu_replicas=None,
+        sub_batches=sub_batches,
+    )
+    return tfm_training.parse_params(options), options
+
+
+def _task(kind="vr_sgd", embeddings=None, sub_batches=1, sizes=(50, 60, 70), **model):
+    params, _ = _params(sub_batches=sub_batches)
+    params.task.model.override(
+        {
+            "num_dense_features": 3,
+            "vocab_sizes": list(sizes),
+            "embedding_dim": 4,
+            "bottom_mlp": [8, 4],
+            "top_mlp": [8, 1],
+            **model,
+        }
+    )
+    params.trainer.optimizer_config.override(
+        {
+            "optimizer": {"type": kind},
+            "embeddings": {"optimizer": {"type": embeddings}},
+            "learning_rate": {"type": "constant", "constant": {"learning_rate": 0.3}},
+            "warmup": {"type": None},
+        }
+    )
+    tf_keras.utils.set_random_seed(3)
+    return params, task_factory.get_task(params.task)
+
+
+def _batch(rows, sizes=(50, 60, 70), seed=0, upper=None):
+    rng = np.random.default_rng(seed)
+    features = {
+        "dense_features": tf.constant(rng.normal(size=(rows, 3)), tf.float32),
+        "sparse_features": {
+            str(i): tf.constant(rng.integers(0, upper or size, rows), tf.int32)
+            for i, size in enumerate(sizes)
+        },
+    }
+    return features, tf.constant(rng.integers(0, 2, rows), tf.float32)
+
+
+# -- parameters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configurations_are_consistent(file):
+    from official.modeling import optimization
+
+    params, options = _params(file)
+    params.task.model.vocab_sizes = params.task.model.vocab_sizes or [100] * 26
+    train._check(params, options)
+    trainer, config = params.trainer, params.trainer.optimizer_config
+    assert trainer.summary_interval % trainer.steps_per_loop == 0
+    assert trainer.validation_interval == trainer.train_steps
+    rate = optimization.OptimizerFactory(config).build_learning_rate()
+    decay = config.learning_rate.get()
+    warmup = config.warmup.get().warmup_steps
+    peak = decay.initial_learning_rate
+    assert [float(rate(step)) for step in (0, warmup, decay.decay_start)] == pytest.approx(
+        [0, peak, peak]
+    )
+    assert float(rate(warmup // 2)) == pytest.approx(peak * (warmup // 2) / warmup)
+    end = (1 - (trainer.train_steps - decay.decay_start) / decay.decay_steps) ** decay.power
+    assert float(rate(trainer.train_steps)) == pytest.approx(peak * end, rel=1e-3, abs=1e-6)
+    batch = params.task.train_data.global_batch_size
+    if file.stem.startswith("vrgd"):
+        assert batch == PUBLISHED[file.stem.removeprefix("vrgd_")]
+        assert trainer.train_steps == stock_config.NUM_TRAIN_EXAMPLES // batch
+        assert peak == pytest.approx(28 * (batch / 32768) ** 0.5, abs=0.005)
+        assert config.optimizer.get().gamma == 0.1
+
+
+def test_there_are_configurations_for_the_batches_of_the_paper():
+    assert {f"vrgd_{name}" for name in PUBLISHED} < {file.stem for file in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("task.model.interaction=sum", "task.model.interaction: expected one of|one of dot, cross"),
+        ("task.model.bottom_mlp=[8]", "widths that end in embedding_dim"),
+        ("task.model.top_mlp=[8]", "widths that end in 1"),
+        ("task.model.vocab_sizes=[3,0]", "positive sizes"),
+        ("task.model.vocab_sizes=[]", "dataset.json of prepare_data.py beside input_path"),
+        ("trainer.train_tf_while_loop=true", "train_tf_while_loop: false"),
+        ("trainer.optimizer_config.optimizer.type=lars", "lbopt_lars"),
+        ("trainer.optimizer_config.embeddings.optimizer.type=lars", "lbopt_lars"),
+    ],
+)
+def test_parameters_that_can_not_be(override, said):
+    params, options = _params(override="task.model.vocab_sizes=[3,4]")
+    from official.modeling import hyperparams
+
+    params = hyperparams.override_params_dict(params, override, is_strict=True)
+    with pytest.raises(FlagValueError, match=said):
+        train._check(params, options)
+
+
+def test_sizes_come_from_the_record_beside_the_data(data):
+    for mode, split in (("train", "train"), ("eval", "validation")):
+        params, options = _params(
+            override=f"task.{split}_data.input_path={data}/{split}*", mode=mode
+        )
+        train._check(params, options)
+        recorded = json.loads((data / "dataset.json").read_text())["vocab_sizes"]
+        assert params.task.model.vocab_sizes == recorded
+
+
+def test_plateau():
+    schedule = PlateauPolynomial(2.0, decay_start=10, decay_steps=4, power=2)
+    rates = [float(schedule(tf.constant(step))) for step in (0, 10, 11, 12, 14, 99)]
+    assert rates == pytest.approx([2, 2, 2 * 0.75**2, 0.5, 0, 0])
+    assert float(PlateauPolynomial.from_config(schedule.get_config())(12)) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="decay_steps=0"):
+        PlateauPolynomial(1.0, 1, 0)
+
+
+# -- input -----------------------------------------------------------------------------------------
+
+
+def _data_config(data, split, batch, **more):
+    return experiments.DataConfig(
+        input_path=f"{data}/{split}*",
+        global_batch_size=batch,
+        is_training=split == "train",
+        **more,
+    )
+
+
+def _sizes(data):
+    return json.loads((data / "dataset.json").read_text())["vocab_sizes"]
+
+
+def test_the_reader_of_tf_models_reads_the_same(data):
+    """In the order of the files; there is one for validation."""
+    given = stock_config.DataConfig(
+        input_path=f"{data}/validation*",
+        global_batch_size=50,
+        is_training=False,
+        num_shards_per_host=1,
+    )
+    stock = data_pipeline.CriteoTsvReader(given.input_path, given, 13, _sizes(data))(None)
+    ours = inputs.click_logs(_data_config(data, "validation", 50), _sizes(data), 13)
+    seen = 0
+    for (stock_features, stock_labels), (features, labels) in zip(stock, ours, strict=False):
+        np.testing.assert_array_equal(stock_labels[:, 0], labels)
+        np.testing.assert_array_equal(stock_features["dense_features"], features["dense_features"])
+        for name, column in stock_features["sparse_features"].items():
+            np.testing.assert_array_equal(column, features["sparse_features"][name])
+        seen += 1
+    rows = json.loads((data / "dataset.json").read_text())["rows"]["validation"]
+    assert seen == rows // 50 > 3
+
+
+def test_training_rows_come_in_another_order_each_epoch(data):
+    rows = json.loads((data / "dataset.json").read_text())["rows"]["train"]
+    batches = iter(
+        inputs.click_logs(
+            _data_config(data, "train", rows, shuffle_buffer_size=rows), _sizes(data), 13
+        )
+    )
+    first, second = (next(batches)[0]["dense_features"].numpy() for _ in range(2))
+    assert np.any(first != second)
+    np.testing.assert_array_equal(*(x[np.lexsort(x.T)] for x in (first, second)))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_every_row_is_evaluated_once(data, replicas):
+    """And the last step's batches, filled up, are there for every replica."""
+    context = tf.distribute.InputContext(1, 0, replicas)
+    config = _data_config(data, "validation", 32)
+    batches = list(inputs.click_logs(config, _sizes(data), 13, context))
+    assert len(batches) % replicas == 0
+    assert all(len(labels) == 32 // replicas for _, labels in batches)
+    lines = (data / "validation-00000-of-00001.tsv").read_text().splitlines()
+    assert sum(float(tf.reduce_sum(f["weights"])) for f, _ in batches) == len(lines)
+    clicks = sum(float(tf.reduce_sum(f["weights"] * labels)) for f, labels in batches)
+    assert clicks == sum(line.startswith("1\t") for line in lines)
+
+
+def test_empty_files_and_ids_that_are_too_large(tmp_path, data):
+    (tmp_path / "train").touch()
+    with pytest.raises(FlagValueError, match="files with rows"):
+        inputs.click_logs(_data_config(tmp_path, "train", 4), [5], 1)
+    too_small = [size - 1 for size in _sizes(data)]
+    config = _data_config(data, "train", 5000)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"not below task.model.vocab_sizes"):
+        next(iter(inputs.click_logs(config, too_small, 13)))
+
+
+def test_a_part_of_one_row_is_refused(data):
+    params, task = _task(sub_batches=4)
+    params.task.train_data.override(
+        {"input_path": f"{data}/train*", "global_batch_size": 4, "is_training": True}
+    )
+    with pytest.raises(FlagValueError, match="at least 2 rows in each of the 1 x 4 parts"):
+        task.build_inputs(params.task.train_data)
+
+
+# -- the task --------------------------------------------------------------------------------------
+
+
+def _step(task, model, optimizer):
+    @tf.function
+    def step(batch):
+        return task.train_step(batch, model, optimizer, metrics=[])
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("kind", "embeddings"),
+    [
+        ("vr_sgd", None),
+        ("sgd", None),
+        pytest.param("vr_sgd", "adagrad", marks=pytest.mark.long),
+        pytest.param("vr_momentum", "vr_sgd", marks=pytest.mark.long),
+    ],
+)
+def test_no_gradient_of_a_tables_size(kind, embeddings):
+    sizes = (TABLE_ROWS, 60, 70)
+    params, task = _task(kind, embeddings, sub_batches=2, sizes=sizes)
+    model = task.build_model()
+    optimizer = train_utils.create_optimizer(task, params)
+    (table,) = model.embedding_trainable_variables
+    assert table.shape[0] == sum(sizes)
+
+    batch = _batch(16, sizes)
+    with tf.GradientTape() as tape:
+        loss = task.build_losses(batch[1], model(batch[0]))
+    gradient = tape.gradient(loss, table)
+    assert isinstance(gradient, tf.IndexedSlices)
+    assert gradient.values.shape == (3 * 16, 4)
+
+    step = _step(task, model, optimizer)
+    step(batch)  # makes the optimizer's variables
+    found = table_sized_outputs(step.get_concrete_function(batch))
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "embeddings", "joint"),
+    [("sgd", "adagrad", True), pytest.param("sgd", None, False, marks=pytest.mark.long)],
+)
+def test_parts_of_a_batch_are_like_the_whole(kind, embeddings, joint):
+    """Sub-batches change nothing with optimizers that have no statistics of them."""
+    weights = []
+    for sub_batches in (1, 4):
+        params, task = _task(kind, embeddings, sub_batches, joint_embeddings=joint)
+        model = task.build_model()
+        assert len(model.embedding_trainable_variables) == (1 if joint else 3)
+        optimizer = train_utils.create_optimizer(task, params)
+        step = _step(task, model, optimizer)
+        for seed in range(3):
+            step(_batch(16, seed=seed))
+        weights.append([v.numpy() for v in model.trainable_variables])
+        assert int(optimizer.iterations) == 3
+    for whole, parts in zip(*weights, strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("embeddings", [None, "vr_sgd", "sgd"])
+def test_replicas_and_sub_batches_give_the_same_weights(embeddings):
+    """2 replicas x 2 parts and 1 x 4: the same four gradients, so the same signal-to-noise."""
+    weights = []
+    batches = [_batch(16, seed=seed) for seed in range(3)]
+    for replicas, sub_batches in ((1, 4), (2, 2)):
+        strategy = strategy_of(replicas)
+        with strategy.scope():
+            params, task = _task("vr_sgd", embeddings, sub_batches)
+            model = task.build_model()
+            optimizer = train_utils.create_optimizer(task, params)
+        initial = [v.numpy() for v in model.trainable_variables]
+
+        @tf.function
+        def step(batch, strategy=strategy, task=task, model=model, optimizer=optimizer, n=replicas):
+            def local():
+                index = tf.distribute.get_replica_context().replica_id_in_sync_group
+                own = tf.nest.map_structure(
+                    lambda t: t[index * (16 // n) : (index + 1) * (16 // n)], batch
+                )
+                own = tf.nest.map_structure(
+                    lambda t: tf.ensure_shape(t, [16 // n, *t.shape[1:]]), own
+                )
+                return task.train_step(own, model, optimizer, metrics=[])[task.loss]
+
+            return strategy.run(local)
+
+        for batch in batches:
+            step(batch)
+        weights.append([v.numpy() for v in model.trainable_variables])
+        assert any(np.any(a != b) for a, b in zip(initial, weights[-1], strict=True))
+    for one, two in zip(*weights, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_have_their_own_optimizer_and_rate():
+    params, task = _task("sgd", "sgd")
+    own = params.trainer.optimizer_config.embeddings
+    own.override({"learning_rate": {"type": "constant", "constant": {"learning_rate": 0.9}}})
+    model = task.build_model()
+    optimizer = train_utils.create_optimizer(task, params)
+    assert isinstance(optimizer, EmbeddingsApart)
+    batch = _batch(16)
+    with tf.GradientTape() as tape:
+        loss = task.build_losses(batch[1], model(batch[0]))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    before = [v.numpy() for v in model.trainable_variables]
+    table = model.embedding_trainable_variables[0]
+    _step(task, model, optimizer)(batch)
+    for value, gradient, variable in zip(before, gradients, model.trainable_variables, strict=True):
+        rate = 0.9 if variable is table else 0.3
+        np.testing.assert_allclose(
+            variable.numpy(), value - rate * tf.convert_to_tensor(gradient), rtol=1e-4, atol=1e-6
+        )
+    assert float(optimizer.learning_rate) == pytest.approx(0.3)
+
+
+def test_embeddings_apart_refuse_what_does_not_work():
+    params, task = _task("sgd", "sgd")
+    params.runtime.mixed_precision_dtype = "float16"
+    with pytest.raises(ValueError, match="mixed_bfloat16"):
+        train_utils.create_optimizer(task, params)
+
+
+def test_metrics_are_those_of_scikit_learn(data):
+    """Of all rows, with two replicas' filled-up batches."""
+    _, task = _task("sgd", sizes=_sizes(data), num_dense_features=13)
+    model = task.build_model()
+    for variable in model.trainable_variables:  # Scores that differ more from row to row.
+        variable.assign(1.2 * variable)
+    metrics = task.build_metrics(training=False)
+    config = _data_config(data, "validation", 64)
+    labels, scores = [], []
+    for inputs_and_labels in inputs.click_logs(
+        config, _sizes(data), 13, tf.distribute.InputContext(1, 0, 2)
+    ):
+        assert task.validation_step(inputs_and_labels, model, metrics) == {}
+        features, clicks = inputs_and_labels
+        there = features["weights"].numpy() > 0
+        labels.append(clicks.numpy()[there])
+        scores.append(tf.sigmoid(model(features)).numpy()[there])
+    labels, scores = np.concatenate(labels), np.concatenate(scores)
+    assert np.std(scores) > 0.02
+    assert 0.001 < scores.min() < scores.max() < 0.999
+    measured = {metric.name: float(metric.result()) for metric in metrics}
+    assert measured["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=5e-4)
+    assert measured["log_loss"] == pytest.approx(log_loss(labels, scores), rel=1e-4)
+    assert measured["accuracy"] == pytest.approx(np.mean((scores > 0.5) == labels))
+
+
+def test_the_cross_network():
+    params, task = _task("sgd", interaction="cross")
+    model = task.build_model()
+    step = _step(task, model, train_utils.create_optimizer(task, params))
+    losses = [float(step(_batch(16))[task.loss]) for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.05

@@ -1,0 +1,560 @@
+"""The DLRM recipe: its data, its command line, and one short training."""
+
+import collections
+import gzip
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+from sklearn.metrics import roc_auc_score
+
+from official_recipes.dlrm import prepare_data, raw_rows, synthetic, vocabulary
+from official_recipes.dlrm.prepare_data import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _row(label=0, dense=range(13), categories=None, **changes):
+    fields = [str(label), *map(str, dense), *(categories or [f"{i:08x}" for i in range(26)])]
+    for index, value in changes.items():
+        fields[int(index.removeprefix("f"))] = value
+    return "\t".join(fields)
+
+
+def _prepare(tmp_path, rows, *arguments, out="out"):
+    source = tmp_path / "rows.txt"
+    if rows is not None:
+        source.write_text("".join(f"{row}\n" for row in rows))
+    folder = tmp_path / out
+    code = main(["prepare_data", f"--source={source}", f"--output_dir={folder}", *arguments])
+    return code, folder
+
+
+def _written(folder, split="train"):
+    files = sorted(folder.glob(f"{split}-*.tsv"))
+    return [line.split("\t") for f in files for line in f.read_text().splitlines()]
+
+
+def _record(folder):
+    return json.loads((folder / "dataset.json").read_text())
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_numbers(tmp_path):
+    dense = ["0", "1", "9", "-1", "-7", "", "100", "3", "3", "3", "3", "3", "1000000"]
+    code, out = _prepare(
+        tmp_path, [_row(1, dense)], "--ids=hashed", "--validation_fraction=0", "--shards=1"
+    )
+    assert code == 0
+    ((label, *fields),) = _written(out)
+    expected = np.log1p(np.maximum([float(x or 0) for x in dense], 0))
+    np.testing.assert_allclose([float(x) for x in fields[:13]], expected, rtol=1e-6)
+    assert label == "1"
+
+
+def test_frequent_categories(tmp_path):
+    """In the training rows they are counted; held out, the same ids."""
+    first = ["aa", "aa", "aa", "bb", "bb", "cc", "", "", "cc", "longer than eight", "aa"]
+    first += ["longer than eight"] * 2 + ["longer than some"]
+    train = [_row(f14=value) for value in first]
+    valid = tmp_path / "valid.txt"
+    valid.write_text("".join(_row(f14=v) + "\n" for v in ("zz", "aa", "cc", "longer than eight")))
+    code, out = _prepare(
+        tmp_path, train, "--min_frequency=3", f"--validation_source={valid}", "--shards=1"
+    )
+    assert code == 0
+    ids = [row[14] for row in _written(out)]
+    of = dict(zip(first, ids, strict=True))
+    assert len(ids) == len(first)
+    assert sorted({of["aa"], of["longer than eight"]}) == ["1", "2"]
+    assert of["bb"] == of["cc"] == of[""] == of["longer than some"] == "0"
+    assert [row[14] for row in _written(out, "validation")] == [
+        *["0", of["aa"], "0", of["longer than eight"]]
+    ]
+    sizes = _record(out)["vocab_sizes"]
+    assert sizes == [3] + [2] * 25  # all others have one value, in every row
+    for row in _written(out):
+        assert all(int(i) < size for i, size in zip(row[14:], sizes, strict=True))
+
+
+def test_hashed_categories(tmp_path):
+    values = ["", *(f"{i:08x}" for i in range(5000))]
+    rows = [_row(f14=value, f15=value) for value in values]
+    code, out = _prepare(
+        *(tmp_path, rows, "--ids=hashed", "--buckets=20", "--validation_fraction=0", "--shards=1")
+    )
+    assert code == 0
+    written = np.array([[int(row[14]), int(row[15])] for row in _written(out)])
+    assert sorted(map(tuple, written.tolist())).count((0, 0)) == 1  # the missing one
+    written = np.array([[0, 0], *(row for row in written.tolist() if row != [0, 0])])
+    assert written[1:].min() == 1
+    assert written[1:].max() == 19
+    for column in (0, 1):
+        assert chisquare(np.bincount(written[1:, column], minlength=20)[1:]).pvalue > 1e-4
+    assert np.mean(written[1:, 0] == written[1:, 1]) < 0.1  # another hash in each column
+    assert _record(out)["vocab_sizes"] == [20] * 26
+
+
+def test_no_row_is_lost_or_twice(tmp_path):
+    rows = [_row(dense=[i, *[0] * 12]) for i in range(3000)]
+    arguments = ["--validation_fraction=0.2", "--test_fraction=0.1", "--shards=5"]
+    code, out = _prepare(tmp_path, rows, *arguments, "--ids=hashed")
+    assert code == 0
+    splits = {
+        s: [round(np.expm1(float(r[1]))) for r in _written(out, s)] for s in _record(out)["rows"]
+    }
+    assert sorted(itertools.chain(*splits.values())) == list(range(3000))
+    assert {split: len(found) for split, found in splits.items()} == _record(out)["rows"]
+    assert [len(splits[s]) / 3000 for s in ("validation", "test")] == pytest.approx(
+        [0.2, 0.1], abs=0.03
+    )
+    files = sorted(out.glob("train-*"))
+    assert [f.name for f in files] == [f"train-{i:05d}-of-00005.tsv" for i in range(5)]
+    assert min(len(f.read_text().splitlines()) for f in files) > 350
+    again, other = (
+        _prepare(tmp_path, None, *arguments, "--ids=hashed", seed, out=f"out{seed[-1]}")[1]
+        for seed in ("--seed=1", "--seed=2")
+    )
+    assert _written(again) == _written(out)
+    assert sorted(_written(other)) != sorted(_written(out))
+
+
+def test_compressed_and_several_files(tmp_path):
+    for part in range(3):
+        content = "".join(_row(dense=[100 * part + i, *[0] * 12]) + "\r\n" for i in range(100))
+        with gzip.open(tmp_path / f"day_{part}.gz", "wt", newline="") as file:
+            file.write(content)
+    out = tmp_path / "out"
+    arguments = ["--validation_fraction=0", "--min_frequency=1", f"--output_dir={out}"]
+    assert main(["prepare_data", f"--source={tmp_path}/day_*.gz", *arguments]) == 0
+    assert sorted(round(np.expm1(float(r[1]))) for r in _written(out)) == list(range(300))
+    assert _record(out)["vocab_sizes"] == [2] * 26
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (_row() + "\tmore", "expected 40 fields separated by TABs, received 41"),
+        ("0\t1\t2", "expected 40 fields separated by TABs, received 3"),
+        ("", "expected 40 fields separated by TABs, received 1"),
+        (_row(label=2), "expected 0 or 1 in field 1, received '2'"),
+        (_row(label=""), "expected 0 or 1 in field 1, received ''"),
+        (_row(f3="1.5"), "expected an integer in field 4, received '1.5'"),
+        (_row(f13="1_0"), "expected an integer in field 14, received '1_0'"),
+        (_row(f1="nan"), "expected an integer in field 2, received 'nan'"),
+    ],
+)
+def test_malformed_rows(tmp_path, bad, said, capsys):
+    rows = [_row(1), _row(), bad, _row(), bad, _row()]
+    code, out = _prepare(tmp_path, rows)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(error) == 1
+    assert f"rows.txt, line 3: {said}" in error[0]
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
+    code, out = _prepare(tmp_path, rows, "--skip_malformed", "--validation_fraction=0")
+    assert code == 0
+    assert "left 2 malformed rows out" in capsys.readouterr().err
+    assert len(_written(out)) == _record(out)["rows"]["train"] == 4
+    assert _record(out)["skipped_rows"] == 2
+    assert _record(out)["clicks"]["train"] == 1
+
+
+def test_lines_are_numbered_across_chunks_and_from_1_in_each_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(raw_rows, "CHUNK_BYTES", 1000)
+    (tmp_path / "a").write_text("".join(_row() + "\n" for _ in range(40)))
+    (tmp_path / "b").write_text("".join(_row() + "\n" for _ in range(57)) + "no row")
+    out = f"--output_dir={tmp_path / 'out'}"
+    assert main(["prepare_data", f"--source={tmp_path}/a,{tmp_path}/b", out]) == 2
+    assert f"{tmp_path}/b, line 58: expected 40 fields" in capsys.readouterr().err
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    good = tmp_path / "good"
+    good.write_text(_row() + "\n")
+    (tmp_path / "empty").touch()
+    with gzip.open(tmp_path / "whole.gz", "wb") as file:
+        file.write(os.urandom(100_000))
+    (tmp_path / "broken.gz").write_bytes((tmp_path / "whole.gz").read_bytes()[:50_000])
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "something").touch()
+    new = tmp_path / "new"
+    for arguments, said in (
+        ([f"--source={tmp_path}/nowhere*"], "--source: expected files or patterns"),
+        ([f"--source={tmp_path}"], "which is a folder"),
+        ([], "--source: expected files, or --synthetic_rows instead, received neither"),
+        ([f"--source={good}", "--synthetic_rows=5"], "received both"),
+        (["--synthetic_rows=5", f"--test_source={good}"], "--synthetic_rows: expected"),
+        ([f"--source={good}", "--ids=some"], "--ids: expected one of frequency, hashed"),
+        ([f"--source={good}", "--buckets=1"], "--buckets: expected an integer"),
+        ([f"--source={good}", "--shards=1000"], "--shards: expected an integer from 1 to 512"),
+        ([f"--source={good}", "--validation_fraction=1"], "--validation_fraction: expected"),
+        (
+            [f"--source={good}", "--validation_fraction=0.6", "--test_fraction=0.6"],
+            "--test_fraction: expected less than 1",
+        ),
+        ([f"--source={good}", "--min_frequency=x"], "--min_frequency: expected"),
+        ([f"--source={good}", f"--output_dir={full}"], "--output_dir: expected a folder that is"),
+        ([f"--source={good}", "--output_dir="], "--output_dir: expected a path"),
+        ([f"--source={tmp_path}/empty"], "--source has no rows to train on"),
+        ([f"--source={tmp_path}/broken.gz"], "broken.gz"),
+    ):
+        given = ["prepare_data", *arguments]
+        if not any(a.startswith("--output_dir") for a in arguments):
+            given.append(f"--output_dir={new}")
+        assert main(given) == 2, arguments
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        assert said in error[0]
+        assert not new.exists()
+        assert not (tmp_path / ".new.partial").exists()
+
+
+def test_help_of_the_preparation(capsys):
+    assert main(["prepare_data", "--help"]) == 0
+    assert "--min_frequency" in capsys.readouterr().out
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_counts_are_exact_within_the_limit(tmp_path):
+    rng = np.random.default_rng(0)
+    counter = vocabulary.FrequencyCounter(tmp_path, limit=20_000)
+    expected = [collections.Counter() for _ in range(26)]
+    spilled = 0
+    for _ in range(60):
+        keys = np.minimum(rng.zipf(1.3, (26, 100)), 2**40).astype(np.uint64)
+        for column in range(26):
+            expected[column].update(keys[column].tolist())
+        counter.add(keys)
+        spilled = max(spilled, len(list(tmp_path.iterdir())))
+    distinct = sum(map(len, expected))
+    assert distinct > 20_000
+    assert spilled > 10
+    for found, counts in zip(counter.frequent(3), expected, strict=True):
+        assert found.tolist() == sorted(key for key, count in counts.items() if count >= 3)
+    assert counter.most_in_memory <= 20_000 + 26 * 100
+    assert not list(tmp_path.iterdir())
+
+
+_MEASURE = """
+import resource, sys
+from official_recipes.dlrm import prepare_data, raw_rows
+raw_rows.CHUNK_BYTES = 2 ** 18
+code = prepare_data.main(["prepare_data", *sys.argv[1:]])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Ten times the rows, each with categories of its own: the same memory, to a few MiB."""
+    peaks, sizes = [], []
+    for rows in (4_000, 40_000):
+        source = tmp_path / f"{rows}.txt"
+        with source.open("w") as file:
+            for i in range(rows):
+                categories = [f"{(i * 2654435761 + c * 97) % 2**32:08x}" for c in range(26)]
+                file.write(_row(i % 2, [i] * 13, categories) + "\n")
+        arguments = [f"--source={source}", f"--output_dir={tmp_path / f'out{rows}'}"]
+        result = subprocess.run(
+            [sys.executable, "-c", _MEASURE, *arguments, "--counts_in_memory=100000"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(int(result.stdout.splitlines()[-1]) / 1024)
+        sizes.append(source.stat().st_size / 2**20)
+    assert sizes[1] - sizes[0] > 10
+    assert peaks[1] - peaks[0] < 8
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, number):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [
+        *[sys.executable, "-c"],
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from official_recipes.dlrm.prepare_data import main; sys.exit(main(sys.argv))",
+        *["--synthetic_rows=10000000", "--ids=hashed", f"--output_dir={out}"],
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("train-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+    assert process.returncode == codes[number]
+    assert not out.exists()
+    if number != signal.SIGKILL:
+        assert errors.strip().endswith("interrupted: nothing was written")
+        assert not partial.exists()
+    assert main(["prepare_data", "--synthetic_rows=100", f"--output_dir={out}"]) == 0
+    assert not partial.exists()
+    assert sum(_record(out)["rows"].values()) == 100
+
+
+# -- made-up clicks --------------------------------------------------------------------------------
+
+
+def _sampled(rows, seed=5):
+    model = synthetic.ClickModel(seed)
+    parts = list(model.lines(rows, lambda _: None))
+    lines = [line for part in parts for line in part.lines]
+    return lines, np.concatenate([part.logits for part in parts])
+
+
+def test_made_up_rows_follow_the_planted_weights():
+    lines, logits = _sampled(25_000)
+    assert len(lines) == len(logits) == 25_000
+    clicks = np.array([line.startswith(b"1\t") for line in lines])
+    chance = 1 / (1 + np.exp(-logits))
+    assert np.mean(clicks) == pytest.approx(synthetic.CLICK_RATE, abs=0.02)
+    for low, high in itertools.pairwise([0, 0.1, 0.2, 0.4, 0.6, 1]):
+        chosen = (chance >= low) & (chance < high)
+        spread = np.sqrt(chance[chosen].mean() / chosen.sum())
+        assert clicks[chosen].mean() == pytest.approx(chance[chosen].mean(), abs=4 * spread)
+    assert _sampled(25_000)[0] == lines
+    assert _sampled(25_000, seed=6)[0] != lines
+    chunk = raw_rows.parse(raw_rows.Lines("", 1, lines), raw_rows.DenseTexts())
+    assert (chunk.keys == 0).any()
+    assert any(b"" in line.split(b"\t")[1:14] for line in lines)
+
+
+def test_the_best_auc_is_that_of_the_true_chances():
+    lines, logits = _sampled(20_000)
+    clicks = np.array([line.startswith(b"1\t") for line in lines])
+    best = synthetic.BayesAUC()
+    for part in np.array_split(np.arange(20_000), 3):
+        best.add(logits[part], clicks[part])
+    assert best.of_these_clicks == pytest.approx(roc_auc_score(clicks, logits), abs=1e-5)
+    chance = 1 / (1 + np.exp(-logits))
+    drawn = [
+        roc_auc_score(np.random.default_rng(i).random(20_000) < chance, logits) for i in range(20)
+    ]
+    error = np.std(drawn) / np.sqrt(len(drawn))
+    assert best.expected == pytest.approx(np.mean(drawn), abs=4 * error)
+    assert 0.75 < best.expected < 0.95
+
+
+def test_made_up_data_set(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["prepare_data", "--synthetic_rows=12345", f"--output_dir={out}"]) == 0
+    record = _record(out)
+    assert sum(record["rows"].values()) == 12345
+    best = record["bayes_auc"]["validation"]["of_these_clicks"]
+    assert f"best possible AUC on the validation rows: {best:.4f}" in capsys.readouterr().out
+    lines, logits = _sampled(12345, seed=1)
+    held_out = prepare_data.uniform(np.arange(12345, dtype=np.uint64), 2) < 0.05
+    clicks = np.array([line.startswith(b"1\t") for line in lines])
+    assert record["rows"]["validation"] == held_out.sum()
+    assert best == pytest.approx(roc_auc_score(clicks[held_out], logits[held_out]), abs=1e-4)
+
+
+def test_real_rows(shared_data, tmp_path):
+    folder = shared_data / "criteo"
+    if not folder.is_dir():
+        pytest.skip("no Criteo sample in the folder of data sets")
+    out = tmp_path / "out"
+    arguments = [
+        f"--source={folder / 'train.csv'}",
+        f"--validation_source={folder / 'dev.csv'}",
+        f"--test_source={folder / 'test.csv'}",
+        f"--output_dir={out}",
+    ]
+    assert main(["prepare_data", *arguments, "--min_frequency=4"]) == 0
+    record = _record(out)
+    assert record["rows"] == {"train": 7200, "validation": 409, "test": 391}
+    raw = [line.split("\t") for line in (folder / "train.csv").read_text().splitlines()]
+    assert record["clicks"]["train"] == sum(row[0] == "1" for row in raw)
+    for column, size in enumerate(record["vocab_sizes"]):
+        counts = collections.Counter(row[14 + column] for row in raw)
+        assert size == 1 + sum(count >= 4 for count in counts.values())
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+SMALL = """
+task:
+  model: {embedding_dim: 4, bottom_mlp: [8, 4], top_mlp: [8, 1]}
+  train_data: {input_path: DATA/train*, global_batch_size: 64}
+  validation_data: {input_path: DATA/validation*, global_batch_size: 64}
+trainer:
+  train_steps: 8
+  steps_per_loop: 2
+  summary_interval: 2
+  checkpoint_interval: 2
+  validation_interval: 8
+  optimizer_config:
+    optimizer: {type: sgd}
+    learning_rate: {type: constant, constant: {learning_rate: 0.5}}
+    warmup: {linear: {warmup_steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clicks") / "data"
+    assert main(["prepare_data", "--synthetic_rows=4000", f"--output_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path, data):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL.replace("DATA", str(data)))
+    return [f"--config_file={file}", f"--model_dir={tmp_path / 'model'}", "--cpu_replicas=2"]
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "official_recipes.dlrm.train", *arguments]
+
+
+def _environment():
+    return {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+
+
+def _run(*arguments):
+    return subprocess.run(
+        _command(*arguments), cwd=ROOT, capture_output=True, text=True, env=_environment()
+    )
+
+
+@pytest.mark.parametrize("which", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_task(which):
+    """The tests that need the old Keras behind tf.keras."""
+    result = subprocess.run(
+        [
+            *[sys.executable, "-m", "pytest", "-q", "-x", "-m", which],
+            str(ROOT / "tests" / "legacy_keras_dlrm.py"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_USE_LEGACY_KERAS": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert " passed" in result.stdout
+
+
+def test_command_line(small, tmp_path):
+    """Trains and evaluates, without anything in the environment, and leaves a summary."""
+    result = _run(*small)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "model" / "summary.json").read_text())
+    assert summary["experiment"] == "large_batch_dlrm"
+    assert summary["optimizer"] == "sgd"
+    assert (summary["steps"], summary["replicas"], summary["sub_batches"]) == (8, 2, 1)
+    assert summary["global_batch_size"] == 64
+    assert 0 < summary["step_ms"] < 1000 * summary["seconds"]
+    assert {"auc", "log_loss", "accuracy"} <= set(summary["metrics"])
+    assert 0.3 < summary["metrics"]["auc"] < 0.9
+    assert summary["train_metrics"]["training_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--experiment=dlrm_criteo"], "--experiment: expected a registered experiment"),
+        (
+            [
+                "--params_override=trainer.optimizer_config.embeddings.optimizer.type=vr_sgd",
+                "--cpu_replicas=1",
+            ],
+            "at least 2 sub-batches (replicas x --sub_batches) for the optimizer vr_sgd",
+        ),
+    ],
+)
+def test_mistakes(small, arguments, said):
+    result = _run(*small, *arguments)
+    assert result.returncode == 2
+    error = [line for line in result.stderr.strip().splitlines() if line.startswith("--")]
+    assert len(error) == 1
+    assert said in error[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["vr_sgd", "vr_adam", "vr_lamb", "sngm", "clars", "adam", "sgd"])
+def test_every_optimizer_trains(small, tmp_path, kind):
+    own = "trainer.optimizer_config.embeddings.optimizer.type=" + (
+        "adagrad" if kind == "vr_sgd" else "null"
+    )
+    override = f"--params_override=trainer.optimizer_config.optimizer.type={kind},{own}"
+    result = _run(*small, override, "--sub_batches=2")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "model" / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert summary["metrics"]["log_loss"] is not None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stop_and_go_on(small, tmp_path, number):
+    """The same command goes on from the checkpoint, with all of the state."""
+    import tensorflow as tf
+
+    kinds = "trainer.optimizer_config.optimizer.type=vr_sgd,"
+    kinds += "trainer.optimizer_config.embeddings.optimizer.type=vr_momentum"
+    parts = "--sub_batches=2"
+    endless = f"--params_override={kinds},trainer.train_steps=100000"
+    with subprocess.Popen(
+        _command(*small, "--mode=train", parts, endless),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+    ) as process:
+        for line in process.stdout:
+            if "saved checkpoint" in line:
+                break
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=300)
+    if number == signal.SIGTERM:
+        assert process.returncode == 0, errors
+        assert "the same command goes on from here" in rest
+    else:
+        assert process.returncode == -9
+    assert not (tmp_path / "model" / "summary.json").exists()
+
+    def state():
+        path = tf.train.latest_checkpoint(str(tmp_path / "model"))
+        names = [n for n, _ in tf.train.list_variables(path) if n.endswith("VARIABLE_VALUE")]
+        return path, {name: tf.train.load_variable(path, name) for name in names}
+
+    path, before = state()
+    step = int(path.rsplit("-", 1)[1])
+    momenta = [v for n, v in before.items() if n.startswith("optimizer/") and np.ndim(v) == 2]
+    assert any(np.any(v != 0) for v in momenta)
+    done = f"--params_override={kinds},trainer.train_steps={step}"
+    result = _run(*small, "--mode=train", parts, done)
+    assert result.returncode == 0, result.stderr
+    assert f"restored from checkpoint: {path}" in result.stdout
+    _, after = state()
+    assert set(after) == set(before)
+    for name, value in before.items():
+        if not name.startswith("save_counter"):
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+    further = f"--params_override={kinds},trainer.train_steps={step + 2}"
+    assert _run(*small, "--mode=train", parts, further).returncode == 0
+    _, later = state()
+    assert later["global_step/.ATTRIBUTES/VARIABLE_VALUE"] == step + 2
