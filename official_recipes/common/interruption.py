@@ -47,6 +47,11 @@ class Interruption:
         self._signal_number: int | None = None
 
     @property
+    def signal_number(self) -> int | None:
+        """The first signal that has come."""
+        return self._signal_number
+
+    @property
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self._signal_number is not None

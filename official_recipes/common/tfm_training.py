@@ -1,17 +1,20 @@
 """Training an experiment of tf-models-official from the command line.
 
 What its own driver leaves open is done here: mistakes end in one line, CPU replicas, sub-batches,
-and signals, on which a run saves its state at the end of the current loop and stops.
+and signals, on which a run saves its state at the end of the current loop and stops. Of several
+workers (`multi_worker`) all do so together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,16 @@ from official_recipes.common.flag_parsing import (
     parse_flags,
 )
 from official_recipes.common.interruption import Interrupted, Interruption, interruption
+from official_recipes.common.multi_worker import (
+    MULTI_WORKER,
+    Cluster,
+    ClusterError,
+    WorkerLostError,
+    Workers,
+    cluster_from_environment,
+    losing_workers,
+    runner_class,
+)
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -122,16 +135,17 @@ def train_from_command_line(
             optimizer's can be made before the training step is traced: else it is traced twice.
 
     Returns:
-        The exit code: 0, also after SIGTERM; 1 for a run that diverged; 2 for flags, parameters or
-        data that cannot be used; 130 after Ctrl-C.
+        The exit code: 0, also after SIGTERM; 1 for a run that diverged or lost a worker; 2 for
+        flags, parameters or data that cannot be used; 130 after Ctrl-C.
     """
     try:
         started = time.monotonic()
-        options = parse_options(argv, program, summary, default_experiment)
+        cluster = cluster_from_environment()
+        options = parse_options(argv, program, summary, default_experiment, cluster)
         if options is None:
             return 0
-        _run(options, register, check, builds_optimizer, started)
-    except FlagValueError as error:
+        _run(options, cluster, register, check, builds_optimizer, started)
+    except (FlagValueError, ClusterError) as error:
         return _fail(error, EXIT_BAD_FLAG)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("tf_lbopt", "official_recipes"):
@@ -141,7 +155,7 @@ def train_from_command_line(
             f"pip install '{EXTRA}'",
             EXIT_BAD_FLAG,
         )
-    except DivergedError as error:
+    except (DivergedError, WorkerLostError) as error:
         return _fail(error, 1)
     except Interrupted as error:
         return 0 if error.signal_number == signal.SIGTERM else error.exit_code
@@ -157,7 +171,11 @@ def _fail(error: object, exit_code: int) -> int:
 
 
 def parse_options(
-    argv: Sequence[str], program: str, summary: str, default_experiment: str
+    argv: Sequence[str],
+    program: str,
+    summary: str,
+    default_experiment: str,
+    cluster: Cluster = Cluster(),  # noqa: B008  # immutable
 ) -> Options | None:
     """Parses and checks the command line; prints help and returns ``None`` when asked for it.
 
@@ -224,9 +242,23 @@ def parse_options(
         cpu_replicas=values.cpu_replicas,
         sub_batches=values.sub_batches,
     )
-    if "://" not in options.model_dir:
+    if cluster.size > 1:
+        _check_cluster(options, cluster)
+    if "://" not in options.model_dir and cluster.chief:
         _check_model_dir(Path(options.model_dir), options)
     return options
+
+
+def _check_cluster(options: Options, cluster: Cluster) -> None:
+    workers = f"TF_CONFIG names {cluster.size} workers"
+    if options.cpu_replicas is not None:
+        raise FlagValueError(
+            "cpu_replicas", f"no such flag where {workers}: each is one", options.cpu_replicas
+        )
+    if options.mode == "continuous_eval":
+        raise FlagValueError(
+            "mode", f"another where {workers} (continuous_eval runs in one process)", options.mode
+        )
 
 
 def _check_model_dir(folder: Path, options: Options) -> None:
@@ -403,6 +435,7 @@ def check_batches(params: Any, options: Options, replicas: int) -> None:
 
 def _run(
     options: Options,
+    cluster: Cluster,
     register: Callable[[], None],
     check: Callable[[Any, Options], None] | None,
     builds_optimizer: bool,
@@ -425,9 +458,43 @@ def _run(
     if check is not None:
         check(params, options)
     check_data(params, options)
-    strategy = _strategy(params, options)
-    check_batches(params, options, strategy.num_replicas_in_sync)
-    _train(params, options, strategy, builds_optimizer, started)
+    if cluster.size == 1:
+        strategy = _strategy(params, options)
+        check_batches(params, options, strategy.num_replicas_in_sync)
+        _train(params, options, strategy, Workers(strategy, cluster), builds_optimizer, started)
+        return
+    _check_runtime(params, cluster)
+    # What the chief prints is enough.
+    with contextlib.ExitStack() as stack:
+        if not cluster.chief:
+            nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(losing_workers(options.model_dir))
+        print(f"waiting for all {cluster.size} workers", flush=True)
+        strategy = _strategy(params, options)
+        own_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tf_lbopt_worker_"))
+        workers = Workers(strategy, cluster, own_dir)
+        workers.check_same_params(params)
+        check_batches(params, options, strategy.num_replicas_in_sync)
+        try:
+            _train(params, options, strategy, workers, builds_optimizer, started)
+        except (Interrupted, DivergedError):  # all workers at once
+            workers.leave()
+            raise
+        workers.leave()
+
+
+def _check_runtime(params: Any, cluster: Cluster) -> None:
+    kind = params.runtime.distribution_strategy
+    if kind != MULTI_WORKER:
+        raise FlagValueError(
+            "params_override",
+            f"runtime.distribution_strategy={MULTI_WORKER}, since TF_CONFIG names {cluster.size} "
+            "workers",
+            repr(kind),
+        )
+    # tf-models' own answer to SIGTERM would take the signal away from ours.
+    params.override({"trainer": {"preemption_on_demand_checkpoint": False}})
 
 
 def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
@@ -457,10 +524,11 @@ def _train(
     params: Any,
     options: Options,
     strategy: tf.distribute.Strategy,
+    workers: Workers,
     builds_optimizer: bool,
     started: float,
 ) -> None:
-    from official.core import task_factory, train_lib, train_utils
+    from official.core import task_factory, train_utils
     from official.modeling import performance
 
     if params.runtime.mixed_precision_dtype:
@@ -475,10 +543,11 @@ def _train(
                 "params_override", "parameters that the task and the optimizer take", error
             ) from error
     params.lock()
-    if options.trains:
+    if options.trains and workers.cluster.chief:
         train_utils.serialize_config(params, options.model_dir)
     with interruption((signal.SIGINT, signal.SIGTERM), _LAST_WORDS) as interrupted:
-        runner = train_lib.OrbitExperimentRunner(
+        runner = runner_class()(
+            workers,
             distribution_strategy=strategy,
             task=task,
             mode=options.mode,
@@ -486,8 +555,7 @@ def _train(
             model_dir=options.model_dir,
         )
         controller = runner.controller
-        found = runner.checkpoint_manager.latest_checkpoint
-        if options.mode == "eval" and found is None:
+        if options.mode == "eval" and runner.checkpoint_manager.restored is None:
             raise FlagValueError(
                 "model_dir",
                 f"a folder with a checkpoint for --mode={options.mode}",
@@ -496,7 +564,7 @@ def _train(
         if options.trains and builds_optimizer:
             _build_optimizer(runner.trainer, strategy)
         record = _Record(runner.trainer)
-        stop = _StopOnSignal(interrupted, controller, saves=options.trains)
+        stop = _StopOnSignal(interrupted, controller, workers, saves=options.trains)
         skips = _SkippedUpdates(runner.trainer)
         controller.train_actions = (*controller.train_actions, record.trained, skips, stop)
         controller.eval_actions = (*controller.eval_actions, record.evaluated, stop)
@@ -513,7 +581,7 @@ def _train(
                 "rate or lengthen the warm-up (checkpoints of before are in "
                 f"{options.model_dir})"
             ) from error
-        if record.ran and strategy.extended.should_save_summary:
+        if record.ran and workers.cluster.chief:
             write_summary(
                 options.model_dir,
                 {
@@ -676,18 +744,22 @@ def _run_mode(mode: str, controller: Any, trainer: Any) -> None:
 class _StopOnSignal:
     """Saves the state after a loop (or an evaluation) and ends the run, if a signal has come.
 
-    tf-models' own action for this works only where the strategy has a cluster resolver, and leaves
+    To any worker: all agree on it. tf-models' own action for this works only where the strategy has a cluster resolver, and leaves
     the process running.
     """
 
-    def __init__(self, interrupted: Interruption, controller: Any, saves: bool):
+    def __init__(
+        self, interrupted: Interruption, controller: Any, workers: Workers, saves: bool
+    ):
         self._interrupted = interrupted
         self._controller = controller
+        self._workers = workers
         self._saves = saves
 
     def __call__(self, output: Any) -> None:
         del output
-        if not self._interrupted.requested:
+        number = self._workers.agreed_signal(self._interrupted.signal_number)
+        if number is None:
             return
         if self._saves:
             self._controller.save_checkpoint()
@@ -695,4 +767,4 @@ class _StopOnSignal:
                 f"stopped at step {self._controller.global_step.numpy()}; the same command goes "
                 "on from here"
             )
-        self._interrupted.check()
+        raise Interrupted(number)

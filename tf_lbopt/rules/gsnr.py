@@ -87,17 +87,18 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
 
     size = ratio.shape.num_elements()
     if size is None or size < _LARGE:
-        r = with_special_elements()
-    else:
-        # Where every element is live and resolved (a dead one would make the sum NaN, an unresolved
-        # one infinite or large), half of the passes over memory are enough.
-        ratio_sum = tf.reduce_sum(ratio)
+        # Tracing a branch costs more than the passes over a small layer that it saves.
+        return tf.where(alone(moments.live), tf.ones([], ratio.dtype), with_special_elements())
 
-        def all_resolved() -> tf.Tensor:
-            mean = _positive_or_one(ratio_sum / tf.cast(size, ratio.dtype))
-            return tf.clip_by_value(ratio, gamma * mean, mean) / mean
+    # Where every element is live and resolved (a dead one would make the sum NaN, an unresolved
+    # one infinite or large), half of the passes over memory are enough.
+    ratio_sum = tf.reduce_sum(ratio)
 
-        r = tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
+    def all_resolved() -> tf.Tensor:
+        mean = _positive_or_one(ratio_sum / tf.cast(size, ratio.dtype))
+        return tf.clip_by_value(ratio, gamma * mean, mean) / mean
+
+    r = tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
     return tf.cond(alone(moments.live), lambda: tf.ones_like(r), lambda: r)
 
 
