@@ -94,10 +94,10 @@ SMALL_RUNS = (
     SmallRun(
         recipe="bert",
         config="bert_tiny_cpu.yaml",
-        source="wikipedia-sample",
+        source="wikipedia-sample/wiki_00",
         prepare=("--source={source}", "--vocab_size=4096", "--dupe_factor=1"),
         without_source=("--vocab_size=4096", "--dupe_factor=1"),
-        data_name=("Wikipedia sample", "Python's manual"),
+        data_name=("Wikipedia sample, a quarter", "Python's manual"),
         inputs=_FILES,
         without_inputs=_FILES,
         optimizers=("vr_lamb", "lbopt_lamb"),

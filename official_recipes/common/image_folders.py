@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -246,9 +245,3 @@ def _validation_classes(
         if found and set(found.values()) != {"images"}:  # Tiny ImageNet's test/ has no labels
             return found
     return {}
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it, if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -63,7 +63,10 @@ def replacing(output_dir: Path, flag: str = "output_dir") -> Iterator[Path]:
                 flag, "a folder that no other run is writing", repr(str(output_dir))
             ) from error
         for leftover in partial.iterdir():
-            leftover.unlink()
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         try:
             yield partial
             os.rename(partial, output_dir)

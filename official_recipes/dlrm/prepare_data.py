@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from official_recipes.common.files import check_new_folder, new_folder
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     FlagValueError,
@@ -25,6 +24,7 @@ from official_recipes.common.flag_parsing import (
     parse_flags,
 )
 from official_recipes.common.interruption import Interrupted, Interruption, interruption
+from official_recipes.common.output_folder import check_output_dir, replacing
 from official_recipes.dlrm.raw_rows import (
     CATEGORIES,
     DENSE_FEATURES,
@@ -208,14 +208,10 @@ def _checked(values: flags.FlagValues) -> Options:
         raise FlagValueError(
             "test_fraction", "less than 1 with --validation_fraction", held_out["test"]
         )
-    if not values.output_dir:
-        raise FlagValueError("output_dir", "a path", repr(values.output_dir))
-    output_dir = Path(values.output_dir).absolute()
-    check_new_folder("output_dir", output_dir)
     return Options(
         sources=sources,
         synthetic_rows=values.synthetic_rows,
-        output_dir=output_dir,
+        output_dir=check_output_dir(values.output_dir),
         ids=values.ids,
         min_frequency=values.min_frequency,
         buckets=values.buckets,
@@ -255,7 +251,7 @@ def _prepare(options: Options) -> None:
 
     with (
         interruption((signal.SIGINT, signal.SIGTERM), _NOTHING) as stop,
-        new_folder("output_dir", options.output_dir) as partial,
+        replacing(options.output_dir) as partial,
         progress_bar(Console(stderr=True)) as bar,
     ):
         rows = _Rows(options, bar, stop)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,9 @@ from official_recipes.common.image_folders import (
     Labelled,
     find_images,
     open_files,
-    remove_folder,
 )
 from official_recipes.common.interruption import Interrupted, interruption
+from official_recipes.common.output_folder import check_output_dir, replacing
 
 PROGRAM = "python -m official_recipes.resnet50.prepare_data"
 SUMMARY = (
@@ -121,26 +119,12 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
     if values.help:
         print(help_text(values, PROGRAM, SUMMARY))
         return None
-    for name in ("source", "output_dir"):
-        if not values[name].value:
-            raise FlagValueError(name, "a path", repr(values[name].value))
-    source, output_dir = Path(values.source), Path(values.output_dir).absolute()
+    if not values.source:
+        raise FlagValueError("source", "a path", repr(values.source))
+    source = Path(values.source)
     if not source.exists():
         raise FlagValueError("source", "a folder or tar archive that exists", repr(str(source)))
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FlagValueError(
-            "output_dir", "a folder that is empty or does not exist", repr(str(output_dir))
-        )
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagValueError(
-            "output_dir", "a folder that can be made", repr(str(output_dir))
-        ) from error
-    if not os.access(output_dir.parent, os.W_OK | os.X_OK):
-        raise FlagValueError(
-            "output_dir", "a folder in one that can be written to", repr(str(output_dir))
-        )
+    output_dir = check_output_dir(values.output_dir)
     return Options(source, output_dir, values.shards, values.validation_fraction, values.seed)
 
 
@@ -152,7 +136,7 @@ def _prepare(options: Options) -> None:
     console = Console(stderr=True)
     with (
         interruption((signal.SIGINT, signal.SIGTERM), "interrupted: nothing was written") as stop,
-        _replacing(options.output_dir) as partial,
+        replacing(options.output_dir) as partial,
         progress_bar(console) as progress,
     ):
         task = progress.add_task("reading the list of files", total=None)
@@ -186,34 +170,6 @@ def _shards(images: int, wanted: int | None) -> int:
     if not images:
         return 0
     return min(images, wanted or min(_MOST_SHARDS, math.ceil(images / _IMAGES_PER_SHARD)))
-
-
-@contextlib.contextmanager
-def _replacing(output_dir: Path) -> Iterator[Path]:
-    """A hidden folder that gets the name of the output when the block succeeds, whole.
-
-    A process that is killed leaves it behind; the next run for the same output removes it.
-    """
-    partial = output_dir.parent / f".{output_dir.name}.partial"
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FlagValueError(
-                "output_dir", "a folder that no other run is writing", repr(str(output_dir))
-            ) from error
-        for leftover in partial.iterdir():
-            leftover.unlink()
-        try:
-            yield partial
-            os.rename(partial, output_dir)
-        except BaseException:
-            remove_folder(partial)
-            raise
-    finally:
-        os.close(lock)
 
 
 class _Writer:
