@@ -193,7 +193,8 @@ def main(argv: Sequence[str]) -> int:
     if rows:
         with atomic_write(output / "results.json") as temporary:
             temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        Console().print(table(rows))
+        # Without a terminal rich assumes 80 columns, too few for this table.
+        Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return _KILLED if failed else 0

@@ -208,8 +208,7 @@ def losing_workers(model_dir: str) -> Iterator[None]:
     ) as error:
         raise WorkerLostError(
             "another worker is gone; the same command on all workers goes on from the last "
-            f"checkpoint in {model_dir} ({type(error).__name__}: "
-            f"{str(error.message).splitlines()[0]})"
+            f"checkpoint in {model_dir} ({type(error).__name__})"
         ) from error
 
 

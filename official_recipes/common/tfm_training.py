@@ -467,7 +467,7 @@ def _run(
     # What the chief prints is enough.
     with contextlib.ExitStack() as stack:
         if not cluster.chief:
-            nowhere = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+            nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(losing_workers(options.model_dir))
         print(f"waiting for all {cluster.size} workers", flush=True)
@@ -744,13 +744,11 @@ def _run_mode(mode: str, controller: Any, trainer: Any) -> None:
 class _StopOnSignal:
     """Saves the state after a loop (or an evaluation) and ends the run, if a signal has come.
 
-    To any worker: all agree on it. tf-models' own action for this works only where the strategy has a cluster resolver, and leaves
-    the process running.
+    To any worker: all agree on it. tf-models' own action for this works only where the strategy has
+    a cluster resolver, and leaves the process running.
     """
 
-    def __init__(
-        self, interrupted: Interruption, controller: Any, workers: Workers, saves: bool
-    ):
+    def __init__(self, interrupted: Interruption, controller: Any, workers: Workers, saves: bool):
         self._interrupted = interrupted
         self._controller = controller
         self._workers = workers
