@@ -16,7 +16,6 @@ from absl import flags
 
 from official_recipes.bert import documents, records, squad
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
     FlagValueError,
     ShareParser,
     define_integer,
@@ -24,8 +23,13 @@ from official_recipes.common.flag_parsing import (
     parse_flags,
 )
 from official_recipes.common.image_data import DataFormatError
-from official_recipes.common.interruption import Interrupted, interruption
-from official_recipes.common.output_folder import check_output_dir, replacing
+from official_recipes.common.interruption import interruption
+from official_recipes.common.output_folder import (
+    NOTHING_WRITTEN,
+    check_output_dir,
+    exit_code_of,
+    replacing,
+)
 
 PROGRAM = "python -m official_recipes.bert.prepare_data"
 SUMMARY = (
@@ -79,24 +83,13 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for flags or data that cannot be used, 130 or 143 when interrupted.
     """
-    try:
-        options = _parse_options(argv)
-        if options is not None:
-            _prepare(options)
-    except (FlagValueError, ModuleNotFoundError) as error:
-        return _fail(error)
-    except Interrupted as error:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(lambda: _main(argv))
 
 
-def _fail(error: Exception) -> int:
-    message = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError):
-        message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
-    print(message, file=sys.stderr)
-    return EXIT_BAD_FLAG
+def _main(argv: Sequence[str]) -> None:
+    options = _parse_options(argv)
+    if options is not None:
+        _prepare(options)
 
 
 def _define_flags() -> flags.FlagValues:
@@ -257,7 +250,7 @@ def _prepare(options: Options) -> None:
     quiet_tensorflow()
     logging.set_verbosity(logging.ERROR)
     with (
-        interruption((signal.SIGINT, signal.SIGTERM), "interrupted: nothing was written") as stop,
+        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
         replacing(options.output_dir) as partial,
         progress_bar(Console(stderr=True)) as progress,
     ):

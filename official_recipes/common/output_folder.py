@@ -6,10 +6,40 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
+from official_recipes.common.interruption import Interrupted
+
+NOTHING_WRITTEN = "interrupted: nothing was written"
+
+
+def exit_code_of(prepare: Callable[[], None], *mistakes: type[Exception]) -> int:
+    """Runs the preparation of data, whose errors end in one line on stderr.
+
+    Args:
+        prepare: Parses the command line and writes the data.
+        *mistakes: Errors besides `FlagValueError` whose message says all.
+
+    Returns:
+        0, 2 for flags or data that cannot be used or a package that is missing, 130 or 143 when
+        interrupted.
+    """
+    told: tuple[type[Exception], ...] = (FlagValueError, ModuleNotFoundError, *mistakes)
+    try:
+        prepare()
+    except told as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
+        print(message, file=sys.stderr)
+        return EXIT_BAD_FLAG
+    except Interrupted as error:
+        print(NOTHING_WRITTEN, file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def check_output_dir(value: str | None, flag: str = "output_dir") -> Path:

@@ -16,15 +16,19 @@ import numpy as np
 from absl import flags
 
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
     FlagValueError,
     ShareParser,
     define_integer,
     help_text,
     parse_flags,
 )
-from official_recipes.common.interruption import Interrupted, Interruption, interruption
-from official_recipes.common.output_folder import check_output_dir, replacing
+from official_recipes.common.interruption import Interruption, interruption
+from official_recipes.common.output_folder import (
+    NOTHING_WRITTEN,
+    check_output_dir,
+    exit_code_of,
+    replacing,
+)
 from official_recipes.dlrm.raw_rows import (
     CATEGORIES,
     DENSE_FEATURES,
@@ -48,7 +52,6 @@ SUMMARY = (
 RECORD = "dataset.json"
 SPLITS = ("train", "validation", "test")
 IDS = ("frequency", "hashed")
-_NOTHING = "interrupted: nothing was written"
 _MOST_ID = 2**31  # CriteoTsvReader reads ids as int32.
 
 
@@ -94,26 +97,17 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for flags or data that cannot be used, 130 or 143 when interrupted.
     """
+    return exit_code_of(lambda: _main(argv), RowError)
+
+
+def _main(argv: Sequence[str]) -> None:
+    options = _parse_options(argv)
+    if options is None:
+        return
     try:
-        options = _parse_options(argv)
-        if options is not None:
-            _prepare(options)
-    except (FlagValueError, RowError, ModuleNotFoundError) as error:
-        return _fail(error)
+        _prepare(options)
     except OSError as error:
-        return _fail(FlagValueError("output_dir", "a folder that can be written to", error))
-    except Interrupted as error:
-        print(_NOTHING, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _fail(error: Exception) -> int:
-    message = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError):
-        message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
-    print(message, file=sys.stderr)
-    return EXIT_BAD_FLAG
+        raise FlagValueError("output_dir", "a folder that can be written to", error) from error
 
 
 # -- flags -----------------------------------------------------------------------------------------
@@ -250,7 +244,7 @@ def _prepare(options: Options) -> None:
     from official_recipes.common.progress import progress_bar
 
     with (
-        interruption((signal.SIGINT, signal.SIGTERM), _NOTHING) as stop,
+        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
         replacing(options.output_dir) as partial,
         progress_bar(Console(stderr=True)) as bar,
     ):

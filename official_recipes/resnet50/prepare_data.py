@@ -16,7 +16,6 @@ from typing import Any
 from absl import flags
 
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
     FlagValueError,
     define_integer,
     help_text,
@@ -30,8 +29,13 @@ from official_recipes.common.image_folders import (
     find_images,
     open_files,
 )
-from official_recipes.common.interruption import Interrupted, interruption
-from official_recipes.common.output_folder import check_output_dir, replacing
+from official_recipes.common.interruption import interruption
+from official_recipes.common.output_folder import (
+    NOTHING_WRITTEN,
+    check_output_dir,
+    exit_code_of,
+    replacing,
+)
 
 PROGRAM = "python -m official_recipes.resnet50.prepare_data"
 SUMMARY = (
@@ -71,26 +75,17 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for flags or data that cannot be used, 130 or 143 when interrupted.
     """
+    return exit_code_of(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str]) -> None:
+    options = _parse_options(argv)
+    if options is None:
+        return
     try:
-        options = _parse_options(argv)
-        if options is not None:
-            _prepare(options)
-    except (FlagValueError, ModuleNotFoundError) as error:
-        return _fail(error)
+        _prepare(options)
     except DataFormatError as error:
-        return _fail(FlagValueError("source", "a folder or tar archive of images", error))
-    except Interrupted as error:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _fail(error: Exception) -> int:
-    message = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError):
-        message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
-    print(message, file=sys.stderr)
-    return EXIT_BAD_FLAG
+        raise FlagValueError("source", "a folder or tar archive of images", error) from error
 
 
 def _parse_options(argv: Sequence[str]) -> Options | None:
@@ -135,7 +130,7 @@ def _prepare(options: Options) -> None:
 
     console = Console(stderr=True)
     with (
-        interruption((signal.SIGINT, signal.SIGTERM), "interrupted: nothing was written") as stop,
+        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
         replacing(options.output_dir) as partial,
         progress_bar(console) as progress,
     ):
