@@ -127,9 +127,14 @@ class Workers:
             self._sums[own.shape[1]] = total
         return self._sums[own.shape[1]](tf.constant(own)).numpy()
 
-    def leave(self) -> None:
-        """Waits until all are done: the last thing that workers do together."""
-        self.gather([0])
+    def leave(self, together: bool = True) -> None:
+        """Lets the others end as well before the chief does: the last thing that workers do.
+
+        Args:
+            together: Wait until all have come here. False where some may not.
+        """
+        if together:
+            self.gather([0])
         if self.cluster.chief:
             time.sleep(_CHIEF_STAYS_S)
 

@@ -474,12 +474,15 @@ def _run(
         strategy = _strategy(params, options)
         own_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tf_lbopt_worker_"))
         workers = Workers(strategy, cluster, own_dir)
-        workers.check_same_params(params)
-        check_batches(params, options, strategy.num_replicas_in_sync)
         try:
+            workers.check_same_params(params)
+            check_batches(params, options, strategy.num_replicas_in_sync)
             _train(params, options, strategy, workers, builds_optimizer, started)
         except (Interrupted, DivergedError):  # all workers at once
             workers.leave()
+            raise
+        except FlagValueError:
+            workers.leave(together=False)
             raise
         workers.leave()
 
