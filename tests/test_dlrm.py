@@ -482,6 +482,10 @@ def test_command_line(small, tmp_path):
             ],
             "at least 2 sub-batches (replicas x --sub_batches) for the optimizer vr_sgd",
         ),
+        (
+            ["--params_override=trainer.optimizer_config.optimizer.type=extrap_sgd"],
+            "trainer.optimizer_config.optimizer.type: one that does not extrapolate",
+        ),
     ],
 )
 def test_mistakes(small, arguments, said):

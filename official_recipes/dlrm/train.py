@@ -96,6 +96,17 @@ def _check(params: Any, options: Options) -> None:
                 f"lbopt_{kind}",
                 kind,
             )
+    for name, optimizer in (
+        ("optimizer", config.optimizer),
+        ("embeddings.optimizer", config.embeddings.optimizer),
+    ):
+        # This recipe's step takes its gradients at the weights themselves.
+        if optimizer.type == "extrap_sgd":
+            raise FlagValueError(
+                "params_override",
+                f"trainer.optimizer_config.{name}.type: one that does not extrapolate",
+                optimizer.type,
+            )
 
 
 if __name__ == "__main__":
