@@ -54,6 +54,7 @@ class SmallRun:
         without_inputs: The same where nothing was prepared.
         optimizers: Names in the registration: the variance-reduced one and its base.
         metric: Of the summary, and how it is called in the table.
+        flags: More flags of its train.
     """
 
     recipe: str
@@ -66,6 +67,7 @@ class SmallRun:
     without_inputs: Mapping[str, str]
     optimizers: tuple[str, str]
     metric: tuple[str, str]
+    flags: tuple[str, ...] = ()
 
 
 _FILES = {
@@ -119,6 +121,7 @@ SMALL_RUNS = (
         without_inputs=_CHUNKS,
         optimizers=("vr_sgd", "sgd"),
         metric=("auc", "AUC"),
+        flags=("--sub_batches=2",),  # Four, as its config has, are traced for a minute.
     ),
 )
 
@@ -226,6 +229,7 @@ def _run(run: SmallRun, folder: Path, data_dir: Path, replicas: int, step: Any) 
             + ",".join(f"{k}='{v.format(data=data)}'" for k, v in overrides.items()),
             f"--cpu_replicas={replicas}",
             f"--model_dir={model}",
+            *run.flags,
         ]
         started = time.monotonic()
         if not step(f"{run.recipe} {optimizer}", command):
