@@ -54,7 +54,6 @@ class SmallRun:
         without_inputs: The same where nothing was prepared.
         optimizers: Names in the registration: the variance-reduced one and its base.
         metric: Of the summary, and how it is called in the table.
-        flags: More flags of its train.
     """
 
     recipe: str
@@ -67,7 +66,6 @@ class SmallRun:
     without_inputs: Mapping[str, str]
     optimizers: tuple[str, str]
     metric: tuple[str, str]
-    flags: tuple[str, ...] = ()
 
 
 _FILES = {
@@ -121,7 +119,6 @@ SMALL_RUNS = (
         without_inputs=_CHUNKS,
         optimizers=("vr_sgd", "sgd"),
         metric=("auc", "AUC"),
-        flags=("--sub_batches=2",),  # Four, as its config has, are traced for a minute.
     ),
 )
 
@@ -229,7 +226,6 @@ def _run(run: SmallRun, folder: Path, data_dir: Path, replicas: int, step: Any) 
             + ",".join(f"{k}='{v.format(data=data)}'" for k, v in overrides.items()),
             f"--cpu_replicas={replicas}",
             f"--model_dir={model}",
-            *run.flags,
         ]
         started = time.monotonic()
         if not step(f"{run.recipe} {optimizer}", command):
