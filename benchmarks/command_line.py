@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from official_recipes.common.files import atomic_write
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     EXIT_INTERRUPTED,
@@ -61,10 +58,3 @@ def output_file(argument: str | None) -> Path | None:
     if not argument or path.is_dir() or not path.parent.is_dir():
         raise FlagValueError("output", "a file name in a folder that exists", repr(argument))
     return path
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file beside its place and puts it there when it is whole."""
-    with atomic_write(path) as temporary:
-        text = json.dumps(content, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")

@@ -27,11 +27,11 @@ from benchmarks.command_line import (
     listed_names,
     output_file,
     progress_bar,
-    write_json,
 )
 from benchmarks.shapes import count
 from benchmarks.step_time import MODELS as RESIDUAL
 from benchmarks.step_time import build_model as build_residual
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,

@@ -23,8 +23,8 @@ from benchmarks.command_line import (
     listed_names,
     output_file,
     progress_bar,
-    write_json,
 )
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,

@@ -30,9 +30,9 @@ from benchmarks.command_line import (
     listed_names,
     output_file,
     progress_bar,
-    write_json,
 )
 from benchmarks.shapes import count
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     IntegerParser,

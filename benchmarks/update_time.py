@@ -33,9 +33,9 @@ from benchmarks.command_line import (
     listed_names,
     output_file,
     progress_bar,
-    write_json,
 )
 from benchmarks.shapes import MODELS, Shape, count
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,

@@ -19,7 +19,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from official_recipes.common.files import atomic_write
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     FlagValueError,
@@ -191,8 +191,7 @@ def main(argv: Sequence[str]) -> int:
                 )
             rows += made
     if rows:
-        with atomic_write(output / "results.json") as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(output / "results.json", rows)
         # Without a terminal rich assumes 80 columns, too few for this table.
         Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
     for line in failed:

@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from harness_recipes import interrupt_preparation
 
 from official_recipes.bert import documents, prepare_data, records, squad, train
 from official_recipes.common import tfm_training
@@ -399,26 +399,9 @@ def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, vocab
     source = _text(tmp_path / "in", 200)
     out = tmp_path / "out"
     arguments = [f"--source={source}", f"--vocab_file={vocab_file}", *LENGTHS]
-    command = [
-        *[sys.executable, "-c"],
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from official_recipes.bert.prepare_data import main; sys.exit(main(sys.argv))",
-        *[*arguments, "--dupe_factor=100000", f"--output_dir={out}"],
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / ".out.partial"
-    deadline = time.monotonic() + 300
-    while not list(partial.glob("train-*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    process.communicate(timeout=120)
-    assert process.returncode == (130 if number == signal.SIGINT else -9)
-    assert not out.exists()
-    assert partial.exists() == (number == signal.SIGKILL)
+    interrupt_preparation("bert", [*arguments, "--dupe_factor=100000"], out, number)
     assert _prepare(*arguments, f"--output_dir={out}", "--dupe_factor=1") == 0
-    assert not partial.exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_real_wikipedia(shared_data):

@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from harness_recipes import interrupt_preparation
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
@@ -287,29 +287,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, number):
-    out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    command = [
-        *[sys.executable, "-c"],
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from official_recipes.dlrm.prepare_data import main; sys.exit(main(sys.argv))",
-        *["--synthetic_rows=10000000", "--ids=hashed", f"--output_dir={out}"],
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(partial.glob("train-*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    codes = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
-    assert process.returncode == codes[number]
-    assert not out.exists()
-    if number != signal.SIGKILL:
-        assert errors.strip().endswith("interrupted: nothing was written")
-        assert not partial.exists()
+    out = tmp_path / "out"
+    interrupt_preparation("dlrm", ["--synthetic_rows=10000000", "--ids=hashed"], out, number)
     assert main(["prepare_data", "--synthetic_rows=100", f"--output_dir={out}"]) == 0
-    assert not partial.exists()
+    assert not (tmp_path / ".out.partial").exists()
     assert sum(_record(out)["rows"].values()) == 100
 
 

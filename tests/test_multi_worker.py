@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness_recipes import SMALL_RESNET
 
 from official_recipes.common import multi_worker
 from official_recipes.common.multi_worker import Cluster, ClusterError, cluster_from_environment
@@ -21,29 +22,9 @@ from official_recipes.resnet50 import train
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 300
 
-SMALL = """
-task:
-  model:
-    num_classes: 4
-    input_size: [32, 32, 3]
-    backbone: {type: resnet, resnet: {model_id: 18}}
-  train_data: {input_path: synthetic, global_batch_size: 8}
-  validation_data: {input_path: synthetic, global_batch_size: 32}
-trainer:
-  train_steps: 4
-  steps_per_loop: 2
-  summary_interval: 2
-  checkpoint_interval: 2
-  validation_interval: 4
-  validation_steps: 1
-  optimizer_config:
-    learning_rate: {cosine: {initial_learning_rate: 2.0, decay_steps: 100, offset: 0}}
-    warmup: {linear: {warmup_steps: 2}}
-runtime:
-  mixed_precision_dtype: float32
-  distribution_strategy: multi_worker_mirrored
-  all_reduce_alg: ring
-"""
+SMALL = SMALL_RESNET.replace("global_batch_size: 16", "global_batch_size: 8").replace(
+    "float32}", "float32, distribution_strategy: multi_worker_mirrored, all_reduce_alg: ring}"
+)
 
 
 def _config(jobs, job, index):

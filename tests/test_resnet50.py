@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from harness_recipes import SMALL_RESNET, interrupt_preparation
 
 from official_recipes.common import tfm_training
 from official_recipes.common.flag_parsing import FlagValueError
@@ -22,32 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "official_recipes" / "resnet50" / "configs").glob("*.yaml"))
 IMAGENET = 1_281_167
 
-SMALL = """
-task:
-  model:
-    num_classes: 4
-    input_size: [32, 32, 3]
-    backbone: {type: resnet, resnet: {model_id: 18}}
-  train_data: {input_path: synthetic, global_batch_size: 16}
-  validation_data: {input_path: synthetic, global_batch_size: 32}
-trainer:
-  train_steps: 4
-  steps_per_loop: 2
-  summary_interval: 2
-  checkpoint_interval: 2
-  validation_interval: 4
-  validation_steps: 1
-  optimizer_config:
-    learning_rate: {cosine: {initial_learning_rate: 2.0, decay_steps: 100, offset: 0}}
-    warmup: {linear: {warmup_steps: 2}}
-runtime: {mixed_precision_dtype: float32}
-"""
-
 
 @pytest.fixture
 def small(tmp_path):
     file = tmp_path / "small.yaml"
-    file.write_text(SMALL)
+    file.write_text(SMALL_RESNET)
     return [f"--config_file={file}", f"--model_dir={tmp_path / 'model'}"]
 
 
@@ -384,25 +363,9 @@ def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, numbe
     for i in range(8000):
         os.link(tree / "train" / "ant" / "ant0.JPEG", tree / "train" / "bee" / f"x{i}.JPEG")
     out = tmp_path / "out"
-    command = [
-        *[sys.executable, "-c"],
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from official_recipes.resnet50.prepare_data import main; sys.exit(main(sys.argv))",
-        *[f"--source={tree}", f"--output_dir={out}"],
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    partial = tmp_path / ".out.partial"
-    deadline = time.monotonic() + 60
-    while not list(partial.glob("train-*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -9)
-    assert not out.exists()
+    interrupt_preparation("resnet50", [f"--source={tree}"], out, number)
     assert _prepare(f"--source={tree}", f"--output_dir={out}", "--shards=1") == 0
-    assert not partial.exists()
+    assert not (tmp_path / ".out.partial").exists()
     assert len(_examples(out, "train")) == 8003
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 from absl import flags
 
 from official_recipes.bert import documents, records, squad
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     ShareParser,
@@ -264,7 +264,7 @@ def _prepare(options: Options) -> None:
         else:
             assert vocabulary is not None
             record = _write_squad(options, vocabulary, partial, show)
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_json(partial / RECORD, record)
         stop.check()
     described = "; ".join(
         f"{name}: " + ", ".join(f"{number} {what}" for what, number in split.items())

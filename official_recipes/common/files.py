@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,14 +37,56 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def plain(content: Any) -> Any:
+    """Returns a tree of results as JSON has it.
+
+    Args:
+        content: Mappings, lists and tuples of numbers, text, arrays, tensors and paths.
+
+    Returns:
+        The same of dictionaries with text as keys, lists, plain numbers and text. Numbers that are
+        infinite or NaN, which JSON has not, are ``None``.
+    """
+    if isinstance(content, Mapping):
+        return {str(key): plain(item) for key, item in content.items()}
+    if hasattr(content, "numpy"):
+        content = content.numpy()
+    if hasattr(content, "tolist"):
+        content = content.tolist()
+    if isinstance(content, list | tuple):
+        return [plain(item) for item in content]
+    if isinstance(content, bytes):
+        return content.decode(errors="replace")
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    known = content is None or isinstance(content, bool | int | float | str)
+    return content if known else str(content)
+
+
+def json_text(content: Any) -> str:
+    """Returns :func:`plain` ``content`` as the text of a JSON file."""
+    return json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file so that a reader never sees half of it.
+
+    Args:
+        path: The file to create or replace. Its folder must exist.
+        content: What :func:`plain` takes.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(json_text(content), encoding="utf-8")
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Appends one JSON row to a file, whole or not at all, whoever else appends.
 
     Args:
         path: The file, made if missing.
-        row: What JSON can hold.
+        row: What :func:`plain` takes.
     """
-    line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    line = (json.dumps(plain(row), allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

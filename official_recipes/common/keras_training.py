@@ -13,14 +13,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from official_recipes.common.files import append_row, atomic_write
+from official_recipes.common.files import append_row, plain, write_json
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.keras_optimizers import make_optimizer
 from official_recipes.common.keras_options import TrainingOptions, check_batch
@@ -107,19 +106,20 @@ class RunResult:
 
     def record(self) -> dict[str, Any]:
         """Returns the result as plain data that JSON can hold."""
-        return {
+        content = {
             "task": self.task,
             **self.task_settings,
-            **_plain(self.options),
+            **dataclasses.asdict(self.options),
             "updates": self.updates,
             "diverged": self.diverged,
-            "final": _finite(self.metrics[-1] if self.metrics else {}),
-            "train_loss": [_finite(value) for value in self.train_loss],
-            "evaluations": [_finite(row) for row in self.metrics],
+            "final": self.metrics[-1] if self.metrics else {},
+            "train_loss": self.train_loss,
+            "evaluations": self.metrics,
             "seconds": round(self.seconds, 2),
             "resumed_from": self.resumed_from,
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         }
+        return plain(content)
 
 
 def updates_per_epoch(task: Task, options: TrainingOptions) -> int:
@@ -289,13 +289,10 @@ class _Checkpoints(keras.callbacks.Callback):
         """Brings the last checkpoint back, if the run is to be resumed; returns its epoch."""
         path = self._manager.latest_checkpoint
         settings = self._folder / _SETTINGS
-        plain = {
-            key: value
-            for key, value in {**self._run.task_settings, **_plain(self._run.options)}.items()
-            if key not in _NOT_OF_THE_RUN
-        }
+        of_the_run = {**self._run.task_settings, **dataclasses.asdict(self._run.options)}
+        now = plain({key: v for key, v in of_the_run.items() if key not in _NOT_OF_THE_RUN})
         if path is None:
-            write_json(settings, plain)
+            write_json(settings, now)
             return 0
         if not self._run.options.resume:
             raise FlagValueError(
@@ -303,7 +300,7 @@ class _Checkpoints(keras.callbacks.Callback):
                 "a folder without checkpoints, or --resume to go on",
                 repr(str(self._folder)),
             )
-        self._check_settings(json.loads(settings.read_text(encoding="utf-8")), plain)
+        self._check_settings(json.loads(settings.read_text(encoding="utf-8")), now)
         self._checkpoint.restore(path).assert_existing_objects_matched()
         epoch = int(self._epoch.numpy())
         history = json.loads((self._folder / _HISTORY).read_text(encoding="utf-8"))
@@ -316,7 +313,7 @@ class _Checkpoints(keras.callbacks.Callback):
 
     def _check_settings(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
         for key in sorted({*saved, *now}):
-            if saved.get(key) != json.loads(json.dumps(now.get(key))):
+            if saved.get(key) != now.get(key):
                 raise FlagValueError(
                     key if key != "schedule" else "learning_rate and schedule",
                     f"{saved.get(key)}, as in the run to resume",
@@ -341,29 +338,8 @@ class _Checkpoints(keras.callbacks.Callback):
         write_json(
             path,
             {
-                "train_loss": [_finite(value) for value in run.train_loss],
-                "metrics": [_finite(row) for row in run.metrics],
+                "train_loss": run.train_loss,
+                "metrics": run.metrics,
                 "seconds": seconds,
             },
         )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader never sees half of it."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-
-
-def _plain(options: TrainingOptions) -> dict[str, Any]:
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(options).items()
-    }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -8,8 +8,6 @@ workers (`multi_worker`) all do so together.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import signal
 import statistics
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags
 
+from official_recipes.common.files import json_text, plain
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     FlagValueError,
@@ -636,11 +635,11 @@ class _Record:
 
     def trained(self, output: Any) -> None:
         """A loop of training has ended."""
-        self.ran, self.train_metrics = True, _plain(output)
+        self.ran, self.train_metrics = True, plain(output)
 
     def evaluated(self, output: Any) -> None:
         """An evaluation has ended."""
-        self.ran, self.metrics = True, _plain(output)
+        self.ran, self.metrics = True, plain(output)
 
     @property
     def step_ms(self) -> float | None:
@@ -674,23 +673,6 @@ class _SkippedUpdates:
         self._seen = count
 
 
-def _plain(value: Any) -> Any:
-    """A tree of metrics as JSON has it: plain numbers, no NaN."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "numpy"):
-        value = value.numpy()
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
-
-
 def write_summary(model_dir: str, summary: dict[str, Any]) -> None:
     """Writes `summary.json`, whole or not at all.
 
@@ -709,7 +691,7 @@ def write_summary(model_dir: str, summary: dict[str, Any]) -> None:
     path = os.path.join(model_dir, SUMMARY_FILE)
     partial = f"{path}.partial"
     with tf.io.gfile.GFile(partial, "w") as file:
-        file.write(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        file.write(json_text(summary))
     tf.io.gfile.rename(partial, path, overwrite=True)
 
 

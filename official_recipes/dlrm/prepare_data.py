@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     ShareParser,
@@ -257,7 +257,7 @@ def _prepare(options: Options) -> None:
                     counter.add(chunk.keys)
             ids = FrequentIds(counter.frequent(options.min_frequency))
         record = _write(options, rows, ids, partial)
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_json(partial / RECORD, record)
         stop.check()
     described = ", ".join(f"{record['rows'][split]} {split}" for split in SPLITS)
     print(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
 from official_recipes.common.image_data import DataFormatError, ImageData
 from official_recipes.common.interruption import Interruption, interruption, run_program
@@ -104,20 +105,17 @@ def _write_comparison(options: Options, data: ImageData, results: list[RunResult
 
     plot, record = options.output_dir / "quickstart.png", options.output_dir / "quickstart.json"
     report.write_plot(plot, data.name, options.replicas, results)
-    report.write_json(record, report.comparison_record(data.name, options.replicas, results))
+    write_json(record, report.comparison_record(data.name, options.replicas, results))
     console = Console()
     console.print(report.result_table(data.name, options.replicas, results))
     console.print(f"wrote {plot} and {record}", soft_wrap=True)
 
 
 def _write_tuning(options: Options, data: ImageData, results: list[TuningResult]) -> None:
-    from official_recipes.quickstart import report
     from official_recipes.quickstart.tuning import tuning_table
 
     record = options.output_dir / "tuning.json"
-    report.write_json(
-        record, {"data": data.name, "results": [asdict(result) for result in results]}
-    )
+    write_json(record, {"data": data.name, "results": [asdict(result) for result in results]})
     console = Console()
     console.print(tuning_table(data.name, results))
     console.print(f"wrote {record}", soft_wrap=True)

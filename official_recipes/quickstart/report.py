@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,15 +32,8 @@ def result_table(data_name: str, replicas: int, results: list[RunResult]) -> Tab
     return table
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes ``content`` as JSON; numbers that are infinite or NaN become ``null``."""
-    with atomic_write(path) as temporary:
-        text = json.dumps(_without_nonfinite(content), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
 def comparison_record(data_name: str, replicas: int, results: list[RunResult]) -> dict:
-    """Returns a comparison as plain data for :func:`write_json`."""
+    """Returns a comparison as plain data."""
     return {
         "data": data_name,
         "replicas": replicas,
@@ -125,13 +116,3 @@ def _looks(results: list[RunResult]) -> list[tuple[str, str]]:
         color = colors.setdefault(base, f"C{len(colors)}")
         looks.append((color, "-" if base == name else "--"))
     return looks
-
-
-def _without_nonfinite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -15,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,
@@ -222,7 +222,7 @@ class _Writer:
 
 def _write_texts(folder: Path, tree: ImageTree, record: dict[str, Any]) -> None:
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in tree.classes), "utf-8")
-    (folder / "dataset.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    write_json(folder / "dataset.json", record)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""What the tests of several recipes have in common."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL_RESNET = """
+task:
+  model:
+    num_classes: 4
+    input_size: [32, 32, 3]
+    backbone: {type: resnet, resnet: {model_id: 18}}
+  train_data: {input_path: synthetic, global_batch_size: 16}
+  validation_data: {input_path: synthetic, global_batch_size: 32}
+trainer:
+  train_steps: 4
+  steps_per_loop: 2
+  summary_interval: 2
+  checkpoint_interval: 2
+  validation_interval: 4
+  validation_steps: 1
+  optimizer_config:
+    learning_rate: {cosine: {initial_learning_rate: 2.0, decay_steps: 100, offset: 0}}
+    warmup: {linear: {warmup_steps: 2}}
+runtime: {mixed_precision_dtype: float32}
+"""
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+
+
+def interrupt_preparation(recipe: str, arguments: list[str], output_dir: Path, number: int) -> None:
+    """Sends a signal to a recipe's ``prepare_data`` as soon as it writes training records.
+
+    Checks that nothing looks like prepared data then, and that only a killed process leaves the
+    folder that it worked in.
+    """
+    partial = output_dir.parent / f".{output_dir.name}.partial"
+    command = [
+        *[sys.executable, "-c"],
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"from official_recipes.{recipe}.prepare_data import main; sys.exit(main(sys.argv))",
+        *[*arguments, f"--output_dir={output_dir}"],
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not list(partial.glob("train-*")):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == _EXIT_CODES[number]
+    assert not output_dir.exists()
+    assert partial.exists() == (number == signal.SIGKILL)
+    if number != signal.SIGKILL:
+        assert errors.strip().endswith("interrupted: nothing was written")
