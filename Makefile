@@ -32,7 +32,7 @@ recipes: setup
 	$(BIN)/python -m official_recipes.small_runs
 
 evidence: setup
-	$(BIN)/python -m benchmarks.study --study=extrapolation --norun --render
+	$(BIN)/python -m benchmarks.study --render
 
 lint: setup
 	$(BIN)/ruff check .

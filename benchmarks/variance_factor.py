@@ -14,8 +14,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command_line import progress_bar, write_json
-from official_recipes.common.files import atomic_write
+from benchmarks.command_line import progress_bar
+from official_recipes.common.files import atomic_write, write_json
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     FlagValueError,
@@ -68,6 +68,8 @@ def build_model(name: str, data: ImageData, seed: int) -> keras.Model:
     """
     import keras
 
+    from official_recipes.cifar.models import sigmoid_cnn
+
     keras.utils.set_random_seed(seed)
     inputs = keras.Input(data.train_images.shape[1:])
     x = keras.layers.Rescaling(2.0 / data.max_value, offset=-1.0)(inputs)
@@ -75,15 +77,10 @@ def build_model(name: str, data: ImageData, seed: int) -> keras.Model:
         x = keras.layers.Flatten()(x)
         for number in range(4):
             x = keras.layers.Dense(128, activation="sigmoid", name=f"layer_{number + 1}")(x)
+        x = keras.layers.Dense(data.classes, name="layer_5")(x)
     else:
-        for number, filters in enumerate((8, 16, 32)):
-            x = keras.layers.Conv2D(
-                filters, 3, strides=2, padding="same", activation="sigmoid",
-                name=f"layer_{number + 1}",
-            )(x)  # fmt: skip
-        x = keras.layers.Flatten()(x)
-        x = keras.layers.Dense(64, activation="sigmoid", name="layer_4")(x)
-    return keras.Model(inputs, keras.layers.Dense(data.classes, name="layer_5")(x))
+        x = sigmoid_cnn(x, data.classes)
+    return keras.Model(inputs, x)
 
 
 def measure(name: str, data: ImageData, options: Any, on_epoch: Any) -> dict[str, list[float]]:

@@ -427,13 +427,17 @@ def test_accumulation_is_one_update_of_the_whole_batch():
 
 
 def test_label_smoothing_and_a_validation_split():
-    data = cifar.load_data(cifar.DigitsSource(), 300)
-    assert (len(data.train_labels), len(data.test_labels)) == (1137, 300)
-    task = ImageTask(data, "two_conv", held_out=True, label_smoothing=0.1)
+    data = cifar.load_data(cifar.DigitsSource())
+    values = cifar.define_flags()
+    parse_flags(values, ["", "--model=two_conv", "--validation_size=300", "--label_smoothing=0.1"])
+    task = cifar.task_of(data, values)
+    assert task.train_size == 1137
+    assert task.splits() == ("validation",)
     result = train(task, dataclasses.replace(FAST, epochs=1, evaluate_every=0), strategy_of(2))
     assert set(result.metrics[-1]) == {"epoch", "validation_accuracy", "validation_loss"}
+    parse_flags(values, ["", "--validation_size=2000"])
     with pytest.raises(FlagValueError, match="validation_size"):
-        cifar.load_data(cifar.DigitsSource(), 2000)
+        cifar.task_of(data, values)
 
 
 def test_divergence_is_recorded():
@@ -531,7 +535,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg"
 def test_on_cifar10():
     if not DATA.is_dir():
         pytest.skip("CIFAR-10 (JPEG) is not at ../shared/data/cifar10-jpeg")
-    data = cifar.load_data(find_source(DATA), 0)
+    data = cifar.load_data(find_source(DATA))
     small = dataclasses.replace(
         data, train_images=data.train_images[:10_000], train_labels=data.train_labels[:10_000]
     )

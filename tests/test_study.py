@@ -1,23 +1,32 @@
 """The study: what is run next, what is kept, what is written into documents."""
 
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tensorflow as tf
+
+import tf_lbopt
 
 # Benchmarks are not part of the package; at the end, so that the installed package is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
+from benchmarks.study import regression, runner
 from benchmarks.study.__main__ import main, summary
-from benchmarks.study.documents import DOCS, DOCUMENTS
+from benchmarks.study.documents import DOCS, render_pages
+from benchmarks.study.evidence import good_rates, shown, tuned_table
 from benchmarks.study.grid import (
+    ACCURACY,
     FINAL,
     TUNING,
     Cell,
     Contender,
+    Metric,
     Results,
     Study,
     next_runs,
@@ -26,8 +35,6 @@ from benchmarks.study.grid import (
 from benchmarks.study.render import comparison_table, fill, percent
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
-from official_recipes.cifar import train as cifar
-from official_recipes.common.flag_parsing import parse_flags
 from official_recipes.common.keras_options import training_options
 
 CELL = Cell(
@@ -52,7 +59,7 @@ def carry_out(study, score, limit=200):
             {
                 **run.head(),
                 "diverged": value is None,
-                "final": {"epoch": 1.0, f"{split}_accuracy": value, f"{split}_loss": 0.0},
+                "final": {"epoch": 1.0, f"{split}_{study.metric.name}": value},
             }
         )
         assert len(rows) < limit
@@ -159,26 +166,112 @@ def test_tables():
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
 def test_every_run_of_a_study_has_flags_that_the_recipe_takes(study):
+    assert study.task in runner.TASKS
+    if study.task == "regression":
+        pytest.skip("its settings are no flags; they are run below")
     rows = carry_out(study, lambda run: 1 / (1 + abs(math.log(run.value / 0.1))), limit=2000)
+    recipe = importlib.import_module(f"official_recipes.{study.task}.train")
     for row in rows:
-        values = cifar.define_flags()
-        arguments = [f"--{k}={str(v).lower()}" for k, v in row["flags"].items()]
-        parse_flags(values, ["study", *arguments])
+        values = runner.parsed(recipe, row["flags"], Path("."))
         assert training_options(values).seed == row["flags"]["seed"]
-    assert study.name in DOCUMENTS
 
 
-@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
-def test_documents_hold_what_the_table_says(study, tmp_path):
+def test_documents_hold_what_the_table_says(tmp_path):
     (tmp_path / "images").mkdir()
     for document in DOCS.glob("*.md"):
         (tmp_path / document.name).write_text(document.read_text())
-    written = DOCUMENTS[study.name](study, Results(study, read_rows(RESULTS)), tmp_path)
+    written = render_pages(read_rows(RESULTS), tmp_path)
+    assert {path.name for path in written} >= {"extrapolation.md", "evidence.md"}
     for path in written:
         if path.suffix == ".md":
             assert path.read_text() == (DOCS / path.name).read_text()
         else:
             assert path.stat().st_size > 10_000
+
+
+def test_good_rates():
+    outcome = outcomes(STUDY, Results(STUDY, carry_out(STUDY, at_best(0.2))))["cell", "base"]
+    assert sorted(outcome.tried) == [0.1, 0.2, 0.4]
+    assert outcome.close(ACCURACY) == [0.2]
+    assert good_rates(outcome, ACCURACY) == "0.2"
+    wide = Metric("accuracy", close=0.6)
+    assert outcome.close(wide) == [0.1, 0.2, 0.4]
+    assert good_rates(outcome, wide) == "0.1–0.4 (≥ ×4)"
+
+
+def test_a_loss_is_better_where_it_is_lower():
+    loss = Metric("loss", lower_is_better=True, scale=1.0, unit="")
+    study = Study("study", [(CELL, [BASE, FIXED])], metric=loss)
+    rows = carry_out(study, lambda run: None if run.value > 0.3 else abs(run.value - 0.11))
+    outcome = outcomes(study, Results(study, rows))["cell", "base"]
+    assert outcome.best == 0.1
+    assert outcome.tried[0.4] == math.inf
+    assert [row["flags"]["seed"] for row in outcome.rows] == [1, 2, 3]
+    table = tuned_table(study, Results(study, rows), CELL, [BASE, FIXED]).splitlines()
+    assert "0.01 ± 0.00" in table[2]
+    assert "as base" in table[3]
+    assert "not run" in tuned_table(study, Results(study, []), CELL, [BASE]).splitlines()[2]
+    assert shown(loss, [1.0, math.inf]) == "1 of 2 diverged"
+
+
+@pytest.mark.parametrize("inputs", regression.INPUTS)
+def test_regression_is_what_the_optimizer_does(inputs):
+    settings = {
+        "inputs": inputs,
+        "noise": 0.5,
+        "optimizer": "vr_sgd",
+        "learning_rate": 0.1,
+        "batch_size": 64,
+        "sub_batches": 4,
+        "gamma": 0.2,
+        "steps": 3,
+        "seed": 7,
+    }
+    curves = regression.optimize(settings)
+    draw = {"normal": tf.random.stateless_normal, "uniform": tf.random.stateless_uniform}[inputs]
+    w = tf.Variable(tf.zeros([10]))
+    optimizer = tf_lbopt.VRSGD(0.1, gamma=0.2, gradient_accumulation_steps=4)
+    true = tf.constant(regression.TRUE_WEIGHTS)
+    for step in range(3):
+        x = draw([4, 16, 10], [7, step])
+        noise = 0.5 * tf.random.stateless_normal([4, 16], [7, 3 + step])
+        for part in range(4):
+            with tf.GradientTape() as tape:
+                error = tf.linalg.matvec(x[part], w - true) - noise[part]
+                loss = tf.reduce_mean(tf.square(error))
+            optimizer.apply([tape.gradient(loss, w)], [w])
+        np.testing.assert_allclose(curves.weights[step + 1], w.numpy(), rtol=2e-5)
+    assert (curves.ratios >= 0.2 - 1e-6).all()
+    assert (curves.ratios <= 1).all()
+    plain = regression.optimize({**settings, "optimizer": "sgd"})
+    assert (plain.ratios == 1).all()
+    assert plain.test_loss[-1] < plain.test_loss[0]
+
+
+def test_a_run_of_the_regression_study():
+    made = regression.RegressionRunner()
+    flags = {
+        "inputs": "normal",
+        "noise": 0.0,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+        "batch_size": 64,
+        "sub_batches": 2,
+        "gamma": 0.1,
+        "steps": 5,
+        "seed": 1,
+    }
+    final = made.train({**flags, "validation_size": 0, "curve": True}, lambda done, total: None)
+    assert final["final"]["test_log10_loss"] < 2.6
+    assert final["curve"]["steps"] == [0, 1, 2, 3, 4, 5]
+    assert len(final["curve"]["weights"]) == 6
+    tuning = made.train({**flags, "validation_size": 1}, lambda done, total: None)
+    assert "curve" not in tuning
+    assert tuning["final"]["validation_log10_loss"] != final["final"]["test_log10_loss"]
+    far = made.train(
+        {**flags, "validation_size": 0, "learning_rate": 9.0}, lambda done, total: None
+    )
+    assert far["diverged"]
 
 
 def test_wrong_flags(capsys):
@@ -195,9 +288,9 @@ def test_a_run_from_the_command_line(tmp_path):
         " final_seeds=(1,))\n"
         "m.STUDIES['extrapolation'] = Study('extrapolation', [(cell, [Contender('sgd',"
         " {'optimizer': 'momentum', 'learning_rate': 0.05})])])\n"
-        "from benchmarks.study import runner\n"
+        "from official_recipes.cifar import train as cifar\n"
         "from official_recipes.common.image_data import DigitsSource\n"
-        "runner.cifar.make_source = lambda values: DigitsSource()\n"
+        "cifar.make_source = lambda values: DigitsSource()\n"
         f"m.run_program(m.main, ['study', '--study=extrapolation', '--data_dir=.',"
         f" '--results={tmp_path / 'rows.jsonl'}'])\n"
     )

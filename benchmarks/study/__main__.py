@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command_line import exit_code_of, progress_bar
-from benchmarks.study.documents import DOCS, DOCUMENTS
+from benchmarks.study.documents import render_pages
 from benchmarks.study.grid import Results, Study, next_runs, outcomes
+from benchmarks.study.runner import TASKS, make_runner
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
 from official_recipes.common.files import append_row
@@ -36,7 +37,7 @@ def define_flags() -> flags.FlagValues:
     """Returns the study's flags."""
     values = flags.FlagValues()
     flags.DEFINE_enum("study", None, sorted(STUDIES), "Which study.", flag_values=values)
-    flags.DEFINE_string("data_dir", None, "Folder with CIFAR-10.", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "Folder with the study's data.", flag_values=values)
     flags.DEFINE_string("results", str(RESULTS), "The table of results.", flag_values=values)
     define_integer(
         values, "minutes", None, "Begin no run after so many minutes [default: until all are done]."
@@ -44,7 +45,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_boolean(
         "render",
         False,
-        "Fill the study's document in docs/ and draw its plots.",
+        "Fill the pages in docs/ from the table and draw their plots; needs no --study.",
         flag_values=values,
     )
     flags.DEFINE_boolean("run", True, "Make runs; else only print.", flag_values=values)
@@ -63,30 +64,32 @@ def _main(argv: Sequence[str]) -> None:
     if values.help:
         print(help_text(values, PROGRAM, SUMMARY))
         return
-    if values.study is None:
+    path = Path(values.results)
+    if values.study is not None:
+        _study(STUDIES[values.study], path, values)
+    elif not values.render:
         raise FlagValueError("study", f"one of {', '.join(sorted(STUDIES))}", "none")
-    study, path = STUDIES[values.study], Path(values.results)
-    if values.run and next_runs(study, Results(study, read_rows(path))):
-        if values.data_dir is None:
-            raise FlagValueError("data_dir", "a folder with CIFAR-10", "none")
-        _run(study, path, Path(values.data_dir), values.minutes)
-    results = Results(study, read_rows(path))
-    Console().print(summary(study, results))
     if values.render:
-        for written in DOCUMENTS[study.name](study, results, DOCS):
+        for written in render_pages(read_rows(path)):
             print(f"wrote {written}")
 
 
-def _run(study: Study, path: Path, data_dir: Path, minutes: int | None) -> None:
+def _study(study: Study, path: Path, values: flags.FlagValues) -> None:
+    if values.run and next_runs(study, Results(study, read_rows(path))):
+        if values.data_dir is None and TASKS[study.task] is not None:
+            raise FlagValueError("data_dir", TASKS[study.task], "none")
+        _run(study, path, values.data_dir, values.minutes)
+    Console().print(summary(study, Results(study, read_rows(path))))
+
+
+def _run(study: Study, path: Path, data_dir: str | None, minutes: int | None) -> None:
     from official_recipes.common.replicas import quiet_tensorflow
 
     quiet_tensorflow()
-    from benchmarks.study.runner import Runner
-
     console = Console(stderr=True)
     started = time.monotonic()
     with progress_bar(console) as progress, interruption() as interrupted:
-        runner = Runner(data_dir, _replicas(study))
+        runner = make_runner(study, None if data_dir is None else Path(data_dir))
         reading = progress.add_task("reading", total=None)
         runner.load(lambda done, total: progress.update(reading, completed=done, total=total))
         progress.remove_task(reading)
@@ -105,7 +108,7 @@ def _run(study: Study, path: Path, data_dir: Path, minutes: int | None) -> None:
                 interrupted.check()
                 progress.update(task, completed=done, total=total)  # type: ignore[arg-type]
 
-            row = runner.train(run, after_update)
+            row = {**run.head(), **runner.train(run.settings, after_update)}
             append_row(path, row)
             seconds.append(row["seconds"])
             progress.remove_task(task)
@@ -118,16 +121,10 @@ def _run(study: Study, path: Path, data_dir: Path, minutes: int | None) -> None:
             )
 
 
-def _replicas(study: Study) -> int:
-    numbers = {int(cell.settings["replicas"]) for cell, _ in study.comparisons}
-    assert len(numbers) == 1, "a process has one strategy"
-    return numbers.pop()
-
-
 def summary(study: Study, results: Results) -> Table:
     """What is known of a study's contenders."""
     table = Table(title=f"study {study.name}")
-    for heading in ("cell", "contender", "tuned", "best", "runs", f"test {study.metric}"):
+    for heading in ("cell", "contender", "tuned", "best", "runs", f"test {study.metric.name}"):
         table.add_column(heading)
     known = outcomes(study, results)
     for cell, contenders in study.comparisons:

@@ -28,14 +28,15 @@ class Cell:
     Attributes:
         name: For results and headings.
         settings: Flags of the recipe: model, batch_size, epochs, schedule, ...
-        validation_size: Training examples set apart for tuning.
+        validation_size: Training examples set apart for tuning; ``None`` where the task has a
+            validation split of its own.
         tuning_seeds: Each value of a grid is tried with these.
         final_seeds: The best value is tested with these.
     """
 
     name: str
     settings: Mapping[str, Scalar]
-    validation_size: int
+    validation_size: int | None
     tuning_seeds: tuple[int, ...] = (1,)
     final_seeds: tuple[int, ...] = (1, 2, 3)
 
@@ -69,7 +70,7 @@ class Run:
         label: The contender's.
         stage: `TUNING` or `FINAL`.
         value: Of the contender's axis.
-        settings: All flags of the recipe, the axis, seed and validation_size among them.
+        settings: All flags of the recipe, the axis and the seed among them.
     """
 
     study: str
@@ -97,18 +98,51 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """What a run is judged by.
+
+    Attributes:
+        name: In the results' ``final``, without its split.
+        lower_is_better: Whether it is a loss.
+        close: Two values that differ by no more count as equally good.
+        scale: What a value is multiplied by where it is shown.
+        unit: Behind a shown value.
+    """
+
+    name: str
+    lower_is_better: bool = False
+    close: float = 0.01
+    scale: float = 100.0
+    unit: str = " %"
+
+    @property
+    def worst(self) -> float:
+        """Of a run that diverged."""
+        return math.inf if self.lower_is_better else -math.inf
+
+    def shown(self, value: float, digits: int = 2) -> str:
+        """A value as people read it, without its unit."""
+        return f"{self.scale * value:.{digits}f}"
+
+
+ACCURACY = Metric("accuracy")
+
+
+@dataclass(frozen=True)
 class Study:
     """Cells, each with its contenders.
 
     Attributes:
         name: Of the study.
         comparisons: Cells and the contenders in each, those that others take from first.
-        metric: Of the results' ``final``, higher is better, named without its split.
+        metric: What is tuned for and reported.
+        task: A key of `benchmarks.study.runner.TASKS`.
     """
 
     name: str
     comparisons: Sequence[tuple[Cell, Sequence[Contender]]]
-    metric: str = "accuracy"
+    metric: Metric = ACCURACY
+    task: str = "cifar"
 
 
 class Results:
@@ -123,12 +157,13 @@ class Results:
         return self._rows.get(_key(run.head()))
 
     def score(self, run: Run) -> float | None:
-        """The metric at the end; a run that diverged has the lowest there is."""
+        """The metric at the end; a run that diverged has the worst there is."""
         row = self.row(run)
         if row is None:
             return None
-        found = [v for k, v in row["final"].items() if k.split("_", 1)[-1] == self._metric]
-        return -math.inf if row["diverged"] or not found or found[0] is None else float(found[0])
+        split = "validation" if run.stage == TUNING else "test"
+        found = row["final"].get(f"{split}_{self._metric.name}")
+        return self._metric.worst if row["diverged"] or found is None else float(found)
 
 
 @dataclass(frozen=True)
@@ -140,12 +175,27 @@ class Outcome:
         best: The value of the best one, ``None`` while runs are missing.
         final: Test scores at the best value, one per seed that has been run.
         missing: Runs still to be made before more can be said.
+        rows: Of the table, those behind ``final``.
     """
 
     tried: dict[float, float]
     best: float | None
     final: list[float]
     missing: list[Run]
+    rows: list[Row] = field(default_factory=list)
+
+    def close(self, metric: Metric) -> list[float]:
+        """The values around the best one whose validation score is close to its own, rising."""
+        values = sorted(self.tried)
+        if self.best is None or self.best not in self.tried:
+            return []
+        good = [abs(self.tried[value] - self.tried[self.best]) <= metric.close for value in values]
+        first = last = values.index(self.best)
+        while first > 0 and good[first - 1]:
+            first -= 1
+        while last + 1 < len(values) and good[last + 1]:
+            last += 1
+        return values[first : last + 1]
 
 
 def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
@@ -182,7 +232,8 @@ def _outcome(
         if contender.values:
             settings[contender.axis] = value
         settings["seed"] = seed
-        settings["validation_size"] = cell.validation_size if stage == TUNING else 0
+        if cell.validation_size is not None:
+            settings["validation_size"] = cell.validation_size if stage == TUNING else 0
         return Run(study.name, cell.name, contender.label, stage, value, settings)
 
     tried: dict[float, float] = {}
@@ -196,7 +247,8 @@ def _outcome(
             for value in grid:
                 scores = [results.score(run(TUNING, value, s)) for s in cell.tuning_seeds]
                 tried[value] = statistics.fmean(s for s in scores if s is not None)
-            best = max(grid, key=lambda value: tried[value])
+            sign = -1 if study.metric.lower_is_better else 1
+            best = max(grid, key=lambda value: sign * tried[value])
             ratio = grid[1] / grid[0] if len(grid) > 1 else 2.0
             if len(grid) >= _AT_MOST:
                 break
@@ -216,6 +268,7 @@ def _outcome(
         best,
         [s for s in scores if s is not None],
         [r for r, s in zip(runs, scores, strict=True) if s is None],
+        [row for r in runs if (row := results.row(r)) is not None],
     )
 
 

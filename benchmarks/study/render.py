@@ -47,8 +47,8 @@ def comparison_table(
     known = outcomes(study, results)
     several = len(cell.final_seeds) > 1
     lines = [
-        f"| method | {'tuned: validation ' + study.metric + ' | ' if several else ''}test "
-        f"{study.metric}{', mean ± standard deviation | seeds' if several else ''} |",
+        f"| method | {'tuned: validation ' + study.metric.name + ' | ' if several else ''}test "
+        f"{study.metric.name}{', mean ± standard deviation | seeds' if several else ''} |",
         "|---|" + ("---|" if several else "") + "---:|" + ("---:|" if several else ""),
     ]
     for contender in contenders:
@@ -109,7 +109,7 @@ def plot_comparison(
         labels.append(contender.label)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
-    axis.set_xlabel(f"test {study.metric} (%); a dot for each seed, a line for their mean")
+    axis.set_xlabel(f"test {study.metric.name} (%); a dot for each seed, a line for their mean")
     axis.set_title(cell.name)
     axis.grid(alpha=0.3)
     try:

@@ -2,75 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from absl import flags
 
-from benchmarks.study.grid import Row, Run
-from official_recipes.cifar import train as cifar
+from benchmarks.study.grid import Scalar, Study
 from official_recipes.common.flag_parsing import parse_flags
-from official_recipes.common.image_data import ImageData, hold_out_validation
-from official_recipes.common.keras_options import training_options
+
+if TYPE_CHECKING:
+    from official_recipes.common.image_data import ImageData
+
+Progress = Callable[[int, int], None]
+
+TASKS = {
+    "cifar": "a folder with CIFAR-10 or MNIST",
+    "wikitext2": "a folder with WikiText-2",
+    "multi30k": "a folder with Multi30k",
+    "regression": None,
+}
+"""What can be studied, and the data that it needs."""
 
 
-class Runner:
-    """Trains runs on image data that is read once.
+class Runner(Protocol):
+    """Trains the runs of one task."""
+
+    def load(self, progress: Progress) -> str:
+        """Reads the data; returns its name."""
+
+    def train(self, flags: Mapping[str, Scalar], on_update: Progress) -> dict[str, Any]:
+        """Trains once with these flags; returns the fields of the table's row."""
+
+
+def make_runner(study: Study, data_dir: Path | None) -> Runner:
+    """Returns what trains a study's runs.
 
     Args:
+        study: Whose task and number of replicas are taken.
+        data_dir: Folder of the data, where the task has some.
+    """
+    if study.task == "regression":
+        from benchmarks.study.regression import RegressionRunner
+
+        return RegressionRunner()
+    assert data_dir is not None
+    numbers = {int(cell.settings.get("replicas", 1)) for cell, _ in study.comparisons}
+    assert len(numbers) == 1, "a process has one strategy"
+    kind = ImageRunner if study.task == "cifar" else RecipeRunner
+    return kind(study.task, data_dir, numbers.pop())
+
+
+class RecipeRunner:
+    """Trains by a Keras 3 recipe.
+
+    Args:
+        recipe: Its name.
         data_dir: Folder of the data.
         replicas: Of every run, GPUs where there are enough.
     """
 
-    def __init__(self, data_dir: Path, replicas: int) -> None:
+    def __init__(self, recipe: str, data_dir: Path, replicas: int) -> None:
         from official_recipes.common.replicas import training_strategy
 
+        self._recipe = importlib.import_module(f"official_recipes.{recipe}.train")
         self._data_dir = data_dir
-        self._whole: ImageData | None = None
         # Before any other use of TensorFlow, which then knows the logical devices.
         self._strategy = training_strategy(replicas)
 
-    def load(self, progress: Callable[[int, int], None]) -> str:
-        """Reads the data; returns its name."""
-        source = cifar.make_source(_parsed({"data_dir": str(self._data_dir)}))
-        self._whole = cifar.load_data(source, 0, progress)
-        return self._whole.name
+    def load(self, progress: Progress) -> str:
+        """Nothing is kept from run to run; returns the folder's name."""
+        progress(1, 1)
+        return self._data_dir.name
 
-    def train(self, run: Run, on_update: Callable[[int, int], None]) -> Row:
-        """Trains once.
-
-        Args:
-            run: What to run.
-            on_update: Called after every update with their number and total.
-
-        Returns:
-            The row for the table.
-        """
-        from official_recipes.cifar.task import ImageTask
+    def train(self, flags: Mapping[str, Scalar], on_update: Progress) -> dict[str, Any]:
+        """Trains once with the recipe's flags; returns the recipe's result."""
+        from official_recipes.common.keras_options import training_options
         from official_recipes.common.keras_training import train
 
-        assert self._whole is not None, "load comes first"
-        values = _parsed(dict(run.settings))
-        options = training_options(values)
-        data = self._whole
-        if values.validation_size:
-            data = hold_out_validation(data, values.validation_size)
-        task = ImageTask(
-            data,
-            values.model,
-            augmentation=values.augmentation,
-            held_out=bool(values.validation_size),
-            label_smoothing=values.label_smoothing,
-        )
-        result = train(task, options, self._strategy, on_update)
-        return {**run.head(), **result.record()}
+        values = parsed(self._recipe, flags, self._data_dir)
+        result = train(self._task(values), training_options(values), self._strategy, on_update)
+        return result.record()
+
+    def _task(self, values: flags.FlagValues) -> Any:
+        return self._recipe.make_task(values, lambda done, total: None)
 
 
-def _parsed(settings: dict[str, float | int | bool | str]) -> flags.FlagValues:
-    values = cifar.define_flags()
+class ImageRunner(RecipeRunner):
+    """Trains the image recipe on data that are read once."""
+
+    _whole: ImageData
+
+    def load(self, progress: Progress) -> str:
+        """Reads the images; returns their name."""
+        source = self._recipe.make_source(parsed(self._recipe, {}, self._data_dir))
+        self._whole = self._recipe.load_data(source, progress)
+        return self._whole.name
+
+    def _task(self, values: flags.FlagValues) -> Any:
+        return self._recipe.task_of(self._whole, values)
+
+
+def parsed(recipe: Any, settings: Mapping[str, Scalar], data_dir: Path) -> flags.FlagValues:
+    """A recipe's flags."""
+    values = recipe.define_flags()
     arguments = [
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in settings.items()
     ]
-    parse_flags(values, ["study", *arguments])
+    parse_flags(values, ["study", f"--data_dir={data_dir}", *arguments])
     return values

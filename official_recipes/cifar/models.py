@@ -99,6 +99,21 @@ def vgg11(
     return keras.layers.Dense(classes)(x)
 
 
+def sigmoid_cnn(inputs: keras.KerasTensor, classes: int) -> keras.KerasTensor:
+    """Five layers with sigmoid activations: the CLARS paper's Figure 2 (MNIST).
+
+    The paper gives neither widths nor kernel sizes; these are this package's.
+    """
+    x = inputs
+    for number, filters in enumerate((8, 16, 32)):
+        x = keras.layers.Conv2D(
+            filters, 3, strides=2, padding="same", activation="sigmoid", name=f"layer_{number + 1}"
+        )(x)
+    x = keras.layers.Flatten()(x)
+    x = keras.layers.Dense(64, activation="sigmoid", name="layer_4")(x)
+    return keras.layers.Dense(classes, name="layer_5")(x)
+
+
 @dataclass(frozen=True)
 class Network:
     """A row of the table of networks.
@@ -116,6 +131,7 @@ _RESNET = "He et al. 2016, section 4.2"
 _VGG = "Simonyan & Zisserman 2014, configuration A"
 NETWORKS = {
     "two_conv": Network(two_convolutions, "SNGM, Figure 1"),
+    "sigmoid_cnn": Network(sigmoid_cnn, "CLARS, Figure 2"),
     "resnet8": Network(lambda x, n: residual_network(x, (16, 32, 64), 1, n), _RESNET),
     "resnet20": Network(lambda x, n: residual_network(x, (16, 32, 64), 3, n), _RESNET),
     "resnet56": Network(lambda x, n: residual_network(x, (16, 32, 64), 9, n), _RESNET),

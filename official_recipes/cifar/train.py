@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from official_recipes.cifar.task import ImageTask
 
 # Kept here too, so that a wrong name is found before TensorFlow is imported.
-MODELS = ("two_conv", "resnet8", "resnet20", "resnet56", "vgg11", "vgg11_bn")
+MODELS = ("two_conv", "sigmoid_cnn", "resnet8", "resnet20", "resnet56", "vgg11", "vgg11_bn")
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -83,29 +83,17 @@ def make_source(values: flags.FlagValues) -> ImageSource:
         ) from error
 
 
-def load_data(
-    source: ImageSource, validation_size: int, progress: ProgressCallback | None = None
-) -> ImageData:
+def load_data(source: ImageSource, progress: ProgressCallback | None = None) -> ImageData:
     """Reads the images; digits become 32x32 RGB, so that every network takes them.
 
     Raises:
-        FlagValueError: They cannot be read, or are too few for the validation split.
+        FlagValueError: They cannot be read.
     """
     try:
         data = source.load(progress)
     except DataFormatError as error:
         raise FlagValueError("data_dir", "readable data", error) from error
-    if source.kind == "digits":
-        data = _as_rgb(data)
-    if validation_size:
-        if validation_size >= len(data.train_labels) or validation_size < data.classes:
-            raise FlagValueError(
-                "validation_size",
-                f"from {data.classes} to less than the {len(data.train_labels)} training images",
-                validation_size,
-            )
-        data = hold_out_validation(data, validation_size)
-    return data
+    return _as_rgb(data) if source.kind == "digits" else data
 
 
 def _as_rgb(data: ImageData) -> ImageData:
@@ -128,9 +116,26 @@ def _as_rgb(data: ImageData) -> ImageData:
 
 def make_task(values: flags.FlagValues, progress: ProgressCallback) -> ImageTask:
     """Reads the data and returns the task."""
+    return task_of(load_data(make_source(values), progress), values)
+
+
+def task_of(data: ImageData, values: flags.FlagValues) -> ImageTask:
+    """Returns the task that the flags describe, on images that are there already.
+
+    Raises:
+        FlagValueError: The images are too few for the validation split.
+    """
     from official_recipes.cifar.task import ImageTask
 
-    data = load_data(make_source(values), values.validation_size, progress)
+    size, most = values.validation_size, len(data.train_labels)
+    if size:
+        if not data.classes <= size < most:
+            raise FlagValueError(
+                "validation_size",
+                f"from {data.classes} to less than the {most} training images",
+                size,
+            )
+        data = hold_out_validation(data, size)
     return ImageTask(
         data,
         values.model,

@@ -1,0 +1,318 @@
+"""The tables and plots of docs/evidence.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
+from benchmarks.study.studies import (
+    BASELINES,
+    GAMMAS,
+    MNIST,
+    REGRESSION,
+    RESNET20,
+    SLOW_SGD,
+    SUB_BATCH_NUMBERS,
+    TWO_CONV,
+)
+from official_recipes.common.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NOT_RUN = "not run"
+
+
+def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence[Contender]) -> str:
+    """Returns a Markdown table: the best rate, how wide the good rates lie, and the test result."""
+    metric, known = study.metric, outcomes(study, results)
+    name = metric.name.replace("_", " ").replace("log10", "log₁₀")
+    lines = [
+        f"| method | best rate | good rates | tried | validation {name} | test {name} | seeds |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for contender in contenders:
+        outcome = known[cell.name, contender.label]
+        inherited = contender.takes_from is not None
+        if outcome.best is None:
+            tried = f"{len(outcome.tried)}" if outcome.tried else "–"
+            lines.append(f"| {contender.label} | {_NOT_RUN} | – | {tried} | – | – | – |")
+            continue
+        lines.append(
+            f"| {contender.label} | "
+            f"{f'as {contender.takes_from}' if inherited else f'{outcome.best:g}'} | "
+            f"{'–' if inherited else good_rates(outcome, metric)} | {len(outcome.tried) or '–'} | "
+            f"{shown(metric, [outcome.tried[outcome.best]]) if outcome.tried else '–'} | "
+            f"{shown(metric, outcome.final)} | {len(outcome.final)} |"
+        )
+    return "\n".join(lines)
+
+
+def good_rates(outcome: Outcome, metric: Metric) -> str:
+    """The rates whose validation score is close to the best, and how far apart their ends are.
+
+    A ``≥`` says that the grid ends there.
+    """
+    close, tried = outcome.close(metric), sorted(outcome.tried)
+    at_least = "≥ " if {close[0], close[-1]} & {tried[0], tried[-1]} else ""
+    if len(close) == 1:
+        return f"{close[0]:g}"
+    return f"{close[0]:g}–{close[-1]:g} ({at_least}×{close[-1] / close[0]:.3g})"
+
+
+def shown(metric: Metric, scores: Sequence[float]) -> str:
+    """Mean and standard deviation of scores, and how many runs diverged."""
+    finite = [score for score in scores if math.isfinite(score)]
+    if not scores:
+        return _NOT_RUN
+    if len(finite) < len(scores):
+        return f"{len(scores) - len(finite)} of {len(scores)} diverged"
+    mean = metric.shown(statistics.fmean(finite))
+    if len(finite) == 1:
+        return mean + metric.unit
+    return f"{mean} ± {metric.shown(statistics.stdev(finite))}{metric.unit}"
+
+
+def plot_batches(study: Study, results: Results, path: Path) -> bool:
+    """Draws the test result over the batch size; returns whether there was anything to draw."""
+    known = outcomes(study, results)
+    cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
+    contenders = study.comparisons[0][1]
+    with _figure(path, (9.5, 6)) as figure:
+        axis = figure.subplots()
+        place = 0
+        for contender in contenders:
+            points = [
+                (_batch(cell), statistics.fmean(final), _spread(final))
+                for cell in cells
+                if (final := _finite(known[cell.name, contender.label].final))
+            ]
+            if not points:
+                continue
+            ours = contender.label not in BASELINES
+            x, y, spread = zip(*points, strict=True)
+            axis.errorbar(
+                # Slightly apart, so that no error bar hides another.
+                [value * 1.012 ** (place - 7) for value in x],
+                [100 * value for value in y],
+                [100 * value for value in spread],
+                label=contender.label,
+                color=f"C{place % 10}",
+                linestyle="-" if ours else "--",
+                marker="o" if ours else "s",
+                markersize=5,
+                linewidth=1.2,
+                capsize=2,
+            )
+            place += 1
+        if not place:
+            return False
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([_batch(cell) for cell in cells], [str(_batch(cell)) for cell in cells])
+        axis.set_xlabel("batch size")
+        axis.set_ylabel(f"test {study.metric.name} (%), mean and standard deviation")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return True
+
+
+def plot_rates(study: Study, results: Results, path: Path) -> bool:
+    """Draws validation results over the learning rate; returns whether there was anything."""
+    known = outcomes(study, results)
+    cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
+    cells = [c for c in cells if any(o.tried for (name, _), o in known.items() if name == c.name)]
+    if not cells:
+        return False
+    labels = [c.label for c in study.comparisons[0][1]]
+    with _figure(path, (10, 1 + 3.4 * math.ceil(len(cells) / 2))) as figure:
+        axes = figure.subplots(math.ceil(len(cells) / 2), 2, squeeze=False, sharex=True)
+        for axis, cell in zip(axes.flat, cells, strict=False):
+            for number, label in enumerate(labels):
+                tried = known[cell.name, label].tried
+                points = [(v, 100 * s) for v, s in sorted(tried.items()) if math.isfinite(s)]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        label=label,
+                        color=f"C{number % 10}",
+                        linestyle="--" if label in BASELINES else "-",
+                        marker="s" if label in BASELINES else "o",
+                        markersize=4,
+                        linewidth=1.2,
+                    )
+            axis.set_xscale("log")
+            axis.set_title(cell.name, fontsize=10)
+            axis.grid(alpha=0.3)
+        for axis in axes.flat[len(cells) :]:
+            axis.set_visible(False)
+        figure.supxlabel("learning rate")
+        figure.supylabel(f"validation {study.metric.name} (%), one seed")
+        handles, names = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
+    return True
+
+
+def regression_table(study: Study, results: Results) -> str:
+    """Returns how SGD and VR-SGD compare, cell by cell."""
+    known = outcomes(study, results)
+    lines = [
+        "| inputs, labels, updates | method | rate | log₁₀ test loss | updates to SGD's | "
+        "to slow SGD's |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for cell, contenders in study.comparisons:
+        goals = [known[cell.name, label].final for label in ("SGD", SLOW_SGD)]
+        for contender in contenders[:4]:
+            outcome = known[cell.name, contender.label]
+            if outcome.best is None:
+                lines.append(f"| {cell.name} | {contender.label} | {_NOT_RUN} | – | – | – |")
+                continue
+            fixed = contender.settings.get("learning_rate", outcome.best)
+            rate = "as SGD" if contender.takes_from else f"{fixed:g}"
+            needed = " | ".join(_updates_to(outcome.rows, goal) for goal in goals)
+            lines.append(
+                f"| {cell.name} | {contender.label} | {rate} | "
+                f"{shown(study.metric, outcome.final)} | {needed} |"
+            )
+    return "\n".join(lines)
+
+
+def _updates_to(rows: Sequence[Row], goal: Sequence[float]) -> str:
+    """Median over the seeds of the first kept update with at most SGD's last loss on that seed."""
+    if not rows or len(goal) != len(rows):
+        return "–"
+    needed = []
+    for row, score in zip(rows, goal, strict=True):
+        curve = row["curve"]
+        pairs = zip(curve["steps"], curve["test_loss"], strict=True)
+        needed.append(next((step for step, loss in pairs if loss <= 1.001 * 10**score), math.inf))
+    middle = statistics.median(needed)
+    return f"{middle:g}" if math.isfinite(middle) else "not reached"
+
+
+def plot_regression(study: Study, results: Results, path: Path) -> bool:
+    """Draws losses, weights and ratios of the first cell, and what γ and k do in all cells."""
+    known = outcomes(study, results)
+    cell, contenders = study.comparisons[0]
+    labels = [c.label for c in contenders[:2]]
+    rows = {label: known[cell.name, label].rows for label in labels}
+    if not all(rows.values()):
+        return False
+    first = {
+        label: next(r for r in found if "weights" in r["curve"]) for label, found in rows.items()
+    }
+    with _figure(path, (11, 7.5)) as figure:
+        axes = figure.subplots(2, 3)
+        for number, label in enumerate(labels):
+            for row in rows[label]:
+                curve = row["curve"]
+                axes[0, 0].plot(
+                    curve["steps"], curve["test_loss"], color=f"C{number}", linewidth=1.2,
+                    label=f"{label}, rate {row['value']:g}" if row is rows[label][0] else None,
+                )  # fmt: skip
+        axes[0, 0].set_yscale("log")
+        axes[0, 0].set_title("test loss, three seeds")
+        axes[0, 0].legend(fontsize=8)
+        for index in range(10):
+            for label, style in zip(labels, ("-", "--"), strict=True):
+                curve = first[label]["curve"]
+                axes[0, 1].plot(
+                    curve["steps"], [w[index] for w in curve["weights"]], style, linewidth=1,
+                    color=f"C{index}",
+                )  # fmt: skip
+            curve = first["VR-SGD"]["curve"]
+            axes[0, 2].plot(
+                curve["steps"][: len(curve["ratios"])], [r[index] for r in curve["ratios"]],
+                linewidth=1, color=f"C{index}", label=f"w{index + 1}",
+            )  # fmt: skip
+        axes[0, 1].set_title("weights 1 to 10 (dashed: VR-SGD)")
+        axes[0, 2].set_title("r of VR-SGD, a weight each")
+        axes[0, 2].legend(fontsize=7, ncols=2)
+        for axis in axes[0]:
+            axis.set_xlabel("update")
+        for axis, kind, values in (
+            (axes[1, 0], "γ", GAMMAS),
+            (axes[1, 1], "k", sorted({*SUB_BATCH_NUMBERS, 32})),
+        ):
+            for number, (each, _) in enumerate(study.comparisons):
+                points = []
+                for value in values:
+                    main = value == (0.1 if kind == "γ" else 32)
+                    label = "VR-SGD" if main else f"VR-SGD, {kind} = {value:g}"
+                    if final := _finite(known[each.name, label].final):
+                        points.append((value, statistics.fmean(final), _spread(final)))
+                if points:
+                    axis.errorbar(
+                        *zip(*points, strict=True), color=f"C{number}", marker="o", markersize=4,
+                        linewidth=1, capsize=2, label=each.name,
+                    )  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_xlabel(kind)
+            axis.set_title(f"log₁₀ test loss by {kind}, each with its best rate", fontsize=10)
+        axes[1, 2].set_visible(False)
+        figure.legend(
+            *axes[1, 0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(1, 0.2)
+        )
+        figure.suptitle(f"{cell.name} (upper row)")
+        for axis in axes.flat:
+            axis.grid(alpha=0.3)
+    return True
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=size, layout="constrained")
+    try:
+        yield figure
+        if figure.axes and any(axis.has_data() for axis in figure.axes):
+            with atomic_write(path) as temporary:
+                figure.savefig(temporary, dpi=130)
+    finally:
+        plt.close(figure)
+
+
+def _batch(cell: Cell) -> int:
+    return int(cell.settings["batch_size"])
+
+
+def _finite(scores: Sequence[float]) -> list[float]:
+    return [score for score in scores if math.isfinite(score)]
+
+
+def _spread(scores: Sequence[float]) -> float:
+    return statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
+def blocks(results: dict[str, Results]) -> dict[str, str]:
+    """Returns the tables of the page by their names."""
+    found: dict[str, Any] = {}
+    for study in (TWO_CONV, RESNET20, MNIST):
+        for cell, contenders in study.comparisons:
+            name = f"{study.name}-{_batch(cell)}"
+            found[name] = tuned_table(study, results[study.name], cell, list(contenders))
+    found["regression"] = regression_table(REGRESSION, results[REGRESSION.name])
+    return found
+
+
+def plots(results: dict[str, Results], images: Path) -> list[Path]:
+    """Draws the plots of the page that have something to show; returns their files."""
+    drawn = [
+        (plot_batches, TWO_CONV, "evidence_batches.png"),
+        (plot_rates, TWO_CONV, "evidence_rates.png"),
+        (plot_regression, REGRESSION, "evidence_regression.png"),
+    ]
+    return [
+        images / name
+        for plot, study, name in drawn
+        if plot(study, results[study.name], images / name)
+    ]
