@@ -42,7 +42,7 @@ types: setup
 	$(BIN)/mypy
 
 test: lint types
-	$(PYTEST) -n $(JOBS) --dist worksteal -m 'not long' tests
+	$(PYTEST) -n $(JOBS) --dist worksteal --durations=40 -m 'not long' tests
 
 test-all: lint types
 	$(PYTEST) -n $(JOBS) --dist worksteal tests

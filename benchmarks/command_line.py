@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
@@ -14,6 +15,8 @@ from official_recipes.common.flag_parsing import (
 )
 from official_recipes.common.interruption import NO_RESULTS
 from official_recipes.common.progress import progress_bar as progress_bar
+
+Options = TypeVar("Options")
 
 
 def exit_code_of(run: Callable[[], None]) -> int:
@@ -38,6 +41,30 @@ def exit_code_of(run: Callable[[], None]) -> int:
         print(NO_RESULTS, file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def run_benchmark(
+    argv: Sequence[str],
+    parse: Callable[[Sequence[str]], Options | None],
+    run: Callable[[Options], None],
+) -> int:
+    """Runs a benchmark on its command line.
+
+    Args:
+        argv: The command line, program name first.
+        parse: Returns the options; ``None`` if help was asked for and printed.
+        run: Measures.
+
+    Returns:
+        The exit code, that of :func:`exit_code_of`.
+    """
+
+    def parse_and_run() -> None:
+        options = parse(argv)
+        if options is not None:
+            run(options)
+
+    return exit_code_of(parse_and_run)
 
 
 def listed_names(entries: Sequence[str]) -> tuple[str, ...]:

@@ -29,10 +29,10 @@ from benchmarks.clock import (
 )
 from benchmarks.command_line import (
     as_given,
-    exit_code_of,
     listed_names,
     output_file,
     progress_bar,
+    run_benchmark,
 )
 from benchmarks.shapes import MODELS, Shape, count
 from official_recipes.common.files import write_json
@@ -119,21 +119,8 @@ class Comparison:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark.
-
-    Args:
-        argv: The command line, program name first.
-
-    Returns:
-        The exit code: 0, 2 for flags that cannot be used, 130 when interrupted.
-    """
-
-    def run() -> None:
-        options = parse_options(argv)
-        if options is not None:
-            _run(options)
-
-    return exit_code_of(run)
+    """Runs the benchmark on a command line, program name first, and returns the exit code."""
+    return run_benchmark(argv, parse_options, _run)
 
 
 # -- flags -----------------------------------------------------------------------------------------

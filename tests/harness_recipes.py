@@ -3,8 +3,12 @@
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_RESNET = """
@@ -59,3 +63,41 @@ def interrupt_preparation(recipe: str, arguments: list[str], output_dir: Path, n
     assert partial.exists() == (number == signal.SIGKILL)
     if number != signal.SIGKILL:
         assert errors.strip().endswith("interrupted: nothing was written")
+
+
+def signal_when(
+    command: list[str], said: str, number: int, env: dict[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Sends a signal to a program as soon as it prints a line with ``said``.
+
+    Returns:
+        The exit code, and what it still printed to stdout and to stderr.
+    """
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # A pipe that nobody empties may block the program.
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, env=env, stdout=subprocess.PIPE, stderr=errors
+        ) as process,
+    ):
+        for line in process.stdout:
+            if said in line:
+                break
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=300)
+        errors.seek(0)
+        return process.returncode, rest, errors.read()
+
+
+def last_checkpoint(folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The path of a folder's last checkpoint, and the values that it has by their names."""
+    path = tf.train.latest_checkpoint(str(folder))
+    names = [name for name, _ in tf.train.list_variables(path) if name.endswith("VARIABLE_VALUE")]
+    return path, {name: tf.train.load_variable(path, name) for name in names}
+
+
+def assert_same_state(after: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> None:
+    """A checkpoint written without training in between has all that the one before has."""
+    assert set(after) == set(before)
+    for name, value in before.items():
+        if not name.startswith("save_counter"):
+            np.testing.assert_array_equal(after[name], value, err_msg=name)

@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from harness_recipes import interrupt_preparation
+from harness_recipes import (
+    assert_same_state,
+    interrupt_preparation,
+    last_checkpoint,
+    signal_when,
+)
 
 from official_recipes.bert import documents, prepare_data, records, squad, train
 from official_recipes.common import tfm_training
@@ -743,15 +748,6 @@ def _run(*arguments):
     return subprocess.run(_command(*arguments), cwd=ROOT, capture_output=True, text=True)
 
 
-def _checkpoint(folder):
-    path = tf.train.latest_checkpoint(str(folder))
-    return path, {
-        name: tf.train.load_variable(path, name)
-        for name, _ in tf.train.list_variables(path)
-        if name.endswith("VARIABLE_VALUE")
-    }
-
-
 def _kind(kind):
     return f"trainer.optimizer_config.optimizer.type={kind}"
 
@@ -764,7 +760,7 @@ def test_training(small, tmp_path):
     summary = json.loads((tmp_path / "model" / "summary.json").read_text())
     assert summary["steps"] == 4
     assert 0 < summary["metrics"]["lm_example_loss"] < 5
-    path, state = _checkpoint(tmp_path / "model")
+    path, state = last_checkpoint(tmp_path / "model")
     assert path.endswith("ckpt-4")
     assert any("optimizer" in name and np.any(v) for name, v in state.items() if np.ndim(v) == 2)
 
@@ -781,27 +777,17 @@ def test_every_optimizer_trains(small, kind):
 @pytest.mark.long
 def test_killed_run_goes_on_with_all_its_state(small, tmp_path):
     endless = _more(small, "trainer.train_steps=100000")
-    with subprocess.Popen(
-        _command(*endless, "--mode=train"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        for line in process.stdout:
-            if "saved checkpoint" in line:
-                break
-        process.send_signal(signal.SIGKILL)
-    path, before = _checkpoint(tmp_path / "model")
+    code, _, errors = signal_when(
+        _command(*endless, "--mode=train"), "saved checkpoint", signal.SIGKILL
+    )
+    assert code == -signal.SIGKILL, errors
+    path, before = last_checkpoint(tmp_path / "model")
     step = int(path.rsplit("-", 1)[1])
     result = _run(*_more(small, f"trainer.train_steps={step}"), "--mode=train")
     assert result.returncode == 0, result.stderr
     assert f"restored from checkpoint: {path}" in result.stdout
-    _, after = _checkpoint(tmp_path / "model")
-    assert set(after) == set(before)
-    for name, value in before.items():
-        if not name.startswith("save_counter"):
-            np.testing.assert_array_equal(after[name], value, err_msg=name)
+    _, after = last_checkpoint(tmp_path / "model")
+    assert_same_state(after, before)
 
 
 @pytest.mark.long

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness_recipes import interrupt_preparation
+from harness_recipes import (
+    assert_same_state,
+    interrupt_preparation,
+    last_checkpoint,
+    signal_when,
+)
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
@@ -495,38 +500,21 @@ def test_every_optimizer_trains(small, tmp_path, kind):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stop_and_go_on(small, tmp_path, number):
     """The same command goes on from the checkpoint, with all of the state."""
-    import tensorflow as tf
-
     kinds = "trainer.optimizer_config.optimizer.type=vr_sgd,"
     kinds += "trainer.optimizer_config.embeddings.optimizer.type=vr_momentum"
     parts = "--sub_batches=2"
     endless = f"--params_override={kinds},trainer.train_steps=100000"
-    with subprocess.Popen(
-        _command(*small, "--mode=train", parts, endless),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_environment(),
-    ) as process:
-        for line in process.stdout:
-            if "saved checkpoint" in line:
-                break
-        process.send_signal(number)
-        rest, errors = process.communicate(timeout=300)
+    code, rest, errors = signal_when(
+        _command(*small, "--mode=train", parts, endless), "saved checkpoint", number, _environment()
+    )
     if number == signal.SIGTERM:
-        assert process.returncode == 0, errors
+        assert code == 0, errors
         assert "the same command goes on from here" in rest
     else:
-        assert process.returncode == -9
+        assert code == -9
     assert not (tmp_path / "model" / "summary.json").exists()
 
-    def state():
-        path = tf.train.latest_checkpoint(str(tmp_path / "model"))
-        names = [n for n, _ in tf.train.list_variables(path) if n.endswith("VARIABLE_VALUE")]
-        return path, {name: tf.train.load_variable(path, name) for name in names}
-
-    path, before = state()
+    path, before = last_checkpoint(tmp_path / "model")
     step = int(path.rsplit("-", 1)[1])
     momenta = [v for n, v in before.items() if n.startswith("optimizer/") and np.ndim(v) == 2]
     assert any(np.any(v != 0) for v in momenta)
@@ -534,12 +522,9 @@ def test_stop_and_go_on(small, tmp_path, number):
     result = _run(*small, "--mode=train", parts, done)
     assert result.returncode == 0, result.stderr
     assert f"restored from checkpoint: {path}" in result.stdout
-    _, after = state()
-    assert set(after) == set(before)
-    for name, value in before.items():
-        if not name.startswith("save_counter"):
-            np.testing.assert_array_equal(after[name], value, err_msg=name)
+    _, after = last_checkpoint(tmp_path / "model")
+    assert_same_state(after, before)
     further = f"--params_override={kinds},trainer.train_steps={step + 2}"
     assert _run(*small, "--mode=train", parts, further).returncode == 0
-    _, later = state()
+    _, later = last_checkpoint(tmp_path / "model")
     assert later["global_step/.ATTRIBUTES/VARIABLE_VALUE"] == step + 2

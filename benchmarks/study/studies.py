@@ -102,20 +102,20 @@ EXTRAPOLATION = Study(
 SUB_BATCHES = 8
 # At batch 4096, of which the ones at other batches follow by the square-root rule; grids grow.
 _FIRST_RATES = {
-    "momentum": 0.1,
-    "momentum, warm-up": 0.1,
-    "Nesterov momentum": 0.1,
+    "momentum": 0.05,
+    "momentum, warm-up": 0.05,
+    "Nesterov momentum": 0.05,
     "Adam": 0.002,
     "LARS": 4.0,
     "LAMB": 0.01,
     "SNGM": 0.2,
     "VR-SGD": 1.0,
-    "VR-Momentum": 0.2,
+    "VR-Momentum": 0.1,
     "VR-Adam": 0.004,
     "VR-LARS": 4.0,
     "VR-LAMB": 0.01,
     "CLARS": 0.5,
-    "EXTRAP-SGD": 0.1,
+    "EXTRAP-SGD": 0.05,
     "EXTRAP-ADAM": 0.002,
 }
 BASELINES = ("momentum", "momentum, warm-up", "Nesterov momentum", "Adam", "LARS", "LAMB")

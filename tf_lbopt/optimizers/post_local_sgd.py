@@ -25,7 +25,7 @@ from tf_lbopt.distribution.replicas import (
 )
 from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.optimizers.algorithm import _without_missing
-from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.around import AroundOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.local_state import LocalState, count_of
@@ -59,7 +59,7 @@ _open: dict[tuple[int, int], _Block] = {}
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
-class PostLocalSGD(LargeBatchOptimizer):
+class PostLocalSGD(AroundOptimizer):
     """Post-local SGD: synchronous for `start` updates, then local steps, averaged now and then.
 
     The first `start` updates are the inner optimizer's. After that every replica d takes steps on
@@ -177,25 +177,12 @@ class PostLocalSGD(LargeBatchOptimizer):
     # -- the inner optimizer -----------------------------------------------------------------------
 
     @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's current learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
     def variables(self) -> list[keras.Variable]:
         """The inner optimizer's variables and its own counters."""
         inner = list(self.inner_optimizer.variables)
         if isinstance(self.inner_optimizer, ExtrapSGD):
             return [*inner, self._updates_since_average]
         return [*inner, self.skipped_updates, self._updates_since_average]
-
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """Excludes variables from the inner optimizer's weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def expect_loss_scaling(self, right_across_replicas: bool) -> None:
         """Refuses a wrapper that scales the loss."""
@@ -623,17 +610,6 @@ class PostLocalSGD(LargeBatchOptimizer):
             "average_momentum": self.average_momentum,
             "name": self.name,
         }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> "PostLocalSGD":
-        """The optimizer that `get_config` describes."""
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
-        )
-        return cls(inner, **config)
 
     def save_own_variables(self, store: Any) -> None:
         """Keras saving: all variables and what is each replica's own."""

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tf_lbopt import _compat, rules
 from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.distribution.road import Arrival
+from tf_lbopt.optimizers.around import AroundOptimizer
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
@@ -28,7 +29,7 @@ _OURS = (
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
 @with_gsnr_arguments
-class VarianceReduced(VarianceReduction, LargeBatchOptimizer):
+class VarianceReduced(VarianceReduction, AroundOptimizer):
     """VRGD in front of any optimizer: every element weighted by its signal-to-noise ratio.
 
     The inner optimizer sees r ḡ (or p̂ ḡ with `beta_3`) instead of the mean gradient ḡ, with r as in
@@ -80,15 +81,6 @@ class VarianceReduced(VarianceReduction, LargeBatchOptimizer):
         self.inner_optimizer = inner_optimizer
 
     @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's current learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
     def variables(self) -> list[keras.Variable]:
         """Its own variables and the inner optimizer's."""
         return self._variables + self.inner_optimizer.variables
@@ -125,10 +117,6 @@ class VarianceReduced(VarianceReduction, LargeBatchOptimizer):
         inner = self.inner_optimizer
         return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """Excludes variables from the inner optimizer's weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
     def _apply_on_replica(self, arrival: Arrival) -> None:
         super()._apply_on_replica(arrival)
         tensorflow_variable(self.inner_optimizer._iterations).assign_add(1)
@@ -140,17 +128,6 @@ class VarianceReduced(VarianceReduction, LargeBatchOptimizer):
             del config[key]
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
         return {"inner_optimizer": inner, **config}
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> "VarianceReduced":
-        """The optimizer that `get_config` describes."""
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
-        )
-        return cls(inner, **config)
 
 
 @dataclasses.dataclass(frozen=True)
