@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
+from benchmarks.study.render import plot_comparison
 from benchmarks.study.studies import (
     BASELINES,
     GAMMAS,
@@ -83,6 +84,9 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     known = outcomes(study, results)
     cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
     contenders = study.comparisons[0][1]
+    seen = {name for (name, _), outcome in known.items() if outcome.final}
+    if len(seen) < 2:  # A line needs two batch sizes.
+        return False
     with _figure(path, (9.5, 6)) as figure:
         axis = figure.subplots()
         place = 0
@@ -110,8 +114,6 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
                 capsize=2,
             )
             place += 1
-        if not place:
-            return False
         axis.set_xscale("log", base=2)
         axis.set_xticks([_batch(cell) for cell in cells], [str(_batch(cell)) for cell in cells])
         axis.set_xlabel("batch size")
@@ -129,8 +131,10 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
     if not cells:
         return False
     labels = [c.label for c in study.comparisons[0][1]]
-    with _figure(path, (10, 1 + 3.4 * math.ceil(len(cells) / 2))) as figure:
-        axes = figure.subplots(math.ceil(len(cells) / 2), 2, squeeze=False, sharex=True)
+    columns = min(2, len(cells))
+    lines = math.ceil(len(cells) / columns)
+    with _figure(path, (5.5 * columns + (2 if columns == 1 else 0), 1.2 + 3.6 * lines)) as figure:
+        axes = figure.subplots(lines, columns, squeeze=False)
         for axis, cell in zip(axes.flat, cells, strict=False):
             for number, label in enumerate(labels):
                 tried = known[cell.name, label].tried
@@ -147,11 +151,11 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
                     )
             axis.set_xscale("log")
             axis.set_title(cell.name, fontsize=10)
-            axis.grid(alpha=0.3)
+            axis.set_xlabel("learning rate")
+            axis.set_ylabel(f"validation {study.metric.name} (%), one seed")
+            axis.grid(alpha=0.3, which="both")
         for axis in axes.flat[len(cells) :]:
             axis.set_visible(False)
-        figure.supxlabel("learning rate")
-        figure.supylabel(f"validation {study.metric.name} (%), one seed")
         handles, names = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
     return True
@@ -306,13 +310,22 @@ def blocks(results: dict[str, Results]) -> dict[str, str]:
 
 def plots(results: dict[str, Results], images: Path) -> list[Path]:
     """Draws the plots of the page that have something to show; returns their files."""
-    drawn = [
+    drawn: list[tuple[Callable[[Study, Results, Path], bool], Study, str]] = [
         (plot_batches, TWO_CONV, "evidence_batches.png"),
         (plot_rates, TWO_CONV, "evidence_rates.png"),
         (plot_regression, REGRESSION, "evidence_regression.png"),
     ]
-    return [
+    written = [
         images / name
         for plot, study, name in drawn
         if plot(study, results[study.name], images / name)
     ]
+    for study in (TWO_CONV, RESNET20, MNIST):
+        known = outcomes(study, results[study.name])
+        for cell, contenders in study.comparisons:
+            finished = [c for c in contenders if known[cell.name, c.label].final]
+            if len(finished) > 1:
+                path = images / f"evidence_{study.name}_{_batch(cell)}.png"
+                plot_comparison(study, results[study.name], cell, finished, path)
+                written.append(path)
+    return written

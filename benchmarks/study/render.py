@@ -108,7 +108,7 @@ def plot_comparison(
             )  # fmt: skip
         labels.append(contender.label)
     axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_xlabel(f"test {study.metric.name} (%); a dot for each seed, a line for their mean")
     axis.set_title(cell.name)
     axis.grid(alpha=0.3)
