@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from conftest import strategy_of
 
-from official_recipes.common.flag_parsing import parse_flags
+from official_recipes.common.flag_parsing import FlagValueError, parse_flags
 from official_recipes.common.keras_optimizers import known_optimizers, make_optimizer
 from official_recipes.common.keras_options import (
     ScheduleOptions,
@@ -280,6 +280,23 @@ def test_dropout_and_accumulation():
     options = dataclasses.replace(FAST, optimizer="sngm", gradient_accumulation_steps=2)
     result = train(language_task(dropout=0.2), options, strategy_of(2))
     assert result.train_loss[-1] < result.train_loss[0]
+
+
+def test_words_set_apart_to_tune_on():
+    values = wikitext2.define_flags()
+    parse_flags(values, ["recipe", "--validation_size=3", "--sequence_length=10"])
+    whole = wikitext2.make_source(values).load()
+    task = wikitext2.make_task(values, lambda done, total: None)
+    assert task.splits() == ("validation",)
+    assert task.train_size == (len(whole.train) - 30 - 1) // 10
+    part = whole.with_validation(30)
+    np.testing.assert_array_equal(np.concatenate([part.train, part.held_out]), whole.train)
+    assert part.vocabulary == whole.vocabulary
+    with pytest.raises(ValueError, match="set apart"):
+        whole.with_validation(len(whole.train))
+    parse_flags(values, ["recipe", "--validation_size=1000000"])
+    with pytest.raises(FlagValueError, match="validation_size"):
+        wikitext2.make_task(values, lambda done, total: None)
 
 
 @pytest.mark.long

@@ -15,11 +15,13 @@ from benchmarks.study.studies import (
     BASELINES,
     GAMMAS,
     MNIST,
+    MULTI30K,
     REGRESSION,
     RESNET20,
     SLOW_SGD,
     SUB_BATCH_NUMBERS,
     TWO_CONV,
+    WIKITEXT2,
 )
 from official_recipes.common.files import atomic_write
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NOT_RUN = "not run"
+_TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K)
 
 
 def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence[Contender]) -> str:
@@ -300,7 +303,7 @@ def _spread(scores: Sequence[float]) -> float:
 def blocks(results: dict[str, Results]) -> dict[str, str]:
     """Returns the tables of the page by their names."""
     found: dict[str, Any] = {}
-    for study in (TWO_CONV, RESNET20, MNIST):
+    for study in _TUNED:
         for cell, contenders in study.comparisons:
             name = f"{study.name}-{_batch(cell)}"
             found[name] = tuned_table(study, results[study.name], cell, list(contenders))
@@ -320,7 +323,7 @@ def plots(results: dict[str, Results], images: Path) -> list[Path]:
         for plot, study, name in drawn
         if plot(study, results[study.name], images / name)
     ]
-    for study in (TWO_CONV, RESNET20, MNIST):
+    for study in _TUNED:
         known = outcomes(study, results[study.name])
         for cell, contenders in study.comparisons:
             finished = [c for c in contenders if known[cell.name, c.label].final]

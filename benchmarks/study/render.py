@@ -99,7 +99,8 @@ def plot_comparison(
     figure, axis = plt.subplots(figsize=(8, 0.45 * len(contenders) + 1.4), layout="constrained")
     labels = []
     for place, contender in enumerate(contenders):
-        scores = [100 * s for s in known[cell.name, contender.label].final if math.isfinite(s)]
+        final = known[cell.name, contender.label].final
+        scores = [study.metric.scale * score for score in final if math.isfinite(score)]
         axis.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.5, markersize=6)
         if scores:
             axis.plot(
@@ -109,7 +110,8 @@ def plot_comparison(
         labels.append(contender.label)
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
-    axis.set_xlabel(f"test {study.metric.name} (%); a dot for each seed, a line for their mean")
+    unit = f" ({study.metric.unit.strip()})" if study.metric.unit else ""
+    axis.set_xlabel(f"test {study.metric.name}{unit}; a dot for each seed, a line for their mean")
     axis.set_title(cell.name)
     axis.grid(alpha=0.3)
     try:

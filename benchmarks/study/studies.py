@@ -231,6 +231,79 @@ def _mnist(batch_size: int) -> tuple[Cell, list[Contender]]:
 
 MNIST = Study("mnist", [_mnist(4096), _mnist(1024)])
 
+WIKITEXT2 = Study(
+    "wikitext2",
+    [
+        (
+            Cell(
+                "LSTM, B=256",
+                {
+                    "batch_size": 256,
+                    "epochs": 6,
+                    "replicas": 1,
+                    "schedule": "constant",
+                    "warmup_epochs": 1.0,
+                    "global_clipnorm": 1.0,
+                    "evaluate_every": 0,
+                },
+                # A tenth of the windows.
+                validation_size=620,
+            ),
+            [
+                Contender("Nesterov momentum", {"optimizer": "nesterov"}, values=(0.5, 1.0, 2.0)),
+                Contender(
+                    "EXTRAP-SGD",
+                    {"optimizer": "extrap_sgd", "sub_batches": SUB_BATCHES},
+                    values=(0.5, 1.0, 2.0),
+                ),
+                Contender("Adam", {"optimizer": "adam"}, values=(0.005, 0.01, 0.02)),
+                Contender(
+                    "EXTRAP-ADAM",
+                    {"optimizer": "extrap_adam", "sub_batches": SUB_BATCHES},
+                    values=(0.005, 0.01, 0.02),
+                ),
+            ],
+        )
+    ],
+    metric=Metric("perplexity", lower_is_better=True, close=10.0, scale=1.0, unit=""),
+    task="wikitext2",
+)
+
+MULTI30K = Study(
+    "multi30k",
+    [
+        (
+            Cell(
+                "transformer, B=512",
+                {
+                    "batch_size": 512,
+                    "epochs": 4,
+                    "replicas": 1,
+                    "schedule": "inverse_sqrt",
+                    "warmup_epochs": 1.0,
+                    "layers": 1,
+                    "width": 64,
+                    "inner": 256,
+                    "pieces": 2000,
+                    "longest": 32,
+                    "evaluate_every": 0,
+                },
+                validation_size=None,
+            ),
+            [
+                Contender("Adam", {"optimizer": "adam"}, values=(0.005, 0.01, 0.02)),
+                Contender(
+                    "EXTRAP-ADAM",
+                    {"optimizer": "extrap_adam", "sub_batches": SUB_BATCHES},
+                    values=(0.005, 0.01, 0.02),
+                ),
+            ],
+        )
+    ],
+    metric=Metric("loss", lower_is_better=True, close=0.02, scale=1.0, unit=""),
+    task="multi30k",
+)
+
 # The true inputs of the paper's experiment are not told, nor whether its labels have noise.
 _REGRESSION: dict[str, Scalar] = {"batch_size": 2048, "sub_batches": 32}
 GAMMAS = (0.01, 0.02, 0.04, 0.1, 0.2, 0.5, 1.0)
@@ -279,4 +352,7 @@ REGRESSION = Study(
     task="regression",
 )
 
-STUDIES = {study.name: study for study in (EXTRAPOLATION, TWO_CONV, RESNET20, MNIST, REGRESSION)}
+STUDIES = {
+    study.name: study
+    for study in (EXTRAPOLATION, TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, REGRESSION)
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,24 @@ class LanguageData:
     train: np.ndarray
     held_out: np.ndarray
     held_out_name: str
+
+    def with_validation(self, words: int) -> LanguageData:
+        """Returns the same with the last words of the training text as text to evaluate on.
+
+        Args:
+            words: How many; the vocabulary stays that of the whole training text.
+
+        Raises:
+            ValueError: Nothing would be left to train on.
+        """
+        if not 0 < words < len(self.train):
+            raise ValueError(f"{words} of {len(self.train)} words cannot be set apart")
+        return replace(
+            self,
+            train=self.train[:-words],
+            held_out=self.train[-words:],
+            held_out_name="validation",
+        )
 
 
 @dataclass(frozen=True)

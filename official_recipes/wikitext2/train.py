@@ -35,6 +35,13 @@ def define_flags() -> flags.FlagValues:
         ShareParser(), "dropout", 0.0, "Dropout before each layer and the logits.",
         flag_values=values,
     )  # fmt: skip
+    define_integer(
+        values,
+        "validation_size",
+        0,
+        "Windows at the end of the training text to set apart and evaluate on instead.",
+        minimum=0,
+    )
     return values
 
 
@@ -65,6 +72,13 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
     except TextDataError as error:
         raise FlagValueError("data_dir", "readable text", error) from error
     progress(1, 1)
+    if values.validation_size:
+        windows = (len(data.train) - 1) // values.sequence_length
+        if values.validation_size >= windows:
+            raise FlagValueError(
+                "validation_size", f"less than the {windows} windows", values.validation_size
+            )
+        data = data.with_validation(values.validation_size * values.sequence_length)
     return LanguageTask(
         data,
         sequence_length=values.sequence_length,
