@@ -207,6 +207,23 @@ def test_stop_and_go_on(small, tmp_path):
 
 
 @pytest.mark.long
+def test_a_seed_makes_equal_runs(small, tmp_path):
+    def weights(name, seed):
+        folder = tmp_path / name
+        kind = "trainer.optimizer_config.optimizer.type=lbopt_lars,trainer.train_steps=2"
+        arguments = [small[0], f"--model_dir={folder}"]
+        result = _run(arguments, "--mode=train", f"--params_override={kind}", f"--seed={seed}")
+        assert result.returncode == 0, result.stderr
+        return {k: v for k, v in last_checkpoint(folder)[1].items() if np.ndim(v) == 4}
+
+    one, again, other = weights("one", 7), weights("again", 7), weights("other", 8)
+    assert set(one) == set(again) == set(other)
+    for name, value in one.items():
+        np.testing.assert_allclose(again[name], value, rtol=0, atol=1e-5, err_msg=name)
+    assert any(np.abs(other[name] - value).max() > 1e-2 for name, value in one.items())
+
+
+@pytest.mark.long
 def test_killed_run_goes_on_with_all_its_state(small, tmp_path):
     """A second run without updates reads all that the first has written, and writes it again."""
     model_dir = tmp_path / "model"

@@ -69,6 +69,7 @@ class Options:
         tpu: Name or address, or ``None``.
         cpu_replicas: Logical CPU devices, or ``None`` for what `runtime` says.
         sub_batches: Parts of a replica's batch, or ``None`` for what `task` says.
+        seed: Of all that is random, or ``None`` for another one in each run.
     """
 
     experiment: str
@@ -79,6 +80,7 @@ class Options:
     tpu: str | None
     cpu_replicas: int | None
     sub_batches: int | None
+    seed: int | None = None
 
     @property
     def trains(self) -> bool:
@@ -219,6 +221,14 @@ def parse_options(
         None,
         "Each replica takes its batch in so many parts within a step; short for task.sub_batches.",
     )
+    define_integer(
+        values,
+        "seed",
+        None,
+        "Of initial weights, order of the data and dropout [default: another one in each run].",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     parse_flags(values, argv)
     if values.help:
@@ -240,6 +250,7 @@ def parse_options(
         tpu=values.tpu,
         cpu_replicas=values.cpu_replicas,
         sub_batches=values.sub_batches,
+        seed=values.seed,
     )
     if cluster.size > 1:
         _check_cluster(options, cluster)
@@ -452,6 +463,10 @@ def _run(
     tf.get_logger().setLevel("ERROR")
     import official.core.train_lib  # noqa: F401  # may be missing
 
+    if options.seed is not None:
+        import tf_keras
+
+        tf_keras.utils.set_random_seed(options.seed)
     register()
     params = parse_params(options)
     if check is not None:
