@@ -35,6 +35,7 @@ from benchmarks.study.grid import (
 from benchmarks.study.render import comparison_table, fill, percent
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
+from benchmarks.study.tfm_runner import TfmRunner
 from official_recipes.common.keras_options import training_options
 
 CELL = Cell(
@@ -167,8 +168,8 @@ def test_tables():
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
 def test_every_run_of_a_study_has_flags_that_the_recipe_takes(study):
     assert study.task in runner.TASKS
-    if study.task == "regression":
-        pytest.skip("its settings are no flags; they are run below")
+    if study.task in ("regression", "dlrm"):
+        pytest.skip("its settings are no flags; they are used below")
     rows = carry_out(study, lambda run: 1 / (1 + abs(math.log(run.value / 0.1))), limit=2000)
     recipe = importlib.import_module(f"official_recipes.{study.task}.train")
     for row in rows:
@@ -272,6 +273,69 @@ def test_a_run_of_the_regression_study():
         {**flags, "validation_size": 0, "learning_rate": 9.0}, lambda done, total: None
     )
     assert far["diverged"]
+
+
+DLRM_FLAGS = {
+    **next(iter(STUDIES["dlrm"].comparisons))[0].settings,
+    "optimizer": "vr_sgd",
+    "sub_batches": 4,
+    "learning_rate": 2.0,
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize(("size", "split"), [(1, "validation"), (0, "test")])
+def test_a_run_on_tf_models(tmp_path, monkeypatch, size, split):
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}-00000-of-00001").touch()
+    made = TfmRunner("dlrm", tmp_path, 2)
+    assert made.load(lambda done, total: None) == tmp_path.name
+    flags = {**DLRM_FLAGS, "validation_size": size}
+    outcome = {}
+
+    def run(command, **kwargs):
+        outcome["command"] = command
+        folder = next(a for a in command if a.startswith("--model_dir=")).split("=")[1]
+        if not outcome["error"]:
+            summary = {"metrics": {"auc": 0.75}, "step_ms": 9.0, "seconds": 3.0}
+            Path(folder, "summary.json").write_text(json.dumps(summary))
+        return subprocess.CompletedProcess(
+            command, bool(outcome["error"]), stdout="", stderr=outcome["error"]
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    outcome["error"] = ""
+    row = made.train(flags, lambda done, total: None)
+    assert row["final"] == {f"{split}_auc": 0.75}
+    assert not row["diverged"]
+    (override,) = [a for a in outcome["command"] if a.startswith("--params_override=")]
+    assert f"task.validation_data.input_path='{tmp_path}/{split}*'" in override
+    assert "plateau_polynomial.initial_learning_rate=2.0" in override
+    assert {"--seed=3", "--sub_batches=4", "--cpu_replicas=2"} <= set(outcome["command"])
+    outcome["error"] = "training diverged: in the loop"
+    assert made.train(flags, lambda done, total: None)["diverged"]
+    outcome["error"] = "no such file"
+    with pytest.raises(RuntimeError, match="no such file"):
+        made.train(flags, lambda done, total: None)
+
+
+def test_data_that_was_not_prepared(tmp_path):
+    with pytest.raises(ValueError, match="no train files"):
+        TfmRunner("dlrm", tmp_path, 2).load(lambda done, total: None)
+
+
+@pytest.mark.long
+def test_a_run_on_tf_models_trains(tmp_path):
+    data = tmp_path / "clicks"
+    command = [sys.executable, "-m", "official_recipes.dlrm.prepare_data"]
+    command += ["--synthetic_rows=4000", "--test_fraction=0.1", f"--output_dir={data}"]
+    root = Path(__file__).parents[1]
+    subprocess.run(command, check=True, capture_output=True, cwd=root)
+    small = {"trainer.train_steps": 4, "trainer.steps_per_loop": 2, "trainer.summary_interval": 2}
+    small |= {"trainer.checkpoint_interval": 4, "trainer.validation_interval": 4}
+    small |= {"task.train_data.global_batch_size": 64, "validation_size": 0}
+    row = TfmRunner("dlrm", data, 2).train({**DLRM_FLAGS, **small}, lambda done, total: None)
+    assert 0.3 < row["final"]["test_auc"] < 1
 
 
 def test_wrong_flags(capsys):

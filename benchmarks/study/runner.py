@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from absl import flags
 
 from benchmarks.study.grid import Scalar, Study
+from benchmarks.study.tfm_runner import TfmRunner
 from official_recipes.common.flag_parsing import parse_flags
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ TASKS = {
     "cifar": "a folder with CIFAR-10 or MNIST",
     "wikitext2": "a folder with WikiText-2",
     "multi30k": "a folder with Multi30k",
+    "dlrm": "a folder that official_recipes.dlrm.prepare_data made",
+    "bert": "a folder that official_recipes.bert.prepare_data made",
     "regression": None,
 }
 """What can be studied, and the data that it needs."""
@@ -50,8 +53,12 @@ def make_runner(study: Study, data_dir: Path | None) -> Runner:
     assert data_dir is not None
     numbers = {int(cell.settings.get("replicas", 1)) for cell, _ in study.comparisons}
     assert len(numbers) == 1, "a process has one strategy"
-    kind = ImageRunner if study.task == "cifar" else RecipeRunner
-    return kind(study.task, data_dir, numbers.pop())
+    kinds: dict[str, Callable[[str, Path, int], Runner]] = {
+        "cifar": ImageRunner,
+        "dlrm": TfmRunner,
+        "bert": TfmRunner,
+    }
+    return kinds.get(study.task, RecipeRunner)(study.task, data_dir, numbers.pop())
 
 
 class RecipeRunner:

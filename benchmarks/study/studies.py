@@ -304,6 +304,47 @@ MULTI30K = Study(
     task="multi30k",
 )
 
+_CLICKS = 900_000  # of which a million made-up rows leave as many to train on
+
+
+def _dlrm(batch_size: int) -> tuple[Cell, list[Contender]]:
+    """One epoch of `synthetic_8k_cpu`, with its proportions of warm-up, plateau and decay."""
+    steps = _CLICKS // batch_size
+    decay = steps // 4
+    rate = "trainer.optimizer_config.learning_rate.plateau_polynomial"
+    cell = Cell(
+        f"DLRM, B={batch_size}",
+        {
+            "config": "synthetic_8k_cpu",
+            "batch_size": batch_size,
+            "replicas": 2,
+            "rate_field": "plateau_polynomial.initial_learning_rate",
+            "task.train_data.global_batch_size": batch_size,
+            "trainer.train_steps": steps,
+            "trainer.steps_per_loop": steps // 5,
+            "trainer.summary_interval": steps // 5,
+            "trainer.checkpoint_interval": steps,
+            "trainer.validation_interval": steps,
+            f"{rate}.decay_start": steps - decay,
+            f"{rate}.decay_steps": decay,
+            "trainer.optimizer_config.warmup.linear.warmup_steps": steps // 8,
+        },
+        validation_size=1,
+    )
+    rates = (1.0, 2.0, 4.0)
+    return cell, [
+        Contender("SGD", {"optimizer": "sgd", "sub_batches": 1}, values=rates),
+        Contender("VR-SGD", {"optimizer": "vr_sgd", "sub_batches": 4}, values=rates),
+    ]
+
+
+DLRM = Study(
+    "dlrm",
+    [_dlrm(batch_size) for batch_size in (512, 2048, 8192)],
+    metric=Metric("auc", close=0.005, scale=1.0, unit=""),
+    task="dlrm",
+)
+
 # The true inputs of the paper's experiment are not told, nor whether its labels have noise.
 _REGRESSION: dict[str, Scalar] = {"batch_size": 2048, "sub_batches": 32}
 GAMMAS = (0.01, 0.02, 0.04, 0.1, 0.2, 0.5, 1.0)
@@ -354,5 +395,5 @@ REGRESSION = Study(
 
 STUDIES = {
     study.name: study
-    for study in (EXTRAPOLATION, TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, REGRESSION)
+    for study in (EXTRAPOLATION, TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, REGRESSION)
 }
