@@ -13,6 +13,7 @@ from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row
 from benchmarks.study.render import plot_comparison
 from benchmarks.study.studies import (
     BASELINES,
+    BERT,
     DLRM,
     GAMMAS,
     MNIST,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NOT_RUN = "not run"
-_TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM)
+_TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
 
 
 def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence[Contender]) -> str:

@@ -345,6 +345,45 @@ DLRM = Study(
     task="dlrm",
 )
 
+
+def _bert(batch_size: int) -> tuple[Cell, list[Contender]]:
+    """About one pass over the Wikipedia sample, a tenth of it warm-up, then linear decay."""
+    steps = 8640 // batch_size
+    warmup = max(1, steps // 10)
+    rate = "trainer.optimizer_config.learning_rate.polynomial"
+    cell = Cell(
+        f"BERT-tiny, B={batch_size}",
+        {
+            "config": "bert_tiny_wikipedia_phase1",
+            "batch_size": batch_size,
+            "replicas": 2,
+            "rate_field": "polynomial.initial_learning_rate",
+            "task.train_data.global_batch_size": batch_size,
+            "trainer.train_steps": steps,
+            "trainer.steps_per_loop": steps,
+            "trainer.summary_interval": steps,
+            "trainer.checkpoint_interval": steps,
+            "trainer.validation_interval": steps,
+            f"{rate}.decay_steps": steps - warmup,
+            f"{rate}.offset": warmup,
+            "trainer.optimizer_config.warmup.linear.warmup_steps": warmup,
+        },
+        validation_size=1,
+    )
+    rates = (0.01, 0.02, 0.04)
+    return cell, [
+        Contender("LAMB", {"optimizer": "lbopt_lamb", "sub_batches": 1}, values=rates),
+        Contender("VR-LAMB", {"optimizer": "vr_lamb", "sub_batches": 4}, values=rates),
+    ]
+
+
+BERT = Study(
+    "bert",
+    [_bert(batch_size) for batch_size in (32, 128)],
+    metric=Metric("lm_example_loss", lower_is_better=True, close=0.02, scale=1.0, unit=""),
+    task="bert",
+)
+
 # The true inputs of the paper's experiment are not told, nor whether its labels have noise.
 _REGRESSION: dict[str, Scalar] = {"batch_size": 2048, "sub_batches": 32}
 GAMMAS = (0.01, 0.02, 0.04, 0.1, 0.2, 0.5, 1.0)
@@ -395,5 +434,15 @@ REGRESSION = Study(
 
 STUDIES = {
     study.name: study
-    for study in (EXTRAPOLATION, TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, REGRESSION)
+    for study in (
+        EXTRAPOLATION,
+        TWO_CONV,
+        RESNET20,
+        MNIST,
+        WIKITEXT2,
+        MULTI30K,
+        DLRM,
+        BERT,
+        REGRESSION,
+    )
 }
