@@ -42,12 +42,12 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
         f"| method | best rate | good rates | tried | validation {name} | test {name} | seeds |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
+    missing = []
     for contender in contenders:
         outcome = known[cell.name, contender.label]
         inherited = contender.takes_from is not None
         if outcome.best is None:
-            tried = f"{len(outcome.tried)}" if outcome.tried else "–"
-            lines.append(f"| {contender.label} | {_NOT_RUN} | – | {tried} | – | – | – |")
+            missing.append(contender.label)
             continue
         lines.append(
             f"| {contender.label} | "
@@ -56,6 +56,10 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
             f"{shown(metric, [outcome.tried[outcome.best]]) if outcome.tried else '–'} | "
             f"{shown(metric, outcome.final)} | {len(outcome.final)} |"
         )
+    if len(missing) == len(contenders):
+        lines = []
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     return "\n".join(lines)
 
 
