@@ -212,7 +212,7 @@ def test_a_loss_is_better_where_it_is_lower():
     assert "0.01 ± 0.00" in table[2]
     assert "as base" in table[3]
     nothing = tuned_table(study, Results(study, []), CELL, [BASE, FIXED])
-    assert nothing.strip() == "Not run yet: base, fixed."
+    assert nothing.strip() == "Not run yet: base; fixed."
     assert shown(loss, [1.0, math.inf]) == "1 of 2 diverged"
 
 

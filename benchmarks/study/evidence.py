@@ -59,7 +59,7 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
     if len(missing) == len(contenders):
         lines = []
     if missing:
-        lines += ["", f"Not run yet: {', '.join(missing)}."]
+        lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines)
 
 
