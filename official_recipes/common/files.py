@@ -84,9 +84,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
     Args:
         path: The file, made if missing.
-        row: What :func:`plain` takes.
+        row: What JSON can hold, as :func:`plain` returns it.
+
+    Raises:
+        ValueError: A number is infinite or NaN.
     """
-    line = (json.dumps(plain(row), allow_nan=False) + "\n").encode()
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
