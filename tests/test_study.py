@@ -120,6 +120,17 @@ def test_divergence_is_the_worst_result():
     assert outcome.tried[0.4] == -math.inf
 
 
+def test_a_tie_is_broken_by_the_loss():
+    rows = carry_out(STUDY, lambda run: 0.1)
+    assert max(outcomes(STUDY, Results(STUDY, rows))["cell", "base"].tried) == 0.4
+    for row in rows:
+        split = "validation" if row["stage"] == TUNING else "test"
+        row["final"][f"{split}_loss"] = 2.3 - 0.01 * row["value"]
+    known = Results(STUDY, [row for row in rows if row["value"] >= 0.1])
+    (run, *_) = next_runs(STUDY, known)
+    assert run.value == 0.8
+
+
 def test_rows_of_other_settings_do_not_count():
     rows = carry_out(STUDY, at_best(0.2))
     other = Study("study", [(Cell("cell", {"batch_size": 128}, 10), [BASE])])

@@ -17,6 +17,7 @@ Scalar = float | int | bool | str
 Row = dict[str, Any]
 
 TUNING, FINAL = "tuning", "final"
+_SPLITS = {TUNING: "validation", FINAL: "test"}
 _AT_MOST = 9
 _UNTUNED = (1.0,)
 
@@ -161,9 +162,16 @@ class Results:
         row = self.row(run)
         if row is None:
             return None
-        split = "validation" if run.stage == TUNING else "test"
-        found = row["final"].get(f"{split}_{self._metric.name}")
+        found = row["final"].get(f"{_SPLITS[run.stage]}_{self._metric.name}")
         return self._metric.worst if row["diverged"] or found is None else float(found)
+
+    def loss(self, run: Run) -> float:
+        """The loss at the end; 0 where there is none beside the metric, infinite if it diverged."""
+        row = self.row(run)
+        if row is None or row["diverged"]:
+            return math.inf
+        found = row["final"].get(f"{_SPLITS[run.stage]}_loss", 0.0)
+        return math.inf if found is None else float(found)
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,7 @@ def _outcome(
         return Run(study.name, cell.name, contender.label, stage, value, settings)
 
     tried: dict[float, float] = {}
+    losses: dict[float, float] = {}
     if contender.values:
         grid = list(contender.values)
         while True:
@@ -247,8 +256,12 @@ def _outcome(
             for value in grid:
                 scores = [results.score(run(TUNING, value, s)) for s in cell.tuning_seeds]
                 tried[value] = statistics.fmean(s for s in scores if s is not None)
+                # Between runs that learned equally little, it tells which was nearer to learning.
+                losses[value] = statistics.fmean(
+                    results.loss(run(TUNING, value, s)) for s in cell.tuning_seeds
+                )
             sign = -1 if study.metric.lower_is_better else 1
-            best = max(grid, key=lambda value: sign * tried[value])
+            best = max(grid, key=lambda value: (sign * tried[value], -losses[value]))
             ratio = grid[1] / grid[0] if len(grid) > 1 else 2.0
             if len(grid) >= _AT_MOST:
                 break

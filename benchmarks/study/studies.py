@@ -206,7 +206,6 @@ def _mnist(batch_size: int) -> tuple[Cell, list[Contender]]:
     )
     lars = {"optimizer": "lars", "momentum": 0.9}
     clars: dict[str, Scalar] = {"optimizer": "clars", "momentum": 0.9}
-    k = batch_size // 128
     rates = (0.5, 1.0, 2.0)
     return cell, [
         Contender("Nesterov momentum", {"optimizer": "nesterov"}, values=(0.1, 0.2, 0.4)),
@@ -222,14 +221,14 @@ def _mnist(batch_size: int) -> tuple[Cell, list[Contender]]:
             values=rates,
         ),
         Contender(
-            f"CLARS, {k} sub-batches of 128",
-            {**clars, "eta": 0.01, "gradient_accumulation_steps": k},
+            "CLARS",
+            {**clars, "eta": 0.01, "gradient_accumulation_steps": SUB_BATCHES},
             values=rates,
         ),
     ]
 
 
-MNIST = Study("mnist", [_mnist(4096), _mnist(1024)])
+MNIST = Study("mnist", [_mnist(128), _mnist(1024)])
 
 WIKITEXT2 = Study(
     "wikitext2",
