@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.study import regression, runner
 from benchmarks.study.__main__ import main, summary
 from benchmarks.study.documents import DOCS, render_pages
-from benchmarks.study.evidence import good_rates, shown, tuned_table
+from benchmarks.study.evidence import good_rates, tuned_table
 from benchmarks.study.grid import (
     ACCURACY,
     FINAL,
@@ -32,7 +32,7 @@ from benchmarks.study.grid import (
     next_runs,
     outcomes,
 )
-from benchmarks.study.render import comparison_table, fill, percent
+from benchmarks.study.render import comparison_table, fill, shown
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
 from benchmarks.study.tfm_runner import TfmRunner
@@ -170,9 +170,9 @@ def test_tables():
     assert "**0.2: 101.5 %**" in lines[2]
     assert "102.00 ± 1.00 %" in lines[2]
     assert "as base" in lines[4]
-    assert percent([]) == "not run"
-    assert percent([0.5]) == "50.00 %"
-    assert percent([0.5, -math.inf]) == "1 of 2 diverged"
+    assert shown(ACCURACY, []) == "not run"
+    assert shown(ACCURACY, [0.5]) == "50.00 %"
+    assert shown(ACCURACY, [0.5, -math.inf]) == "1 of 2 diverged"
     assert summary(STUDY, Results(STUDY, rows)).row_count == 3
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
-from benchmarks.study.render import plot_comparison
+from benchmarks.study.render import figure_file, plot_comparison, shown
 from benchmarks.study.studies import (
     BASELINES,
     BERT,
@@ -25,10 +23,6 @@ from benchmarks.study.studies import (
     TWO_CONV,
     WIKITEXT2,
 )
-from official_recipes.common.files import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _NOT_RUN = "not run"
 _TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
@@ -75,19 +69,6 @@ def good_rates(outcome: Outcome, metric: Metric) -> str:
     return f"{close[0]:g}–{close[-1]:g} ({at_least}×{close[-1] / close[0]:.3g})"
 
 
-def shown(metric: Metric, scores: Sequence[float]) -> str:
-    """Mean and standard deviation of scores, and how many runs diverged."""
-    finite = [score for score in scores if math.isfinite(score)]
-    if not scores:
-        return _NOT_RUN
-    if len(finite) < len(scores):
-        return f"{len(scores) - len(finite)} of {len(scores)} diverged"
-    mean = metric.shown(statistics.fmean(finite))
-    if len(finite) == 1:
-        return mean + metric.unit
-    return f"{mean} ± {metric.shown(statistics.stdev(finite))}{metric.unit}"
-
-
 def plot_batches(study: Study, results: Results, path: Path) -> bool:
     """Draws the test result over the batch size; returns whether there was anything to draw."""
     known = outcomes(study, results)
@@ -96,7 +77,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     seen = {name for (name, _), outcome in known.items() if outcome.final}
     if len(seen) < 2:  # A line needs two batch sizes.
         return False
-    with _figure(path, (9.5, 6)) as figure:
+    with figure_file(path, (9.5, 6)) as figure:
         axis = figure.subplots()
         place = 0
         for contender in contenders:
@@ -142,7 +123,9 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
     labels = [c.label for c in study.comparisons[0][1]]
     columns = min(2, len(cells))
     lines = math.ceil(len(cells) / columns)
-    with _figure(path, (5.5 * columns + (2 if columns == 1 else 0), 1.2 + 3.6 * lines)) as figure:
+    with figure_file(
+        path, (5.5 * columns + (2 if columns == 1 else 0), 1.2 + 3.6 * lines)
+    ) as figure:
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis, cell in zip(axes.flat, cells, strict=False):
             for number, label in enumerate(labels):
@@ -219,7 +202,7 @@ def plot_regression(study: Study, results: Results, path: Path) -> bool:
     first = {
         label: next(r for r in found if "weights" in r["curve"]) for label, found in rows.items()
     }
-    with _figure(path, (11, 7.5)) as figure:
+    with figure_file(path, (11, 7.5)) as figure:
         axes = figure.subplots(2, 3)
         for number, label in enumerate(labels):
             for row in rows[label]:
@@ -277,23 +260,6 @@ def plot_regression(study: Study, results: Results, path: Path) -> bool:
     return True
 
 
-@contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=size, layout="constrained")
-    try:
-        yield figure
-        if figure.axes and any(axis.has_data() for axis in figure.axes):
-            with atomic_write(path) as temporary:
-                figure.savefig(temporary, dpi=130)
-    finally:
-        plt.close(figure)
-
-
 def _batch(cell: Cell) -> int:
     return int(cell.settings["batch_size"])
 
@@ -308,7 +274,7 @@ def _spread(scores: Sequence[float]) -> float:
 
 def blocks(results: dict[str, Results]) -> dict[str, str]:
     """Returns the tables of the page by their names."""
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for study in _TUNED:
         for cell, contenders in study.comparisons:
             name = f"{study.name}-{_batch(cell)}"

@@ -121,9 +121,9 @@ class Metric:
         """Of a run that diverged."""
         return math.inf if self.lower_is_better else -math.inf
 
-    def shown(self, value: float, digits: int = 2) -> str:
+    def shown(self, value: float) -> str:
         """A value as people read it, without its unit."""
-        return f"{self.scale * value:.{digits}f}"
+        return f"{self.scale * value:.2f}"
 
 
 ACCURACY = Metric("accuracy")

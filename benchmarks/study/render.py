@@ -9,11 +9,16 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.study.grid import Cell, Contender, Outcome, Results, Study, outcomes
+from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Study, outcomes
 from official_recipes.common.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def fill(document: Path, blocks: Mapping[str, str]) -> None:
@@ -53,27 +58,46 @@ def comparison_table(
     ]
     for contender in contenders:
         outcome = known[cell.name, contender.label]
-        shown = percent(outcome.final)
+        score = shown(study.metric, outcome.final)
         if several:
             lines.append(
-                f"| {contender.label} | {_tried(contender, outcome)} | {shown} | "
+                f"| {contender.label} | {_tried(contender, outcome)} | {score} | "
                 f"{len(outcome.final)} |"
             )
         else:
-            lines.append(f"| {contender.label} | {shown} |")
+            lines.append(f"| {contender.label} | {score} |")
     return "\n".join(lines)
 
 
-def percent(scores: list[float]) -> str:
-    """Returns mean and standard deviation of shares as percentages."""
-    finite = [100 * score for score in scores if math.isfinite(score)]
+def shown(metric: Metric, scores: Sequence[float]) -> str:
+    """Mean and standard deviation of scores, and how many runs diverged."""
+    finite = [score for score in scores if math.isfinite(score)]
     if not scores:
         return "not run"
     if len(finite) < len(scores):
         return f"{len(scores) - len(finite)} of {len(scores)} diverged"
+    mean = metric.shown(statistics.fmean(finite))
     if len(finite) == 1:
-        return f"{finite[0]:.2f} %"
-    return f"{statistics.fmean(finite):.2f} ± {statistics.stdev(finite):.2f} %"
+        return mean + metric.unit
+    return f"{mean} ± {metric.shown(statistics.stdev(finite))}{metric.unit}"
+
+
+@contextmanager
+def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure that is written as a PNG when the block ends, unless nothing was drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=size, layout="constrained")
+    try:
+        yield figure
+        if any(axis.has_data() for axis in figure.axes):
+            with atomic_write(path) as temporary:
+                figure.savefig(temporary, dpi=130)
+    finally:
+        plt.close(figure)
 
 
 def _tried(contender: Contender, outcome: Outcome) -> str:
@@ -81,8 +105,8 @@ def _tried(contender: Contender, outcome: Outcome) -> str:
         return f"as {contender.takes_from}" if contender.takes_from else "nothing"
     parts = []
     for value, score in outcome.tried.items():
-        shown = f"{value:g}: " + (f"{100 * score:.1f} %" if math.isfinite(score) else "diverged")
-        parts.append(f"**{shown}**" if value == outcome.best else shown)
+        text = f"{value:g}: " + (f"{100 * score:.1f} %" if math.isfinite(score) else "diverged")
+        parts.append(f"**{text}**" if value == outcome.best else text)
     return f"{contender.axis.replace('_', ' ')} {', '.join(parts)}"
 
 
@@ -90,32 +114,25 @@ def plot_comparison(
     study: Study, results: Results, cell: Cell, contenders: list[Contender], path: Path
 ) -> None:
     """Draws every seed's result of every contender, with their means, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     known = outcomes(study, results)
-    figure, axis = plt.subplots(figsize=(8, 0.45 * len(contenders) + 1.4), layout="constrained")
-    labels = []
-    for place, contender in enumerate(contenders):
-        final = known[cell.name, contender.label].final
-        scores = [study.metric.scale * score for score in final if math.isfinite(score)]
-        axis.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.5, markersize=6)
-        if scores:
-            axis.plot(
-                [statistics.fmean(scores)], [place], "|", color="black", markersize=18,
-                markeredgewidth=2,
-            )  # fmt: skip
-        labels.append(contender.label)
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.5, -0.5)
-    unit = f" ({study.metric.unit.strip()})" if study.metric.unit else ""
-    axis.set_xlabel(f"test {study.metric.name}{unit}; a dot for each seed, a line for their mean")
-    axis.set_title(cell.name)
-    axis.grid(alpha=0.3)
-    try:
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=130)
-    finally:
-        plt.close(figure)
+    with figure_file(path, (8, 0.45 * len(contenders) + 1.4)) as figure:
+        axis = figure.subplots()
+        labels = []
+        for place, contender in enumerate(contenders):
+            final = known[cell.name, contender.label].final
+            scores = [study.metric.scale * score for score in final if math.isfinite(score)]
+            axis.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.5, markersize=6)
+            if scores:
+                axis.plot(
+                    [statistics.fmean(scores)], [place], "|", color="black", markersize=18,
+                    markeredgewidth=2,
+                )  # fmt: skip
+            labels.append(contender.label)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        unit = f" ({study.metric.unit.strip()})" if study.metric.unit else ""
+        axis.set_xlabel(
+            f"test {study.metric.name}{unit}; a dot for each seed, a line for their mean"
+        )
+        axis.set_title(cell.name)
+        axis.grid(alpha=0.3)

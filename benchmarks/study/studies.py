@@ -249,18 +249,10 @@ WIKITEXT2 = Study(
                 validation_size=620,
             ),
             [
-                Contender("Nesterov momentum", {"optimizer": "nesterov"}, values=(0.5, 1.0, 2.0)),
-                Contender(
-                    "EXTRAP-SGD",
-                    {"optimizer": "extrap_sgd", "sub_batches": SUB_BATCHES},
-                    values=(0.5, 1.0, 2.0),
-                ),
-                Contender("Adam", {"optimizer": "adam"}, values=(0.005, 0.01, 0.02)),
-                Contender(
-                    "EXTRAP-ADAM",
-                    {"optimizer": "extrap_adam", "sub_batches": SUB_BATCHES},
-                    values=(0.005, 0.01, 0.02),
-                ),
+                _contender("Nesterov momentum", 1.0, 1.0),
+                _contender("EXTRAP-SGD", 1.0, 1.0),
+                _contender("Adam", 0.01, 1.0),
+                _contender("EXTRAP-ADAM", 0.01, 1.0),
             ],
         )
     ],
@@ -290,12 +282,8 @@ MULTI30K = Study(
                 validation_size=None,
             ),
             [
-                Contender("Adam", {"optimizer": "adam"}, values=(0.005, 0.01, 0.02)),
-                Contender(
-                    "EXTRAP-ADAM",
-                    {"optimizer": "extrap_adam", "sub_batches": SUB_BATCHES},
-                    values=(0.005, 0.01, 0.02),
-                ),
+                _contender("Adam", 0.01, 1.0),
+                _contender("EXTRAP-ADAM", 0.01, 1.0),
             ],
         )
     ],

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_lbopt.rules.norms import compute_dtype
+
 
 class ReplicaState(tf.train.experimental.PythonState):
     """Mirrored variables whose copies differ.
@@ -65,13 +67,18 @@ class ReplicaState(tf.train.experimental.PythonState):
         header = self.header()
         if header is None:
             return b""
-        copies = self._copies()
+        return self._packed(header, self._copies())
+
+    def _packed(
+        self, header: Mapping[str, Any], copies: Mapping[str, tuple[tf.Variable, ...]]
+    ) -> bytes:
+        """A header and all replicas' copies as one file."""
         replicas = self._strategy.num_replicas_in_sync
         # Other workers' copies can not be reached from here; loading will start empty.
         complete = all(len(local) == replicas for local in copies.values())
         header = {**header, "replicas": replicas, "complete": complete}
         arrays = {
-            f"{name}/{replica}": copy.numpy()
+            f"{name}/{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
             for name, local in copies.items()
             for replica, copy in enumerate(local)
             if complete
@@ -118,3 +125,8 @@ class ReplicaState(tf.train.experimental.PythonState):
             name: self._strategy.experimental_local_results(variable)
             for name, variable in (self.state() or {}).items()
         }
+
+
+def _stored_dtype(variable: tf.Variable) -> tf.DType:
+    # NumPy files have no bfloat16.
+    return compute_dtype(variable.dtype) if variable.dtype.is_floating else variable.dtype

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
-from tf_lbopt.rules.norms import compute_dtype
 
 _logger = logging.getLogger(__name__)
 
@@ -181,20 +180,7 @@ class LocalState(ReplicaState):
             return self._pending
         if self._alone or not self._created or not self._in_use():
             return b""
-        copies_of = self._copies_of(self.updates())
-        replicas = self._strategy.num_replicas_in_sync
-        # Other workers' copies can not be reached from here.
-        complete = all(len(copies) == replicas for copies in copies_of.values())
-        header = {**self.header(), "replicas": replicas, "complete": complete}
-        arrays = {
-            f"{name}/{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
-            for name, copies in copies_of.items()
-            for replica, copy in enumerate(copies)
-            if complete
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-        return buffer.getvalue()
+        return self._packed(self.header(), self._copies_of(self.updates()))
 
     def deserialize(self, string_value: bytes) -> None:
         """Keeps what `serialize` stored for `settle`."""
@@ -272,8 +258,3 @@ def _assign_all(targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]) 
 def _done(*operations: Any) -> list[Any]:
     """Operations to wait for; eagerly there are none."""
     return [operation for operation in operations if operation is not None]
-
-
-def _stored_dtype(variable: tf.Variable) -> tf.DType:
-    # NumPy files have no bfloat16.
-    return compute_dtype(variable.dtype) if variable.dtype.is_floating else variable.dtype
