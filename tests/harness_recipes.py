@@ -34,7 +34,9 @@ runtime: {mixed_precision_dtype: float32}
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
-def interrupt_preparation(recipe: str, arguments: list[str], output_dir: Path, number: int) -> None:
+def interrupt_preparation(
+    recipe: str, arguments: list[str], output_dir: Path, number: int, limit_s: int = 60
+) -> None:
     """Sends a signal to a recipe's ``prepare_data`` as soon as it writes training records.
 
     Checks that nothing looks like prepared data then, and that only a killed process leaves the
@@ -49,13 +51,13 @@ def interrupt_preparation(recipe: str, arguments: list[str], output_dir: Path, n
     ]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + limit_s
             while not list(partial.glob("train-*")):
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=min(limit_s, 120))
         finally:
             process.kill()
     assert process.returncode == _EXIT_CODES[number]

@@ -404,7 +404,7 @@ def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, vocab
     source = _text(tmp_path / "in", 200)
     out = tmp_path / "out"
     arguments = [f"--source={source}", f"--vocab_file={vocab_file}", *LENGTHS]
-    interrupt_preparation("bert", [*arguments, "--dupe_factor=100000"], out, number)
+    interrupt_preparation("bert", [*arguments, "--dupe_factor=100000"], out, number, 300)
     assert _prepare(*arguments, f"--output_dir={out}", "--dupe_factor=1") == 0
     assert not (tmp_path / ".out.partial").exists()
 
