@@ -309,6 +309,13 @@ def test_every_epoch_has_every_example_once_and_another_order():
     assert take(1, 4) == batches[4:]
 
 
+def test_the_end_of_a_run_waits_for_no_tuning_of_the_pipeline(monkeypatch):
+    given = []
+    monkeypatch.setattr(keras.Model, "fit", lambda model, data, **_: given.append(data))
+    train(task_of(), FAST, strategy_of(2))
+    assert given[0].options().autotune.enabled is False
+
+
 def cifar100_folder(folder):
     rng = np.random.default_rng(0)
     for name, count in (("train", 6), ("test", 4)):

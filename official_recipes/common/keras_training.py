@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from official_recipes.common.files import append_row, plain, write_json
 from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.input_pipeline import without_autotuning
 from official_recipes.common.keras_optimizers import make_optimizer
 from official_recipes.common.keras_options import TrainingOptions, check_batch
 
@@ -212,7 +213,7 @@ def _batches(task: Task, options: TrainingOptions, first_epoch: int) -> tf.data.
     def examples(number: tf.Tensor, indices: tf.Tensor) -> Any:
         return task.batch(tf.ensure_shape(indices, [size]), tf.stack([seed, number]))
 
-    return (
+    return without_autotuning(
         tf.data.Dataset.counter(first_epoch)
         .flat_map(epoch_batches)
         .map(examples, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

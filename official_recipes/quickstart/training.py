@@ -14,6 +14,7 @@ import tensorflow as tf
 
 import tf_lbopt
 from official_recipes.common.image_data import ImageData
+from official_recipes.common.input_pipeline import without_autotuning
 from official_recipes.quickstart import settings
 from tf_lbopt.schedules import WarmupPolynomialDecay
 
@@ -210,7 +211,7 @@ class Trainer:
         images = tf.constant(self.data.train_images)
         labels = tf.constant(self.data.train_labels)
         count = len(self.data.train_labels)
-        return (
+        return without_autotuning(
             tf.data.Dataset.range(count)
             .shuffle(count, seed=run.seed, reshuffle_each_iteration=True)
             .batch(run.batch_size, drop_remainder=True)
