@@ -21,6 +21,24 @@ tf.config.set_logical_device_configuration(
 )
 
 
+def _without_autotuning(prepare):
+    """Of what tf.data does to a dataset for which an iterator is made (TensorFlow 2.20).
+
+    An iterator's destruction may wait for the thread that tunes it, as long as it lived.
+    """
+
+    @functools.wraps(prepare)
+    def prepared(dataset):
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return prepare(dataset).with_options(options)
+
+    return prepared
+
+
+tf.data.Dataset._apply_debug_options = _without_autotuning(tf.data.Dataset._apply_debug_options)
+
+
 @functools.cache
 def strategy_of(replicas: int) -> tf.distribute.Strategy:
     """The process's strategy for a number of replicas: 1 (none at all), 2, 4 or 8."""
