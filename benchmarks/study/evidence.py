@@ -84,7 +84,8 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
             points = [
                 (_batch(cell), statistics.fmean(final), _spread(final))
                 for cell in cells
-                if (final := _finite(known[cell.name, contender.label].final))
+                if (outcome := known.get((cell.name, contender.label)))
+                and (final := _finite(outcome.final))
             ]
             if not points:
                 continue
@@ -96,7 +97,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
                 [100 * value for value in y],
                 [100 * value for value in spread],
                 label=contender.label,
-                color=f"C{place % 10}",
+                color=_color(place),
                 linestyle="-" if ours else "--",
                 marker="o" if ours else "s",
                 markersize=5,
@@ -129,13 +130,14 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis, cell in zip(axes.flat, cells, strict=False):
             for number, label in enumerate(labels):
-                tried = known[cell.name, label].tried
-                points = [(v, 100 * s) for v, s in sorted(tried.items()) if math.isfinite(s)]
+                outcome = known.get((cell.name, label))
+                tried = sorted(outcome.tried.items()) if outcome else []
+                points = [(v, 100 * s) for v, s in tried if math.isfinite(s)]
                 if points:
                     axis.plot(
                         *zip(*points, strict=True),
                         label=label,
-                        color=f"C{number % 10}",
+                        color=_color(number),
                         linestyle="--" if label in BASELINES else "-",
                         marker="s" if label in BASELINES else "o",
                         markersize=4,
@@ -258,6 +260,13 @@ def plot_regression(study: Study, results: Results, path: Path) -> bool:
         for axis in axes.flat:
             axis.grid(alpha=0.3)
     return True
+
+
+def _color(place: int) -> tuple[float, ...]:
+    import matplotlib
+
+    # Twenty that differ: dark ones first, then their light neighbours.
+    return tuple(matplotlib.colormaps["tab20"](2 * place % 20 + place // 10))
 
 
 def _batch(cell: Cell) -> int:

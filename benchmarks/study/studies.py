@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.study.grid import Cell, Contender, Metric, Scalar, Study
 
 _RATES = (0.05, 0.1, 0.2, 0.4)
@@ -100,7 +102,7 @@ EXTRAPOLATION = Study(
 
 # VRGD and CLARS take their statistics from k = 8 sub-batches, EXTRAP takes its k points from them.
 SUB_BATCHES = 8
-# At batch 4096, of which the ones at other batches follow by the square-root rule; grids grow.
+# In the middle of each grid at batch 4096 at the beginning; grids grow.
 _FIRST_RATES = {
     "momentum": 0.05,
     "momentum, warm-up": 0.05,
@@ -118,7 +120,35 @@ _FIRST_RATES = {
     "VR-SGD": 1.0,
     "EXTRAP-ADAM": 0.002,
 }
-BASELINES = ("momentum", "momentum, warm-up", "Nesterov momentum", "Adam", "LARS", "LAMB")
+# At 4096 those without warm-up turned out to be held back by its lack.
+_FIRST_RATES_WITH_WARMUP = {"LARS, warm-up": 4.0, "VR-Momentum, warm-up": 0.1}
+# The best at 4096, of which the first ones at other batches follow by the square-root rule.
+_BEST_AT_4096 = {
+    "momentum": 0.05,
+    "momentum, warm-up": 0.1,
+    "Nesterov momentum": 0.025,
+    "SNGM": 0.4,
+    "LARS": 2.0,
+    "VR-Momentum": 0.05,
+    "VR-LARS": 2.0,
+    "CLARS": 1.0,
+    "EXTRAP-SGD": 0.025,
+    "Adam": 0.002,
+    "LAMB": 0.02,
+    "VR-Adam": 0.004,
+    "VR-LAMB": 0.01,
+    "VR-SGD": 1.0,
+    "EXTRAP-ADAM": 0.002,
+}
+BASELINES = (
+    "momentum",
+    "momentum, warm-up",
+    "Nesterov momentum",
+    "Adam",
+    "LARS",
+    "LARS, warm-up",
+    "LAMB",
+)
 
 
 def _contender(label: str, middle: float, warmup_epochs: float) -> Contender:
@@ -136,7 +166,7 @@ def _contender(label: str, middle: float, warmup_epochs: float) -> Contender:
     return Contender(label, settings, values=values)
 
 
-def _two_conv(batch_size: int) -> tuple[Cell, list[Contender]]:
+def _two_conv(batch_size: int, rates_at_4096: Mapping[str, float]) -> tuple[Cell, list[Contender]]:
     cell = Cell(
         f"two-conv, B={batch_size}",
         {
@@ -153,10 +183,16 @@ def _two_conv(batch_size: int) -> tuple[Cell, list[Contender]]:
         validation_size=5000,
     )
     scale = (batch_size / 4096) ** 0.5
-    return cell, [_contender(k, scale * v, 2.0) for k, v in _FIRST_RATES.items()]
+    return cell, [_contender(k, scale * v, 2.0) for k, v in rates_at_4096.items()]
 
 
-TWO_CONV = Study("two_conv", [_two_conv(b) for b in (4096, 1024, 8192, 128)])
+TWO_CONV = Study(
+    "two_conv",
+    [
+        _two_conv(4096, {**_FIRST_RATES, **_FIRST_RATES_WITH_WARMUP}),
+        *(_two_conv(batch_size, _BEST_AT_4096) for batch_size in (1024, 8192, 128)),
+    ],
+)
 
 RESNET20 = Study(
     "resnet20",
