@@ -73,30 +73,29 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     """Draws the test result over the batch size; returns whether there was anything to draw."""
     known = outcomes(study, results)
     cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
-    contenders = study.comparisons[0][1]
+    labels = _labels(study)
     seen = {name for (name, _), outcome in known.items() if outcome.final}
     if len(seen) < 2:  # A line needs two batch sizes.
         return False
     with figure_file(path, (9.5, 6)) as figure:
         axis = figure.subplots()
         place = 0
-        for contender in contenders:
+        for label in labels:
             points = [
                 (_batch(cell), statistics.fmean(final), _spread(final))
                 for cell in cells
-                if (outcome := known.get((cell.name, contender.label)))
-                and (final := _finite(outcome.final))
+                if (outcome := known.get((cell.name, label))) and (final := _finite(outcome.final))
             ]
             if not points:
                 continue
-            ours = contender.label not in BASELINES
+            ours = label not in BASELINES
             x, y, spread = zip(*points, strict=True)
             axis.errorbar(
                 # Slightly apart, so that no error bar hides another.
                 [value * 1.012 ** (place - 7) for value in x],
                 [100 * value for value in y],
                 [100 * value for value in spread],
-                label=contender.label,
+                label=label,
                 color=_color(place),
                 linestyle="-" if ours else "--",
                 marker="o" if ours else "s",
@@ -121,7 +120,7 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
     cells = [c for c in cells if any(o.tried for (name, _), o in known.items() if name == c.name)]
     if not cells:
         return False
-    labels = [c.label for c in study.comparisons[0][1]]
+    labels = _labels(study)
     columns = min(2, len(cells))
     lines = math.ceil(len(cells) / columns)
     with figure_file(
@@ -260,6 +259,11 @@ def plot_regression(study: Study, results: Results, path: Path) -> bool:
         for axis in axes.flat:
             axis.grid(alpha=0.3)
     return True
+
+
+def _labels(study: Study) -> list[str]:
+    """Of all contenders, those of the first cell first."""
+    return list(dict.fromkeys(c.label for _, contenders in study.comparisons for c in contenders))
 
 
 def _color(place: int) -> tuple[float, ...]:
