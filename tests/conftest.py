@@ -14,6 +14,8 @@ import pathlib
 import pytest
 import tensorflow as tf
 
+from official_recipes.common.input_pipeline import without_autotuning
+
 _FIRST_DEVICE = {2: 1, 4: 3, 8: 7}
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
@@ -21,22 +23,14 @@ tf.config.set_logical_device_configuration(
 )
 
 
-def _without_autotuning(prepare):
-    """Of what tf.data does to a dataset for which an iterator is made (TensorFlow 2.20).
-
-    An iterator's destruction may wait for the thread that tunes it, as long as it lived.
-    """
-
-    @functools.wraps(prepare)
-    def prepared(dataset):
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        return prepare(dataset).with_options(options)
-
-    return prepared
+def _prepared_without_autotuning(prepare):
+    """Of what tf.data does to a dataset for which an iterator is made (TensorFlow 2.20)."""
+    return functools.wraps(prepare)(lambda dataset: without_autotuning(prepare(dataset)))
 
 
-tf.data.Dataset._apply_debug_options = _without_autotuning(tf.data.Dataset._apply_debug_options)
+tf.data.Dataset._apply_debug_options = _prepared_without_autotuning(
+    tf.data.Dataset._apply_debug_options
+)
 
 
 @functools.cache
