@@ -355,6 +355,37 @@ def test_wrong_flags(capsys):
     assert "extrapolation" in capsys.readouterr().err
 
 
+def test_only_some_runs(tmp_path, monkeypatch, capsys):
+    settings = {"inputs": "normal", "noise": 1.0, "gamma": 0.1, "steps": 2}
+    contenders = [
+        Contender(label, {"optimizer": name, "learning_rate": 0.01})
+        for label, name in (("SGD", "sgd"), ("VR-SGD", "vr_sgd"))
+    ]
+    cells = [
+        Cell(f"B={size}", {**settings, "batch_size": size, "sub_batches": 2}, 1, final_seeds=(1,))
+        for size in (8, 16)
+    ]
+    study = Study(
+        "regression",
+        [(cell, contenders) for cell in cells],
+        metric=Metric("log10_loss", lower_is_better=True),
+        task="regression",
+    )
+    monkeypatch.setitem(STUDIES, "regression", study)
+    table = tmp_path / "rows.jsonl"
+    command = ["study", "--study=regression", f"--results={table}"]
+    assert main([*command, "--only=^B=16: VR"]) == 0
+    assert [(row["cell"], row["label"]) for row in read_rows(table)] == [("B=16", "VR-SGD")]
+    assert main(command) == 0
+    assert [(row["cell"], row["label"]) for row in read_rows(table)[1:]] == [
+        ("B=8", "SGD"),
+        ("B=8", "VR-SGD"),
+        ("B=16", "SGD"),
+    ]
+    assert main([*command, "--only=("]) == 2
+    assert "--only: expected a regular expression, received '('" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_a_run_from_the_command_line(tmp_path):
     script = (

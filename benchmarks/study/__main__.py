@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.command_line import exit_code_of, progress_bar
 from benchmarks.study.documents import render_pages
-from benchmarks.study.grid import Results, Study, next_runs, outcomes
+from benchmarks.study.grid import Results, Run, Study, next_runs, outcomes
 from benchmarks.study.runner import TASKS, make_runner
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
@@ -39,6 +40,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("study", None, sorted(STUDIES), "Which study.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Folder with the study's data.", flag_values=values)
     flags.DEFINE_string("results", str(RESULTS), "The table of results.", flag_values=values)
+    flags.DEFINE_string(
+        "only",
+        None,
+        "Make only the runs whose cell and contender, as 'CELL: CONTENDER', match this regular "
+        "expression. Processes with expressions that share no run may fill one table at once.",
+        flag_values=values,
+    )
     define_integer(
         values, "minutes", None, "Begin no run after so many minutes [default: until all are done]."
     )
@@ -75,14 +83,30 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _study(study: Study, path: Path, values: flags.FlagValues) -> None:
-    if values.run and next_runs(study, Results(study, read_rows(path))):
+    only = _pattern(values.only)
+    if values.run and _left(study, path, only):
         if values.data_dir is None and TASKS[study.task] is not None:
             raise FlagValueError("data_dir", TASKS[study.task], "none")
-        _run(study, path, values.data_dir, values.minutes)
+        _run(study, path, only, values.data_dir, values.minutes)
     Console().print(summary(study, Results(study, read_rows(path))))
 
 
-def _run(study: Study, path: Path, data_dir: str | None, minutes: int | None) -> None:
+def _pattern(expression: str | None) -> re.Pattern[str]:
+    try:
+        return re.compile(expression or "")
+    except re.error as error:
+        raise FlagValueError("only", "a regular expression", f"{expression!r}: {error}") from None
+
+
+def _left(study: Study, path: Path, only: re.Pattern[str]) -> list[Run]:
+    """The runs that can be made now and are asked for."""
+    runs = next_runs(study, Results(study, read_rows(path)))
+    return [run for run in runs if only.search(f"{run.cell}: {run.label}")]
+
+
+def _run(
+    study: Study, path: Path, only: re.Pattern[str], data_dir: str | None, minutes: int | None
+) -> None:
     from official_recipes.common.replicas import quiet_tensorflow
 
     quiet_tensorflow()
@@ -94,7 +118,7 @@ def _run(study: Study, path: Path, data_dir: str | None, minutes: int | None) ->
         runner.load(lambda done, total: progress.update(reading, completed=done, total=total))
         progress.remove_task(reading)
         seconds: list[float] = []
-        while left := next_runs(study, Results(study, read_rows(path))):
+        while left := _left(study, path, only):
             interrupted.check()
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 break

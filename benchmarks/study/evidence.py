@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
 from benchmarks.study.render import figure_file, plot_comparison, shown
@@ -13,6 +14,7 @@ from benchmarks.study.studies import (
     BASELINES,
     BERT,
     DLRM,
+    FAMILIES,
     GAMMAS,
     MNIST,
     MULTI30K,
@@ -22,6 +24,7 @@ from benchmarks.study.studies import (
     SUB_BATCH_NUMBERS,
     TWO_CONV,
     WIKITEXT2,
+    optimizer_and_warmup,
 )
 
 _NOT_RUN = "not run"
@@ -73,43 +76,39 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     """Draws the test result over the batch size; returns whether there was anything to draw."""
     known = outcomes(study, results)
     cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
-    labels = _labels(study)
-    seen = {name for (name, _), outcome in known.items() if outcome.final}
+    seen = [c for c in cells if any(o.final for (name, _), o in known.items() if name == c.name)]
     if len(seen) < 2:  # A line needs two batch sizes.
         return False
-    with figure_file(path, (9.5, 6)) as figure:
-        axis = figure.subplots()
-        place = 0
-        for label in labels:
-            points = [
-                (_batch(cell), statistics.fmean(final), _spread(final))
-                for cell in cells
-                if (outcome := known.get((cell.name, label))) and (final := _finite(outcome.final))
-            ]
-            if not points:
-                continue
-            ours = label not in BASELINES
-            x, y, spread = zip(*points, strict=True)
-            axis.errorbar(
-                # Slightly apart, so that no error bar hides another.
-                [value * 1.012 ** (place - 7) for value in x],
-                [100 * value for value in y],
-                [100 * value for value in spread],
-                label=label,
-                color=_color(place),
-                linestyle="-" if ours else "--",
-                marker="o" if ours else "s",
-                markersize=5,
-                linewidth=1.2,
-                capsize=2,
-            )
-            place += 1
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([_batch(cell) for cell in cells], [str(_batch(cell)) for cell in cells])
-        axis.set_xlabel("batch size")
-        axis.set_ylabel(f"test {study.metric.name} (%), mean and standard deviation")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    with figure_file(path, (13, 5)) as figure:
+        axes = figure.subplots(1, len(FAMILIES), sharey=True)
+        for axis, (family, kinds) in zip(axes, FAMILIES.items(), strict=True):
+            place = 0
+            for label in _labels(study, kinds):
+                points = [
+                    (_batch(cell), statistics.fmean(final), _spread(final))
+                    for cell in seen
+                    if (found := known.get((cell.name, label))) and (final := _finite(found.final))
+                ]
+                if not points:
+                    continue
+                x, y, spread = zip(*points, strict=True)
+                axis.errorbar(
+                    # Slightly apart, so that no error bar hides another.
+                    [value * 1.02 ** (place - 4) for value in x],
+                    [100 * value for value in y],
+                    [100 * value for value in spread],
+                    label=label,
+                    capsize=2,
+                    **_style(label, kinds),
+                )
+                place += 1
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([_batch(cell) for cell in seen], [str(_batch(cell)) for cell in seen])
+            axis.set_xlabel("batch size")
+            axis.set_title(family, fontsize=10)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8, handlelength=3)
+        axes[0].set_ylabel(f"test {study.metric.name} (%), mean and standard deviation")
     return True
 
 
@@ -120,37 +119,30 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
     cells = [c for c in cells if any(o.tried for (name, _), o in known.items() if name == c.name)]
     if not cells:
         return False
-    labels = _labels(study)
-    columns = min(2, len(cells))
-    lines = math.ceil(len(cells) / columns)
-    with figure_file(
-        path, (5.5 * columns + (2 if columns == 1 else 0), 1.2 + 3.6 * lines)
-    ) as figure:
-        axes = figure.subplots(lines, columns, squeeze=False)
-        for axis, cell in zip(axes.flat, cells, strict=False):
-            for number, label in enumerate(labels):
-                outcome = known.get((cell.name, label))
-                tried = sorted(outcome.tried.items()) if outcome else []
-                points = [(v, 100 * s) for v, s in tried if math.isfinite(s)]
-                if points:
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        label=label,
-                        color=_color(number),
-                        linestyle="--" if label in BASELINES else "-",
-                        marker="s" if label in BASELINES else "o",
-                        markersize=4,
-                        linewidth=1.2,
-                    )
-            axis.set_xscale("log")
-            axis.set_title(cell.name, fontsize=10)
-            axis.set_xlabel("learning rate")
-            axis.set_ylabel(f"validation {study.metric.name} (%), one seed")
-            axis.grid(alpha=0.3, which="both")
-        for axis in axes.flat[len(cells) :]:
-            axis.set_visible(False)
-        handles, names = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
+    with figure_file(path, (13, 0.6 + 4 * len(cells))) as figure:
+        axes = figure.subplots(len(cells), len(FAMILIES), squeeze=False, sharey="row")
+        for line, cell in zip(axes, cells, strict=True):
+            for axis, (family, kinds) in zip(line, FAMILIES.items(), strict=True):
+                for label in _labels(study, kinds):
+                    outcome = known.get((cell.name, label))
+                    tried = sorted(outcome.tried.items()) if outcome else []
+                    points = [(v, 100 * s) for v, s in tried if math.isfinite(s)]
+                    style = _style(label, kinds)
+                    if points:
+                        axis.plot(*zip(*points, strict=True), label=label, **style)
+                    for value, score in tried:
+                        if not math.isfinite(score):
+                            axis.plot(
+                                [value], [0.02], **{**style, "marker": "x", "markersize": 7},
+                                transform=axis.get_xaxis_transform(),
+                            )  # fmt: skip
+                axis.set_xscale("log")
+                axis.set_title(f"{cell.name}: {family}", fontsize=10)
+                axis.set_xlabel("learning rate (×: diverged)")
+                axis.grid(alpha=0.3, which="both")
+                if axis.has_data():
+                    axis.legend(fontsize=7, handlelength=3)
+            line[0].set_ylabel(f"validation {study.metric.name} (%), one seed")
     return True
 
 
@@ -261,16 +253,23 @@ def plot_regression(study: Study, results: Results, path: Path) -> bool:
     return True
 
 
-def _labels(study: Study) -> list[str]:
-    """Of all contenders, those of the first cell first."""
-    return list(dict.fromkeys(c.label for _, contenders in study.comparisons for c in contenders))
+def _labels(study: Study, kinds: Sequence[str]) -> list[str]:
+    """Of all contenders with these optimizers, in the optimizers' order."""
+    labels = dict.fromkeys(c.label for _, contenders in study.comparisons for c in contenders)
+    found = [label for label in labels if optimizer_and_warmup(label)[0] in kinds]
+    return sorted(found, key=lambda label: kinds.index(optimizer_and_warmup(label)[0]))
 
 
-def _color(place: int) -> tuple[float, ...]:
-    import matplotlib
-
-    # Twenty that differ: dark ones first, then their light neighbours.
-    return tuple(matplotlib.colormaps["tab20"](2 * place % 20 + place // 10))
+def _style(label: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """A colour for each optimizer, dashed without warm-up, squares for the baselines."""
+    kind, warmup = optimizer_and_warmup(label)
+    return {
+        "color": f"C{kinds.index(kind)}",
+        "linestyle": "-" if warmup else "--",
+        "marker": "s" if kind in BASELINES else "o",
+        "markersize": 4,
+        "linewidth": 1.3,
+    }
 
 
 def _batch(cell: Cell) -> int:

@@ -152,16 +152,24 @@ _RATES_OF_4096 = {
     "VR-SGD, warm-up": 0.25,
     "EXTRAP-ADAM, warm-up": 0.004,
 }
-BASELINES = tuple(
-    f"{name}{warmup}"
-    for name in ("momentum", "Nesterov momentum", "Adam", "LARS", "LAMB")
-    for warmup in ("", ", warm-up")
-)
+BASELINES = ("momentum", "Nesterov momentum", "Adam", "LARS", "LAMB")
+FAMILIES = {
+    "SGD": ("momentum", "Nesterov momentum", "VR-Momentum", "VR-SGD", "EXTRAP-SGD"),
+    "layer-wise or normalized": ("LARS", "VR-LARS", "SNGM", "CLARS"),
+    "Adam": ("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB"),
+}
+"""Optimizers by what they stand on; each has its colour within its family's plot."""
+
+
+def optimizer_and_warmup(label: str) -> tuple[str, bool]:
+    """Splits a contender's label, that of one with warm-up has ``, warm-up`` behind it."""
+    kind, _, warmup = label.partition(", ")
+    return kind, bool(warmup)
 
 
 def _contender(label: str, middle: float, warmup_epochs: float) -> Contender:
-    """An optimizer by its label, ``, warm-up`` behind it for one, with rates around ``middle``."""
-    kind, _, warmup = label.partition(", ")
+    """An optimizer by its label, with rates around ``middle``."""
+    kind, warmup = optimizer_and_warmup(label)
     name = {"Nesterov momentum": "nesterov"}.get(kind, kind.lower().replace("-", "_"))
     settings: dict[str, Scalar] = {"optimizer": name}
     if warmup:
