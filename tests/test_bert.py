@@ -272,6 +272,26 @@ def test_prepared_data_is_what_the_loader_reads(prepared):
     assert 0.3 < np.mean([example["next_sentence_labels"] for example in found]) < 0.75
 
 
+def test_a_test_split(prepared, tmp_path, vocab_file):
+    """It takes its documents evenly beside the validation split's; nothing is in two splits."""
+    source = _text(tmp_path / "in")
+    out = tmp_path / "out"
+    arguments = [f"--source={source}", f"--vocab_file={vocab_file}", *LENGTHS]
+    arguments += ["--validation_fraction=0.2", "--test_fraction=0.1", f"--output_dir={out}"]
+    assert _prepare(*arguments) == 0
+    splits = json.loads((out / "dataset.json").read_text())["splits"]
+    assert {name: split["documents"] for name, split in splits.items()} == {
+        "train": 28,
+        "validation": 8,
+        "test": 4,
+    }
+    whole = json.loads((prepared / "dataset.json").read_text())["splits"]
+    assert sum(split["tokens"] for split in splits.values()) == sum(
+        split["tokens"] for split in whole.values()
+    )
+    assert len(_load(out / "test*")) == splits["test"]["examples"] > 0
+
+
 def test_masked_tokens_are_of_the_text(tmp_path, vocab_file):
     """Every token of a one-sentence-a-document text, put back, makes a sentence of it."""
     source = tmp_path / "text"
@@ -371,6 +391,15 @@ def test_mistakes_in_preparation(tmp_path, vocab_file, capsys):
         ([f"--source={empty}", vocabulary], "there is no text"),
         ([f"--source={empty}"], "there is no text"),
         ([f"--source={text}", vocabulary, "--validation_fraction=0.1"], "hold out one of 4"),
+        (
+            [f"--source={text}", vocabulary, "--validation_fraction=0", "--test_fraction=0.1"],
+            "--test_fraction: expected 0, or enough to hold out one of 4 documents",
+        ),
+        (
+            ["--validation_fraction=0.5", "--test_fraction=0.5"],
+            "--test_fraction: expected less than 1 with --validation_fraction",
+        ),
+        ([f"--squad_train={text}", vocabulary, "--test_fraction=0.1"], "0 with --squad_train"),
         ([f"--source={text}", f"--vocab_file={text}"], "--vocab_file: expected data"),
         (["--vocab_file=nowhere"], "--vocab_file: expected a file that exists"),
         (["--format=pdf"], "--format: expected one of plain"),

@@ -332,8 +332,10 @@ def test_a_run_on_tf_models(tmp_path, monkeypatch, size, split):
 
 
 def test_data_that_was_not_prepared(tmp_path):
-    with pytest.raises(ValueError, match="no train files"):
-        TfmRunner("dlrm", tmp_path, 2).load(lambda done, total: None)
+    for name in ("train", "validation", "test"):
+        with pytest.raises(ValueError, match=f"no {name} files"):
+            TfmRunner("dlrm", tmp_path, 2).load(lambda done, total: None)
+        (tmp_path / f"{name}-00000-of-00001").touch()
 
 
 @pytest.mark.long

@@ -37,7 +37,7 @@ class TfmRunner:
         Raises:
             ValueError: There are none.
         """
-        for split in ("train", "validation"):
+        for split in ("train", "validation", "test"):
             if not list(self._data_dir.glob(f"{split}*")):
                 raise ValueError(f"{self._data_dir} has no {split} files of prepare_data")
         progress(1, 1)
@@ -90,13 +90,10 @@ class TfmRunner:
     def command(self, flags: Mapping[str, Scalar], model_dir: Path) -> list[str]:
         """The command line of a run."""
         split = "validation" if flags["validation_size"] else "test"
-        has_split = bool(list(self._data_dir.glob(f"{split}*")))
         optimizer = "trainer.optimizer_config"
         fields = {
             "task.train_data.input_path": f"{self._data_dir}/train*",
-            "task.validation_data.input_path": (
-                f"{self._data_dir}/{split if has_split else 'validation'}*"
-            ),
+            "task.validation_data.input_path": f"{self._data_dir}/{split}*",
             f"{optimizer}.optimizer.type": flags["optimizer"],
             f"{optimizer}.learning_rate.{flags['rate_field']}": flags["learning_rate"],
             **{name: value for name, value in flags.items() if "." in name},

@@ -57,6 +57,7 @@ class Options:
         vocab_size: Of the vocabulary that is learned.
         do_lower_case: Whether text is lower-cased.
         validation_fraction: Of the documents or paragraphs, to hold out.
+        test_fraction: Of the documents, to hold out besides.
         records: Of pretraining examples.
         squad: Of questions.
     """
@@ -70,6 +71,7 @@ class Options:
     vocab_size: int
     do_lower_case: bool
     validation_fraction: float
+    test_fraction: float
     records: records.Settings
     squad: squad.Settings
 
@@ -156,6 +158,7 @@ def _define_flags() -> flags.FlagValues:
     define_integer(values, "doc_stride", 128, "Of SQuAD: from window to window of a paragraph.")
     define_integer(values, "max_query_length", 64, "Of SQuAD: the most tokens of a question.")
     share("validation_fraction", 0.05, "Share of the documents or paragraphs to hold out.")
+    share("test_fraction", 0.0, "Share of the documents to hold out besides, as a test split.")
     define_integer(values, "seed", 1, "Of all that is random.", minimum=0)
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     return values
@@ -181,6 +184,12 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
             raise FlagValueError(
                 "vocab_file", "that of the pretrained model, with --squad_train", None
             )
+        if values.test_fraction:
+            raise FlagValueError("test_fraction", "0 with --squad_train", values.test_fraction)
+    if values.validation_fraction + values.test_fraction >= 1:
+        raise FlagValueError(
+            "test_fraction", "less than 1 with --validation_fraction", values.test_fraction
+        )
     length = values.max_seq_length or (128 if squad_train is None else 384)
     if squad_train is not None and values.max_query_length > length - _SHORTEST:
         raise FlagValueError(
@@ -205,6 +214,7 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
         vocab_size=values.vocab_size,
         do_lower_case=values.do_lower_case,
         validation_fraction=values.validation_fraction,
+        test_fraction=values.test_fraction,
         records=records.Settings(
             max_seq_length=length,
             max_predictions_per_seq=predictions,
@@ -341,26 +351,40 @@ def _write_records(
     tokenizer = records.Tokenizer(
         folder / VOCABULARY, options.do_lower_case, settings.split_sentences
     )
+    shares = {"validation": options.validation_fraction}
+    if options.test_fraction:
+        shares["test"] = options.test_fraction
     writers = {
-        name: records.Writer(folder, name, tokenizer, settings, duplicates, check)
-        for name, duplicates in (("train", settings.dupe_factor), ("validation", 1))
+        name: records.Writer(
+            folder, name, tokenizer, settings, 1 if name in shares else settings.dupe_factor, check
+        )
+        for name in ("train", *shares)
     }
-    share = options.validation_fraction
-    number = 0
+    held_out_share = sum(shares.values())
+    number = held_out = 0
     for number, document in enumerate(texts, 1):
-        # Evenly spread over the documents, whatever their number.
-        held_out = math.floor(number * share) > math.floor((number - 1) * share)
-        writers["validation" if held_out else "train"].add(document)
+        name = "train"
+        if _is_chosen(number, held_out_share):
+            held_out += 1
+            in_validation = _is_chosen(held_out, options.validation_fraction / held_out_share)
+            name = "validation" if in_validation else "test"
+        writers[name].add(document)
         check()
     for writer in writers.values():
         writer.close()
     if not writers["train"].split.examples:
         raise DataFormatError("there is no text")
-    if share and not writers["validation"].split.examples:
-        raise FlagValueError(
-            "validation_fraction", f"0, or enough to hold out one of {number} documents", share
-        )
+    for name, share in shares.items():
+        if share and not writers[name].split.examples:
+            raise FlagValueError(
+                f"{name}_fraction", f"0, or enough to hold out one of {number} documents", share
+            )
     return {name: writer.split for name, writer in writers.items()}
+
+
+def _is_chosen(number: int, share: float) -> bool:
+    """Whether the share has the document; evenly spread over them, whatever their number."""
+    return math.floor(number * share) > math.floor((number - 1) * share)
 
 
 def _write_squad(
