@@ -290,8 +290,16 @@ def test_words_set_apart_to_tune_on():
     assert task.splits() == ("validation",)
     assert task.train_size == (len(whole.train) - 30 - 1) // 10
     part = whole.with_validation(30)
-    np.testing.assert_array_equal(np.concatenate([part.train, part.held_out]), whole.train)
-    assert part.vocabulary == whole.vocabulary
+    np.testing.assert_array_equal(part.train, whole.train[:-30])
+    seen = {whole.vocabulary[word] for word in part.train}
+    # Words that only the part set apart has are unknown, and no unit of the model waits for them.
+    assert set(part.vocabulary) == seen | {"<unk>", "<eos>"}
+    assert [part.vocabulary[word] for word in part.held_out] == [
+        whole.vocabulary[word] if whole.vocabulary[word] in seen else "<unk>"
+        for word in whole.train[-30:]
+    ]
+    assert "<unk>" in [part.vocabulary[word] for word in part.held_out]
+    assert part.held_out.dtype == np.int32
     with pytest.raises(ValueError, match="set apart"):
         whole.with_validation(len(whole.train))
     parse_flags(values, ["recipe", "--validation_size=1000000"])

@@ -300,7 +300,7 @@ WIKITEXT2 = Study(
                     "evaluate_every": 0,
                 },
                 # A tenth of the windows.
-                validation_size=620,
+                validation_size=622,
             ),
             [
                 _contender("Nesterov momentum", 4.0, 0.5),

@@ -28,7 +28,7 @@ class LanguageData:
 
     Attributes:
         name: How results on this data are to be labelled.
-        vocabulary: Words by id.
+        vocabulary: Words by id, `UNKNOWN` and `END` first, then as the training text has them.
         train: [tokens] int32.
         held_out: [tokens] int32; words that the training text does not have are `UNKNOWN`.
         held_out_name: ``validation`` or ``test``.
@@ -43,18 +43,25 @@ class LanguageData:
     def with_validation(self, words: int) -> LanguageData:
         """Returns the same with the last words of the training text as text to evaluate on.
 
+        The vocabulary becomes that of the rest: a word that is never trained on would cost the more
+        the better the others are learned.
+
         Args:
-            words: How many; the vocabulary stays that of the whole training text.
+            words: How many.
 
         Raises:
             ValueError: Nothing would be left to train on.
         """
         if not 0 < words < len(self.train):
             raise ValueError(f"{words} of {len(self.train)} words cannot be set apart")
+        train, held_out = self.train[:-words], self.train[-words:]
+        # Ids are in the order of the words' first occurrence.
+        known = max(int(train.max()) + 1, len((UNKNOWN, END)))
         return replace(
             self,
-            train=self.train[:-words],
-            held_out=self.train[-words:],
+            vocabulary=self.vocabulary[:known],
+            train=train,
+            held_out=np.where(held_out < known, held_out, 0).astype(held_out.dtype),
             held_out_name="validation",
         )
 
