@@ -133,8 +133,8 @@ _FIRST_RATES_WITH_WARMUP = {
     "VR-Adam, warm-up": 0.004,
 }
 # At other batches every optimizer in one way, momentum in two: those of which the papers say so
-# without warm-up. Best at 4096 or a guess of it, from which the first ones follow by the
-# square-root rule.
+# without warm-up. Best at 4096 (with Nesterov, EXTRAP and VR-SGD a guess of it), from which the
+# first ones follow by the square-root rule.
 _RATES_OF_4096 = {
     "momentum": 0.05,
     "momentum, warm-up": 0.1,
@@ -146,9 +146,9 @@ _RATES_OF_4096 = {
     "CLARS": 1.0,
     "EXTRAP-SGD, warm-up": 0.1,
     "Adam, warm-up": 0.004,
-    "LAMB, warm-up": 0.04,
-    "VR-Adam, warm-up": 0.004,
-    "VR-LAMB, warm-up": 0.04,
+    "LAMB, warm-up": 0.02,
+    "VR-Adam, warm-up": 0.008,
+    "VR-LAMB, warm-up": 0.02,
     "VR-SGD, warm-up": 0.25,
     "EXTRAP-ADAM, warm-up": 0.004,
 }
@@ -199,7 +199,14 @@ def _two_conv(batch_size: int, rates_at_4096: Mapping[str, float]) -> tuple[Cell
         validation_size=5000,
     )
     scale = (batch_size / 4096) ** 0.5
-    return cell, [_contender(k, scale * v, 2.0) for k, v in rates_at_4096.items()]
+    kinds = [kind for family in FAMILIES.values() for kind in family]
+
+    def place(label: str) -> tuple[int, bool]:
+        kind, warmup = optimizer_and_warmup(label)
+        return kinds.index(kind), warmup
+
+    labels = sorted(rates_at_4096, key=place)
+    return cell, [_contender(label, scale * rates_at_4096[label], 2.0) for label in labels]
 
 
 TWO_CONV = Study(
