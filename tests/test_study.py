@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.study import regression, runner
 from benchmarks.study.__main__ import main, summary
 from benchmarks.study.documents import DOCS, render_pages
-from benchmarks.study.evidence import good_rates, tuned_table
+from benchmarks.study.evidence import good_rates, plot_batches, plot_rates, tuned_table
 from benchmarks.study.grid import (
     ACCURACY,
     FINAL,
@@ -209,6 +209,27 @@ def test_good_rates():
     wide = Metric("accuracy", close=0.6)
     assert outcome.close(wide) == [0.1, 0.2, 0.4]
     assert good_rates(outcome, wide) == "0.1–0.4 (≥ ×4)"
+
+
+@pytest.mark.filterwarnings("error:No artists")
+def test_plots_by_family(tmp_path):
+    """Lines over batch sizes need two; one over rates shows what diverged."""
+    contenders = [
+        Contender(label, {"optimizer": "momentum"}, values=(0.1, 0.2, 0.4))
+        for label in ("momentum, warm-up", "VR-Adam", "VR-LAMB, warm-up")
+    ]
+    cells = [Cell(f"B={size}", {"batch_size": size}, 10) for size in (64, 256)]
+    study = Study("study", [(cell, contenders) for cell in cells])
+    rows = carry_out(study, lambda run: None if run.value > 0.3 else run.value)
+    for plot in (plot_batches, plot_rates):
+        path = tmp_path / f"{plot.__name__}.png"
+        assert not plot(study, Results(study, []), path)
+        assert not path.exists()
+        assert plot(study, Results(study, rows), path)
+        assert path.stat().st_size > 10_000
+    first = Results(study, [row for row in rows if row["cell"] == "B=64"])
+    assert not plot_batches(study, first, tmp_path / "one.png")
+    assert plot_rates(study, first, tmp_path / "one.png")
 
 
 def test_a_loss_is_better_where_it_is_lower():

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
 from benchmarks.study.render import figure_file, plot_comparison, shown
@@ -26,6 +26,9 @@ from benchmarks.study.studies import (
     WIKITEXT2,
     optimizer_and_warmup,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _NOT_RUN = "not run"
 _TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
@@ -107,7 +110,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
             axis.set_xlabel("batch size")
             axis.set_title(family, fontsize=10)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8, handlelength=3)
+            _legend(axis, 8)
         axes[0].set_ylabel(f"test {study.metric.name} (%), mean and standard deviation")
     return True
 
@@ -140,8 +143,7 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
                 axis.set_title(f"{cell.name}: {family}", fontsize=10)
                 axis.set_xlabel("learning rate (×: diverged)")
                 axis.grid(alpha=0.3, which="both")
-                if axis.has_data():
-                    axis.legend(fontsize=7, handlelength=3)
+                _legend(axis, 7)
             line[0].set_ylabel(f"validation {study.metric.name} (%), one seed")
     return True
 
@@ -270,6 +272,12 @@ def _style(label: str, kinds: Sequence[str]) -> dict[str, Any]:
         "markersize": 4,
         "linewidth": 1.3,
     }
+
+
+def _legend(axis: Axes, size: int) -> None:
+    if axis.get_legend_handles_labels()[1]:
+        # Long enough to see dashes.
+        axis.legend(fontsize=size, handlelength=3)
 
 
 def _batch(cell: Cell) -> int:
