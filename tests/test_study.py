@@ -103,6 +103,14 @@ def test_whole_numbers_have_a_lower_end():
     assert all(isinstance(value, int) for value in outcome["cell", "period"].tried)
 
 
+def test_a_rate_of_one_is_no_lower_end():
+    rate = Contender("rate", {}, values=(1.0, 2.0, 4.0))
+    study = Study("study", [(CELL, [rate])])
+    outcome = outcomes(study, Results(study, carry_out(study, at_best(0.5))))["cell", "rate"]
+    assert sorted(outcome.tried) == [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert outcome.best == 0.5
+
+
 def test_a_contender_takes_over_the_best_rate():
     rows = carry_out(STUDY, at_best(0.2))
     for label in ("taker", "fixed"):

@@ -268,7 +268,7 @@ def _outcome(
             # Whole numbers, such as a period, have a lower end; one beyond 1 there is none.
             if best == grid[-1]:
                 grid.append(_rounded(best * ratio, best))
-            elif best == grid[0] and not (float(best).is_integer() and best / ratio < 1):
+            elif best == grid[0] and not (isinstance(best, int) and best / ratio < 1):
                 grid.insert(0, _rounded(best / ratio, best))
             else:
                 break
