@@ -1,5 +1,6 @@
 """The study: what is run next, what is kept, what is written into documents."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -251,6 +252,10 @@ def test_a_loss_is_better_where_it_is_lower():
     table = tuned_table(study, Results(study, rows), CELL, [BASE, FIXED]).splitlines()
     assert "0.01 ± 0.00" in table[2]
     assert "as base" in table[3]
+    renamed = dataclasses.replace(study, metric=dataclasses.replace(loss, digits=4, label="nats"))
+    table = tuned_table(renamed, Results(renamed, rows), CELL, [BASE]).splitlines()
+    assert "test nats" in table[0]
+    assert "0.0100 ± 0.0000" in table[2]
     nothing = tuned_table(study, Results(study, []), CELL, [BASE, FIXED])
     assert nothing.strip() == "Not run yet: base; fixed."
     assert shown(loss, [1.0, math.inf]) == "1 of 2 diverged"

@@ -37,7 +37,7 @@ _TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
 def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence[Contender]) -> str:
     """Returns a Markdown table: the best rate, how wide the good rates lie, and the test result."""
     metric, known = study.metric, outcomes(study, results)
-    name = metric.name.replace("_", " ").replace("log10", "log₁₀")
+    name = metric.title
     lines = [
         f"| method | best rate | good rates | tried | validation {name} | test {name} | seeds |",
         "|---|---:|---|---:|---:|---:|---:|",
@@ -111,7 +111,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
             axis.set_title(family, fontsize=10)
             axis.grid(alpha=0.3)
             _legend(axis, 8)
-        axes[0].set_ylabel(f"test {study.metric.name} (%), mean and standard deviation")
+        axes[0].set_ylabel(f"test {study.metric.title} (%), mean and standard deviation")
     return True
 
 
@@ -144,7 +144,7 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
                 axis.set_xlabel("learning rate (×: diverged)")
                 axis.grid(alpha=0.3, which="both")
                 _legend(axis, 7)
-            line[0].set_ylabel(f"validation {study.metric.name} (%), one seed")
+            line[0].set_ylabel(f"validation {study.metric.title} (%), one seed")
     return True
 
 

@@ -108,6 +108,8 @@ class Metric:
         close: Two values that differ by no more count as equally good.
         scale: What a value is multiplied by where it is shown.
         unit: Behind a shown value.
+        digits: Of a shown value, behind the point.
+        label: In tables and plots; the name by default.
     """
 
     name: str
@@ -115,6 +117,13 @@ class Metric:
     close: float = 0.01
     scale: float = 100.0
     unit: str = " %"
+    digits: int = 2
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What tables and plots call it."""
+        return self.label or self.name
 
     @property
     def worst(self) -> float:
@@ -123,7 +132,7 @@ class Metric:
 
     def shown(self, value: float) -> str:
         """A value as people read it, without its unit."""
-        return f"{self.scale * value:.2f}"
+        return f"{self.scale * value:.{self.digits}f}"
 
 
 ACCURACY = Metric("accuracy")

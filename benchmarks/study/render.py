@@ -52,8 +52,8 @@ def comparison_table(
     known = outcomes(study, results)
     several = len(cell.final_seeds) > 1
     lines = [
-        f"| method | {'tuned: validation ' + study.metric.name + ' | ' if several else ''}test "
-        f"{study.metric.name}{', mean ± standard deviation | seeds' if several else ''} |",
+        f"| method | {'tuned: validation ' + study.metric.title + ' | ' if several else ''}test "
+        f"{study.metric.title}{', mean ± standard deviation | seeds' if several else ''} |",
         "|---|" + ("---|" if several else "") + "---:|" + ("---:|" if several else ""),
     ]
     for contender in contenders:
@@ -132,7 +132,7 @@ def plot_comparison(
         axis.set_ylim(len(labels) - 0.5, -0.5)
         unit = f" ({study.metric.unit.strip()})" if study.metric.unit else ""
         axis.set_xlabel(
-            f"test {study.metric.name}{unit}; a dot for each seed, a line for their mean"
+            f"test {study.metric.title}{unit}; a dot for each seed, a line for their mean"
         )
         axis.set_title(cell.name)
         axis.grid(alpha=0.3)

@@ -389,7 +389,7 @@ def _dlrm(batch_size: int) -> tuple[Cell, list[Contender]]:
 DLRM = Study(
     "dlrm",
     [_dlrm(batch_size) for batch_size in (512, 2048, 8192)],
-    metric=Metric("auc", close=0.005, scale=1.0, unit=""),
+    metric=Metric("auc", close=0.005, scale=1.0, unit="", digits=4, label="AUC"),
     task="dlrm",
 )
 
@@ -428,7 +428,15 @@ def _bert(batch_size: int) -> tuple[Cell, list[Contender]]:
 BERT = Study(
     "bert",
     [_bert(batch_size) for batch_size in (32, 128)],
-    metric=Metric("lm_example_loss", lower_is_better=True, close=0.02, scale=1.0, unit=""),
+    metric=Metric(
+        "lm_example_loss",
+        lower_is_better=True,
+        close=0.02,
+        scale=1.0,
+        unit="",
+        digits=3,
+        label="loss of masked words",
+    ),
     task="bert",
 )
 
@@ -476,7 +484,9 @@ REGRESSION = Study(
         _regression("normal", 0.0, (0.4, 0.48, 0.576), steps=6),
         _regression("normal", 1.0, (0.04, 0.048, 0.057)),
     ],
-    metric=Metric("log10_loss", lower_is_better=True, close=0.1, scale=1.0, unit=""),
+    metric=Metric(
+        "log10_loss", lower_is_better=True, close=0.1, scale=1.0, unit="", label="log₁₀ loss"
+    ),
     task="regression",
 )
 
