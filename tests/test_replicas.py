@@ -152,6 +152,29 @@ def test_unbuilt_in_a_replica_context(case, micro_steps):
     early = Run(case, 2, micro_steps).updates(gradients)
     for a, b in zip(late.weights(), early.weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert (late.traces, early.traces) == (2, 2)  # once for each replica
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("sngm", "vr_lamb", "clars")], ids=repr
+)
+def test_a_layer_that_is_trained_later(case):
+    """Its accumulators are made in the second trace, where a function may have no new variables."""
+    gradients = sub_batch_gradients(4, sub_batches=4)
+    fewer = [[layers[:2] for layers in update] for update in gradients[:2]]
+
+    def train(function):
+        run = Run(case, 2, 2, function=function)
+        run._apply = lambda local: run.optimizer.apply(local, run.variables[: len(local)])
+        run.updates(fewer)
+        np.testing.assert_array_equal(run.weights()[2], initial_weights()[2])
+        return run.updates(gradients[2:])
+
+    traced, eager = train(tf.function), train(lambda f: f)
+    assert traced.traces == 2 * 2
+    assert np.abs(traced.weights()[2] - initial_weights()[2]).max() > 1e-4
+    for got, want in zip(traced.weights(), eager.weights(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

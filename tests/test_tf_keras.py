@@ -146,10 +146,9 @@ def test_schedules_count_updates(case, framework):
 def test_an_assigned_learning_rate_without_retracing(case):
     gradients = sub_batch_gradients(4, sub_batches=4)
     run = TfKerasRun(case, 2, 2, learning_rate=0.1).updates(gradients[:2])
-    traces = run.traces
     run.optimizer.learning_rate = 0.02
     run.updates(gradients[2:])
-    assert run.traces == traces
+    assert run.traces == 2  # once for each replica
     expected = reference(
         case.name,
         initial_weights(),

@@ -289,6 +289,53 @@ def test_sub_batches_are_as_good_as_replicas(kind, replicas):
     assert optimizer.iterations.numpy() == 3
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_update_is_traced_once(replicas, monkeypatch):
+    """Not with every part, of which only the last one can have an update."""
+    cls, traced = lbopt_tf_keras.VRLARS, []
+    apply = cls._apply_on_replica
+    monkeypatch.setattr(
+        cls, "_apply_on_replica", lambda self, *args: [traced.append(1), apply(self, *args)][1]
+    )
+    *_, optimizer = _train(_experiment("vr_lars", sub_batches=4), replicas, _batches())
+    assert optimizer.iterations.numpy() == 3
+    assert len(traced) == replicas
+
+
+def test_a_failed_step_leaves_nothing_to_the_next():
+    """Its first part is in the accumulators when the second one ends in an error."""
+    first, (x, labels), last = _batches(3)
+    broken = x, np.concatenate([labels[:8], np.full(8, 7)])  # there are 3 classes
+
+    def weights(batches, failures):
+        params = _experiment("vr_lars", sub_batches=2)
+        with strategy_of(1).scope():
+            task = task_factory.get_task(params.task)
+            model = task.build_model()
+            optimizer = train_utils.create_optimizer(task, params)
+        failed = 0
+        for batch in batches:
+            try:
+                task.train_step(tf.nest.map_structure(tf.constant, batch), model, optimizer)
+            except tf.errors.InvalidArgumentError:
+                failed += 1
+        assert failed == failures
+        return [w.numpy() for w in model.trainable_variables]
+
+    for got, want in zip(weights([first, broken, last], 1), weights([first, last], 0), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_micro_step_that_does_not_exist(number):
+    optimizer = lbopt_tf_keras.LARS(0.1, gradient_accumulation_steps=2)
+    with (
+        pytest.raises(ValueError, match=rf"from 0 to 1.*Received: number={number}"),
+        optimizer.micro_step(number),
+    ):
+        pytest.fail("the block was entered")
+
+
 def test_statistics_see_the_parts():
     """Else the update would not be weighted: every replica's examples are the same."""
     batches = [tuple(np.concatenate([a, a]) for a in batch) for batch in _batches()]

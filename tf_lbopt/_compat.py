@@ -58,6 +58,24 @@ _patching = threading.RLock()
 
 
 @contextlib.contextmanager
+def outside_of_functions() -> Iterator[None]:
+    """What `tf.init_scope` does, and variables created in it are none of a traced function's.
+
+    `init_scope` alone leaves the function's graph the default one, whose creator makes of each new
+    variable one that the function is to initialize; for that it is traced a second time. With a
+    graph of its own as the default, execution is just eager. Variable creators of the surroundings
+    (a strategy's scope) are not seen either, so they must be entered inside. Checked on TensorFlow
+    2.20.
+    """
+    with tf.init_scope():
+        if not tf.executing_eagerly():  # a graph of TensorFlow 1
+            yield
+            return
+        with tf.Graph().as_default(), context.eager_mode():
+            yield
+
+
+@contextlib.contextmanager
 def _without_distribution() -> Iterator[None]:
     """Makes Keras's optimizers use their plain update loops instead of the distributed ones."""
     names = ("_apply_weight_decay", "_backend_update_step")

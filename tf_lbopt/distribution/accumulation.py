@@ -60,7 +60,7 @@ class Accumulation(ReplicaState):
         if not missing:
             return
         by_rows = not _compat.in_xla_context()
-        with tf.init_scope(), self._strategy.scope():
+        with _compat.outside_of_functions(), self._strategy.scope():
             if self._micro_step is None:
                 self._micro_step = self._variable(0, tf.TensorShape([]), tf.int64)
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)

@@ -89,7 +89,8 @@ def once_for_all_replicas(fn: Callable[[], None]) -> None:
     """
 
     def call(_: Any = None) -> None:
-        with tf.init_scope():
+        strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+        with _compat.outside_of_functions(), strategy.scope() if strategy else nullcontext():
             fn()
 
     context = tf.distribute.get_replica_context()

@@ -97,6 +97,7 @@ def travel(
     accumulation: Accumulation | None = None,
     gradient_norms: Sequence[tf.Tensor] | None = None,
     part: int = 0,
+    micro_step: int | None = None,
     summed: bool = False,
 ) -> tf.Tensor:
     """Takes one replica's gradients along the road. Called in a replica context, by all replicas.
@@ -114,6 +115,8 @@ def travel(
             units (for norms by example: the sum of the norms of what the examples contribute to
             the gradient); ``None`` for the norms themselves.
         part: Which of ``accumulation.parts`` these gradients are of.
+        micro_step: Which of ``accumulation.steps``, from 0, where that is known while tracing; then
+            the update is traced with the last one only. ``None``: found by counting.
         summed: Whether these gradients are sums over the replicas already, the same on each; then
             there must be no statistics.
 
@@ -136,8 +139,9 @@ def travel(
     if gradient_norms is not None:
         gradient_norms = [tf.identity(norm) for norm in gradient_norms]
     journey = _Journey(
-        tuple(indices), tuple(variables), destination, anchor, clip, accumulation, part, summed
-    )
+        tuple(indices), tuple(variables), destination, anchor, clip, accumulation, part,
+        micro_step, summed,
+    )  # fmt: skip
     return context.merge_call(journey.cross_replicas, args=(local, gradient_norms))
 
 
@@ -152,6 +156,7 @@ class _Journey:
     clip: Clip
     accumulation: Accumulation | None
     part: int
+    micro_step: int | None
     summed: bool
 
     def cross_replicas(
@@ -175,10 +180,22 @@ class _Journey:
             accumulation.micro_step.assign_add(1)
             return tf.constant(True)
 
+        def start() -> tf.Tensor:
+            on_each_replica(strategy, self.anchor, clear)
+            return tf.constant(True)
+
+        def clear() -> list[tf.Tensor]:
+            accumulation.clear()
+            return [tf.constant(True)]
+
         accumulation.prepare(self.indices, self.variables, gradients)
+        if self.micro_step == 0:  # an error may have left some of an update that was never made
+            tf.cond(accumulation.micro_step > 0, start, lambda: tf.constant(True))
         on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
         if self.part < accumulation.parts - 1:  # they come in turn
             return advance()
+        if self.micro_step is not None:
+            return last() if self.micro_step == accumulation.steps - 1 else advance()
         is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
         return tf.cond(is_last, last, advance)
 

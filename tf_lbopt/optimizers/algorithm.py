@@ -10,8 +10,9 @@ variables, the constructor and the saving of one framework:
 """
 
 import abc
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,13 +20,16 @@ import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
-from tf_lbopt.distribution.replicas import inside_scope
+from tf_lbopt.distribution.replicas import inside_scope, replica_number
 from tf_lbopt.distribution.road import Arrival, Clip, Destination, travel
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import Layer, Rule, Step
 
 _ACCUMULATION_KEY = "accumulation"
+
+_micro_steps: dict[tuple[int, int], int] = {}
+"""The blocks that are open, by optimizer and replica."""
 
 
 class Algorithm:
@@ -222,8 +226,35 @@ class Algorithm:
             accumulation=self._accumulation,
             gradient_norms=self._gradient_norms([variable for _, variable in pairs], loss_scale),
             part=self._part(),
+            micro_step=_micro_steps.get((id(self), replica_number())),
             summed=summed,
         )
+
+    @contextlib.contextmanager
+    def micro_step(self, number: int) -> Iterator[None]:
+        """Within this block, on a replica, gradients are those of this micro-step of an update.
+
+        For a training step that takes all micro-steps of an update in turn: the update is traced
+        once, with the last of them. Without this block each could be the last.
+
+        Args:
+            number: From 0 to `gradient_accumulation_steps` - 1.
+
+        Raises:
+            ValueError: There is no such micro-step.
+        """
+        steps = self.gradient_accumulation_steps or 1
+        if not 0 <= number < steps:
+            raise ValueError(
+                f"`number` must be from 0 to {steps - 1}, as gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}. Received: number={number!r}"
+            )
+        key = id(self), replica_number()
+        _micro_steps[key] = number
+        try:
+            yield
+        finally:
+            del _micro_steps[key]
 
     def _check_known(self, variables: Sequence[Any]) -> None:
         for variable in variables:

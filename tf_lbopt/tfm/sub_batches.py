@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.tfm.configs import REGISTRATIONS
 
@@ -101,7 +102,7 @@ class SubBatchTask:
             stand_in: Any = (_Passing if accumulates else _Collecting)(
                 optimizer, collected, index, number, summed
             )
-            with _at_its_point(optimizer, model, part, index):
+            with _at_its_point(optimizer, model, part, index, number):
                 logs.append(step(part, model, stand_in, *args, **kwargs))
             if collected.calls != index + 1:
                 raise ValueError(
@@ -181,14 +182,16 @@ class _Collecting(_StandIn):
 
 
 def _at_its_point(
-    optimizer: Any, model: Any, inputs: Any, part: int = 0
+    optimizer: Any, model: Any, inputs: Any, part: int = 0, parts: int = 1
 ) -> contextlib.AbstractContextManager[None]:
-    """What a step must be taken in: for most optimizers, nothing."""
+    """What the step of one part must be taken in."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if not isinstance(inner, Extrapolation):
-        return contextlib.nullcontext()
-    inner.prepare_model(model, inputs)
-    return inner.extrapolated(model.trainable_variables, part)
+    if isinstance(inner, Extrapolation):
+        inner.prepare_model(model, inputs)
+        return inner.extrapolated(model.trainable_variables, part)
+    if isinstance(inner, Algorithm) and parts > 1:
+        return inner.micro_step(part)
+    return contextlib.nullcontext()
 
 
 def _accumulates(optimizer: Any, number: int) -> bool:
