@@ -113,10 +113,20 @@ class Accumulation(ReplicaState):
         if gradient_norms is None and MEAN_NORM in self.statistics:
             gradients = [merge_repeated_indices(gradient) for gradient in gradients]
             gradient_norms = norms(gradients)
-        for index, gradient, norm in zip(
-            indices, gradients, gradient_norms or [None] * len(indices), strict=True
+        accumulators = [self.accumulators[part, index] for index in indices]
+        if VARIANCE in self.statistics:
+
+            def deviate() -> tf.Tensor:
+                for accumulator, gradient in zip(accumulators, gradients, strict=True):
+                    accumulator.deviate(gradient, count)
+                return tf.constant(True)
+
+            # The first one deviates from nothing.
+            tf.cond(live & (count > 0), deviate, lambda: tf.constant(True))
+        for accumulator, gradient, norm in zip(
+            accumulators, gradients, gradient_norms or [None] * len(indices), strict=True
         ):
-            self.accumulators[part, index].add(gradient, live, count, norm)
+            accumulator.add(gradient, live, norm)
         self.live.assign(count + tf.cast(live, count.dtype))
 
     def read(

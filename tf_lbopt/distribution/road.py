@@ -319,17 +319,28 @@ class _Journey:
     ) -> list[Any]:
         def shares(*local: Any) -> list[tf.Tensor]:
             own_sums, own_live, own_deviations, totals, live = local
-            return [
-                share_of_deviations(
-                    OwnMoments(own_sum, own_deviation, own_live),
-                    merge_repeated_indices(total),
-                    live,
-                    strategy.num_replicas_in_sync,
-                )
-                for own_sum, own_deviation, total in zip(
-                    own_sums, own_deviations or [None] * len(own_sums), totals, strict=True
-                )
-            ]
+            totals = [merge_repeated_indices(total) for total in totals]
+
+            def of_a_live_replica() -> list[tf.Tensor]:
+                return [
+                    share_of_deviations(
+                        OwnMoments(own_sum, own_deviation, own_live),
+                        total,
+                        live,
+                        strategy.num_replicas_in_sync,
+                    )
+                    for own_sum, own_deviation, total in zip(
+                        own_sums, own_deviations or [None] * len(own_sums), totals, strict=True
+                    )
+                ]
+
+            def of_a_dead_replica() -> list[tf.Tensor]:
+                return [
+                    tf.zeros_like(total.values if isinstance(total, tf.IndexedSlices) else total)
+                    for total in totals
+                ]
+
+            return tf.cond(own_live > 0, of_a_live_replica, of_a_dead_replica)
 
         parts = bundle(
             on_each_replica(

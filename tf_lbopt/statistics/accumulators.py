@@ -22,6 +22,9 @@ from tf_lbopt.statistics.sparse import merge_repeated_indices, rows_at
 
 MakeVariable = Callable[..., tf.Variable]
 
+# Elements from which on a tensor is not looked at where a smaller one tells as much.
+_LARGE = 1 << 12
+
 
 @dataclasses.dataclass(frozen=True)
 class OwnMoments:
@@ -69,33 +72,33 @@ class DenseAccumulator:
         """The state, in the order in which it is saved."""
         return _existing(self.sum, self.deviations, self.norm_sum)
 
-    def add(
-        self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor, norm: tf.Tensor | None
-    ) -> None:
+    def deviate(self, gradient: Gradient, count: tf.Tensor) -> None:
+        """Follows the deviations of one more live micro-step, before it is added, in place.
+
+        Args:
+            gradient: Of this micro-step.
+            count: How many live micro-steps came before, a float scalar; at least 1.
+        """
+        if self.deviations is None:
+            return
+        mean = self.sum * (self._replicas / tf.cast(count, self.sum.dtype))
+        full = tf.convert_to_tensor(gradient)
+        if self._replicas > 1:
+            full *= self._replicas
+        squares = tf.math.squared_difference(full, mean)
+        before = tf.cast(count, squares.dtype)
+        apply_delta(self.deviations, squares, before / (before + 1.0))
+
+    def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Adds one micro-step, in place.
 
         Args:
             gradient: Of this micro-step.
             live: Whether it is a sub-batch at all: some gradient of some variable is not 0.
-            count: How many live micro-steps came before, a float scalar.
             norm: Of the gradient, or what stands for it; ``None`` if norms are not kept.
         """
+        del live
         _add_norm(self.norm_sum, norm)
-        if self.deviations is not None:
-            deviations = self.deviations
-
-            def follow() -> tf.Tensor:
-                mean = self.sum * (self._replicas / tf.cast(count, self.sum.dtype))
-                full = tf.convert_to_tensor(gradient)
-                if self._replicas > 1:
-                    full *= self._replicas
-                squares = tf.math.squared_difference(full, mean)
-                before = tf.cast(count, squares.dtype)
-                apply_delta(deviations, squares, before / (before + 1.0))
-                return tf.constant(True)
-
-            # The first one deviates from nothing.
-            tf.cond(live & (count > 0), follow, lambda: tf.constant(True))
         if isinstance(gradient, tf.IndexedSlices):
             self.sum.scatter_add(gradient)
         else:
@@ -151,12 +154,12 @@ class SparseAccumulator:
         """The state, in the order in which it is saved."""
         return _existing(self.indices, self.sum, self.touched, self.deviations, self.norm_sum)
 
-    def add(
-        self, gradient: Gradient, live: tf.Tensor, count: tf.Tensor, norm: tf.Tensor | None
-    ) -> None:
+    def deviate(self, gradient: Gradient, count: tf.Tensor) -> None:
+        """Does nothing: `add` does so, as each row counts its micro-steps for itself."""
+
+    def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Adds one micro-step, in place. Arguments as `DenseAccumulator.add`."""
         _add_norm(self.norm_sum, norm)
-        del count  # each row counts for itself
         gradient = merge_repeated_indices(_as_slices(gradient))
         known = self.indices.read_value()
         indices, positions = tf.unique(tf.concat([known, tf.cast(gradient.indices, tf.int64)], 0))
@@ -211,14 +214,14 @@ class SparseAccumulator:
 def share_of_deviations(
     own: "OwnMoments", total: Gradient, live: tf.Tensor, replicas: int
 ) -> tf.Tensor:
-    """What one replica contributes to the squared deviations of all sub-batches from their mean.
+    """What a live replica contributes to the squared deviations of all sub-batches from their mean.
 
     ``M_d + n_d (R S_d/n_d − R S/k)²``; the sum over replicas d is ``Σ (g_d − ḡ)²``. A replica's
     gradients arrive divided by the number R of replicas; here and in the accumulators squares are
     those of the gradients themselves, so that neither small nor many replicas make them vanish.
 
     Args:
-        own: This replica's moments.
+        own: This replica's moments, of at least one live sub-batch.
         total: S, the sum over replicas; of the kind of the replica's own sum, over the rows of all.
         live: k, how many sub-batches were live on all replicas.
         replicas: R.
@@ -236,26 +239,34 @@ def share_of_deviations(
         if deviations is not None:
             deviations = rows_at(own.total.indices, deviations, total.indices)
     dtype = all_values.dtype
-
-    def share() -> tf.Tensor:
-        own_live = tf.cast(own.live, dtype)
-        mean = values * (replicas / own_live)
-        squares = tf.math.squared_difference(mean, all_values * (replicas / tf.cast(live, dtype)))
-        if deviations is None:  # one gradient, n_d = 1
-            return squares
-        return deviations + squares * own_live
-
-    return tf.cond(own.live > 0, share, lambda: tf.zeros_like(all_values))
+    own_live = tf.cast(own.live, dtype)
+    mean = values * (replicas / own_live)
+    squares = tf.math.squared_difference(mean, all_values * (replicas / tf.cast(live, dtype)))
+    if deviations is None:  # one gradient, n_d = 1
+        return squares
+    return deviations + squares * own_live
 
 
 def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     """Whether some element of some gradient is not 0 (NaN is not). Looks at small ones first."""
     values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
-    values.sort(key=lambda value: value.shape.num_elements() or 1 << 60)
-    found = tf.reduce_any(values[0] != 0)
-    for value in values[1:]:
-        found = tf.cond(found, lambda: tf.constant(True), lambda v=value: tf.reduce_any(v != 0))
-    return found
+    values.sort(key=_size)
+    small = [value for value in values if _size(value) < _LARGE] or values[:1]
+    rest = values[len(small) :]
+    found = _any_nonzero(small)
+    if not rest:
+        return found
+    # One condition for all that is large: tracing one takes longer than looking at small tensors.
+    return tf.cond(found, lambda: tf.constant(True), lambda: _any_nonzero(rest))
+
+
+def _size(value: tf.Tensor) -> int:
+    size = value.shape.num_elements()
+    return 1 << 60 if size is None else size
+
+
+def _any_nonzero(values: list[tf.Tensor]) -> tf.Tensor:
+    return tf.reduce_any(tf.stack([tf.reduce_any(value != 0) for value in values]))
 
 
 def _scalar_if(wanted: bool, dtype: tf.DType, make_variable: MakeVariable) -> tf.Variable | None:
