@@ -43,7 +43,6 @@ def main(argv: Sequence[str]) -> int:
         register=_register,
         default_experiment=EXPERIMENT,
         check=check,
-        builds_optimizer=True,
     )
 
 

@@ -121,9 +121,8 @@ def train_from_command_line(
     register: Callable[[], None],
     default_experiment: str,
     check: Callable[[Any, Options], None] | None = None,
-    builds_optimizer: bool = False,
 ) -> int:
-    """The main function of a recipe.
+    """The main function of a recipe, whose tasks' models come with all their variables.
 
     Args:
         argv: The command line, program name first.
@@ -132,8 +131,6 @@ def train_from_command_line(
         register: Registers the recipe's experiments; called when the flags are known to be good.
         default_experiment: Of ``--experiment``.
         check: More checks of the parameters; raises `FlagValueError`.
-        builds_optimizer: Whether the tasks' models come with all their variables, so that the
-            optimizer's can be made before the training step is traced: else it is traced twice.
 
     Returns:
         The exit code: 0, also after SIGTERM; 1 for a run that diverged or lost a worker; 2 for
@@ -145,7 +142,7 @@ def train_from_command_line(
         options = parse_options(argv, program, summary, default_experiment, cluster)
         if options is None:
             return 0
-        _run(options, cluster, register, check, builds_optimizer, started)
+        _run(options, cluster, register, check, started)
     except (FlagValueError, ClusterError) as error:
         return _fail(error, EXIT_BAD_FLAG)
     except ModuleNotFoundError as error:
@@ -448,7 +445,6 @@ def _run(
     cluster: Cluster,
     register: Callable[[], None],
     check: Callable[[Any, Options], None] | None,
-    builds_optimizer: bool,
     started: float,
 ) -> None:
     # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
@@ -475,7 +471,7 @@ def _run(
     if cluster.size == 1:
         strategy = _strategy(params, options)
         check_batches(params, options, strategy.num_replicas_in_sync)
-        _train(params, options, strategy, Workers(strategy, cluster), builds_optimizer, started)
+        _train(params, options, strategy, Workers(strategy, cluster), started)
         return
     _check_runtime(params, cluster)
     # What the chief prints is enough.
@@ -491,7 +487,7 @@ def _run(
         try:
             workers.check_same_params(params)
             check_batches(params, options, strategy.num_replicas_in_sync)
-            _train(params, options, strategy, workers, builds_optimizer, started)
+            _train(params, options, strategy, workers, started)
         except (Interrupted, DivergedError):  # all workers at once
             workers.leave()
             raise
@@ -542,7 +538,6 @@ def _train(
     options: Options,
     strategy: tf.distribute.Strategy,
     workers: Workers,
-    builds_optimizer: bool,
     started: float,
 ) -> None:
     from official.core import task_factory, train_utils
@@ -578,7 +573,7 @@ def _train(
                 f"a folder with a checkpoint for --mode={options.mode}",
                 repr(options.model_dir),
             )
-        if options.trains and builds_optimizer:
+        if options.trains:
             _build_optimizer(runner.trainer, strategy)
         record = _Record(runner.trainer)
         stop = _StopOnSignal(interrupted, controller, workers, saves=options.trains)

@@ -38,7 +38,6 @@ def main(argv: Sequence[str]) -> int:
         register=_register,
         default_experiment=EXPERIMENT,
         check=_check,
-        builds_optimizer=True,
     )
 
 

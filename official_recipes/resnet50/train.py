@@ -30,7 +30,6 @@ def main(argv: Sequence[str]) -> int:
         summary=SUMMARY,
         register=_register,
         default_experiment=EXPERIMENT,
-        builds_optimizer=True,
     )
 
 
