@@ -177,6 +177,39 @@ def test_an_error_in_mid_step_leaves_the_weights(replicas, run_eagerly):
     assert_close(model.get_weights(), expected[-1][0])
 
 
+class Refusing(keras.Model):
+    """Takes no numbers that are large."""
+
+    def train_step(self, data):
+        x, y = data
+        largest = tf.reduce_max(tf.abs(x))
+        with tf.control_dependencies([tf.debugging.assert_less(largest, 100.0, "too large")]):
+            x = tf.identity(x)
+        return super().train_step((x, y))
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("micro_steps", [None, 2])
+def test_an_error_in_a_later_part_leaves_nothing_to_the_next_step(micro_steps, run_eagerly):
+    """The first part is in the accumulators by then."""
+    data = batches(6, 2 * ROWS)
+    broken = [a.copy() for a in data]
+    fails = 2 * (micro_steps or 1)
+    broken[0][fails, ROWS:] = 1000.0  # in the second part
+    arguments = {**ARGUMENTS, "gradient_accumulation_steps": micro_steps}
+    model = model_of(
+        lambda: tf_lbopt.ExtrapSGD(sub_batches=2, **arguments),
+        model_class=Refusing,
+        run_eagerly=run_eagerly,
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        fit(model, broken)
+    fit(model, [a[fails:] for a in data])
+    assert model.optimizer.iterations.numpy() == 6 // (micro_steps or 1)
+    expected = reference(data, 2, micro_steps=micro_steps or 1, **ARGUMENTS)
+    assert_close(model.get_weights(), expected[-1][0])
+
+
 def test_an_interrupt_leaves_the_weights():
     data = batches(4, ROWS)
 

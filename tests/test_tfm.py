@@ -237,7 +237,7 @@ def _train(params, replicas, batches, build=True):
         task = task_factory.get_task(params.task)
         model = task.build_model()
         if build:
-            model(tf.nest.map_structure(tf.constant, _features(batches[0])))  # else traced twice
+            model(tf.nest.map_structure(tf.constant, _features(batches[0])))
         optimizer = train_utils.create_optimizer(task, params)
         metrics = task.build_metrics(training=True)
         loss = tf_keras.metrics.Mean()
@@ -290,9 +290,10 @@ def test_sub_batches_are_as_good_as_replicas(kind, replicas):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_the_update_is_traced_once(replicas, monkeypatch):
+@pytest.mark.parametrize("kind", ["vr_lars", "extrap_sgd"])
+def test_the_update_is_traced_once(kind, replicas, monkeypatch):
     """Not with every part, of which only the last one can have an update."""
-    cls, traced = lbopt_tf_keras.VRLARS, []
+    cls, traced = tf_lbopt.tfm.REGISTRATIONS[kind].cls, []
     apply = cls._apply_on_replica
 
     def counted(self, arrival):
@@ -300,18 +301,19 @@ def test_the_update_is_traced_once(replicas, monkeypatch):
         apply(self, arrival)
 
     monkeypatch.setattr(cls, "_apply_on_replica", counted)
-    *_, optimizer = _train(_experiment("vr_lars", sub_batches=4), replicas, _batches())
+    *_, optimizer = _train(_experiment(kind, sub_batches=4), replicas, _batches())
     assert optimizer.iterations.numpy() == 3
     assert len(traced) == replicas
 
 
-def test_a_failed_step_leaves_nothing_to_the_next():
+@pytest.mark.parametrize("kind", ["vr_lars", "extrap_sgd"])
+def test_a_failed_step_leaves_nothing_to_the_next(kind):
     """Its first part is in the accumulators when the second one ends in an error."""
     first, (x, labels), last = _batches(3)
     broken = x, np.concatenate([labels[:8], np.full(8, 7)])  # there are 3 classes
 
     def weights(batches, failures):
-        params = _experiment("vr_lars", sub_batches=2)
+        params = _experiment(kind, sub_batches=2)
         with strategy_of(1).scope():
             task = task_factory.get_task(params.task)
             model = task.build_model()
@@ -327,6 +329,36 @@ def test_a_failed_step_leaves_nothing_to_the_next():
 
     for got, want in zip(weights([first, broken, last], 1), weights([first, last], 0), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_an_optimizer_that_does_not_accumulate_gets_the_mean_of_the_parts():
+    """One that was made by hand."""
+
+    def weights(**arguments):
+        params = _experiment("sgd", sub_batches=4)
+        with strategy_of(1).scope():
+            task = task_factory.get_task(params.task)
+            model = task.build_model()
+            optimizer = lbopt_tf_keras.SNGM(0.1, **arguments)
+            for batch in _batches():
+                task.train_step(tf.nest.map_structure(tf.constant, batch), model, optimizer)
+        assert optimizer.iterations.numpy() == 3
+        return [w.numpy() for w in model.trainable_variables]
+
+    for got, want in zip(weights(), weights(gradient_accumulation_steps=4), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_a_micro_step_in_a_micro_step():
+    optimizer = lbopt_tf_keras.LARS(0.1, gradient_accumulation_steps=2)
+    with (
+        optimizer.micro_step(1),
+        pytest.raises(ValueError, match=r"outermost block.*Received: micro_step\(0\)"),
+        optimizer.micro_step(0),
+    ):
+        pytest.fail("the block was entered")
+    with optimizer.micro_step(0):  # the first block is closed
+        assert optimizer.gradient_accumulation_steps == 2
 
 
 @pytest.mark.parametrize("number", [-1, 2])
@@ -411,13 +443,15 @@ def test_extrapolated_sgd_in_a_task_that_knows_nothing_of_it_is_refused():
         _train(stock, 1, _batches())
 
 
-def test_an_extrapolated_optimizer_with_other_parts_than_the_task_is_refused():
-    params = _experiment("extrap_sgd", sub_batches=2)
+@pytest.mark.parametrize("sub_batches", [1, 2])
+def test_an_extrapolated_optimizer_with_other_parts_than_the_task_is_refused(sub_batches):
+    params = _experiment("extrap_sgd", sub_batches)
     task = task_factory.get_task(params.task)
     model = task.build_model()
     optimizer = lbopt_tf_keras.ExtrapSGD(0.1, sub_batches=4)
     with pytest.raises(
-        ValueError, match=r"sub_batches=task\.sub_batches=2.*Received: sub_batches=4"
+        ValueError,
+        match=rf"sub_batches=task\.sub_batches={sub_batches} .*Received: sub_batches=4",
     ):
         task.train_step(next(_batches(1)), model, optimizer)
 

@@ -67,12 +67,8 @@ def outside_of_functions() -> Iterator[None]:
     (a strategy's scope) are not seen either, so they must be entered inside. Checked on TensorFlow
     2.20.
     """
-    with tf.init_scope():
-        if not tf.executing_eagerly():  # a graph of TensorFlow 1
-            yield
-            return
-        with tf.Graph().as_default(), context.eager_mode():
-            yield
+    with tf.init_scope(), tf.Graph().as_default(), context.eager_mode():
+        yield
 
 
 @contextlib.contextmanager

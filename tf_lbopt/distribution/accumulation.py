@@ -10,7 +10,12 @@ from tf_lbopt import _compat
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
-from tf_lbopt.statistics.accumulators import DenseAccumulator, SparseAccumulator, any_nonzero
+from tf_lbopt.statistics.accumulators import (
+    DenseAccumulator,
+    OwnMoments,
+    SparseAccumulator,
+    any_nonzero,
+)
 from tf_lbopt.statistics.sparse import merge_repeated_indices
 
 _logger = logging.getLogger(__name__)
@@ -129,22 +134,21 @@ class Accumulation(ReplicaState):
             accumulator.add(gradient, live, norm)
         self.live.assign(count + tf.cast(live, count.dtype))
 
-    def read(
-        self, indices: Sequence[int]
-    ) -> tuple[list[Gradient], list[tf.Tensor | None], tf.Tensor]:
-        """This replica's sums, squared deviations (or ``None``) and number of live micro-steps."""
+    def read(self, indices: Sequence[int]) -> OwnMoments:
+        """This replica's moments."""
         # `read_value` and not a conversion: its result bears the replica's device, without which
         # the reduction does not pack it with the others.
         count = self.live.read_value()
         if self.parts > 1:
             parts = [self.read_part(indices, part) for part in range(self.parts)]
-            return (
-                [_sum(of_all) for of_all in zip(*parts, strict=True)],
-                [None] * len(indices),
-                count,
-            )
+            return OwnMoments([_sum(of_all) for of_all in zip(*parts, strict=True)], None, count)
         pairs = [self.accumulators[0, index].read(count) for index in indices]
-        return [total for total, _ in pairs], [deviations for _, deviations in pairs], count
+        followed = VARIANCE in self.statistics
+        return OwnMoments(
+            [total for total, _ in pairs],
+            [deviations for _, deviations in pairs] if followed else None,
+            count,
+        )
 
     def read_part(self, indices: Sequence[int], part: int) -> list[Gradient]:
         """This replica's sums over one of the sub-batches that it takes in turn."""

@@ -24,7 +24,7 @@ from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE
-from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, share_of_deviations
+from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, shares_of_deviations
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
 
@@ -35,6 +35,24 @@ class Clip:
     clipnorm: float | None = None
     clipvalue: float | None = None
     global_clipnorm: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Which of several micro-steps a call of `travel` is, as far as tracing knows.
+
+    Attributes:
+        number: From 0 to ``of`` - 1.
+        of: How many are taken in turn by the training step that is traced; the number of
+            micro-steps of an update is a multiple of it.
+    """
+
+    number: int = 0
+    of: int = 1
+
+    def within(self, outer: "Turn") -> "Turn":
+        """This one as a part of another."""
+        return Turn(outer.number * self.of + self.number, outer.of * self.of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +112,9 @@ def travel(
     *,
     anchor: tf.Variable,
     clip: Clip,
+    turn: Turn,
     accumulation: Accumulation | None = None,
     gradient_norms: Sequence[tf.Tensor] | None = None,
-    part: int = 0,
-    micro_step: int | None = None,
     summed: bool = False,
 ) -> tf.Tensor:
     """Takes one replica's gradients along the road. Called in a replica context, by all replicas.
@@ -110,13 +127,12 @@ def travel(
         destination: What to do at the end of the road.
         anchor: A variable that exists on every replica.
         clip: Limits of the mean gradient.
+        turn: Which micro-step this is; where all of an update are known, the update is traced with
+            the last one only.
         accumulation: The replicas' accumulators, or ``None`` without accumulation.
         gradient_norms: What stands for the norms of these gradients in the mean norm, in their
             units (for norms by example: the sum of the norms of what the examples contribute to
             the gradient); ``None`` for the norms themselves.
-        part: Which of ``accumulation.parts`` these gradients are of.
-        micro_step: Which of ``accumulation.steps``, from 0, where that is known while tracing; then
-            the update is traced with the last one only. ``None``: found by counting.
         summed: Whether these gradients are sums over the replicas already, the same on each; then
             there must be no statistics.
 
@@ -139,9 +155,15 @@ def travel(
     if gradient_norms is not None:
         gradient_norms = [tf.identity(norm) for norm in gradient_norms]
     journey = _Journey(
-        tuple(indices), tuple(variables), destination, anchor, clip, accumulation, part,
-        micro_step, summed,
-    )  # fmt: skip
+        indices=tuple(indices),
+        variables=tuple(variables),
+        destination=destination,
+        anchor=anchor,
+        clip=clip,
+        accumulation=accumulation,
+        turn=turn,
+        summed=summed,
+    )
     return context.merge_call(journey.cross_replicas, args=(local, gradient_norms))
 
 
@@ -155,8 +177,7 @@ class _Journey:
     anchor: tf.Variable
     clip: Clip
     accumulation: Accumulation | None
-    part: int
-    micro_step: int | None
+    turn: Turn
     summed: bool
 
     def cross_replicas(
@@ -165,12 +186,12 @@ class _Journey:
         gradients: list[Any],
         gradient_norms: list[Any] | None,
     ) -> tf.Tensor:
-        accumulation = self.accumulation
+        accumulation, turn = self.accumulation, self.turn
         if accumulation is None:
             return self._reduce_and_update(strategy, gradients, gradient_norms)
 
         def add(local: list[Gradient], local_norms: list[tf.Tensor] | None) -> list[tf.Tensor]:
-            accumulation.add(self.indices, local, local_norms, self.part)
+            accumulation.add(self.indices, local, local_norms, turn.number % accumulation.parts)
             return [tf.constant(True)]
 
         def last() -> tf.Tensor:
@@ -189,13 +210,14 @@ class _Journey:
             return [tf.constant(True)]
 
         accumulation.prepare(self.indices, self.variables, gradients)
-        if self.micro_step == 0:  # an error may have left some of an update that was never made
-            tf.cond(accumulation.micro_step > 0, start, lambda: tf.constant(True))
+        if turn.number == 0 and turn.of > 1:  # an error may have left the first of an earlier turn
+            stale = accumulation.micro_step % turn.of > 0
+            tf.cond(stale, start, lambda: tf.constant(True))
         on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
-        if self.part < accumulation.parts - 1:  # they come in turn
+        if turn.number < turn.of - 1:
             return advance()
-        if self.micro_step is not None:
-            return last() if self.micro_step == accumulation.steps - 1 else advance()
+        if turn.of == accumulation.steps:
+            return last()
         is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
         return tf.cond(is_last, last, advance)
 
@@ -251,11 +273,11 @@ class _Journey:
         with_norms = MEAN_NORM in statistics and not (single and gradient_norms is None)
 
         def read(local: list[Gradient] | None, local_norms: list[tf.Tensor] | None) -> list[Any]:
-            sums, deviations, live = self._own_moments(local)
-            numbers = [live] if counted else []
+            moments = self._own_moments(local)
+            numbers = [moments.live] if counted else []
             if with_norms:
-                numbers.append(self._own_norms(sums, local_norms))
-            return [*sums, *numbers, *(d for d in deviations if d is not None)]
+                numbers.append(self._own_norms(moments.totals, local_norms))
+            return [*moments.totals, *numbers, *(moments.deviations or ())]
 
         own = bundle(on_each_replica(strategy, self.anchor, read, gradients, gradient_norms))
         end = size + counted + with_norms
@@ -287,17 +309,12 @@ class _Journey:
             for part in range(accumulation.parts)
         ]
 
-    def _own_moments(
-        self, local: list[Gradient] | None
-    ) -> tuple[list[Gradient], list[tf.Tensor | None], tf.Tensor]:
-        """This replica's sums, squared deviations and number of live micro-steps.
-
-        Without accumulation these are the gradients themselves; with it, those accumulated.
-        """
+    def _own_moments(self, local: list[Gradient] | None) -> OwnMoments:
+        """This replica's: of the gradients themselves, or of those accumulated."""
         if self.accumulation is not None:
             return self.accumulation.read(self.indices)
         local = [merge_repeated_indices(gradient) for gradient in local or ()]
-        return local, [None] * len(local), tf.cast(any_nonzero(local), tf.float32)
+        return OwnMoments(local, None, tf.cast(any_nonzero(local), tf.float32))
 
     def _own_norms(self, sums: list[Gradient], given: list[tf.Tensor] | None) -> tf.Tensor:
         """This replica's sums over micro-steps of the norms, one number for each variable."""
@@ -319,28 +336,12 @@ class _Journey:
     ) -> list[Any]:
         def shares(*local: Any) -> list[tf.Tensor]:
             own_sums, own_live, own_deviations, totals, live = local
-            totals = [merge_repeated_indices(total) for total in totals]
-
-            def of_a_live_replica() -> list[tf.Tensor]:
-                return [
-                    share_of_deviations(
-                        OwnMoments(own_sum, own_deviation, own_live),
-                        total,
-                        live,
-                        strategy.num_replicas_in_sync,
-                    )
-                    for own_sum, own_deviation, total in zip(
-                        own_sums, own_deviations or [None] * len(own_sums), totals, strict=True
-                    )
-                ]
-
-            def of_a_dead_replica() -> list[tf.Tensor]:
-                return [
-                    tf.zeros_like(total.values if isinstance(total, tf.IndexedSlices) else total)
-                    for total in totals
-                ]
-
-            return tf.cond(own_live > 0, of_a_live_replica, of_a_dead_replica)
+            return shares_of_deviations(
+                OwnMoments(own_sums, own_deviations or None, own_live),
+                [merge_repeated_indices(total) for total in totals],
+                live,
+                strategy.num_replicas_in_sync,
+            )
 
         parts = bundle(
             on_each_replica(

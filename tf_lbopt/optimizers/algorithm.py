@@ -21,15 +21,15 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import inside_scope, replica_number
-from tf_lbopt.distribution.road import Arrival, Clip, Destination, travel
+from tf_lbopt.distribution.road import Arrival, Clip, Destination, Turn, travel
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import Layer, Rule, Step
 
 _ACCUMULATION_KEY = "accumulation"
 
-_micro_steps: dict[tuple[int, int], int] = {}
-"""The blocks that are open, by optimizer and replica."""
+_turns: dict[tuple[int, int], Turn] = {}
+"""Which micro-step is being traced, by optimizer and replica, where that is known."""
 
 
 class Algorithm:
@@ -223,10 +223,9 @@ class Algorithm:
             ),
             anchor=tensorflow_variable(self._iterations),
             clip=Clip(self.clipnorm, self.clipvalue, self.global_clipnorm),
+            turn=self._turn(),
             accumulation=self._accumulation,
             gradient_norms=self._gradient_norms([variable for _, variable in pairs], loss_scale),
-            part=self._part(),
-            micro_step=_micro_steps.get((id(self), replica_number())),
             summed=summed,
         )
 
@@ -241,7 +240,7 @@ class Algorithm:
             number: From 0 to `gradient_accumulation_steps` - 1.
 
         Raises:
-            ValueError: There is no such micro-step.
+            ValueError: There is no such micro-step, or the block is in another one.
         """
         steps = self.gradient_accumulation_steps or 1
         if not 0 <= number < steps:
@@ -249,12 +248,29 @@ class Algorithm:
                 f"`number` must be from 0 to {steps - 1}, as gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}. Received: number={number!r}"
             )
+        if self._turn() != Turn():
+            raise ValueError(
+                "`micro_step` must be the outermost block: the parts of a micro-step are within "
+                f"it. Received: micro_step({number}) within another block"
+            )
+        with self._taking(Turn(number, steps)):
+            yield
+
+    @contextlib.contextmanager
+    def _taking(self, turn: Turn) -> Iterator[None]:
+        """Within this block gradients are those of this turn, in that of the block around it."""
         key = id(self), replica_number()
-        _micro_steps[key] = number
+        outer = _turns.get(key)
+        _turns[key] = turn.within(outer or Turn())
         try:
             yield
         finally:
-            del _micro_steps[key]
+            del _turns[key]
+            if outer is not None:
+                _turns[key] = outer
+
+    def _turn(self) -> Turn:
+        return _turns.get((id(self), replica_number()), Turn())
 
     def _check_known(self, variables: Sequence[Any]) -> None:
         for variable in variables:
@@ -278,10 +294,6 @@ class Algorithm:
         """
         del variables, loss_scale
         return None
-
-    def _part(self) -> int:
-        """Which of the sub-batches that a replica takes in turn the gradients are of."""
-        return 0
 
     def _apply_on_replica(self, arrival: Arrival) -> None:
         layers = [

@@ -23,7 +23,7 @@ from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import on_each_replica, once_for_all_replicas, replica_number
-from tf_lbopt.distribution.road import Arrival
+from tf_lbopt.distribution.road import Arrival, Turn
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.rules.norms import compute_dtype
@@ -37,9 +37,8 @@ _PAST_KEY = "past_gradients"
 class _Active:
     """One block of `Extrapolation.extrapolated`."""
 
-    def __init__(self, optimizer: "Extrapolation", variables: Sequence[Any], sub_batch: int):
+    def __init__(self, optimizer: "Extrapolation", variables: Sequence[Any]):
         self.keys = {optimizer._var_key(variable) for variable in variables}
-        self.sub_batch = sub_batch
         self.applied = False
         self.graph = _current_graph()
 
@@ -216,12 +215,13 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
                 block itself, but in a condition, loop or `tf.function` inside it.
         """
         variables = self._to_be_moved(variables, sub_batch)
-        active = _Active(self, variables, sub_batch)
+        active = _Active(self, variables)
         self._in_replica(self._depart, variables, sub_batch)
         key = id(self), replica_number()
         _active[key] = active
         try:
-            yield
+            with self._taking(Turn(sub_batch, self.sub_batches)):
+                yield
         except BaseException:
             if tf.executing_eagerly():
                 self.recover()
@@ -371,10 +371,6 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         self._in_replica(self._return, moved)
         active.applied = True
         return super()._send(grads, variables, loss_scale, after, summed)
-
-    def _part(self) -> int:
-        block = self._block()
-        return 0 if block is None else block.sub_batch
 
     def _block(self) -> _Active | None:
         return _active.get((id(self), replica_number()))

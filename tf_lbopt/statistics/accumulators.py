@@ -28,16 +28,18 @@ _LARGE = 1 << 12
 
 @dataclasses.dataclass(frozen=True)
 class OwnMoments:
-    """One replica's gradients of one variable over the micro-steps of an update.
+    """One replica's gradients over the micro-steps of an update.
 
     Attributes:
-        total: S_d, their sum; ``IndexedSlices`` without repeated indices, or dense.
-        deviations: M_d, their squared deviations from their mean; ``None`` for a single one.
+        totals: S_d, their sum, for each variable; ``IndexedSlices`` without repeated indices, or
+            dense.
+        deviations: M_d, their squared deviations from their mean, for each variable; ``None`` for a
+            single micro-step, or where they are not followed.
         live: n_d, how many of them were sub-batches at all, a float scalar.
     """
 
-    total: Gradient
-    deviations: tf.Tensor | None
+    totals: list[Gradient]
+    deviations: list[tf.Tensor] | None
     live: tf.Tensor
 
 
@@ -211,35 +213,58 @@ class SparseAccumulator:
             variable.assign(tf.zeros(empty, variable.dtype))
 
 
-def share_of_deviations(
-    own: "OwnMoments", total: Gradient, live: tf.Tensor, replicas: int
-) -> tf.Tensor:
-    """What a live replica contributes to the squared deviations of all sub-batches from their mean.
+def shares_of_deviations(
+    own: OwnMoments, totals: list[Gradient], live: tf.Tensor, replicas: int
+) -> list[tf.Tensor]:
+    """What a replica contributes to the squared deviations of all sub-batches from their mean.
 
-    ``M_d + n_d (R S_d/n_d − R S/k)²``; the sum over replicas d is ``Σ (g_d − ḡ)²``. A replica's
-    gradients arrive divided by the number R of replicas; here and in the accumulators squares are
-    those of the gradients themselves, so that neither small nor many replicas make them vanish.
+    ``M_d + n_d (R S_d/n_d − R S/k)²``; the sum over replicas d is ``Σ (g_d − ḡ)²``. A replica
+    without live sub-batches contributes nothing. A replica's gradients arrive divided by the number
+    R of replicas; here and in the accumulators squares are those of the gradients themselves, so
+    that neither small nor many replicas make them vanish.
 
     Args:
-        own: This replica's moments, of at least one live sub-batch.
-        total: S, the sum over replicas; of the kind of the replica's own sum, over the rows of all.
+        own: This replica's moments.
+        totals: S, the sum over replicas, for each variable; of the kind of the replica's own sum,
+            over the rows of all.
         live: k, how many sub-batches were live on all replicas.
         replicas: R.
 
     Returns:
-        A tensor of the shape of ``total`` (of its values).
+        For each variable a tensor of the shape of its ``total`` (of its values).
     """
-    deviations = own.deviations
+    deviations = own.deviations or [None] * len(totals)
+    return tf.cond(
+        own.live > 0,
+        lambda: [
+            _share(*of_one, own.live, live, replicas)
+            for of_one in zip(own.totals, deviations, totals, strict=True)
+        ],
+        lambda: [
+            tf.zeros_like(total.values if isinstance(total, tf.IndexedSlices) else total)
+            for total in totals
+        ],
+    )
+
+
+def _share(
+    own_total: Gradient,
+    deviations: tf.Tensor | None,
+    total: Gradient,
+    own_live: tf.Tensor,
+    live: tf.Tensor,
+    replicas: int,
+) -> tf.Tensor:
     if replicas == 1 and deviations is not None:
         return deviations
-    values, all_values = own.total, total
+    values, all_values = own_total, total
     if isinstance(total, tf.IndexedSlices):
         all_values = total.values
-        values = rows_at(own.total.indices, own.total.values, total.indices)
+        values = rows_at(own_total.indices, own_total.values, total.indices)
         if deviations is not None:
-            deviations = rows_at(own.total.indices, deviations, total.indices)
+            deviations = rows_at(own_total.indices, deviations, total.indices)
     dtype = all_values.dtype
-    own_live = tf.cast(own.live, dtype)
+    own_live = tf.cast(own_live, dtype)
     mean = values * (replicas / own_live)
     squares = tf.math.squared_difference(mean, all_values * (replicas / tf.cast(live, dtype)))
     if deviations is None:  # one gradient, n_d = 1

@@ -85,13 +85,13 @@ class SubBatchTask:
         """One update by the task's own steps on the parts of a replica's batch."""
         step = super().train_step  # type: ignore[misc]
         number = self.task_config.sub_batches
+        accumulates = _accumulates(optimizer, number)
         if number == 1:
-            with _at_its_point(optimizer, model, inputs):
+            with _in_turn(optimizer, model, inputs, 0, accumulates):
                 return step(inputs, model, optimizer, *args, **kwargs)
         # A task that does not divide its loss by the replicas sums gradients over them, and so over
         # the parts.
         summed = getattr(self.task_config, "scale_loss", True) is False
-        accumulates = _accumulates(optimizer, number)
         parts = _split(inputs, number)
         logs: list[dict[str, Any]] = []
         collected = _Collected()
@@ -102,7 +102,7 @@ class SubBatchTask:
             stand_in: Any = (_Passing if accumulates else _Collecting)(
                 optimizer, collected, index, number, summed
             )
-            with _at_its_point(optimizer, model, part, index, number):
+            with _in_turn(optimizer, model, part, index, accumulates):
                 logs.append(step(part, model, stand_in, *args, **kwargs))
             if collected.calls != index + 1:
                 raise ValueError(
@@ -181,29 +181,37 @@ class _Collecting(_StandIn):
         return self._optimizer.apply_gradients(list(zip(totals, variables, strict=True)), **kwargs)
 
 
-def _at_its_point(
-    optimizer: Any, model: Any, inputs: Any, part: int = 0, parts: int = 1
+def _in_turn(
+    optimizer: Any, model: Any, inputs: Any, part: int, accumulates: bool
 ) -> contextlib.AbstractContextManager[None]:
     """What the step of one part must be taken in."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     if isinstance(inner, Extrapolation):
         inner.prepare_model(model, inputs)
         return inner.extrapolated(model.trainable_variables, part)
-    if isinstance(inner, Algorithm) and parts > 1:
+    if isinstance(inner, Algorithm) and accumulates:
         return inner.micro_step(part)
     return contextlib.nullcontext()
 
 
 def _accumulates(optimizer: Any, number: int) -> bool:
+    """Whether an optimizer takes the parts' gradients one by one.
+
+    Raises:
+        ValueError: It does, but not as many of them.
+    """
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     if isinstance(inner, Extrapolation):
-        if inner.sub_batches != number or inner.gradient_accumulation_steps is not None:
+        steps = inner.gradient_accumulation_steps
+        if inner.sub_batches != number or (number > 1 and steps is not None):
             raise ValueError(
                 f"An extrapolated optimizer must have sub_batches=task.sub_batches={number} and no "
                 f"gradient_accumulation_steps. Received: sub_batches={inner.sub_batches}, "
-                f"gradient_accumulation_steps={inner.gradient_accumulation_steps}"
+                f"gradient_accumulation_steps={steps}"
             )
         return True
+    if number == 1:
+        return False
     steps = getattr(inner, "gradient_accumulation_steps", None)
     if steps not in (None, number):
         raise ValueError(
