@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
-from tf_lbopt.distribution.replicas import inside_scope, replica_number
+from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
 from tf_lbopt.distribution.road import Arrival, Clip, Destination, Turn, travel
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient
@@ -477,6 +477,28 @@ class LayerwiseAlgorithm(Algorithm):
             None if self._adaptation_exclusion is None else self._adaptation_exclusion.config()
         )
         return config
+
+
+def build_at_first_call(optimizer: Any, variables: Sequence[Any] | None, argument: str) -> None:
+    """Builds an optimizer that is not built yet for the variables of a call.
+
+    Args:
+        optimizer: Of the framework.
+        variables: What the call was given.
+        argument: The name by which it was given them.
+
+    Raises:
+        ValueError: It was given none.
+    """
+    if optimizer.built:
+        return
+    if variables is None:
+        raise ValueError(
+            f"`{argument}` must be given to the first call, or the optimizer built before by "
+            "`optimizer.build(trainable_variables)`. Received: None"
+        )
+    to_build = list(variables)
+    once_for_all_replicas(lambda: optimizer.build(to_build))
 
 
 def documentation(cls: type, **texts: str) -> str:

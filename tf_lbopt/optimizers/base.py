@@ -11,8 +11,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_lbopt.distribution.replicas import once_for_all_replicas
-from tf_lbopt.optimizers.algorithm import Algorithm, LayerwiseAlgorithm, documentation
+from tf_lbopt.optimizers.algorithm import (
+    Algorithm,
+    LayerwiseAlgorithm,
+    build_at_first_call,
+    documentation,
+)
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.norms import compute_dtype
 
@@ -126,15 +130,12 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         grads = list(grads)
         if not grads:
             return
-        given = trainable_variables
-        variables = list(self._trainable_variables if given is None else given)
-        if not self.built:
-            if given is None:
-                raise ValueError(
-                    "`trainable_variables` must be given to the first call, or the optimizer built "
-                    "before by `optimizer.build(trainable_variables)`. Received: None"
-                )
-            once_for_all_replicas(lambda: self.build(variables))
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        build_at_first_call(self, trainable_variables, "trainable_variables")
+        variables = (
+            list(self._trainable_variables) if trainable_variables is None else trainable_variables
+        )
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must have one entry per trainable variable. "

@@ -22,9 +22,9 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replica_state import ReplicaState
-from tf_lbopt.distribution.replicas import on_each_replica, once_for_all_replicas, replica_number
+from tf_lbopt.distribution.replicas import on_each_replica, replica_number
 from tf_lbopt.distribution.road import Arrival, Turn
-from tf_lbopt.optimizers.algorithm import Algorithm
+from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.rules.norms import compute_dtype
 from tf_lbopt.rules.rule import OWN_GRADIENT, dense
@@ -241,14 +241,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             raise ValueError(
                 "`extrapolated` blocks can not be nested. Received: a block in a block"
             )
-        if not self.built:
-            if variables is None:
-                raise ValueError(
-                    "`variables` must be given to the first call, or the optimizer built before by "
-                    "`optimizer.build(trainable_variables)`. Received: None"
-                )
-            to_build = list(variables)
-            once_for_all_replicas(lambda: self.build(to_build))
+        build_at_first_call(self, variables, "variables")
         variables = list(self._trainable_variables if variables is None else variables)
         self._check_known(variables)
         return variables

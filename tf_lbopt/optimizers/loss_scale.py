@@ -10,9 +10,9 @@ from tf_lbopt import _validation
 from tf_lbopt.distribution.replicas import (
     inside_scope,
     on_each_replica,
-    once_for_all_replicas,
     sum_over_replicas,
 )
+from tf_lbopt.optimizers.algorithm import build_at_first_call
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.statistics.sparse import divide
 
@@ -135,14 +135,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ValueError: As the inner optimizer's `apply`.
         """
         grads = list(grads)
-        if not self.built:
-            if trainable_variables is None:
-                raise ValueError(
-                    "`trainable_variables` must be given to the first call, or the optimizer built "
-                    "before by `optimizer.build(trainable_variables)`. Received: None"
-                )
+        if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-            once_for_all_replicas(lambda: self.build(trainable_variables))
+        build_at_first_call(self, trainable_variables, "trainable_variables")
         if isinstance(self.inner_optimizer, LargeBatchOptimizer):
             self.inner_optimizer.apply_scaled(
                 grads,

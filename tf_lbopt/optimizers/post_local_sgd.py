@@ -19,12 +19,11 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.distribution.replicas import (
     bundle,
     on_each_replica,
-    once_for_all_replicas,
     replica_number,
     sum_over_replicas,
 )
 from tf_lbopt.distribution.road import Arrival
-from tf_lbopt.optimizers.algorithm import _without_missing
+from tf_lbopt.optimizers.algorithm import _without_missing, build_at_first_call
 from tf_lbopt.optimizers.around import AroundOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
@@ -315,14 +314,7 @@ class PostLocalSGD(AroundOptimizer):
         local = _validation.boolean("local", local)
         if (id(self), replica_number()) in _open:
             raise ValueError("`step` blocks can not be nested. Received: a block in a block")
-        if not self.built:
-            if variables is None:
-                raise ValueError(
-                    "`variables` must be given to the first call, or the optimizer built before by "
-                    "`optimizer.build(trainable_variables)`. Received: None"
-                )
-            to_build = list(variables)
-            once_for_all_replicas(lambda: self.build(to_build))
+        build_at_first_call(self, variables, "variables")
         if local and self._strategy.num_replicas_in_sync > 1:
             with self._departed():
                 yield
