@@ -72,7 +72,7 @@ def good_rates(outcome: Outcome, metric: Metric) -> str:
     at_least = "≥ " if {close[0], close[-1]} & {tried[0], tried[-1]} else ""
     if len(close) == 1:
         return f"{close[0]:g}"
-    return f"{close[0]:g}–{close[-1]:g} ({at_least}×{close[-1] / close[0]:.3g})"
+    return f"{close[0]:g}–{close[-1]:g} ({at_least}×{close[-1] / close[0]:.2g})"
 
 
 def plot_batches(study: Study, results: Results, path: Path) -> bool:
@@ -82,7 +82,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     seen = [c for c in cells if any(o.final for (name, _), o in known.items() if name == c.name)]
     if len(seen) < 2:  # A line needs two batch sizes.
         return False
-    with figure_file(path, (13, 5)) as figure:
+    with figure_file(path, (13, 6)) as figure:
         axes = figure.subplots(1, len(FAMILIES), sharey=True)
         for axis, (family, kinds) in zip(axes, FAMILIES.items(), strict=True):
             place = 0
@@ -110,13 +110,16 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
             axis.set_xlabel("batch size")
             axis.set_title(family, fontsize=10)
             axis.grid(alpha=0.3)
-            _legend(axis, 8)
+            # Below, as lines go from one corner to the other.
+            _legend(axis, 8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         axes[0].set_ylabel(f"test {study.metric.title} (%), mean and standard deviation")
     return True
 
 
 def plot_rates(study: Study, results: Results, path: Path) -> bool:
     """Draws validation results over the learning rate; returns whether there was anything."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     known = outcomes(study, results)
     cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
     cells = [c for c in cells if any(o.tried for (name, _), o in known.items() if name == c.name)]
@@ -140,6 +143,9 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
                                 transform=axis.get_xaxis_transform(),
                             )  # fmt: skip
                 axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.set_title(f"{cell.name}: {family}", fontsize=10)
                 axis.set_xlabel("learning rate (×: diverged)")
                 axis.grid(alpha=0.3, which="both")
@@ -274,10 +280,10 @@ def _style(label: str, kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _legend(axis: Axes, size: int) -> None:
+def _legend(axis: Axes, size: int, **place: Any) -> None:
     if axis.get_legend_handles_labels()[1]:
         # Long enough to see dashes.
-        axis.legend(fontsize=size, handlelength=3)
+        axis.legend(fontsize=size, handlelength=3, **place)
 
 
 def _batch(cell: Cell) -> int:
