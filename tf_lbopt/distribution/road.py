@@ -39,7 +39,7 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Which of several micro-steps a call of `travel` is, as far as tracing knows.
+    """Which of several micro-steps a call of `Journey.travel` is, as far as tracing knows.
 
     Attributes:
         number: From 0 to ``of`` - 1.
@@ -104,24 +104,11 @@ class Destination:
     after: Callable[[tf.Tensor], None] | None = None
 
 
-def travel(
-    gradients: Sequence[Gradient],
-    indices: Sequence[int],
-    variables: Sequence[tf.Variable],
-    destination: Destination,
-    *,
-    anchor: tf.Variable,
-    clip: Clip,
-    turn: Turn,
-    accumulation: Accumulation | None = None,
-    gradient_norms: Sequence[tf.Tensor] | None = None,
-    summed: bool = False,
-) -> tf.Tensor:
-    """Takes one replica's gradients along the road. Called in a replica context, by all replicas.
+@dataclasses.dataclass(frozen=True)
+class Journey:
+    """One call's gradients on the road.
 
-    Args:
-        gradients: This replica's gradients of (its share of the) loss: summed over replicas they
-            give the gradient of the mean loss, as under Keras and ``tf.distribute``.
+    Attributes:
         indices: For each gradient the number of its variable, as the optimizer counts them.
         variables: For each gradient its variable.
         destination: What to do at the end of the road.
@@ -130,57 +117,53 @@ def travel(
         turn: Which micro-step this is; where all of an update are known, the update is traced with
             the last one only.
         accumulation: The replicas' accumulators, or ``None`` without accumulation.
-        gradient_norms: What stands for the norms of these gradients in the mean norm, in their
-            units (for norms by example: the sum of the norms of what the examples contribute to
-            the gradient); ``None`` for the norms themselves.
-        summed: Whether these gradients are sums over the replicas already, the same on each; then
+        summed: Whether the gradients are sums over the replicas already, the same on each; then
             there must be no statistics.
-
-    Returns:
-        Whether all was finite; true before an update is due.
-
-    Raises:
-        ValueError: Not called in a replica context.
     """
-    context = tf.distribute.get_replica_context()
-    if context is None:
-        raise ValueError(
-            "Gradients must be applied in a replica context, where each replica has its own. "
-            "Expected: a call inside the function given to `strategy.run`. Received: a call in the "
-            "cross-replica context (directly under `strategy.scope()`)."
-        )
-    local = [
-        _own(gradient, variable) for gradient, variable in zip(gradients, variables, strict=True)
-    ]
-    if gradient_norms is not None:
-        gradient_norms = [tf.identity(norm) for norm in gradient_norms]
-    journey = _Journey(
-        indices=tuple(indices),
-        variables=tuple(variables),
-        destination=destination,
-        anchor=anchor,
-        clip=clip,
-        accumulation=accumulation,
-        turn=turn,
-        summed=summed,
-    )
-    return context.merge_call(journey.cross_replicas, args=(local, gradient_norms))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Journey:
-    """One call of `travel`, from the cross-replica context on."""
-
-    indices: tuple[int, ...]
-    variables: tuple[tf.Variable, ...]
+    indices: Sequence[int]
+    variables: Sequence[tf.Variable]
     destination: Destination
     anchor: tf.Variable
     clip: Clip
-    accumulation: Accumulation | None
     turn: Turn
-    summed: bool
+    accumulation: Accumulation | None = None
+    summed: bool = False
 
-    def cross_replicas(
+    def travel(
+        self, gradients: Sequence[Gradient], gradient_norms: Sequence[tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """Takes one replica's gradients there. Called in a replica context, by all replicas.
+
+        Args:
+            gradients: This replica's gradients of (its share of the) loss: summed over replicas
+                they give the gradient of the mean loss, as under Keras and ``tf.distribute``.
+            gradient_norms: What stands for the norms of these gradients in the mean norm, in their
+                units (for norms by example: the sum of the norms of what the examples contribute
+                to the gradient); ``None`` for the norms themselves.
+
+        Returns:
+            Whether all was finite; true before an update is due.
+
+        Raises:
+            ValueError: Not called in a replica context.
+        """
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError(
+                "Gradients must be applied in a replica context, where each replica has its own. "
+                "Expected: a call inside the function given to `strategy.run`. Received: a call in "
+                "the cross-replica context (directly under `strategy.scope()`)."
+            )
+        local = [
+            _own(gradient, variable)
+            for gradient, variable in zip(gradients, self.variables, strict=True)
+        ]
+        if gradient_norms is not None:
+            gradient_norms = [tf.identity(norm) for norm in gradient_norms]
+        return context.merge_call(self._cross_replicas, args=(local, gradient_norms))
+
+    def _cross_replicas(
         self,
         strategy: tf.distribute.Strategy,
         gradients: list[Any],

@@ -21,7 +21,7 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
-from tf_lbopt.distribution.road import Arrival, Clip, Destination, Turn, travel
+from tf_lbopt.distribution.road import Arrival, Clip, Destination, Journey, Turn
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import Layer, Rule, Step
@@ -209,8 +209,7 @@ class Algorithm:
         self._check_known(variables)
         pairs = _without_missing(grads, variables)
         indices = [self._known_index(variable) for _, variable in pairs]
-        return travel(
-            [gradient for gradient, _ in pairs],
+        journey = Journey(
             indices,
             [tensorflow_variable(self._trainable_variables[index]) for index in indices],
             Destination(
@@ -225,8 +224,11 @@ class Algorithm:
             clip=Clip(self.clipnorm, self.clipvalue, self.global_clipnorm),
             turn=self._turn(),
             accumulation=self._accumulation,
-            gradient_norms=self._gradient_norms([variable for _, variable in pairs], loss_scale),
             summed=summed,
+        )
+        return journey.travel(
+            [gradient for gradient, _ in pairs],
+            self._gradient_norms([variable for _, variable in pairs], loss_scale),
         )
 
     @contextlib.contextmanager
