@@ -12,7 +12,7 @@ variables, the constructor and the saving of one framework:
 import abc
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -481,7 +481,9 @@ class LayerwiseAlgorithm(Algorithm):
         return config
 
 
-def build_at_first_call(optimizer: Any, variables: Sequence[Any] | None, argument: str) -> None:
+def build_at_first_call(
+    optimizer: Any, variables: Iterable[Any] | None, argument: str
+) -> list[Any] | None:
     """Builds an optimizer that is not built yet for the variables of a call.
 
     Args:
@@ -489,18 +491,21 @@ def build_at_first_call(optimizer: Any, variables: Sequence[Any] | None, argumen
         variables: What the call was given.
         argument: The name by which it was given them.
 
+    Returns:
+        The variables that the call was given, or ``None``.
+
     Raises:
-        ValueError: It was given none.
+        ValueError: It was given none, and is the first.
     """
-    if optimizer.built:
-        return
-    if variables is None:
-        raise ValueError(
-            f"`{argument}` must be given to the first call, or the optimizer built before by "
-            "`optimizer.build(trainable_variables)`. Received: None"
-        )
-    to_build = list(variables)
-    once_for_all_replicas(lambda: optimizer.build(to_build))
+    given = None if variables is None else list(variables)
+    if not optimizer.built:
+        if given is None:
+            raise ValueError(
+                f"`{argument}` must be given to the first call, or the optimizer built before by "
+                "`optimizer.build(trainable_variables)`. Received: None"
+            )
+        once_for_all_replicas(lambda: optimizer.build(given))
+    return given
 
 
 def documentation(cls: type, **texts: str) -> str:

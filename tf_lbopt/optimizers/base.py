@@ -130,12 +130,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         grads = list(grads)
         if not grads:
             return
-        if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-        build_at_first_call(self, trainable_variables, "trainable_variables")
-        variables = (
-            list(self._trainable_variables) if trainable_variables is None else trainable_variables
-        )
+        given = build_at_first_call(self, trainable_variables, "trainable_variables")
+        variables = list(self._trainable_variables) if given is None else given
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must have one entry per trainable variable. "

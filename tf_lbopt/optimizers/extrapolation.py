@@ -241,8 +241,8 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             raise ValueError(
                 "`extrapolated` blocks can not be nested. Received: a block in a block"
             )
-        build_at_first_call(self, variables, "variables")
-        variables = list(self._trainable_variables if variables is None else variables)
+        given = build_at_first_call(self, variables, "variables")
+        variables = list(self._trainable_variables) if given is None else given
         self._check_known(variables)
         return variables
 

@@ -7,11 +7,7 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.distribution.replicas import (
-    inside_scope,
-    on_each_replica,
-    sum_over_replicas,
-)
+from tf_lbopt.distribution.replicas import inside_scope, on_each_replica, sum_over_replicas
 from tf_lbopt.optimizers.algorithm import build_at_first_call
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.statistics.sparse import divide
@@ -135,9 +131,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ValueError: As the inner optimizer's `apply`.
         """
         grads = list(grads)
-        if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-        build_at_first_call(self, trainable_variables, "trainable_variables")
+        trainable_variables = build_at_first_call(self, trainable_variables, "trainable_variables")
         if isinstance(self.inner_optimizer, LargeBatchOptimizer):
             self.inner_optimizer.apply_scaled(
                 grads,

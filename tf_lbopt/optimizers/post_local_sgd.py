@@ -314,7 +314,7 @@ class PostLocalSGD(AroundOptimizer):
         local = _validation.boolean("local", local)
         if (id(self), replica_number()) in _open:
             raise ValueError("`step` blocks can not be nested. Received: a block in a block")
-        build_at_first_call(self, variables, "variables")
+        variables = build_at_first_call(self, variables, "variables")
         if local and self._strategy.num_replicas_in_sync > 1:
             with self._departed():
                 yield
