@@ -109,7 +109,7 @@ def update_function(
 
 def weighting_function(gradient_sets: Sequence[Sequence[tf.Tensor]]) -> Any:
     """The step of VRGD from sub-batch statistics to r ḡ, for all layers, as a concrete function."""
-    from tf_lbopt.rules.gsnr import SubBatchMoments, clipped_gsnr
+    from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments, clipped_gsnr
 
     # As of eight sub-batches; of two, the ratio of mean and variance has no mean itself.
     means = gradient_sets[0]
@@ -120,8 +120,9 @@ def weighting_function(gradient_sets: Sequence[Sequence[tf.Tensor]]) -> Any:
 
     @tf.function(autograph=False)
     def weight() -> list[tf.Tensor]:
+        sub_batches = SubBatches(tf.constant(8.0), factor=tf.constant(1.0))
         moments = [
-            SubBatchMoments(mean, deviation, tf.constant(8.0), tf.constant(1.0))
+            SubBatchMoments(mean, deviation, sub_batches)
             for mean, deviation in zip(means, deviations, strict=True)
         ]
         return [mean * clipped_gsnr(m, 0.1) for mean, m in zip(means, moments, strict=True)]

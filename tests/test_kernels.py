@@ -17,6 +17,7 @@ from tf_lbopt.rules.momentum import (
     velocity,
 )
 from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.rules.running_mean import RunningMean
 
 SHAPE = (7, 5)
 STEPS = 5
@@ -170,6 +171,13 @@ def adam_in_numpy(m, v, g, step, wide):
     return m, v, m_hat / (np.sqrt(v_hat) + EPSILON)
 
 
+def means(step, betas=BETAS):
+    """The running means of both moments, of tensors for a tensor and of floats for a float."""
+    if isinstance(step, tf.Tensor):
+        betas = [tf.constant(beta, step.dtype) for beta in betas]
+    return [RunningMean(beta, step) for beta in betas]
+
+
 def assert_direction(got, direction, offset, wide):
     # Bias correction: 1 − β₂ᵗ is known to one rounding of β₂ᵗ, 6e-8 of 1e-3 in float32.
     tolerance = 1e-11 if wide == "float64" else 3e-5
@@ -188,7 +196,7 @@ def test_adam_in_place(with_offset, dtype, mode):
 
     def update(gradient, step):
         return apply_adam_moments(
-            first, second, gradient, step, *BETAS, EPSILON,
+            first, second, gradient, *means(step), EPSILON,
             offset=None if offset is None else tf.constant(offset, wide),
         )  # fmt: skip
 
@@ -214,12 +222,11 @@ def test_adam_equals_its_pure_twin(dtype, mode):
     first, second = (tf.Variable(tf.zeros(SHAPE, dtype)) for _ in range(2))
     m, v = tf.zeros(SHAPE, dtype), tf.zeros(SHAPE, dtype)
     update = in_mode(
-        mode, lambda g, step: apply_adam_moments(first, second, g, step, *BETAS, EPSILON)
+        mode, lambda g, step: apply_adam_moments(first, second, g, *means(step), EPSILON)
     )
-    betas = [tf.constant(beta, dtype) for beta in BETAS]
     for number, gradient in enumerate(gradients, start=1):
         gradient, step = tf.constant(gradient, wide), tf.constant(number, wide)
-        m, v, expected = adam(m, v, gradient, step, *betas, EPSILON)
+        m, v, expected = adam(m, v, gradient, *means(step), EPSILON)
         got = update(gradient, step)
         tolerance = 1e-12 if dtype == "float64" else 2e-6
         np.testing.assert_allclose(got.numpy(), expected.numpy(), rtol=tolerance, atol=tolerance)
@@ -231,7 +238,8 @@ def test_adam_equals_its_pure_twin(dtype, mode):
 def test_adams_first_direction_is_the_sign(mode):
     first, second = tf.Variable(tf.zeros([4])), tf.Variable(tf.zeros([4]))
     update = in_mode(
-        mode, lambda g: apply_adam_moments(first, second, g, tf.constant(1.0), *BETAS, 0.0)
+        mode,
+        lambda g: apply_adam_moments(first, second, g, *means(tf.constant(1.0)), 0.0),
     )
     got = update(tf.constant([1e-3, -7.0, 1e4, -1e-8]))
     np.testing.assert_allclose(got.numpy(), [1.0, -1.0, 1.0, -1.0], rtol=1e-5)
@@ -243,9 +251,9 @@ def test_two_layers_do_not_share_scratch_memory(mode):
     slots = [tf.Variable(tf.zeros([3])) for _ in range(4)]
 
     def update(one, other):
-        step = tf.constant(1.0)
-        a = apply_adam_moments(slots[0], slots[1], one, step, *BETAS, 0.0)
-        b = apply_adam_moments(slots[2], slots[3], other, step, *BETAS, 0.0, offset=10.0 * one)
+        shared = means(tf.constant(1.0))
+        a = apply_adam_moments(slots[0], slots[1], one, *shared, 0.0)
+        b = apply_adam_moments(slots[2], slots[3], other, *shared, 0.0, offset=10.0 * one)
         return a, b
 
     update = in_mode(mode, update)
@@ -270,7 +278,7 @@ def test_scratch_memory_is_given_back(mode):
     size = 1_000_000
     first, second = tf.Variable(tf.zeros([size])), tf.Variable(tf.zeros([size]))
     gradient, step = tf.ones([size]), tf.constant(1.0)
-    update = in_mode(mode, lambda g: apply_adam_moments(first, second, g, step, *BETAS, EPSILON))
+    update = in_mode(mode, lambda g: apply_adam_moments(first, second, g, *means(step), EPSILON))
     for _ in range(10):
         update(gradient)
     before = resident_bytes()
@@ -293,7 +301,7 @@ def test_adam_of_a_large_variable_equals_its_pure_twin(dtype, offset, function):
     @function
     def step(gradient, number, added):
         return apply_adam_moments(
-            m, v, gradient, number, 0.9, 0.99, 1e-4, offset=added if offset else None
+            m, v, gradient, *means(number, (0.9, 0.99)), 1e-4, offset=added if offset else None
         )
 
     tolerance = {"float32": 2e-5, "float64": 1e-12}[dtype]
@@ -302,7 +310,7 @@ def test_adam_of_a_large_variable_equals_its_pure_twin(dtype, offset, function):
         added = rng.normal(size=shape).astype(dtype)
         got = step(tf.constant(gradient), tf.constant(t, dtype), tf.constant(added))
         pure_m, pure_v, direction = adam(
-            pure_m, pure_v, gradient.astype("float64"), t, 0.9, 0.99, 1e-4
+            pure_m, pure_v, gradient.astype("float64"), *means(t, (0.9, 0.99)), 1e-4
         )
         expected = direction + added if offset else direction
         np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)

@@ -28,7 +28,7 @@ compiled = tf.function(norms, jit_compile=True)
 MODES = pytest.mark.parametrize(
     "mode", [eager, traced, compiled], ids=["eager", "function", "compiled"]
 )
-MAGNITUDES = [10.0**e for e in (-30, -25, -20, -10, -1, 0, 1, 10, 18, 20, 25, 30)]
+MAGNITUDES = [10.0**e for e in (-35, -30, -25, -20, -10, -1, 0, 1, 10, 18, 20, 25, 30, 35)]
 
 
 def reference(value):
@@ -91,7 +91,7 @@ def test_half_precision_is_computed_in_float32(mode, dtype, size):
 @MODES
 @pytest.mark.parametrize("size", [7, LARGE])
 def test_float64(mode, size):
-    for magnitude in (1e-100, 1e-30, 1.0, 1e30, 1e100):
+    for magnitude in (1e-300, 1e-150, 1e-100, 1e-30, 1.0, 1e30, 1e100, 1e160, 1e300):
         value = normal(size, magnitude, np.float64)
         (got,) = mode([tf.constant(value)])
         assert got.dtype == tf.float64

@@ -20,7 +20,7 @@ from references import BETA_3, gsnr, reference
 import tf_lbopt
 from tf_lbopt import rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
-from tf_lbopt.rules.gsnr import SubBatchMoments, clipped_gsnr
+from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments, clipped_gsnr
 from tf_lbopt.rules.rule import Rule
 
 GAMMA = 0.1
@@ -44,11 +44,11 @@ class _Record(Rule):
             sparse = isinstance(moments.mean, tf.IndexedSlices)
             mean = moments.mean.values if sparse else moments.mean
             values = {
-                "mean": mean * tf.cast(moments.factor, mean.dtype),
+                "mean": mean * tf.cast(moments.sub_batches.factor, mean.dtype),
                 "variance": moments.deviations
-                * tf.cast(tf.math.reciprocal_no_nan(moments.live), mean.dtype),
+                * tf.cast(tf.math.reciprocal_no_nan(moments.sub_batches.live), mean.dtype),
                 "r": clipped_gsnr(moments, GAMMA),
-                "count": tf.cast(tf.fill(tf.shape(mean), moments.live), layer.dtype),
+                "count": tf.cast(tf.fill(tf.shape(mean), moments.sub_batches.live), layer.dtype),
             }
             for name, value in values.items():
                 if sparse:
@@ -240,8 +240,7 @@ def r_of(gradients, gamma=GAMMA, factor=1.0):
     moments = SubBatchMoments(
         tf.constant(exact.mean(axis=0), dtype),
         tf.constant(factor**2 * len(exact) * exact.var(axis=0), dtype),
-        tf.constant(float(len(exact))),
-        tf.constant(factor),
+        SubBatches(tf.constant(float(len(exact))), tf.constant(factor)),
     )
     return clipped_gsnr(moments, gamma).numpy()
 
@@ -309,7 +308,7 @@ def test_gamma_one_is_one_everywhere(size):
 def test_without_two_live_sub_batches_nothing_is_weighted(count, size):
     total = np.random.default_rng(0).normal(size=size).astype("float32") * count
     moments = SubBatchMoments(
-        tf.constant(total), tf.zeros(size), tf.constant(count), tf.constant(1.0)
+        tf.constant(total), tf.zeros(size), SubBatches(tf.constant(count), tf.constant(1.0))
     )
     expected = 1.0 if count else GAMMA  # nothing at all is live: every element is dead
     np.testing.assert_allclose(clipped_gsnr(moments, GAMMA), expected, rtol=1e-6)

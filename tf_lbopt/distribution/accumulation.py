@@ -10,11 +10,13 @@ from tf_lbopt import _compat
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
+from tf_lbopt.rules.sharing import by_dtype
 from tf_lbopt.statistics.accumulators import (
     DenseAccumulator,
     OwnMoments,
     SparseAccumulator,
     any_nonzero,
+    deviation_weights,
 )
 from tf_lbopt.statistics.sparse import merge_repeated_indices
 
@@ -122,8 +124,12 @@ class Accumulation(ReplicaState):
         if VARIANCE in self.statistics:
 
             def deviate() -> tf.Tensor:
+                replicas = self._strategy.num_replicas_in_sync
+                weights = by_dtype(
+                    gradients, lambda dtype: deviation_weights(tf.cast(count, dtype), replicas)
+                )
                 for accumulator, gradient in zip(accumulators, gradients, strict=True):
-                    accumulator.deviate(gradient, count)
+                    accumulator.deviate(gradient, weights[gradient.dtype])
                 return tf.constant(True)
 
             # The first one deviates from nothing.

@@ -21,7 +21,7 @@ import tensorflow as tf
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_replicas
 from tf_lbopt.rules import clip as clipping
-from tf_lbopt.rules.gsnr import SubBatchMoments
+from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE
 from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, shares_of_deviations
@@ -358,8 +358,9 @@ class Journey:
             )
             moments: list[SubBatchMoments | None] = [None] * len(sums)
             if deviations is not None and live is not None:
+                sub_batches = SubBatches(live, self._mean_factor(live))
                 moments = [
-                    SubBatchMoments(mean, deviation, live, self._mean_factor(live))
+                    SubBatchMoments(mean, deviation, sub_batches)
                     for mean, deviation in zip(means, deviations, strict=True)
                 ]
             destination.apply(

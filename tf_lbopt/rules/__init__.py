@@ -2,7 +2,7 @@
 
 from tf_lbopt.rules.adam import Adam
 from tf_lbopt.rules.clars import CLARS
-from tf_lbopt.rules.gsnr import SubBatchMoments
+from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.lamb import LAMB
 from tf_lbopt.rules.lars import LARS
 from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Layer, Rule, Step
@@ -24,5 +24,6 @@ __all__ = [
     "Rule",
     "Step",
     "SubBatchMoments",
+    "SubBatches",
     "VarianceReduced",
 ]

@@ -8,15 +8,17 @@ import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.rules.momentum import apply_delta
-from tf_lbopt.rules.norms import compute_dtype, scalar
+from tf_lbopt.rules.norms import compute_dtype
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
+from tf_lbopt.rules.running_mean import running_means
+from tf_lbopt.rules.sharing import by_dtype
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
 # Below this size a scratch variable costs more than the passes that it saves.
 _WORTH_FUSING = 1 << 14
 
 
-def adam(m, v, gradient, step, beta_1, beta_2, epsilon):
+def adam(m, v, gradient, first, second, epsilon):
     """Adam's moments after a gradient, and the bias-corrected direction.
 
     ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``, direction ``m̂ / (√v̂ + ε)`` with
@@ -26,10 +28,9 @@ def adam(m, v, gradient, step, beta_1, beta_2, epsilon):
         m: First moment.
         v: Second moment.
         gradient: g, of the same shape.
-        step: t, the number of this update, from 1; a float scalar.
-        beta_1: Decay of the first moment.
-        beta_2: Decay of the second moment.
-        epsilon: ε, outside the square root and after bias correction, as in Keras.
+        first: The running mean of β₁, a `RunningMean`.
+        second: That of β₂.
+        epsilon: ε, outside the square root and after bias correction.
 
     Returns:
         ``(m, v, direction)``.
@@ -37,11 +38,9 @@ def adam(m, v, gradient, step, beta_1, beta_2, epsilon):
     References:
         Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
     """
-    m = beta_1 * m + (1.0 - beta_1) * gradient
-    v = beta_2 * v + (1.0 - beta_2) * gradient * gradient
-    m_hat = m / (1.0 - beta_1**step)
-    v_hat = v / (1.0 - beta_2**step)
-    return m, v, m_hat / (tf.sqrt(v_hat) + epsilon)
+    m = first.updated(m, gradient)
+    v = second.updated(v, gradient * gradient)
+    return m, v, first.corrected(m) / (tf.sqrt(second.corrected(v)) + epsilon)
 
 
 def preconditioned(gradient, v, step, beta_2, epsilon):
@@ -61,16 +60,15 @@ def preconditioned(gradient, v, step, beta_2, epsilon):
     return tf.math.divide_no_nan(gradient * correction, tf.sqrt(v) + epsilon)
 
 
-def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=None) -> tf.Tensor:
+def apply_adam_moments(m, v, gradient, first, second, epsilon, offset=None) -> tf.Tensor:
     """`adam` on the moment variables, in place.
 
     Args:
         m: First moment, a variable.
         v: Second moment, a variable.
         gradient: g, dense, of the compute dtype.
-        step: t, the number of this update, from 1; a scalar of the compute dtype.
-        beta_1: Decay of the first moment.
-        beta_2: Decay of the second moment.
+        first: The running mean of β₁, of the compute dtype.
+        second: That of β₂.
         epsilon: ε.
         offset: What to add to the direction (decay), a tensor, or ``None``.
 
@@ -78,11 +76,10 @@ def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=Non
         ``direction + offset``, a tensor of the compute dtype.
     """
     dtype = compute_dtype(m.dtype)
-    beta_1, beta_2 = tf.constant(beta_1, dtype), tf.constant(beta_2, dtype)
     small = m.shape.num_elements() < _WORTH_FUSING
     if small or m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
         new_m, new_v, direction = adam(
-            tf.cast(m, dtype), tf.cast(v, dtype), gradient, step, beta_1, beta_2, epsilon
+            tf.cast(m, dtype), tf.cast(v, dtype), gradient, first, second, epsilon
         )
         m.assign(tf.cast(new_m, m.dtype))
         v.assign(tf.cast(new_v, v.dtype))
@@ -90,7 +87,6 @@ def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=Non
 
     # The fused kernel subtracts `lr` times the direction from whatever variable it is given: with a
     # rate of -1, a scratch one that starts at the offset ends as direction + offset, in one pass.
-    beta_1_power, beta_2_power = beta_1**step, beta_2**step
     scratch = _compat.anonymous_variable(m.shape, dtype)
     tf.raw_ops.AssignVariableOp(
         resource=scratch, value=tf.zeros(m.shape, dtype) if offset is None else offset
@@ -99,13 +95,13 @@ def apply_adam_moments(m, v, gradient, step, beta_1, beta_2, epsilon, offset=Non
         var=scratch,
         m=m.handle,
         v=v.handle,
-        beta1_power=beta_1_power,
-        beta2_power=beta_2_power,
-        lr=-tf.ones([], dtype),
-        beta1=beta_1,
-        beta2=beta_2,
+        beta1_power=first.power,
+        beta2_power=second.power,
+        lr=tf.constant(-1.0, dtype),
+        beta1=first.beta,
+        beta2=second.beta,
         # The kernel's ε is added before the correction of v: √v + ε√(1−β₂ᵗ) = √(1−β₂ᵗ)(√v̂ + ε).
-        epsilon=epsilon * tf.sqrt(1.0 - beta_2_power),
+        epsilon=epsilon * tf.sqrt(second.correction),
         grad=gradient,
     )
     return tf.raw_ops.ReadVariableOp(resource=scratch, dtype=dtype)
@@ -128,19 +124,21 @@ class Adam(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
+        first = running_means(layers, step, self.beta_1)
+        second = running_means(layers, step, self.beta_2)
+        epsilon = by_dtype(layers, lambda d: self.epsilon / tf.sqrt(second[d].correction))
+        delta = by_dtype(layers, lambda d: -tf.cast(step.learning_rate, d))
+        decay = by_dtype(layers, lambda d: delta[d] * (self.weight_decay or 0.0))
         for layer in layers:
-            rate = tf.cast(step.learning_rate, layer.dtype)
+            dtype = layer.dtype
             if self.weight_decay and layer.decayed:
-                apply_delta(layer.variable, layer.weights(), -rate * self.weight_decay)
-            index = tf.cast(step.index + 1, layer.dtype)
-            bias_2 = 1.0 - scalar(self.beta_2, layer.dtype) ** index
+                apply_delta(layer.variable, layer.weights(), decay[dtype])
             direction = apply_adam_moments(
                 layer.slots["momentum"],
                 layer.slots["velocity"],
                 dense(layer.gradient),
-                index,
-                self.beta_1,
-                self.beta_2,
-                self.epsilon / tf.sqrt(bias_2),
+                first[dtype],
+                second[dtype],
+                epsilon[dtype],
             )
-            apply_delta(layer.variable, direction, -rate)
+            apply_delta(layer.variable, direction, delta[dtype])

@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from tf_lbopt.rules.momentum import apply_velocity
 from tf_lbopt.rules.norms import norms
-from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, decayed_gradient
-from tf_lbopt.rules.trust_ratio import trust_ratio
+from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, decayed_gradients, dense
+from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,27 +34,32 @@ class CLARS(Rule):
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
         adapted = [layer for layer in layers if layer.adapted]
-        weight_norms = norms([layer.variable for layer in adapted])
-        ratios = {
-            layer.index: self._ratio(layer, norm)
-            for layer, norm in zip(adapted, weight_norms, strict=True)
-        }
-        for layer in layers:
-            rate = tf.cast(step.learning_rate, layer.dtype)
-            if layer.adapted:
-                rate *= ratios[layer.index]
+        rates = layerwise_rates(
+            layers,
+            step,
+            self._ratio,
+            norms([layer.variable for layer in adapted]),
+            [_mean_norm(layer) for layer in adapted],
+        )
+        gradients = decayed_gradients(layers, self.weight_decay)
+        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
             apply_velocity(
                 layer.variable,
                 layer.slots.get("momentum"),
-                decayed_gradient(layer, self.weight_decay),
+                dense(gradient),
                 rate,
-                self.momentum,
+                momentum[layer.dtype],
                 nesterov=True,
             )
 
-    def _ratio(self, layer: Layer, weight_norm: tf.Tensor) -> tf.Tensor:
-        assert layer.mean_norm is not None, "the road provides what `statistics` declares"
-        ratio = trust_ratio(weight_norm, layer.mean_norm, self.eta)
+    def _ratio(self, weight_norms: tf.Tensor, mean_norms: tf.Tensor) -> tf.Tensor:
+        ratio = trust_ratio(weight_norms, mean_norms, self.eta)
         if self.max_trust_ratio is None:
             return ratio
         return tf.minimum(ratio, tf.constant(self.max_trust_ratio, ratio.dtype))
+
+
+def _mean_norm(layer: Layer) -> tf.Tensor:
+    assert layer.mean_norm is not None, "the road provides what `statistics` declares"
+    return layer.mean_norm

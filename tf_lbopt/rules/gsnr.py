@@ -12,6 +12,28 @@ _RESOLVED_BELOW = 1e7 - 1.0
 _LARGE = 1 << 16
 
 
+class SubBatches:
+    """The sub-batches of one update: what the moments of all layers share.
+
+    Args:
+        live: k, how many of them had a gradient at all, a float scalar.
+        factor: What the mean gradient must be multiplied by to be the mean of those k in the units
+            of the deviations, a float scalar.
+
+    Attributes:
+        alone: Whether a single one was live, of which no variance can be estimated.
+        scale: GSNR over `SubBatchMoments.ratio`.
+        resolved_below: The ratio below which an element is resolved.
+    """
+
+    def __init__(self, live: tf.Tensor, factor: tf.Tensor):
+        self.live = live
+        self.factor = factor
+        self.alone = tf.equal(live, 1.0)
+        self.scale = live * tf.square(factor)
+        self.resolved_below = _RESOLVED_BELOW / self.scale
+
+
 @dataclasses.dataclass(frozen=True)
 class SubBatchMoments:
     """What one layer's gradients were over the sub-batches.
@@ -19,24 +41,17 @@ class SubBatchMoments:
     Attributes:
         mean: The mean gradient, unclipped; dense, or ``tf.IndexedSlices`` without repeated indices.
         deviations: k σ² = Σ_d (g_d − ḡ)², of the shape of ``mean`` (of its values).
-        live: k, how many sub-batches had a gradient at all, a float scalar.
-        factor: What ``mean`` must be multiplied by to be the mean of those k in the units of
-            ``deviations``, a float scalar.
+        sub_batches: Those.
     """
 
     mean: Gradient
     deviations: tf.Tensor
-    live: tf.Tensor
-    factor: tf.Tensor
+    sub_batches: SubBatches
 
     def ratio(self) -> tf.Tensor:
         """GSNR but for a common factor: NaN where dead, infinite where all sub-batches agree."""
         mean = self.mean.values if isinstance(self.mean, tf.IndexedSlices) else self.mean
         return tf.square(mean) / self.deviations
-
-    def scale(self, dtype: tf.DType) -> tf.Tensor:
-        """That factor: GSNR over `ratio`."""
-        return tf.cast(self.live * tf.square(self.factor), dtype)
 
 
 def gsnr(moments: SubBatchMoments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -47,8 +62,8 @@ def gsnr(moments: SubBatchMoments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     dead ones NaN.
     """
     ratio = moments.ratio()
-    scale = moments.scale(ratio.dtype)
-    return ratio, _mean_of_resolved(ratio, _RESOLVED_BELOW / scale), scale
+    limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
+    return ratio, _mean_of_resolved(ratio, limit), moments.sub_batches.scale
 
 
 def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
@@ -71,13 +86,14 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     Example:
         >>> g = tf.constant([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, -1.0, 0.0]])
         >>> mean, variance = tf.nn.moments(g, axes=[0])
-        >>> moments = SubBatchMoments(mean, 2 * variance, tf.constant(2.0), tf.constant(1.0))
+        >>> sub_batches = SubBatches(live=tf.constant(2.0), factor=tf.constant(1.0))
+        >>> moments = SubBatchMoments(mean, 2 * variance, sub_batches)
         >>> r = clipped_gsnr(moments, gamma=0.1)
         >>> [round(float(x), 3) for x in r]
         [1.0, 1.0, 0.1, 0.1]
     """
     ratio = moments.ratio()
-    limit = _RESOLVED_BELOW / moments.scale(ratio.dtype)
+    limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
 
     def with_special_elements() -> tf.Tensor:
         mean = _mean_of_resolved(ratio, limit)
@@ -88,7 +104,9 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     size = ratio.shape.num_elements()
     if size is None or size < _LARGE:
         # Tracing a branch costs more than the passes over a small layer that it saves.
-        return tf.where(alone(moments.live), tf.ones([], ratio.dtype), with_special_elements())
+        return tf.where(
+            moments.sub_batches.alone, tf.ones([], ratio.dtype), with_special_elements()
+        )
 
     # Where every element is live and resolved (a dead one would make the sum NaN, an unresolved
     # one infinite or large), half of the passes over memory are enough.
@@ -99,12 +117,7 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
         return tf.clip_by_value(ratio, gamma * mean, mean) / mean
 
     r = tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
-    return tf.cond(alone(moments.live), lambda: tf.ones_like(r), lambda: r)
-
-
-def alone(live: tf.Tensor) -> tf.Tensor:
-    """Whether a single sub-batch was live, of which no variance can be estimated."""
-    return tf.equal(live, 1.0)
+    return tf.cond(moments.sub_batches.alone, lambda: tf.ones_like(r), lambda: r)
 
 
 def _mean_of_resolved(ratio: tf.Tensor, limit: tf.Tensor) -> tf.Tensor:
@@ -152,10 +165,12 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     ]
     numbers = tf.concat(
         [
-            [tf.cast(mean * scale, tf.float32)],
+            [tf.cast(mean, tf.float32) * tf.cast(scale, tf.float32)],
             tf.cast(tf.gather(ordered, positions), tf.float32),
             shares,
         ],
         0,
     )
-    return tf.where((moments.live > 1) & (size > 0), numbers, tf.fill([8], float("nan")))
+    return tf.where(
+        (moments.sub_batches.live > 1) & (size > 0), numbers, tf.fill([8], float("nan"))
+    )

@@ -10,7 +10,9 @@ from tf_lbopt.rules.adam import apply_adam_moments
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import norms
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
-from tf_lbopt.rules.trust_ratio import trust_ratio
+from tf_lbopt.rules.running_mean import running_means
+from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +28,28 @@ class LAMB(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
-        directions = [self._direction(layer, step) for layer in layers]
+        first = running_means(layers, step, self.beta_1)
+        second = running_means(layers, step, self.beta_2)
+        epsilon = by_dtype(layers, lambda d: tf.constant(self.epsilon, d))
+        decay = by_dtype(layers, lambda d: tf.constant(self.weight_decay or 0.0, d))
+        directions = [
+            apply_adam_moments(
+                layer.slots["momentum"],
+                layer.slots["velocity"],
+                dense(layer.gradient),
+                first[layer.dtype],
+                second[layer.dtype],
+                epsilon[layer.dtype],
+                decay[layer.dtype] * layer.weights()
+                if self.weight_decay and layer.decayed
+                else None,
+            )
+            for layer in layers
+        ]
         adapted = [index for index, layer in enumerate(layers) if layer.adapted]
         all_norms = norms([layers[i].variable for i in adapted] + [directions[i] for i in adapted])
-        ratios = {
-            index: trust_ratio(weight_norm, direction_norm)
-            for index, weight_norm, direction_norm in zip(
-                adapted, all_norms[: len(adapted)], all_norms[len(adapted) :], strict=True
-            )
-        }
-        for index, (layer, direction) in enumerate(zip(layers, directions, strict=True)):
-            rate = tf.cast(step.learning_rate, layer.dtype)
-            apply_delta(layer.variable, direction, -rate * ratios.get(index, 1.0))
-
-    def _direction(self, layer: Layer, step: Step) -> tf.Tensor:
-        decays = self.weight_decay and layer.decayed
-        return apply_adam_moments(
-            layer.slots["momentum"],
-            layer.slots["velocity"],
-            dense(layer.gradient),
-            tf.cast(step.index + 1, layer.dtype),
-            self.beta_1,
-            self.beta_2,
-            self.epsilon,
-            offset=self.weight_decay * layer.weights() if decays else None,
+        rates = layerwise_rates(
+            layers, step, trust_ratio, all_norms[: len(adapted)], all_norms[len(adapted) :]
         )
+        for layer, direction, rate in zip(layers, directions, rates, strict=True):
+            apply_delta(layer.variable, direction, -rate)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import tensorflow as tf
 
 from tf_lbopt.rules.momentum import apply_velocity
-from tf_lbopt.rules.norms import norms
 from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay
-from tf_lbopt.rules.trust_ratio import trust_ratio
+from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +28,25 @@ class LARS(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
-        gradients = coupled_weight_decay(layers, self.weight_decay)
-        adapted = [index for index, layer in enumerate(layers) if layer.adapted]
-        weight_norms = dict(zip(adapted, norms([layers[i].variable for i in adapted]), strict=True))
-        for index, (layer, (gradient, norm)) in enumerate(zip(layers, gradients, strict=True)):
-            rate = tf.cast(step.learning_rate, layer.dtype)
-            if layer.adapted:
-                rate *= trust_ratio(weight_norms[index], norm, self.trust_coefficient)
+        gradients, gradient_norms, weight_norms = coupled_weight_decay(
+            layers,
+            self.weight_decay,
+            also=[layer.variable for layer in layers if layer.adapted],
+        )
+        rates = layerwise_rates(
+            layers,
+            step,
+            lambda weight_norm, norm: trust_ratio(weight_norm, norm, self.trust_coefficient),
+            weight_norms,
+            [norm for layer, norm in zip(layers, gradient_norms, strict=True) if layer.adapted],
+        )
+        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
             apply_velocity(
                 layer.variable,
                 layer.slots.get("momentum"),
                 gradient,
                 rate,
-                self.momentum,
+                momentum[layer.dtype],
                 self.nesterov,
             )

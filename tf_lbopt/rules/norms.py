@@ -2,9 +2,10 @@
 
 Squares of float32 numbers below 1e-19 vanish and above 1e19 overflow, so the usual
 ``sqrt(sum(x**2))`` silently turns a small gradient into "no gradient". Here the usual one-pass form
-is taken where it is exact, and a form scaled by the greatest element where it is not.
+is taken where it is exact, and a second pass over scaled elements is made where it is not.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -12,10 +13,24 @@ import tensorflow as tf
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
-# Within these bounds a float32 sum of squares has lost nothing: what underflowed (elements below
-# 1.1e-19, of which there are fewer than 2**31) is less than 3e-29 in all.
-_LEAST_SAFE_SQUARE = 1e-20
-_GREATEST_SAFE_SQUARE = 1e37
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """Where a sum of squares has lost nothing, and the power of 2 that brings one back to there."""
+
+    least: float
+    greatest: float
+    factor: float
+
+
+# What underflowed in a sum of at least ``least`` (in float32 elements below 1.1e-19, of which there
+# are fewer than 2**31) is less than 3e-9 of it. The factor takes the least element that there is,
+# denormal, above that, and what is left below ``least`` not beyond ``greatest``; its inverse takes
+# the greatest one back.
+_RANGES = {
+    tf.float32: _Range(1e-20, 1e37, 2.0**90),
+    tf.float64: _Range(1e-280, 1e300, 2.0**600),
+}
 # Tensors up to this size branch apart from the others: biases and normalization scales are often
 # exactly zero, which sends what branches with them the slow way.
 _SMALL = 1 << 14
@@ -57,38 +72,33 @@ def norm(tensor: Gradient) -> tf.Tensor:
 def norms(tensors: Sequence[Gradient]) -> list[tf.Tensor]:
     """Euclidean norms of several tensors, each as `norm` defines it, in one go."""
     values = [_as_values(tensor) for tensor in tensors]
-    results: dict[int, tf.Tensor] = {}
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[tf.DType, bool], list[int]] = {}
     for index, value in enumerate(values):
         size = value.shape.num_elements()
-        if value.dtype == tf.float64:
-            results[index] = _scaled_norm(value)
-        else:
-            groups.setdefault("large" if size is None or size > _SMALL else "small", []).append(
-                index
-            )
+        groups.setdefault((value.dtype, size is None or size > _SMALL), []).append(index)
+    results: dict[int, tf.Tensor] = {}
     for group in groups.values():
-        roots = _norms_in_one_pass([values[index] for index in group])
-        results.update(zip(group, roots, strict=True))
+        of_group = _norms_of_alike([values[index] for index in group])
+        results.update(zip(group, tf.unstack(of_group, num=len(group)), strict=True))
     return [results[index] for index in range(len(values))]
 
 
-def _norms_in_one_pass(values: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Norms of float32 tensors; all are computed once more, scaled, if one of them needs it."""
-    squares = tf.stack([_sum_of_squares(value) for value in values])
-    safe = (squares >= _LEAST_SAFE_SQUARE) & (squares <= _GREATEST_SAFE_SQUARE)
-    roots = tf.cond(
-        tf.reduce_all(safe),
+def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
+    """Norms of tensors of one dtype; all are computed once more if one of them needs it."""
+    squares = _sums_of_squares(values)
+    factors = _factors(squares)
+    return tf.cond(
+        tf.reduce_all(tf.equal(factors, 1.0)),
         lambda: tf.sqrt(squares),
-        lambda: tf.stack([_scaled_norm(value) for value in values]),
+        lambda: _scaled_norms(values, factors),
     )
-    return tf.unstack(roots, num=len(values))
 
 
 def global_norm(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
     """The norm of all layers together, from the norms of each; of the widest dtype among them."""
-    widest = max((n.dtype for n in layer_norms), key=lambda dtype: dtype.size)
-    return _scaled_norm(tf.stack([tf.cast(n, widest) for n in layer_norms]))
+    stacked = _stacked(layer_norms)
+    factors = _factors(_sums_of_squares([stacked]))
+    return _scaled_norms([stacked], factors)[0]
 
 
 def all_finite(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -96,7 +106,12 @@ def all_finite(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
 
     A norm is finite exactly if all elements are (and the norm itself does not overflow).
     """
-    return tf.reduce_all(tf.stack([tf.math.is_finite(n) for n in layer_norms]))
+    return tf.reduce_all(tf.math.is_finite(_stacked(layer_norms)))
+
+
+def _stacked(numbers: Sequence[tf.Tensor]) -> tf.Tensor:
+    widest = max((number.dtype for number in numbers), key=lambda dtype: dtype.size)
+    return tf.stack([tf.cast(number, widest) for number in numbers])
 
 
 def _as_values(tensor: Gradient) -> tf.Tensor:
@@ -104,13 +119,19 @@ def _as_values(tensor: Gradient) -> tf.Tensor:
     return tf.cast(values, compute_dtype(values.dtype))
 
 
-def _sum_of_squares(value: tf.Tensor) -> tf.Tensor:
-    return 2.0 * tf.nn.l2_loss(value)  # one pass, without a temporary for the squares
+def _sums_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    # `l2_loss` is half of it: one pass, without a temporary for the squares.
+    return 2.0 * tf.stack([tf.nn.l2_loss(value) for value in values])
 
 
-def _scaled_norm(value: tf.Tensor) -> tf.Tensor:
-    # A maximum may pass over NaN (it does under XLA), so NaN must survive the division: the divisor
-    # is never 0. The maximum of nothing (an IndexedSlices without rows) is -inf.
-    greatest = tf.reduce_max(tf.abs(value))
-    divisor = tf.where(greatest > 0, greatest, tf.ones_like(greatest))
-    return divisor * tf.sqrt(_sum_of_squares(value / divisor))
+def _factors(squares: tf.Tensor) -> tf.Tensor:
+    """What each tensor must be multiplied by before it is squared; 1 where that loses nothing."""
+    safe = _RANGES[squares.dtype]
+    ones = tf.ones_like(squares)
+    down = tf.where(squares > safe.greatest, ones / safe.factor, ones)  # NaN stays as it is
+    return tf.where(squares < safe.least, ones * safe.factor, down)
+
+
+def _scaled_norms(values: list[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
+    scaled = [v * f for v, f in zip(values, tf.unstack(factors, num=len(values)), strict=True)]
+    return tf.sqrt(_sums_of_squares(scaled)) / factors

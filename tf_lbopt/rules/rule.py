@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
+from tf_lbopt.rules.sharing import by_dtype
 
 VARIANCE = "variance"
 """The statistic that `Layer.moments` gives."""
@@ -102,33 +103,38 @@ def dense(gradient: Gradient) -> tf.Tensor:
     )
 
 
-def decayed_gradient(layer: Layer, weight_decay: float | None) -> tf.Tensor:
-    """``g + λ w`` where the layer decays, else ``g``; dense."""
-    gradient = dense(layer.gradient)
-    if not (weight_decay and layer.decayed):
-        return gradient
-    return gradient + weight_decay * layer.weights()
+def decayed_gradients(layers: Sequence[Layer], weight_decay: float | None) -> list[Gradient]:
+    """``g + λ w``, dense, for every layer that decays; for the others ``g`` as it is."""
+    if not weight_decay:
+        return [layer.gradient for layer in layers]
+    decay = by_dtype(layers, lambda dtype: tf.constant(weight_decay, dtype))
+    return [
+        dense(layer.gradient) + decay[layer.dtype] * layer.weights()
+        if layer.decayed
+        else layer.gradient
+        for layer in layers
+    ]
 
 
 def coupled_weight_decay(
-    layers: Sequence[Layer], weight_decay: float | None
-) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    layers: Sequence[Layer], weight_decay: float | None, also: Sequence[Gradient] = ()
+) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
     """``g + λ w`` for every layer that decays (else ``g``), with its norm.
 
     Args:
         layers: The layers.
         weight_decay: λ, or ``None``.
+        also: Tensors whose norms are wanted too; norms are computed in one go.
 
     Returns:
-        A ``(dense gradient, norm)`` pair for each layer.
+        The dense gradients, their norms, and the norms of ``also``.
     """
-    gradients = []
-    gradient_norms = []
-    for layer in layers:
-        decays = weight_decay and layer.decayed
-        gradients.append(decayed_gradient(layer, weight_decay))
-        gradient_norms.append(None if decays else layer.gradient_norm)
+    gradients = [dense(gradient) for gradient in decayed_gradients(layers, weight_decay)]
+    gradient_norms = [
+        None if weight_decay and layer.decayed else layer.gradient_norm for layer in layers
+    ]
     missing = [index for index, norm in enumerate(gradient_norms) if norm is None]
-    for index, norm in zip(missing, norms([gradients[i] for i in missing]), strict=True):
+    found = norms([*(gradients[index] for index in missing), *also])
+    for index, norm in zip(missing, found[: len(missing)], strict=True):
         gradient_norms[index] = norm
-    return list(zip(gradients, gradient_norms, strict=True))
+    return gradients, gradient_norms, found[len(missing) :]

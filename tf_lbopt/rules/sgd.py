@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import tensorflow as tf
 
-from tf_lbopt.rules.momentum import apply_delta, apply_velocity
-from tf_lbopt.rules.rule import Layer, Rule, Step, dense
+from tf_lbopt.rules.momentum import apply_velocity
+from tf_lbopt.rules.rule import Layer, Rule, Step, decayed_gradients, dense
+from tf_lbopt.rules.sharing import by_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +26,15 @@ class SGD(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
-        for layer in layers:
-            rate = tf.cast(step.learning_rate, layer.dtype)
-            decays = self.weight_decay and layer.decayed
-            if not self.momentum and not decays:
-                apply_delta(layer.variable, layer.gradient, -rate)
-                continue
-            gradient = dense(layer.gradient)
-            if decays:
-                gradient += self.weight_decay * layer.weights()
+        rates = by_dtype(layers, lambda dtype: tf.cast(step.learning_rate, dtype))
+        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        gradients = decayed_gradients(layers, self.weight_decay)
+        for layer, gradient in zip(layers, gradients, strict=True):
             apply_velocity(
                 layer.variable,
                 layer.slots.get("momentum"),
-                gradient,
-                rate,
-                self.momentum,
+                dense(gradient) if self.momentum else gradient,
+                rates[layer.dtype],
+                momentum[layer.dtype],
                 self.nesterov,
             )

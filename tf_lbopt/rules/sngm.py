@@ -9,16 +9,7 @@ import tensorflow as tf
 from tf_lbopt.rules.momentum import apply_heavy_ball
 from tf_lbopt.rules.norms import global_norm
 from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay
-
-
-def normalize(gradient: tf.Tensor, norm: tf.Tensor) -> tf.Tensor:
-    """``g / ‖g‖``, and 0 where ``‖g‖`` is 0.
-
-    Args:
-        gradient: g, or one layer of it.
-        norm: ‖g‖, a scalar; of all layers together for SNGM.
-    """
-    return gradient * tf.cast(tf.math.reciprocal_no_nan(norm), gradient.dtype)
+from tf_lbopt.rules.sharing import by_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +23,15 @@ class SNGM(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
-        gradients = coupled_weight_decay(layers, self.weight_decay)
-        norm = global_norm([layer_norm for _, layer_norm in gradients])
-        for layer, (gradient, _) in zip(layers, gradients, strict=True):
+        gradients, layer_norms, _ = coupled_weight_decay(layers, self.weight_decay)
+        norm = global_norm(layer_norms)
+        inverse = tf.math.reciprocal_no_nan(norm)  # 0 where there is no gradient at all
+        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        for layer, gradient in zip(layers, gradients, strict=True):
             apply_heavy_ball(
                 layer.variable,
                 layer.slots.get("momentum"),
-                normalize(gradient, norm),
+                gradient * tf.cast(inverse, gradient.dtype),
                 step.learning_rate,
-                self.momentum,
+                momentum[layer.dtype],
             )

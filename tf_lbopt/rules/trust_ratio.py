@@ -1,6 +1,11 @@
 """The layer-wise trust ratio of LARS and LAMB."""
 
+from collections.abc import Callable, Sequence
+
 import tensorflow as tf
+
+from tf_lbopt.rules.rule import Layer, Step
+from tf_lbopt.rules.sharing import by_dtype, elementwise
 
 
 def trust_ratio(
@@ -9,12 +14,12 @@ def trust_ratio(
     """``coefficient · ‖w‖ / ‖update‖``, and 1 where either norm is 0.
 
     Args:
-        weight_norm: Scalar, the norm of one layer's weights.
-        update_norm: Scalar of the same dtype, the norm of what is about to be subtracted.
+        weight_norm: The norm of one layer's weights, a scalar; or a vector of several layers'.
+        update_norm: Of the same shape and dtype, the norm of what is about to be subtracted.
         coefficient: LARS's trust coefficient; LAMB has 1.
 
     Returns:
-        A scalar of the same dtype.
+        A tensor of the same shape and dtype.
 
     References:
         You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks", eq. 6.
@@ -28,3 +33,29 @@ def trust_ratio(
     defined = (weight_norm > 0) & (update_norm > 0)
     ratio = coefficient * tf.math.divide_no_nan(weight_norm, update_norm)
     return tf.where(defined, ratio, tf.ones_like(ratio))
+
+
+def layerwise_rates(
+    layers: Sequence[Layer],
+    step: Step,
+    ratio: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    weight_norms: Sequence[tf.Tensor],
+    update_norms: Sequence[tf.Tensor],
+) -> list[tf.Tensor]:
+    """The learning rate of each layer: η times its ratio, or η itself if it is not adapted.
+
+    Args:
+        layers: The layers.
+        step: Gives η.
+        ratio: The trust ratio as a function of vectors of weight norms and update norms.
+        weight_norms: Of the adapted layers.
+        update_norms: Of the adapted layers.
+    """
+    rates = by_dtype(layers, lambda dtype: tf.cast(step.learning_rate, dtype))
+    adapted = elementwise(
+        lambda weight_norm, update_norm: rates[weight_norm.dtype] * ratio(weight_norm, update_norm),
+        weight_norms,
+        update_norms,
+    )
+    of_adapted = iter(adapted)
+    return [next(of_adapted) if layer.adapted else rates[layer.dtype] for layer in layers]

@@ -7,9 +7,10 @@ from typing import ClassVar
 import tensorflow as tf
 
 from tf_lbopt.rules.clip import scale
-from tf_lbopt.rules.gsnr import alone, clipped_gsnr
+from tf_lbopt.rules.gsnr import SubBatchMoments, clipped_gsnr
 from tf_lbopt.rules.norms import scalar
 from tf_lbopt.rules.rule import VARIANCE, Layer, Rule, Step, dense
+from tf_lbopt.rules.running_mean import RunningMean, running_means
 
 GSNR_SLOT = "gsnr"
 
@@ -33,29 +34,37 @@ class VarianceReduced(Rule):
         """One update; see the class."""
         if self.observe is not None:
             self.observe(layers, step)
-        self.base.update([self._reduced(layer, step) for layer in layers], step)
-
-    def _reduced(self, layer: Layer, step: Step) -> Layer:
-        assert layer.moments is not None, "the road provides what `statistics` declares"
         if self.gamma == 1.0 and self.beta_3 is None:
-            return layer  # the base itself, to the last bit of the norm
-        r = clipped_gsnr(layer.moments, self.gamma)
+            self.base.update(layers, step)  # the base itself, to the last bit of the norm
+            return
+        ratios = [clipped_gsnr(_moments(layer), self.gamma) for layer in layers]
         if self.beta_3 is None:
-            gradient = scale(layer.gradient, r)
+            gradients = [scale(layer.gradient, r) for layer, r in zip(layers, ratios, strict=True)]
         else:
-            live = layer.moments.live
-            gradient = dense(layer.gradient) * self._running_mean(layer, r, live, step)
-        return dataclasses.replace(layer, gradient=gradient, gradient_norm=None)
+            means = running_means(layers, step, self.beta_3)
+            gradients = [
+                dense(layer.gradient) * self._running_mean(layer, r, means[layer.dtype])
+                for layer, r in zip(layers, ratios, strict=True)
+            ]
+        reduced = [
+            dataclasses.replace(layer, gradient=gradient, gradient_norm=None)
+            for layer, gradient in zip(layers, gradients, strict=True)
+        ]
+        self.base.update(reduced, step)
 
-    def _running_mean(self, layer: Layer, r: tf.Tensor, live: tf.Tensor, step: Step) -> tf.Tensor:
-        dtype = layer.dtype
+    def _running_mean(self, layer: Layer, r: tf.Tensor, mean: RunningMean) -> tf.Tensor:
         if isinstance(layer.gradient, tf.IndexedSlices):
             # Rows that nobody looked up are dead: r = γ (1 where no variance can be estimated).
-            elsewhere = tf.where(alone(live), tf.ones([], dtype), scalar(self.gamma, dtype))
+            alone = _moments(layer).sub_batches.alone
+            elsewhere = tf.where(alone, tf.ones([], layer.dtype), scalar(self.gamma, layer.dtype))
             rows = tf.fill(tf.shape(layer.variable), elsewhere)
             r = tf.tensor_scatter_nd_update(rows, layer.gradient.indices[:, None], r)
         slot = layer.slots[GSNR_SLOT]
-        beta_3 = scalar(self.beta_3, dtype)
-        mean = beta_3 * tf.cast(slot, dtype) + (1 - beta_3) * r
-        slot.assign(tf.cast(mean, slot.dtype))
-        return mean / (1 - beta_3 ** tf.cast(step.index + 1, dtype))
+        p = mean.updated(tf.cast(slot, layer.dtype), r)
+        slot.assign(tf.cast(p, slot.dtype))
+        return mean.corrected(p)
+
+
+def _moments(layer: Layer) -> SubBatchMoments:
+    assert layer.moments is not None, "the road provides what `statistics` declares"
+    return layer.moments

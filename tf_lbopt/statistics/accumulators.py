@@ -18,6 +18,7 @@ import tensorflow as tf
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
+from tf_lbopt.rules.sharing import by_dtype
 from tf_lbopt.statistics.sparse import merge_repeated_indices, rows_at
 
 MakeVariable = Callable[..., tf.Variable]
@@ -74,22 +75,22 @@ class DenseAccumulator:
         """The state, in the order in which it is saved."""
         return _existing(self.sum, self.deviations, self.norm_sum)
 
-    def deviate(self, gradient: Gradient, count: tf.Tensor) -> None:
+    def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
         """Follows the deviations of one more live micro-step, before it is added, in place.
 
         Args:
             gradient: Of this micro-step.
-            count: How many live micro-steps came before, a float scalar; at least 1.
+            weights: `deviation_weights` of those that came before.
         """
         if self.deviations is None:
             return
-        mean = self.sum * (self._replicas / tf.cast(count, self.sum.dtype))
+        of_sum, of_squares = weights
+        mean = self.sum * of_sum
         full = tf.convert_to_tensor(gradient)
         if self._replicas > 1:
             full *= self._replicas
         squares = tf.math.squared_difference(full, mean)
-        before = tf.cast(count, squares.dtype)
-        apply_delta(self.deviations, squares, before / (before + 1.0))
+        apply_delta(self.deviations, squares, of_squares)
 
     def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Adds one micro-step, in place.
@@ -156,7 +157,7 @@ class SparseAccumulator:
         """The state, in the order in which it is saved."""
         return _existing(self.indices, self.sum, self.touched, self.deviations, self.norm_sum)
 
-    def deviate(self, gradient: Gradient, count: tf.Tensor) -> None:
+    def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
         """Does nothing: `add` does so, as each row counts its micro-steps for itself."""
 
     def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
@@ -213,6 +214,19 @@ class SparseAccumulator:
             variable.assign(tf.zeros(empty, variable.dtype))
 
 
+def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """``R/(n−1)`` and ``(n−1)/n``, the factors of S_{n−1} and of the square in the above.
+
+    Args:
+        count: n − 1, how many live micro-steps came before; at least 1.
+        replicas: R.
+
+    Returns:
+        Scalars of the dtype of ``count``.
+    """
+    return replicas / count, count / (count + 1.0)
+
+
 def shares_of_deviations(
     own: OwnMoments, totals: list[Gradient], live: tf.Tensor, replicas: int
 ) -> list[tf.Tensor]:
@@ -233,13 +247,11 @@ def shares_of_deviations(
     Returns:
         For each variable a tensor of the shape of its ``total`` (of its values).
     """
-    deviations = own.deviations or [None] * len(totals)
+    if replicas == 1 and own.deviations is not None:
+        return own.deviations
     return tf.cond(
         own.live > 0,
-        lambda: [
-            _share(*of_one, own.live, live, replicas)
-            for of_one in zip(own.totals, deviations, totals, strict=True)
-        ],
+        lambda: _shares(own, totals, live, replicas),
         lambda: [
             tf.zeros_like(total.values if isinstance(total, tf.IndexedSlices) else total)
             for total in totals
@@ -247,29 +259,28 @@ def shares_of_deviations(
     )
 
 
-def _share(
-    own_total: Gradient,
-    deviations: tf.Tensor | None,
-    total: Gradient,
-    own_live: tf.Tensor,
-    live: tf.Tensor,
-    replicas: int,
-) -> tf.Tensor:
-    if replicas == 1 and deviations is not None:
-        return deviations
-    values, all_values = own_total, total
-    if isinstance(total, tf.IndexedSlices):
-        all_values = total.values
-        values = rows_at(own_total.indices, own_total.values, total.indices)
-        if deviations is not None:
-            deviations = rows_at(own_total.indices, deviations, total.indices)
-    dtype = all_values.dtype
-    own_live = tf.cast(own_live, dtype)
-    mean = values * (replicas / own_live)
-    squares = tf.math.squared_difference(mean, all_values * (replicas / tf.cast(live, dtype)))
-    if deviations is None:  # one gradient, n_d = 1
-        return squares
-    return deviations + squares * own_live
+def _shares(
+    own: OwnMoments, totals: list[Gradient], live: tf.Tensor, replicas: int
+) -> list[tf.Tensor]:
+    counts = by_dtype(totals, lambda dtype: tf.cast(own.live, dtype))
+    to_own_mean = by_dtype(totals, lambda dtype: replicas / counts[dtype])
+    to_mean = by_dtype(totals, lambda dtype: replicas / tf.cast(live, dtype))
+    shares = []
+    for index, total in enumerate(totals):
+        values, all_values = own.totals[index], total
+        deviations = None if own.deviations is None else own.deviations[index]
+        if isinstance(total, tf.IndexedSlices):
+            all_values = total.values
+            own_rows = own.totals[index].indices
+            values = rows_at(own_rows, own.totals[index].values, total.indices)
+            if deviations is not None:
+                deviations = rows_at(own_rows, deviations, total.indices)
+        squares = tf.math.squared_difference(
+            values * to_own_mean[total.dtype], all_values * to_mean[total.dtype]
+        )
+        # Without deviations: one gradient, n_d = 1.
+        shares.append(squares if deviations is None else deviations + squares * counts[total.dtype])
+    return shares
 
 
 def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
@@ -291,7 +302,7 @@ def _size(value: tf.Tensor) -> int:
 
 
 def _any_nonzero(values: list[tf.Tensor]) -> tf.Tensor:
-    return tf.reduce_any(tf.stack([tf.reduce_any(value != 0) for value in values]))
+    return tf.reduce_any(tf.stack([tf.reduce_any(tf.cast(value, tf.bool)) for value in values]))
 
 
 def _scalar_if(wanted: bool, dtype: tf.DType, make_variable: MakeVariable) -> tf.Variable | None:
