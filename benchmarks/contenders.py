@@ -125,7 +125,7 @@ def weighting_function(gradient_sets: Sequence[Sequence[tf.Tensor]]) -> Any:
             SubBatchMoments(mean, deviation, sub_batches)
             for mean, deviation in zip(means, deviations, strict=True)
         ]
-        return [mean * clipped_gsnr(m, 0.1) for mean, m in zip(means, moments, strict=True)]
+        return [mean * r for mean, r in zip(means, clipped_gsnr(moments, 0.1), strict=True)]
 
     return weight.get_concrete_function()
 

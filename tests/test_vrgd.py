@@ -47,7 +47,7 @@ class _Record(Rule):
                 "mean": mean * tf.cast(moments.sub_batches.factor, mean.dtype),
                 "variance": moments.deviations
                 * tf.cast(tf.math.reciprocal_no_nan(moments.sub_batches.live), mean.dtype),
-                "r": clipped_gsnr(moments, GAMMA),
+                "r": clipped_gsnr([moments], GAMMA)[0],
                 "count": tf.cast(tf.fill(tf.shape(mean), moments.sub_batches.live), layer.dtype),
             }
             for name, value in values.items():
@@ -242,7 +242,7 @@ def r_of(gradients, gamma=GAMMA, factor=1.0):
         tf.constant(factor**2 * len(exact) * exact.var(axis=0), dtype),
         SubBatches(tf.constant(float(len(exact))), tf.constant(factor)),
     )
-    return clipped_gsnr(moments, gamma).numpy()
+    return clipped_gsnr([moments], gamma)[0].numpy()
 
 
 def expected_specials(names):
@@ -311,7 +311,8 @@ def test_without_two_live_sub_batches_nothing_is_weighted(count, size):
         tf.constant(total), tf.zeros(size), SubBatches(tf.constant(count), tf.constant(1.0))
     )
     expected = 1.0 if count else GAMMA  # nothing at all is live: every element is dead
-    np.testing.assert_allclose(clipped_gsnr(moments, GAMMA), expected, rtol=1e-6)
+    (r,) = clipped_gsnr([moments], GAMMA)
+    np.testing.assert_allclose(r, expected, rtol=1e-6)
 
 
 ROAD_LAYERS = ["dead", "agreeing", "zero mean", "dead and agreeing", "everything"]

@@ -69,7 +69,7 @@ def _updates(
             if reduced:
                 deviations = tf.reduce_sum(tf.square(gradients - mean), 0)
                 live = SubBatches(tf.constant(float(sub_batches)), factor=tf.constant(1.0))
-                r = clipped_gsnr(SubBatchMoments(mean, deviations, live), gamma)
+                (r,) = clipped_gsnr([SubBatchMoments(mean, deviations, live)], gamma)
             w -= rate * r * mean
             weights = weights.write(step + 1, w)
             ratios = ratios.write(step, r)

@@ -10,7 +10,7 @@ from tf_lbopt import _compat
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.statistics.accumulators import (
     DenseAccumulator,
     OwnMoments,
@@ -125,9 +125,10 @@ class Accumulation(ReplicaState):
 
             def deviate() -> tf.Tensor:
                 replicas = self._strategy.num_replicas_in_sync
-                weights = by_dtype(
-                    gradients, lambda dtype: deviation_weights(tf.cast(count, dtype), replicas)
-                )
+                weights = {
+                    dtype: deviation_weights(before, replicas)
+                    for dtype, before in scalars(gradients, count).items()
+                }
                 for accumulator, gradient in zip(accumulators, gradients, strict=True):
                     accumulator.deviate(gradient, weights[gradient.dtype])
                 return tf.constant(True)

@@ -11,7 +11,7 @@ from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import compute_dtype
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
 from tf_lbopt.rules.running_mean import running_means
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
 # Below this size a scratch variable costs more than the passes that it saves.
@@ -126,9 +126,9 @@ class Adam(Rule):
         """One update; see the class."""
         first = running_means(layers, step, self.beta_1)
         second = running_means(layers, step, self.beta_2)
-        epsilon = by_dtype(layers, lambda d: self.epsilon / tf.sqrt(second[d].correction))
-        delta = by_dtype(layers, lambda d: -tf.cast(step.learning_rate, d))
-        decay = by_dtype(layers, lambda d: delta[d] * (self.weight_decay or 0.0))
+        epsilon = {d: self.epsilon / tf.sqrt(mean.correction) for d, mean in second.items()}
+        delta = scalars(layers, -step.learning_rate)
+        decay = {d: rate * (self.weight_decay or 0.0) for d, rate in delta.items()}
         for layer in layers:
             dtype = layer.dtype
             if self.weight_decay and layer.decayed:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_lbopt.rules.momentum import apply_velocity
 from tf_lbopt.rules.norms import norms
 from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, decayed_gradients, dense
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
@@ -42,7 +42,7 @@ class CLARS(Rule):
             [_mean_norm(layer) for layer in adapted],
         )
         gradients = decayed_gradients(layers, self.weight_decay)
-        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        momentum = scalars(layers, self.momentum)
         for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
             apply_velocity(
                 layer.variable,

@@ -1,14 +1,17 @@
 """The gradient signal-to-noise ratio of VRGD."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.rules.sharing import elementwise, scalars
 
 # An element is resolved where σ² > 1e-7 · mean(g²) = 1e-7 (σ² + ḡ²), that is, where ḡ²/σ² is below.
 _RESOLVED_BELOW = 1e7 - 1.0
-# From this size on, the usual case is worth a branch of its own.
+# From this size on, the usual case is worth a branch of its own; tracing one costs more than the
+# passes over a smaller layer that it saves.
 _LARGE = 1 << 16
 
 
@@ -63,10 +66,10 @@ def gsnr(moments: SubBatchMoments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """
     ratio = moments.ratio()
     limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
-    return ratio, _mean_of_resolved(ratio, limit), moments.sub_batches.scale
+    return ratio, _mean(*_resolved(ratio, limit)), moments.sub_batches.scale
 
 
-def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
+def clipped_gsnr(moments: Sequence[SubBatchMoments], gamma: float) -> list[tf.Tensor]:
     """VRGD's r: GSNR, normalized to layer mean 1 and clipped to [γ, 1].
 
     ``r = ḡ²/σ²``, divided by its mean over the layer's resolved elements, clipped. Where the paper
@@ -74,11 +77,11 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     With a single live sub-batch r = 1 everywhere.
 
     Args:
-        moments: Of one layer.
+        moments: Of several layers over the same sub-batches.
         gamma: γ in (0, 1].
 
     Returns:
-        r, of the shape of ``moments.deviations``.
+        For each layer r, of the shape of its ``deviations``.
 
     References:
         Jiang et al., VRGD, eq. 8 and 9 and Algorithm 1.
@@ -87,43 +90,69 @@ def clipped_gsnr(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
         >>> g = tf.constant([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, -1.0, 0.0]])
         >>> mean, variance = tf.nn.moments(g, axes=[0])
         >>> sub_batches = SubBatches(live=tf.constant(2.0), factor=tf.constant(1.0))
-        >>> moments = SubBatchMoments(mean, 2 * variance, sub_batches)
-        >>> r = clipped_gsnr(moments, gamma=0.1)
+        >>> (r,) = clipped_gsnr([SubBatchMoments(mean, 2 * variance, sub_batches)], gamma=0.1)
         >>> [round(float(x), 3) for x in r]
         [1.0, 1.0, 0.1, 0.1]
     """
-    ratio = moments.ratio()
-    limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
+    ratios = [of_layer.ratio() for of_layer in moments]
+    if not ratios:
+        return []
+    sub_batches = moments[0].sub_batches
+    limits = scalars(ratios, sub_batches.resolved_below)
+    lowest = {
+        dtype: tf.where(sub_batches.alone, tf.ones([], dtype), gamma)
+        for dtype, gamma in scalars(ratios, gamma).items()
+    }
+    small = [index for index, ratio in enumerate(ratios) if _is_small(ratio)]
+    sums = [_resolved(ratios[index], limits[ratios[index].dtype]) for index in small]
+    means = elementwise(_mean, [total for total, _ in sums], [number for _, number in sums])
+    lows = elementwise(lambda mean: lowest[mean.dtype] * mean, means)
+    clipped = {
+        index: _clip(ratios[index], low, mean)
+        for index, low, mean in zip(small, lows, means, strict=True)
+    }
+    return [
+        clipped[index]
+        if index in clipped
+        else _clipped_large(ratio, limits[ratio.dtype], lowest[ratio.dtype])
+        for index, ratio in enumerate(ratios)
+    ]
 
-    def with_special_elements() -> tf.Tensor:
-        mean = _mean_of_resolved(ratio, limit)
-        # Written as a comparison, NaN (dead elements) ends at γ.
-        low = gamma * mean
-        return tf.where(ratio > low, tf.minimum(ratio, mean), low) / mean
 
+def _is_small(ratio: tf.Tensor) -> bool:
     size = ratio.shape.num_elements()
-    if size is None or size < _LARGE:
-        # Tracing a branch costs more than the passes over a small layer that it saves.
-        return tf.where(
-            moments.sub_batches.alone, tf.ones([], ratio.dtype), with_special_elements()
-        )
+    return size is None or size < _LARGE
 
+
+def _clipped_large(ratio: tf.Tensor, limit: tf.Tensor, lowest: tf.Tensor) -> tf.Tensor:
     # Where every element is live and resolved (a dead one would make the sum NaN, an unresolved
     # one infinite or large), half of the passes over memory are enough.
     ratio_sum = tf.reduce_sum(ratio)
 
     def all_resolved() -> tf.Tensor:
-        mean = _positive_or_one(ratio_sum / tf.cast(size, ratio.dtype))
-        return tf.clip_by_value(ratio, gamma * mean, mean) / mean
+        mean = _positive_or_one(ratio_sum / tf.cast(tf.size(ratio), ratio.dtype))
+        return tf.clip_by_value(ratio, lowest * mean, mean) / mean
 
-    r = tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
-    return tf.cond(moments.sub_batches.alone, lambda: tf.ones_like(r), lambda: r)
+    def with_special_elements() -> tf.Tensor:
+        mean = _mean(*_resolved(ratio, limit))
+        return _clip(ratio, lowest * mean, mean)
+
+    return tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
 
 
-def _mean_of_resolved(ratio: tf.Tensor, limit: tf.Tensor) -> tf.Tensor:
+def _clip(ratio: tf.Tensor, low: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
+    # Written as a comparison, NaN (dead elements) ends at γ.
+    return tf.where(ratio > low, tf.minimum(ratio, mean), low) / mean
+
+
+def _resolved(ratio: tf.Tensor, limit: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sum and number of the resolved elements."""
     resolved = tf.cast(ratio < limit, ratio.dtype)  # NaN is not
-    total = tf.reduce_sum(tf.math.multiply_no_nan(ratio, resolved))
-    return _positive_or_one(tf.math.divide_no_nan(total, tf.reduce_sum(resolved)))
+    return tf.reduce_sum(tf.math.multiply_no_nan(ratio, resolved)), tf.reduce_sum(resolved)
+
+
+def _mean(total: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    return _positive_or_one(tf.math.divide_no_nan(total, number))
 
 
 def _positive_or_one(mean: tf.Tensor) -> tf.Tensor:

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import tensorflow as tf
-
 from tf_lbopt.rules.adam import apply_adam_moments
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import norms
 from tf_lbopt.rules.rule import Layer, Rule, Step, dense
 from tf_lbopt.rules.running_mean import running_means
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
@@ -30,8 +28,8 @@ class LAMB(Rule):
         """One update; see the class."""
         first = running_means(layers, step, self.beta_1)
         second = running_means(layers, step, self.beta_2)
-        epsilon = by_dtype(layers, lambda d: tf.constant(self.epsilon, d))
-        decay = by_dtype(layers, lambda d: tf.constant(self.weight_decay or 0.0, d))
+        epsilon = scalars(layers, self.epsilon)
+        decay = scalars(layers, self.weight_decay or 0.0)
         directions = [
             apply_adam_moments(
                 layer.slots["momentum"],

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import tensorflow as tf
-
 from tf_lbopt.rules.momentum import apply_velocity
 from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
@@ -40,7 +38,7 @@ class LARS(Rule):
             weight_norms,
             [norm for layer, norm in zip(layers, gradient_norms, strict=True) if layer.adapted],
         )
-        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        momentum = scalars(layers, self.momentum)
         for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
             apply_velocity(
                 layer.variable,

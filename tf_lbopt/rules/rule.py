@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_lbopt.rules.gsnr import SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 
 VARIANCE = "variance"
 """The statistic that `Layer.moments` gives."""
@@ -107,7 +107,7 @@ def decayed_gradients(layers: Sequence[Layer], weight_decay: float | None) -> li
     """``g + λ w``, dense, for every layer that decays; for the others ``g`` as it is."""
     if not weight_decay:
         return [layer.gradient for layer in layers]
-    decay = by_dtype(layers, lambda dtype: tf.constant(weight_decay, dtype))
+    decay = scalars(layers, weight_decay)
     return [
         dense(layer.gradient) + decay[layer.dtype] * layer.weights()
         if layer.decayed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_lbopt.rules.rule import Layer, Step
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 
 
 class RunningMean:
@@ -41,7 +41,5 @@ class RunningMean:
 
 def running_means(layers: Sequence[Layer], step: Step, beta: float) -> dict[tf.DType, RunningMean]:
     """The running mean of β in one update, for each dtype that the layers compute in."""
-    return by_dtype(
-        layers,
-        lambda dtype: RunningMean(tf.constant(beta, dtype), tf.cast(step.index + 1, dtype)),
-    )
+    numbers = scalars(layers, step.index + 1)
+    return {dtype: RunningMean(tf.constant(beta, dtype), t) for dtype, t in numbers.items()}

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import tensorflow as tf
-
 from tf_lbopt.rules.momentum import apply_velocity
 from tf_lbopt.rules.rule import Layer, Rule, Step, decayed_gradients, dense
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +24,8 @@ class SGD(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
-        rates = by_dtype(layers, lambda dtype: tf.cast(step.learning_rate, dtype))
-        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        rates = scalars(layers, step.learning_rate)
+        momentum = scalars(layers, self.momentum)
         gradients = decayed_gradients(layers, self.weight_decay)
         for layer, gradient in zip(layers, gradients, strict=True):
             apply_velocity(

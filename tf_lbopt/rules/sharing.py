@@ -5,11 +5,11 @@ made, for each of them again takes no time to speak of when it runs, but most of
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import tensorflow as tf
 
-T = TypeVar("T")
+from tf_lbopt.rules.norms import scalar
 
 
 class HasDtype(Protocol):
@@ -20,14 +20,9 @@ class HasDtype(Protocol):
         """Of the arithmetic on it."""
 
 
-def by_dtype(items: Iterable[HasDtype], make: Callable[[tf.DType], T]) -> dict[tf.DType, T]:
-    """What ``make`` makes for each dtype among the items.
-
-    Args:
-        items: Layers, tensors.
-        make: Makes something for one dtype.
-    """
-    return {dtype: make(dtype) for dtype in dict.fromkeys(item.dtype for item in items)}
+def scalars(items: Iterable[HasDtype], value: tf.Tensor | float) -> dict[tf.DType, tf.Tensor]:
+    """A number as a tensor of each dtype among the items, layers or tensors."""
+    return {dtype: scalar(value, dtype) for dtype in dict.fromkeys(item.dtype for item in items)}
 
 
 def elementwise(

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_lbopt.rules.momentum import apply_heavy_ball
 from tf_lbopt.rules.norms import global_norm
 from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SNGM(Rule):
         gradients, layer_norms, _ = coupled_weight_decay(layers, self.weight_decay)
         norm = global_norm(layer_norms)
         inverse = tf.math.reciprocal_no_nan(norm)  # 0 where there is no gradient at all
-        momentum = by_dtype(layers, lambda dtype: tf.constant(self.momentum, dtype))
+        momentum = scalars(layers, self.momentum)
         for layer, gradient in zip(layers, gradients, strict=True):
             apply_heavy_ball(
                 layer.variable,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from tf_lbopt.rules.rule import Layer, Step
-from tf_lbopt.rules.sharing import by_dtype, elementwise
+from tf_lbopt.rules.sharing import elementwise, scalars
 
 
 def trust_ratio(
@@ -51,7 +51,7 @@ def layerwise_rates(
         weight_norms: Of the adapted layers.
         update_norms: Of the adapted layers.
     """
-    rates = by_dtype(layers, lambda dtype: tf.cast(step.learning_rate, dtype))
+    rates = scalars(layers, step.learning_rate)
     adapted = elementwise(
         lambda weight_norm, update_norm: rates[weight_norm.dtype] * ratio(weight_norm, update_norm),
         weight_norms,

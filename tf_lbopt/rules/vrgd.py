@@ -37,7 +37,7 @@ class VarianceReduced(Rule):
         if self.gamma == 1.0 and self.beta_3 is None:
             self.base.update(layers, step)  # the base itself, to the last bit of the norm
             return
-        ratios = [clipped_gsnr(_moments(layer), self.gamma) for layer in layers]
+        ratios = clipped_gsnr([_moments(layer) for layer in layers], self.gamma)
         if self.beta_3 is None:
             gradients = [scale(layer.gradient, r) for layer, r in zip(layers, ratios, strict=True)]
         else:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
-from tf_lbopt.rules.sharing import by_dtype
+from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.statistics.sparse import merge_repeated_indices, rows_at
 
 MakeVariable = Callable[..., tf.Variable]
@@ -262,9 +262,9 @@ def shares_of_deviations(
 def _shares(
     own: OwnMoments, totals: list[Gradient], live: tf.Tensor, replicas: int
 ) -> list[tf.Tensor]:
-    counts = by_dtype(totals, lambda dtype: tf.cast(own.live, dtype))
-    to_own_mean = by_dtype(totals, lambda dtype: replicas / counts[dtype])
-    to_mean = by_dtype(totals, lambda dtype: replicas / tf.cast(live, dtype))
+    counts = scalars(totals, own.live)
+    to_own_mean = {dtype: replicas / count for dtype, count in counts.items()}
+    to_mean = {dtype: replicas / count for dtype, count in scalars(totals, live).items()}
     shares = []
     for index, total in enumerate(totals):
         values, all_values = own.totals[index], total
