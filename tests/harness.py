@@ -94,7 +94,7 @@ class Run:
         replicas: int = 1,
         micro_steps: int = 1,
         weights: Sequence[np.ndarray] | None = None,
-        dtype: str | None = None,
+        dtype: str | Sequence[str] | None = None,
         wrap: Callable[[Any], Any] = lambda optimizer: optimizer,
         build: bool = True,
         function: Callable[..., Any] = tf.function,
@@ -106,10 +106,12 @@ class Run:
         self.strategy = strategy_of(replicas)
         if micro_steps > 1:
             kwargs["gradient_accumulation_steps"] = micro_steps
+        weights = initial_weights() if weights is None else weights
+        dtypes = [dtype] * len(weights) if dtype is None or isinstance(dtype, str) else dtype
         with self.strategy.scope():
             self.variables = [
-                self._variable(w, dtype, f"layer_{i}")
-                for i, w in enumerate(initial_weights() if weights is None else weights)
+                self._variable(w, of_layer, f"layer_{i}")
+                for i, (w, of_layer) in enumerate(zip(weights, dtypes, strict=True))
             ]
             self.inner = make(**kwargs)
             self.optimizer = wrap(self.inner)

@@ -183,6 +183,24 @@ def test_other_dtypes(case, dtype, replicas, micro_steps):
         )
 
 
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_layers_of_different_dtypes(case):
+    """Norms, rates and decays are computed for all layers of a dtype at once."""
+    dtypes = ["float64", "bfloat16", "float32"]
+    gradients = [
+        [[tf.cast(g, dtype) for g, dtype in zip(layers, dtypes, strict=True)] for layers in update]
+        for update in sub_batch_gradients(4, sub_batches=4)
+    ]
+    run = Run(case, 2, 2, dtype=dtypes).updates(gradients)
+    rounded = [[[tf.cast(g, tf.float64).numpy() for g in ls] for ls in u] for u in gradients]
+    expected = reference(case.name, initial_weights(), rounded, **case.arguments)
+    # The roundings of one layer reach the others through SNGM's norm alone.
+    for variable, want, tolerance in zip(run.variables, expected, (1e-5, 3e-2, 1e-4), strict=True):
+        got = tf.cast(variable.value, tf.float64)
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+    assert [variable.dtype for variable in run.variables] == dtypes
+
+
 def test_lamb_equals_keras_lamb():
     gradients = sub_batch_gradients(10, sub_batches=1)
     ours = Run(tf_lbopt.LAMB, learning_rate=0.02, epsilon=1e-7).updates(gradients)

@@ -215,7 +215,7 @@ class SparseAccumulator:
 
 
 def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """``R/(n−1)`` and ``(n−1)/n``, the factors of S_{n−1} and of the square in the above.
+    """``R/(n−1)`` and ``(n−1)/n``: the factors of S_{n−1} and of the square in M_n, see the top.
 
     Args:
         count: n − 1, how many live micro-steps came before; at least 1.
