@@ -83,7 +83,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     if len(seen) < 2:  # A line needs two batch sizes.
         return False
     with figure_file(path, (13, 6)) as figure:
-        axes = figure.subplots(1, len(FAMILIES), sharey=True)
+        axes = figure.subplots(1, len(FAMILIES), sharex=True, sharey=True)
         for axis, (family, kinds) in zip(axes, FAMILIES.items(), strict=True):
             place = 0
             for label in _labels(study, kinds):
