@@ -1,5 +1,6 @@
 """An update of VRSGD from a sparse gradient takes memory for its rows, not for the table."""
 
+import gc
 import json
 import math
 import pathlib
@@ -117,11 +118,13 @@ def measure(replicas, micro_steps, weight_decay):
     # The first scatter into a variable may copy it, once and for all.
     do(updates[:WARM_UP])
     record = {"traces": run.traces}
+    gc.disable()  # a full collection, due now and then, touches all of Python's objects
     if MEMORY_CAN_BE_MEASURED:
         forget_touched_pages()
     do(updates[WARM_UP:])
     if MEMORY_CAN_BE_MEASURED:
         record["touched"] = touched_mib()
+    gc.enable()
     record["retraced"] = run.traces != record["traces"]
     functions = run._step._list_all_concrete_functions()
     record["table_sized"] = [op for function in functions for op in table_sized_outputs(function)]
