@@ -162,9 +162,14 @@ def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -
 
 def collective_reductions(update: Any, replicas: int) -> float:
     """Collective reductions per replica and update, counted in the graph and its functions."""
-    graph = update.graph.as_graph_def()
-    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-    return sum(node.op.startswith("CollectiveReduce") for node in nodes) / replicas
+    reductions = [n for n in graph_nodes(update) if n.op.startswith("CollectiveReduce")]
+    return len(reductions) / replicas
+
+
+def graph_nodes(function: Any) -> list[Any]:
+    """All nodes of a concrete function's graph and of the functions that it calls."""
+    graph = function.graph.as_graph_def()
+    return [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
 
 
 def _apply(optimizer: Any, gradients: Sequence[tf.Tensor], variables: Sequence[Any]) -> None:

@@ -356,7 +356,7 @@ def _measure(options: Options, replicas: int) -> Comparison:
         else:
             tf.config.set_visible_devices([], "GPU")
             strategy = tf.distribute.get_strategy()
-        from benchmarks.contenders import collective_reductions
+        from benchmarks.contenders import collective_reductions, graph_nodes
 
         keras.utils.set_random_seed(0)
         with strategy.scope():
@@ -401,7 +401,7 @@ def _measure(options: Options, replicas: int) -> Comparison:
                 p10_ms=timing.p10,
                 p90_ms=timing.p90,
                 loss=steps[name].loss,
-                nodes=_count_nodes(traced),
+                nodes=len(graph_nodes(traced)),
                 collective_reductions_per_replica=collective_reductions(traced, replicas),
                 all_ms=timing.times,
             )
@@ -549,11 +549,6 @@ class _Step:
         # Reading the losses waits for all replicas.
         loss, *_ = self._function(*self._batch)
         self.loss = sum(float(share) for share in self._local(loss))
-
-
-def _count_nodes(function: Any) -> int:
-    graph = function.graph.as_graph_def()
-    return len(graph.node) + sum(len(f.node_def) for f in graph.library.function)
 
 
 def _load() -> float | None:

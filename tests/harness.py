@@ -73,6 +73,12 @@ def sub_batch_gradients(
     ]
 
 
+def graph_nodes(function: Any, add_shapes: bool = False) -> list[Any]:
+    """All nodes of a concrete function's graph and of the functions that it calls."""
+    definition = function.graph.as_graph_def(add_shapes=add_shapes)
+    return [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+
+
 def taking_gradients(optimizer: Any, variables: Any) -> contextlib.AbstractContextManager[None]:
     """What gradients must be taken, and applied, in."""
     if hasattr(optimizer, "extrapolated"):

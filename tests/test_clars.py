@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
-from harness import ARGUMENTS, CASES, SPLITS, Run, initial_weights, sub_batch_gradients
+from harness import ARGUMENTS, CASES, SPLITS, Run, graph_nodes, initial_weights, sub_batch_gradients
 from references import clars, mean_gradients, reference
 
 import tf_lbopt
@@ -227,6 +227,5 @@ def test_one_reduction_carries_gradients_and_norms():
     def step():
         strategy.run(lambda: optimizer.apply([v * 1.0 for v in variables], variables))
 
-    graph = step.get_concrete_function().graph.as_graph_def()
-    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    nodes = graph_nodes(step.get_concrete_function())
     assert sum(n.op.startswith("CollectiveReduce") for n in nodes) == 4

@@ -3,6 +3,7 @@
 import keras
 import pytest
 import tensorflow as tf
+from harness import graph_nodes
 from helpers_per_example import BATCH, assert_exact, integers, normal, perturbed, sequential
 
 from tf_lbopt.per_example import PerExampleTape
@@ -127,8 +128,7 @@ def test_embedding_looks_up_few_rows_of_a_large_table():
     traced = tf.function(lambda x, y: _norms(model, x, y), autograph=False).get_concrete_function(
         tf.TensorSpec([BATCH, 6], tf.int32), tf.TensorSpec([BATCH, 6, 2])
     )
-    definition = traced.graph.as_graph_def(add_shapes=True)
-    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    nodes = graph_nodes(traced, add_shapes=True)
     large = {
         node.op
         for node in nodes

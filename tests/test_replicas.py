@@ -11,6 +11,7 @@ from harness import (
     CASES,
     Run,
     assert_replicas_identical,
+    graph_nodes,
     initial_weights,
     sub_batch_gradients,
     taking_gradients,
@@ -118,15 +119,6 @@ def test_no_retracing(case, replicas, micro_steps):
     assert run.traces == traces
 
 
-def _nodes(function, op_prefix):
-    """All nodes of a concrete function's graph and of the functions it calls."""
-    definition = function.graph.as_graph_def()
-    nodes = list(definition.node)
-    for nested in definition.library.function:
-        nodes.extend(nested.node_def)
-    return [node for node in nodes if node.op.startswith(op_prefix)]
-
-
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_one_packed_reduction_per_update(case, micro_steps):
@@ -140,7 +132,8 @@ def test_one_packed_reduction_per_update(case, micro_steps):
     ]
     function = run._step.get_concrete_function(values)
     reductions = 2 if "variance" in case.cls.statistics else 1
-    assert len(_nodes(function, "CollectiveReduce")) == 2 * reductions  # on two replicas
+    found = [n for n in graph_nodes(function) if n.op.startswith("CollectiveReduce")]
+    assert len(found) == 2 * reductions  # on two replicas
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

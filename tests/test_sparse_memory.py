@@ -55,10 +55,9 @@ def random_rows(rng):
 
 def table_sized_outputs(concrete_function):
     """Operations, in the function and those it calls, that produce a tensor of the table's size."""
-    definition = concrete_function.graph.as_graph_def(add_shapes=True)
-    nodes = list(definition.node)
-    for nested in definition.library.function:
-        nodes.extend(nested.node_def)
+    from harness import graph_nodes
+
+    nodes = graph_nodes(concrete_function, add_shapes=True)
     assert sum(bool(node.attr["_output_shapes"].list.shape) for node in nodes) > len(nodes) // 2
     found = []
     for node in nodes:

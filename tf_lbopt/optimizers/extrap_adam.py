@@ -14,6 +14,7 @@ from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.rules.adam import preconditioned
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.rules.running_mean import RunningMean
 
 
 class ExtrapAdamAlgorithm(Extrapolation):
@@ -91,8 +92,10 @@ class ExtrapAdamAlgorithm(Extrapolation):
         noise = preconditioned(
             tf.convert_to_tensor(past),
             tf.cast(self._slots_of(index)["velocity"], dtype),
-            tf.cast(tf.convert_to_tensor(self._iterations), dtype),
-            self.beta_2,
+            RunningMean(
+                tf.constant(self.beta_2, dtype),
+                tf.cast(tf.convert_to_tensor(self._iterations), dtype),
+            ),
             self.epsilon,
         )
         apply_extrapolation(variable, None, noise, rate, 0.0)

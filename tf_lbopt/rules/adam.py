@@ -43,21 +43,19 @@ def adam(m, v, gradient, first, second, epsilon):
     return m, v, first.corrected(m) / (tf.sqrt(second.corrected(v)) + epsilon)
 
 
-def preconditioned(gradient, v, step, beta_2, epsilon):
+def preconditioned(gradient, v, second, epsilon):
     """``g √(1−β₂ᵗ) / (√v + ε)``: a gradient in Adam's units, by the second moment as it stands.
 
     Args:
         gradient: g.
         v: Second moment, of the same shape.
-        step: t, how many gradients v has seen, a float scalar.
-        beta_2: Decay of the second moment.
+        second: The running mean of β₂, t being how many gradients v has seen.
         epsilon: ε, before the bias correction, as in Keras.
 
     Returns:
         A tensor of the same shape; 0 where g is 0 (with ε = 0 too).
     """
-    correction = tf.sqrt(1.0 - tf.constant(beta_2, gradient.dtype) ** step)
-    return tf.math.divide_no_nan(gradient * correction, tf.sqrt(v) + epsilon)
+    return tf.math.divide_no_nan(gradient * tf.sqrt(second.correction), tf.sqrt(v) + epsilon)
 
 
 def apply_adam_moments(m, v, gradient, first, second, epsilon, offset=None) -> tf.Tensor:

@@ -57,18 +57,6 @@ class SubBatchMoments:
         return tf.square(mean) / self.deviations
 
 
-def gsnr(moments: SubBatchMoments) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """GSNR ``ḡ²/σ²`` but for a common factor, its layer mean, and that factor.
-
-    The mean is over the resolved elements; the factor cancels in their quotient, the normalized
-    GSNR. Live elements on which all sub-batches agree are infinite (or above every resolved one),
-    dead ones NaN.
-    """
-    ratio = moments.ratio()
-    limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
-    return ratio, _mean(*_resolved(ratio, limit)), moments.sub_batches.scale
-
-
 def clipped_gsnr(moments: Sequence[SubBatchMoments], gamma: float) -> list[tf.Tensor]:
     """VRGD's r: GSNR, normalized to layer mean 1 and clipped to [γ, 1].
 
@@ -179,7 +167,9 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
         elements of a larger layer); the shares of elements that the clip leaves at γ and at 1. NaN
         where no variance can be estimated.
     """
-    ratio, mean, scale = gsnr(moments)
+    ratio, scale = moments.ratio(), moments.sub_batches.scale
+    limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
+    mean = _mean(*_resolved(ratio, limit))
     normalized = tf.reshape(
         tf.where(tf.math.is_nan(ratio), tf.zeros_like(ratio), ratio / mean), [-1]
     )
