@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tensorflow as tf
+
+from official_recipes.common import keras_training
+from official_recipes.common.keras_options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_RESNET = """
@@ -103,3 +107,28 @@ def assert_same_state(after: dict[str, np.ndarray], before: dict[str, np.ndarray
     for name, value in before.items():
         if not name.startswith("save_counter"):
             np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def assert_same_by_single_micro_steps(
+    task: keras_training.Task, options: TrainingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on one device that makes all micro-steps of an update in one call is the same run.
+
+    To the last bit, and counted by updates, as one that makes each in a call of its own.
+    """
+    curves, counts = [], []
+    for calls in (1, options.gradient_accumulation_steps):
+        if calls > 1:
+            monkeypatch.setattr(keras_training, "micro_steps_per_call", lambda options: 1)
+        counted: list[tuple[int, int]] = []
+        result = keras_training.train(
+            task,
+            options,
+            tf.distribute.get_strategy(),
+            on_update=lambda *numbers, counted=counted: counted.append(numbers),
+        )
+        curves.append((result.train_loss, result.metrics))
+        counts.append(counted)
+    assert curves[0] == curves[1]
+    total = options.epochs * keras_training.updates_per_epoch(task, options)
+    assert counts == [[(number, total) for number in range(1, total + 1)]] * 2

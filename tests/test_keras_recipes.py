@@ -17,6 +17,7 @@ import pytest
 import tensorflow as tf
 import yaml
 from conftest import strategy_of
+from harness_recipes import assert_same_by_single_micro_steps
 
 import tf_lbopt
 from official_recipes.cifar import train as cifar
@@ -431,6 +432,37 @@ def test_accumulation_is_one_update_of_the_whole_batch():
     results = [train(task_of(), options, strategy_of(2)) for options in (one, two)]
     assert [r.updates for r in results] == [10, 10]
     np.testing.assert_allclose(results[0].train_loss, results[1].train_loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        row.name if row.name == "vr_lamb" else pytest.param(row.name, marks=pytest.mark.long)
+        for row in tf_lbopt.list_optimizers()
+    ],
+)
+def test_a_call_of_several_micro_steps(name, monkeypatch):
+    options = dataclasses.replace(
+        FAST, optimizer=name, replicas=1, gradient_accumulation_steps=4, epochs=1
+    )
+    assert_same_by_single_micro_steps(task_of(), options, monkeypatch)
+
+
+def test_norms_of_examples_are_those_of_micro_steps_of_one_example():
+    arguments = {"norm_estimator": "per_example"}
+    whole = dataclasses.replace(
+        FAST, optimizer="clars", optimizer_arguments=arguments, batch_size=8, epochs=1, replicas=1
+    )
+    single = dataclasses.replace(whole, optimizer_arguments={}, gradient_accumulation_steps=8)
+    task = ImageTask(digits(64), "two_conv", augmentation=False)
+    by_example, one_by_one = (
+        train(task, options, tf.distribute.get_strategy()) for options in (whole, single)
+    )
+    np.testing.assert_allclose(by_example.train_loss, one_by_one.train_loss, rtol=1e-5)
+    large = train(
+        task, dataclasses.replace(whole, optimizer_arguments={}), tf.distribute.get_strategy()
+    )
+    assert abs(large.train_loss[0] / by_example.train_loss[0] - 1) > 1e-3
 
 
 def test_label_smoothing_and_a_validation_split():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
+from harness_recipes import assert_same_by_single_micro_steps
 
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
 from official_recipes.common.keras_optimizers import known_optimizers, make_optimizer
@@ -28,6 +29,7 @@ from official_recipes.multi30k.task import PieceCrossentropy, TranslationTask
 from official_recipes.wikitext2 import data as language
 from official_recipes.wikitext2 import train as wikitext2
 from official_recipes.wikitext2.task import LanguageTask
+from tf_lbopt.per_example.losses import example_losses
 
 CONSTANT = ScheduleOptions("constant", 0.5, None, "sqrt", 1.0, (), 0.1, 0.0, 0.0)
 FAST = TrainingOptions("momentum", {}, CONSTANT, batch_size=16, epochs=2, replicas=2)
@@ -204,6 +206,8 @@ def test_loss_leaves_padding_out_and_smooths():
     ]
     loss = PieceCrossentropy(0.1)
     np.testing.assert_allclose(float(loss(ids, logits)), np.mean(losses), rtol=1e-5)
+    of_sentences = np.array([losses[0] + losses[1], losses[2]]) * 2 / 3
+    np.testing.assert_allclose(example_losses(loss, ids, logits), of_sentences, rtol=1e-5)
     assert PieceCrossentropy.from_config(loss.get_config()).label_smoothing == 0.1
     assert float(loss(np.zeros_like(ids), logits)) == 0.0
 
@@ -273,6 +277,22 @@ def test_translation_learns(name):
     assert result.metrics[-1]["validation_loss"] < result.metrics[0]["validation_loss"]
     assert 0 <= result.metrics[-1]["test_bleu"] <= 100
     assert "test_bleu" not in result.metrics[0]
+
+
+@pytest.mark.parametrize(
+    "task", [language_task, pytest.param(translation_task, marks=pytest.mark.long)]
+)
+def test_norms_of_examples(task):
+    options = with_rate(dataclasses.replace(FAST, optimizer="clars", epochs=2, replicas=1), 1.0)
+    options = dataclasses.replace(options, optimizer_arguments={"norm_estimator": "per_example"})
+    result = train(task(), options, tf.distribute.get_strategy())
+    assert result.train_loss[-1] < 0.95 * result.train_loss[0]
+
+
+def test_sparse_gradients_in_a_call_of_several_micro_steps(monkeypatch):
+    options = dataclasses.replace(FAST, optimizer="vr_momentum", replicas=1, epochs=1)
+    options = dataclasses.replace(options, gradient_accumulation_steps=4)
+    assert_same_by_single_micro_steps(language_task(), options, monkeypatch)
 
 
 @pytest.mark.long

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import keras
 
+import tf_lbopt
+
 # Filters of each convolution, and "pool" for a 2x2 maximum, of configuration A.
 _VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
 
@@ -160,4 +162,5 @@ def build_model(
     variance = [value**2 for value in deviation]
     x = keras.layers.Normalization(mean=list(mean), variance=variance)(inputs)
     logits = NETWORKS[network].build(x, classes)
-    return keras.Model(inputs, keras.layers.Activation("linear", dtype="float32")(logits))
+    outputs = keras.layers.Activation("linear", dtype="float32")(logits)
+    return tf_lbopt.PerExampleNormsModel(inputs, outputs)

@@ -128,6 +128,16 @@ def updates_per_epoch(task: Task, options: TrainingOptions) -> int:
     return task.train_size // options.batch_size
 
 
+def micro_steps_per_call(options: TrainingOptions) -> int:
+    """Returns how many micro-steps `fit` makes before it comes back to Python.
+
+    All of an update's where it can: Keras's loop over them fails under ``MirroredStrategy``
+    (docs/known_defects.md), and post-local SGD decides between steps.
+    """
+    alone = options.replicas == 1 and options.post_local is None
+    return options.gradient_accumulation_steps if alone else 1
+
+
 def train(
     task: Task,
     options: TrainingOptions,
@@ -161,6 +171,7 @@ def train(
             optimizer=make_optimizer(options, per_epoch, options.epochs),
             loss=task.loss(),
             auto_scale_loss=False,  # tf_lbopt's own wrapper scales it where that is needed.
+            steps_per_execution=micro_steps_per_call(options),
         )
     run = RunResult(task.name, dict(task.settings), options, 0, [], [], 0.0)
     checkpoints = _Checkpoints(model, strategy, run) if options.model_dir is not None else None
@@ -237,16 +248,17 @@ class _Progress(keras.callbacks.Callback):
         self.now: Callable[[], float] = lambda: 0.0
         self._task = task
         self._run = run
-        self._micro_steps = run.options.gradient_accumulation_steps
-        self._steps = first_epoch * per_epoch * self._micro_steps
+        micro_steps = run.options.gradient_accumulation_steps
+        self._calls_per_update = micro_steps // micro_steps_per_call(run.options)
+        self._calls = first_epoch * per_epoch * self._calls_per_update
         self._total = run.options.epochs * per_epoch
         self._on_update = on_update
         self._on_epoch = on_epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self._steps += 1
-        if self._on_update is not None and self._steps % self._micro_steps == 0:
-            self._on_update(self._steps // self._micro_steps, self._total)
+        self._calls += 1
+        if self._on_update is not None and self._calls % self._calls_per_update == 0:
+            self._on_update(self._calls // self._calls_per_update, self._total)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         logs = {} if logs is None else logs

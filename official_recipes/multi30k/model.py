@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+import tf_lbopt
 from official_recipes.multi30k.data import PAD
 
 
@@ -78,7 +79,7 @@ class Embedded(keras.layers.Layer):
         }
 
 
-class Transformer(keras.Model):
+class Transformer(tf_lbopt.PerExampleNormsModel):
     """Encoder and decoder with shared embeddings; layer normalization after each sub-layer.
 
     Args:

@@ -31,16 +31,16 @@ class PieceCrossentropy(keras.losses.Loss):
         self.label_smoothing = label_smoothing
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """The mean over each sentence's batch; a batch of nothing but padding has none."""
+        """Of each sentence, such that their mean is the mean over the pieces of them all."""
         y_true = tf.cast(y_true, tf.int32)  # Keras has made floats of them.
         log_probabilities = tf.nn.log_softmax(y_pred)
         right = tf.gather(log_probabilities, y_true, batch_dims=2)
         smooth = tf.reduce_mean(log_probabilities, axis=-1)
         losses = -(1 - self.label_smoothing) * right - self.label_smoothing * smooth
         there = tf.cast(tf.not_equal(y_true, PAD), losses.dtype)
-        # The mean per piece of this replica's sentences, as one number for each sentence.
-        mean = tf.math.divide_no_nan(tf.reduce_sum(losses * there), tf.reduce_sum(there))
-        return tf.fill([tf.shape(y_true)[0]], mean)
+        sentences = tf.cast(tf.shape(y_true)[0], losses.dtype)
+        share = tf.math.divide_no_nan(sentences, tf.reduce_sum(there))
+        return share * tf.reduce_sum(losses * there, axis=1)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal loss."""

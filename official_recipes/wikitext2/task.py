@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tf_lbopt
 from official_recipes.common.keras_training import Metrics
 from official_recipes.wikitext2.data import LanguageData
 
@@ -79,7 +80,8 @@ class LanguageTask:
         if self._dropout:
             x = keras.layers.Dropout(self._dropout)(x)
         logits = keras.layers.Dense(len(self._data.vocabulary))(x)
-        return keras.Model(inputs, keras.layers.Activation("linear", dtype="float32")(logits))
+        outputs = keras.layers.Activation("linear", dtype="float32")(logits)
+        return tf_lbopt.PerExampleNormsModel(inputs, outputs)
 
     def loss(self) -> keras.losses.Loss:
         """Mean cross-entropy per word."""
