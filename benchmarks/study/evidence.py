@@ -110,8 +110,7 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
             axis.set_xlabel("batch size")
             axis.set_title(family, fontsize=10)
             axis.grid(alpha=0.3)
-            # Below, as lines go from one corner to the other.
-            _legend(axis, 8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+            _legend(axis, below=0.12)
         axes[0].set_ylabel(f"test {study.metric.title} (%), mean and standard deviation")
     return True
 
@@ -125,7 +124,7 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
     cells = [c for c in cells if any(o.tried for (name, _), o in known.items() if name == c.name)]
     if not cells:
         return False
-    with figure_file(path, (13, 0.6 + 4 * len(cells))) as figure:
+    with figure_file(path, (13, 0.6 + 5 * len(cells))) as figure:
         axes = figure.subplots(len(cells), len(FAMILIES), squeeze=False, sharey="row")
         for line, cell in zip(axes, cells, strict=True):
             for axis, (family, kinds) in zip(line, FAMILIES.items(), strict=True):
@@ -149,7 +148,7 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
                 axis.set_title(f"{cell.name}: {family}", fontsize=10)
                 axis.set_xlabel("learning rate (×: diverged)")
                 axis.grid(alpha=0.3, which="both")
-                _legend(axis, 7)
+                _legend(axis, below=0.18)
             line[0].set_ylabel(f"validation {study.metric.title} (%), one seed")
     return True
 
@@ -280,10 +279,16 @@ def _style(label: str, kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _legend(axis: Axes, size: int, **place: Any) -> None:
+def _legend(axis: Axes, below: float) -> None:
+    """Beneath the axis, as lines go from one corner to the other; ``below`` in its height."""
     if axis.get_legend_handles_labels()[1]:
-        # Long enough to see dashes.
-        axis.legend(fontsize=size, handlelength=3, **place)
+        axis.legend(
+            fontsize=8,
+            handlelength=3,  # long enough to see dashes
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -below),
+        )
 
 
 def _batch(cell: Cell) -> int:
