@@ -116,19 +116,20 @@ def assert_same_by_single_micro_steps(
 
     To the last bit, and counted by updates, as one that makes each in a call of its own.
     """
-    curves, counts = [], []
-    for calls in (1, options.gradient_accumulation_steps):
-        if calls > 1:
-            monkeypatch.setattr(keras_training, "micro_steps_per_call", lambda options: 1)
-        counted: list[tuple[int, int]] = []
+
+    def curves_and_counts() -> tuple[list[float], list[dict[str, float]], list[tuple[int, int]]]:
+        counts: list[tuple[int, int]] = []
         result = keras_training.train(
             task,
             options,
             tf.distribute.get_strategy(),
-            on_update=lambda *numbers, counted=counted: counted.append(numbers),
+            on_update=lambda *numbers: counts.append(numbers),
         )
-        curves.append((result.train_loss, result.metrics))
-        counts.append(counted)
-    assert curves[0] == curves[1]
+        return result.train_loss, result.metrics, counts
+
+    assert keras_training.micro_steps_per_call(options) == options.gradient_accumulation_steps > 1
+    together = curves_and_counts()
+    monkeypatch.setattr(keras_training, "micro_steps_per_call", lambda options: 1)
+    assert curves_and_counts() == together
     total = options.epochs * keras_training.updates_per_epoch(task, options)
-    assert counts == [[(number, total) for number in range(1, total + 1)]] * 2
+    assert together[2] == [(number, total) for number in range(1, total + 1)]

@@ -55,7 +55,7 @@ class Task(Protocol):
         """The metric that matters most, one of those that `evaluate` returns."""
 
     def build_model(self) -> keras.Model:
-        """Returns a new model with random weights."""
+        """Returns a new model, a `tf_lbopt.PerExampleNormsModel`, with random weights."""
 
     def loss(self) -> Any:
         """Returns the loss, for `compile`."""
