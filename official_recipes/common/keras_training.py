@@ -248,17 +248,18 @@ class _Progress(keras.callbacks.Callback):
         self.now: Callable[[], float] = lambda: 0.0
         self._task = task
         self._run = run
-        micro_steps = run.options.gradient_accumulation_steps
-        self._calls_per_update = micro_steps // micro_steps_per_call(run.options)
-        self._calls = first_epoch * per_epoch * self._calls_per_update
+        self._micro_steps = run.options.gradient_accumulation_steps
+        self._updates = first_epoch * per_epoch
         self._total = run.options.epochs * per_epoch
         self._on_update = on_update
         self._on_epoch = on_epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self._calls += 1
-        if self._on_update is not None and self._calls % self._calls_per_update == 0:
-            self._on_update(self._calls // self._calls_per_update, self._total)
+        if (batch + 1) % self._micro_steps:  # `batch` is the last micro-step of a call.
+            return
+        self._updates += 1
+        if self._on_update is not None:
+            self._on_update(self._updates, self._total)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         logs = {} if logs is None else logs
