@@ -398,7 +398,7 @@ def test_only_some_runs(tmp_path, monkeypatch, capsys):
         for label, name in (("SGD", "sgd"), ("VR-SGD", "vr_sgd"))
     ]
     cells = [
-        Cell(f"B={size}", {**settings, "batch_size": size, "sub_batches": 2}, 1, final_seeds=(1,))
+        Cell(f"B={size}", {**settings, "batch_size": size, "sub_batches": 2}, 1, final_seeds=(1, 2))
         for size in (8, 16)
     ]
     study = Study(
@@ -410,13 +410,21 @@ def test_only_some_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(STUDIES, "regression", study)
     table = tmp_path / "rows.jsonl"
     command = ["study", "--study=regression", f"--results={table}"]
+
+    def made():
+        return [(row["cell"], row["label"], row["flags"]["seed"]) for row in read_rows(table)]
+
     assert main([*command, "--only=^B=16: VR"]) == 0
-    assert [(row["cell"], row["label"]) for row in read_rows(table)] == [("B=16", "VR-SGD")]
+    assert main([*command, "--only=B=8: SGD, final .*, seed 2$"]) == 0
+    first = [("B=16", "VR-SGD", 1), ("B=16", "VR-SGD", 2), ("B=8", "SGD", 2)]
+    assert made() == first
     assert main(command) == 0
-    assert [(row["cell"], row["label"]) for row in read_rows(table)[1:]] == [
-        ("B=8", "SGD"),
-        ("B=8", "VR-SGD"),
-        ("B=16", "SGD"),
+    assert made()[3:] == [
+        ("B=8", "SGD", 1),
+        ("B=8", "VR-SGD", 1),
+        ("B=8", "VR-SGD", 2),
+        ("B=16", "SGD", 1),
+        ("B=16", "SGD", 2),
     ]
     assert main([*command, "--only=("]) == 2
     assert "--only: expected a regular expression, received '('" in capsys.readouterr().err

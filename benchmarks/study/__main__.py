@@ -43,8 +43,9 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "only",
         None,
-        "Make only the runs whose cell and contender, as 'CELL: CONTENDER', match this regular "
-        "expression. Processes with expressions that share no run may fill one table at once.",
+        "Make only the runs whose name, 'CELL: CONTENDER, STAGE VALUE, seed SEED' as the line of a "
+        "finished run begins, matches this regular expression. Processes with expressions that "
+        "share no run may fill one table at once.",
         flag_values=values,
     )
     define_integer(
@@ -101,7 +102,12 @@ def _pattern(expression: str | None) -> re.Pattern[str]:
 def _left(study: Study, path: Path, only: re.Pattern[str]) -> list[Run]:
     """The runs that can be made now and are asked for."""
     runs = next_runs(study, Results(study, read_rows(path)))
-    return [run for run in runs if only.search(f"{run.cell}: {run.label}")]
+    return [run for run in runs if only.search(f"{run.cell}: {_name(run)}")]
+
+
+def _name(run: Run) -> str:
+    """Names a run of a cell."""
+    return f"{run.label}, {run.stage} {run.value:g}, seed {run.seed}"
 
 
 def _run(
@@ -125,7 +131,7 @@ def _run(
             run = left[0]
             mean = sum(seconds) / len(seconds) if seconds else None
             estimate = "" if mean is None else f", {len(left) * mean / 60:.0f} min"
-            name = f"{run.label}, {run.stage} {run.value:g}, seed {run.seed}"
+            name = _name(run)
             task = progress.add_task(f"{name} ({len(left)} known to be left{estimate})", total=None)
 
             def after_update(done: int, total: int, task: object = task) -> None:
