@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -255,6 +256,30 @@ def test_wrong_optimizers(changes, words):
         make_optimizer(dataclasses.replace(FAST, **changes), 10, 2)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam"])
+def test_what_accumulates_in_the_place_of_keras_s_own(name):
+    stock = dataclasses.replace(
+        FAST, optimizer=name, optimizer_arguments={"weight_decay": 0.1}, replicas=1
+    )
+    with pytest.raises(FlagValueError) as caught:
+        make_optimizer(dataclasses.replace(stock, gradient_accumulation_steps=4), 10, 2)
+    equal = re.search("(--optimizer=.*) is the same", str(caught.value)).group(1).split()
+    values = parsed(
+        *equal, "--learning_rate=0.1", "--weight_decay=0.1", "--gradient_accumulation_steps=4"
+    )
+    accumulating = dataclasses.replace(training_options(values), schedule=stock.schedule)
+    of_parts = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32)
+    of_updates = of_parts.reshape(4, 4, 8).mean(axis=1)
+    weights = []
+    for options, gradients in ((stock, of_updates), (accumulating, of_parts)):
+        optimizer = make_optimizer(options, 10, 2)
+        variable = keras.Variable(np.linspace(-1, 1, 8), dtype="float32")
+        for gradient in gradients:
+            optimizer.apply([tf.constant(gradient)], [variable])
+        weights.append(variable.numpy())
+    np.testing.assert_allclose(weights[1], weights[0], rtol=0, atol=2e-6)
 
 
 # -- data ------------------------------------------------------------------------------------------

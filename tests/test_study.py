@@ -37,6 +37,7 @@ from benchmarks.study.render import comparison_table, fill, shown
 from benchmarks.study.studies import STUDIES
 from benchmarks.study.table import RESULTS, read_rows
 from benchmarks.study.tfm_runner import TfmRunner
+from official_recipes.common.keras_optimizers import make_optimizer
 from official_recipes.common.keras_options import training_options
 
 CELL = Cell(
@@ -194,7 +195,9 @@ def test_every_run_of_a_study_has_flags_that_the_recipe_takes(study):
     recipe = importlib.import_module(f"official_recipes.{study.task}.train")
     for row in rows:
         values = runner.parsed(recipe, row["flags"], Path("."))
-        assert training_options(values).seed == row["flags"]["seed"]
+        options = training_options(values)
+        assert options.seed == row["flags"]["seed"]
+        make_optimizer(options, 10, 2)
 
 
 def test_documents_hold_what_the_table_says(tmp_path):

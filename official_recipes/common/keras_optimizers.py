@@ -196,6 +196,14 @@ _STOCK: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, Any]]] = {
     "adam": (keras.optimizers.AdamW, {"weight_decay": 0.0}),
 }
 
+# With γ = 1 VRGD weighs nothing, and its optimizers are their bases.
+_EQUAL_TO_STOCK = {
+    "sgd": "vr_sgd --gamma=1",
+    "momentum": "vr_momentum --gamma=1",
+    "nesterov": "vr_momentum --gamma=1 --nesterov",
+    "adam": "vr_adam --gamma=1",
+}
+
 
 def known_optimizers() -> tuple[str, ...]:
     """Every name that ``--optimizer`` takes."""
@@ -253,7 +261,8 @@ def _stock(options: TrainingOptions) -> tuple[Any, dict[str, Any]]:
     if options.gradient_accumulation_steps > 1:
         raise FlagValueError(
             "gradient_accumulation_steps",
-            f"1 for Keras's {options.optimizer} (accumulation needs an optimizer of tf_lbopt)",
+            f"1 for Keras's {options.optimizer} (accumulation needs an optimizer of tf_lbopt; "
+            f"--optimizer={_EQUAL_TO_STOCK[options.optimizer]} is the same)",
             options.gradient_accumulation_steps,
         )
     arguments = {**defaults, **options.optimizer_arguments}
