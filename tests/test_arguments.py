@@ -483,3 +483,11 @@ def test_variables_overwritten_by_their_gradients(info):
     variable.overwrite_with_gradient = True
     with pytest.raises(ValueError, match=r"overwritten by their gradients.*Received: scale"):
         info.cls(**minimal_arguments(info)).build([variable])
+
+
+def test_accumulation_is_settled_by_the_constructor():
+    optimizer = tf_lbopt.LARS(0.1, gradient_accumulation_steps=2)
+    with pytest.raises(AttributeError, match="gradient_accumulation_steps = 4"):
+        optimizer.gradient_accumulation_steps = 4
+    optimizer.build([keras.Variable([1.0, 2.0])])
+    assert optimizer.gradient_accumulation_steps == 2

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from conftest import strategy_of
 
-from tf_lbopt.callbacks import GradientVarianceFactor
+from tf_lbopt.callbacks import FreezeLayers, GradientVarianceFactor
 
 
 def data(rows=21):
@@ -93,6 +93,25 @@ def test_layers_frozen_in_between():
     model.compile(optimizer="sgd", loss="sparse_categorical_crossentropy")
     history = model.fit(x, y, verbose=0, callbacks=[callback]).history
     assert sum(name.startswith("variance") for name in history) == 4
+
+
+@pytest.mark.parametrize("freeze_first", [False, True])
+def test_layers_frozen_by_a_callback(freeze_first):
+    x, y, weights = data()
+    model = model_of()
+    got, expected = [], []
+
+    def compare(epoch, logs):
+        got.append([v for name, v in logs.items() if name.startswith("variance_factor/")])
+        expected.append(brute_force(model, x, y, np.ones_like(weights)))
+
+    freeze = FreezeLayers(model.layers[0], epochs=1)
+    measure = [GradientVarianceFactor(x, y), keras.callbacks.LambdaCallback(on_epoch_end=compare)]
+    callbacks = [freeze, *measure] if freeze_first else [*measure, freeze]
+    model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks)
+    assert [len(factors) for factors in got] == [6 if freeze_first else 4, 6, 6]
+    for own, reference in zip(got, expected, strict=True):
+        np.testing.assert_allclose(own, reference, rtol=1e-3)
 
 
 def test_errors():

@@ -226,3 +226,28 @@ def test_float16_wrapper_of_compile_is_reported_once():
         model.fit(x, x[:, :1], batch_size=8, verbose=0)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert model.optimizer.inner_optimizer.iterations.numpy() == 2
+
+
+def test_two_strategies_are_noticed():
+    with strategy_of(2).scope():
+        inside = tf_lbopt.LARS(1.0)
+    with pytest.raises(ValueError, match=r"same strategy as LossScaleOptimizer.*a LARS"):
+        tf_lbopt.LossScaleOptimizer(inside)
+    outside = keras.optimizers.SGD(1.0)
+    with strategy_of(2).scope(), pytest.raises(ValueError, match=r"same strategy.*a SGD"):
+        tf_lbopt.LossScaleOptimizer(outside)
+
+
+def test_several_optimizers_are_no_loss_scaling():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    with strategy_of(2).scope(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+        optimizers = keras.optimizers.OptimizerMap(
+            tf_lbopt.SNGM(0.1), {".*bias": tf_lbopt.LAMB(0.1)}
+        )
+        model.compile(keras.optimizers.MultiOptimizer(optimizers), "mse")
+        before = model.get_weights()
+        model.fit(x, x[:, :1], batch_size=8, verbose=0)
+    for weight, old in zip(model.get_weights(), before, strict=True):
+        assert np.all(weight != old)

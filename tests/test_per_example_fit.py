@@ -126,6 +126,24 @@ def test_subset(replicas):
     assert_close(model.get_weights(), reference(data, subset=2, replicas=replicas))
 
 
+def test_a_replica_without_examples():
+    x, y = (a[0] for a in batches(1, 14)[:2])
+    model = linear(4)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    weights, means, norms = initial(), [], []
+    for batch in (range(0, 8, 2), range(8, 14, 2)):  # of the last batch three replicas have a part
+        of_replicas = []
+        for part in (slice(start, start + 2) for start in batch):
+            factor = 2 * (x[part] @ weights[0] + weights[1] - y[part]) / 3
+            of_replicas.append([np.einsum("bi,bo->bio", x[part], factor), factor])
+        of_layers = list(zip(*of_replicas, strict=True))
+        means.append([sum(g.mean(axis=0) for g in parts) / 4 for parts in of_layers])
+        norms.append([np.mean([np.linalg.norm(g) for g in np.concatenate(p)]) for p in of_layers])
+        weights = clars(initial(), means, norms, **ARGUMENTS)
+    assert_close(model.get_weights(), weights)
+    assert model.optimizer.skipped_updates.numpy() == 0
+
+
 def test_a_loss_that_is_a_sum():
     data = batches()
     model = linear(loss=keras.losses.MeanSquaredError(reduction="sum"))
@@ -150,15 +168,6 @@ class Net(tf_lbopt.PerExampleNormsModel):
 
 class Stack(tf_lbopt.PerExampleNormsModel, keras.Sequential):
     pass
-
-
-def two_outputs():
-    inputs = keras.Input([4])
-    outputs = {
-        "a": keras.layers.Dense(3, name="a")(inputs),
-        "b": keras.layers.Dense(1, name="b")(inputs),
-    }
-    return tf_lbopt.PerExampleNormsModel(inputs, outputs)
 
 
 @pytest.mark.parametrize("make", [Net, lambda: Stack([keras.Input([4]), keras.layers.Dense(3)])])
@@ -188,17 +197,106 @@ def test_regularizers_and_the_tracked_loss_are_kerass_own():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_several_outputs_with_weights():
-    x, y, _ = batches(1, 16)
-    model = two_outputs()
-    model.compile(
-        optimizer=tf_lbopt.CLARS(0.1, norm_estimator="per_example"),
-        loss={"a": "mse", "b": "mae"},
-        loss_weights={"a": 0.5, "b": 2.0},
-    )
-    labels = {"a": y[0], "b": y[0][:, :1]}
-    model.fit(x[0], labels, batch_size=8, epochs=2, verbose=0)
-    assert int(model.optimizer.iterations.numpy()) == 4
+OUTPUTS = {
+    "one": lambda a, b: a,
+    "list": lambda a, b: [a, b],
+    "dict": lambda a, b: {"a": a, "b": b},
+}
+COMPILED = {
+    "names": ("list", {"loss": {"a": "mse", "b": "mae"}}, "list"),
+    "names, labels too": ("list", {"loss": {"b": "mae", "a": "mse"}}, "dict"),
+    "names and weights": (
+        "list",
+        {"loss": {"a": "mse", "b": "mae"}, "loss_weights": {"a": 0.5, "b": 2.0}},
+        "dict",
+    ),
+    "list": ("list", {"loss": ["mse", "mae"], "loss_weights": [0.5, 2.0]}, "list"),
+    "list, one left out": ("list", {"loss": [None, "mae"]}, "list"),
+    "dict": (
+        "dict",
+        {"loss": {"a": "mse", "b": "mae"}, "loss_weights": {"a": 0.5, "b": 2.0}},
+        "dict",
+    ),
+    "dict, one left out": ("dict", {"loss": {"a": "mse"}}, "dict"),
+    "dict, a loss for all": ("dict", {"loss": "mse"}, "dict"),
+    "single list": ("one", {"loss": ["mse"]}, "one"),
+    "single name": ("one", {"loss": {"a": "mse"}, "loss_weights": {"a": 3.0}}, "one"),
+}
+
+
+def with_outputs(cls, structure):
+    inputs = keras.Input([4])
+    a, b = (keras.layers.Dense(units, name=name)(inputs) for name, units in (("a", 3), ("b", 1)))
+    model = cls(inputs, OUTPUTS[structure](a, b))
+    rng = np.random.default_rng(2)
+    model.set_weights([rng.normal(size=w.shape) for w in model.get_weights()])
+    return model
+
+
+def one_step_of_clars(stock, x, y, sample_weight):
+    """Weights after a step with the norms of one example at a time, of a compiled stock model."""
+    before = [v.numpy().astype(float) for v in stock.trainable_variables]
+
+    def gradients(rows):
+        own_x, own_y, own_weight = keras.tree.map_structure(
+            lambda leaf: leaf if leaf is None else leaf[rows], (x, y, sample_weight)
+        )
+        with tf.GradientTape() as tape:
+            loss = stock.compute_loss(own_x, own_y, stock(own_x), own_weight)
+        return tape.gradient(loss, [v.value for v in stock.trainable_variables])
+
+    means = gradients(slice(None))
+    examples = [gradients(slice(i, i + 1)) for i in range(len(x))]
+    after = []
+    for w, mean, *own in zip(before, means, *examples, strict=True):
+        if mean is not None:
+            n = np.mean([np.linalg.norm(g.numpy().astype(float)) for g in own])
+            rate = ARGUMENTS["learning_rate"] * ARGUMENTS["eta"] * np.linalg.norm(w) / n
+            w = w - 1.9 * rate * (mean.numpy().astype(float) + ARGUMENTS["weight_decay"] * w)
+        after.append(w)
+    return after
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("way", COMPILED)
+def test_ways_to_compile(way, weighted, replicas):
+    structure, compiled, labels = COMPILED[way]
+    (x,), (y,), (weights,) = batches(1)
+    # Keras itself fails with weights and the labels of a list of outputs by name.
+    y = OUTPUTS[structure if weighted else labels](y, y[:, :1])
+    sample_weight = weights.astype("float32") if weighted else None
+    stock = with_outputs(keras.Model, structure)
+    stock.compile(optimizer="sgd", **compiled)
+    with strategy_of(replicas).scope():
+        model = with_outputs(tf_lbopt.PerExampleNormsModel, structure)
+        optimizer = tf_lbopt.CLARS(norm_estimator="per_example", **ARGUMENTS)
+        model.compile(optimizer=optimizer, **compiled)
+    history = model.fit(x, y, sample_weight=sample_weight, batch_size=8, verbose=0).history
+    assert_close(model.get_weights(), one_step_of_clars(stock, x, y, sample_weight))
+    logs = stock.evaluate(x, y, sample_weight=sample_weight, verbose=0, return_dict=True)
+    assert {name: v for name, (v,) in history.items()} == pytest.approx(logs, rel=1e-5)
+
+
+def test_losses_of_the_examples_before_any_training():
+    (x,), (y,), (weights,) = batches(1)
+    model = with_outputs(tf_lbopt.PerExampleNormsModel, "list")
+    model.compile("sgd", loss={"a": "mse", "b": "mae"}, loss_weights={"a": 0.5, "b": 2.0})
+    a, b = (p.numpy().astype(float) for p in model(x))
+    expected = weights * (0.5 * ((a - y) ** 2).mean(axis=1) + 2 * np.abs(b - y[:, :1])[:, 0])
+    got = model.example_losses(x, [y, y[:, :1]], model(x), weights.astype("float32"))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_without_a_loss():
+    inputs = keras.Input([4])
+    outputs = keras.layers.ActivityRegularization(l2=0.1)(keras.layers.Dense(3)(inputs))
+    model = tf_lbopt.PerExampleNormsModel(inputs, outputs)
+    model.compile(optimizer=tf_lbopt.CLARS(0.1, norm_estimator="per_example"))
+    x, _, _ = batches(1)
+    with pytest.raises(ValueError, match=r"needs a `loss` in `compile`.*Received: loss=None"):
+        model.fit(x[0], verbose=0)
 
 
 def test_another_optimizer_gets_kerass_own_step():
@@ -242,6 +340,93 @@ def test_save_and_load(tmp_path):
     for m in (model, loaded):
         m.fit(x[0], y[0], verbose=0, shuffle=False)
     assert_close(model.get_weights(), loaded.get_weights(), rtol=1e-6, atol=1e-7)
+
+
+class Units(tf_lbopt.PerExampleNormsModel):
+    """A subclassed model with a constructor that takes more than Keras's."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.out = keras.layers.Dense(units)
+
+    def call(self, x):
+        return self.out(x)
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt_tests")
+class Saved(Units):
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt_tests")
+class Subset(Saved):
+    """With an argument of the same name."""
+
+    def __init__(self, units, norms_subset_size, **kwargs):
+        super().__init__(units, **kwargs)
+        self.norms_subset_size = norms_subset_size
+
+    def get_config(self):
+        return {**super().get_config(), "norms_subset_size": self.norms_subset_size}
+
+
+@keras.saving.register_keras_serializable(package="tf_lbopt_tests")
+class Layers(tf_lbopt.PerExampleNormsModel, keras.Sequential):
+    pass
+
+
+def saved_and_loaded(model, folder):
+    model.save(folder / "model.keras")
+    return keras.saving.load_model(folder / "model.keras")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("subset", [2, None])
+@pytest.mark.parametrize("kind", ["functional", "subclassed", "argument", "sequential"])
+def test_copies_keep_the_subset(kind, subset, compiled, tmp_path):
+    (x, *_), (y, *_), _ = batches(1)
+    model = {
+        "functional": lambda: with_outputs(tf_lbopt.PerExampleNormsModel, "one"),
+        "subclassed": lambda: Saved(3),
+        "argument": lambda: Subset(3, 4),
+        "sequential": lambda: Layers([keras.Input([4]), keras.layers.Dense(3)]),
+    }[kind]()
+    model.norms_subset_size = 5
+    model.norms_subset_size = subset
+    model(x)
+    if compiled:
+        model.compile(optimizer=tf_lbopt.CLARS(0.1, norm_estimator="per_example"), loss="mse")
+        model.fit(x, y, verbose=0)
+    copies = [saved_and_loaded(model, tmp_path), type(model).from_config(model.get_config())]
+    if kind != "sequential":  # of which `clone_model` makes a keras.Sequential
+        copies += [keras.models.clone_model(model), keras.models.clone_model(copies[0])]
+    for copy in copies:
+        assert isinstance(copy, tf_lbopt.PerExampleNormsModel)
+        assert type(copy).__name__ == type(model).__name__
+        assert copy.norms_subset_size == subset
+    if compiled:
+        for m in (model, copies[0]):
+            m.fit(x, y, verbose=0, shuffle=False)
+        assert_close(model.get_weights(), copies[0].get_weights(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_constructor_that_keras_can_not_call_is_refused_when_saving(tmp_path):
+    model = Units(3)
+    model(np.ones([2, 4]))
+    with pytest.raises(NotImplementedError, match="implement `get_config"):
+        model.save(tmp_path / "model.keras")
+
+
+def test_the_subset_is_that_of_one_model(tmp_path):
+    model, other = linear(subset=2), linear()
+    other.optimizer.build(other.trainable_variables)
+    assert keras.models.clone_model(model).norms_subset_size == 2
+    for later in (other, linear(), saved_and_loaded(other, tmp_path)):
+        assert later.norms_subset_size is None
+    with pytest.raises(ValueError, match="`norms_subset_size` must be an integer >= 1"):
+        model.norms_subset_size = 0
 
 
 def test_a_loss_of_another_kind_is_refused():

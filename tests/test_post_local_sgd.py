@@ -1,5 +1,7 @@
 """PostLocalSGD against its definition, and what is seen of the weights between averages."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -748,6 +750,22 @@ def test_going_back_to_the_last_average_is_loading_too():
     model.set_weights(average)
     model.optimizer.end_period()
     assert_close(model.get_weights(), average, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("period", "warned"), [(4, 1), (1, 0)])
+def test_a_callback_that_changes_weights_in_mid_period_is_told(period, warned):
+    model = model_of(sgd(0, period), 2)
+
+    def change(batch, logs=None):
+        kernel = model.trainable_variables[0]
+        kernel.assign(kernel * 0.999)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = keras.callbacks.LambdaCallback(on_train_batch_end=change)
+        fit(model, batches(8, 4), callbacks=[callback])
+    found = [str(w.message) for w in caught if "between two local steps" in str(w.message)]
+    assert len(found) == warned
 
 
 # -- errors in mid-step ----------------------------------------------------------------------------

@@ -317,3 +317,52 @@ def test_sparse_gradients_with_any_shape_argument(case, shape):
             run.micro_step([[scaled]])
         runs.append(run.weights()[0])
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf_lbopt.LAMB(0.5),
+        lambda: tf_lbopt.VRSGD(0.5),
+        lambda: tf_lbopt.LossScaleOptimizer(keras.optimizers.SGD(0.5)),
+    ],
+)
+@pytest.mark.parametrize("function", [tf.function, lambda f: f], ids=["traced", "eager"])
+def test_outside_of_run_says_so(make, function):
+    with strategy_of(2).scope():
+        variable = keras.Variable(np.ones(4, "float32"))
+        optimizer = make()
+        optimizer.build([variable])
+    step = function(lambda: optimizer.apply([tf.ones([4])], [variable]))
+    with pytest.raises(ValueError, match=r"outside of `strategy\.run`"):
+        step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf_lbopt.VRSGD(1.0),
+        lambda: tf_lbopt.CLARS(1.0),
+        lambda: tf_lbopt.ExtrapSGD(1.0),
+        lambda: tf_lbopt.LARS(1.0, gradient_accumulation_steps=2),
+    ],
+)
+def test_one_copy_for_several_replicas_is_refused(make):
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:1", "CPU:2"], "CPU:0")
+    with strategy.scope(), pytest.raises(ValueError, match="Received: CentralStorageStrategy"):
+        make()
+
+
+def test_one_copy_for_several_replicas_is_enough_for_the_mean_gradient():
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:1", "CPU:2"], "CPU:0")
+    with strategy.scope():
+        variable = keras.Variable([1.0])
+        optimizer = tf_lbopt.LARS(1.0, momentum=0.0, exclude_from_layer_adaptation=[".*"])
+        optimizer.build([variable])
+
+    def on_replica():
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+        optimizer.apply([tf.where(number == 0, [1.0], [100.0]) / 2], [variable])
+
+    tf.function(lambda: strategy.run(on_replica))()
+    np.testing.assert_allclose(variable.numpy(), [-49.5])

@@ -221,6 +221,33 @@ def test_one_sub_batch_is_refused():
         optimizer.apply([tf.ones([2])], [keras.Variable([1.0, 2.0])])
 
 
+def test_two_strategies_are_noticed():
+    outside = keras.optimizers.SGD(0.1)
+    with strategy_of(2).scope(), pytest.raises(ValueError, match=r"same strategy.*a SGD"):
+        tf_lbopt.VarianceReduced(outside)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tf_lbopt.VRLAMB(0.1), lambda: tf_lbopt.VarianceReduced(keras.optimizers.Adam(0.1))],
+)
+def test_trained_on_several_replicas_used_on_one(make, tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 5)), rng.normal(size=(16, 1))
+    with strategy_of(2).scope():
+        model = keras.Sequential([keras.Input([5]), keras.layers.Dense(1)])
+        model.compile(optimizer=make(), loss="mse")
+    model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        loaded.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0), rtol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"needs at least 2.*Received: 1 replica"):
+        loaded.fit(x, y, batch_size=8, verbose=0)
+
+
 # -- looking at GSNR -------------------------------------------------------------------------------
 
 
@@ -275,6 +302,18 @@ def test_callback_logs_and_writes(wrap, tmp_path):
     # Afterwards the training step is as it was: nothing is kept, and a checkpoint has no trace.
     again = model.fit(x, y, batch_size=16, verbose=0).history
     assert not [name for name in again if name.startswith("gsnr/")]
+
+
+def test_callback_refuses_a_model_that_is_not_built():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(optimizer=tf_lbopt.VRSGD(0.1, gradient_accumulation_steps=2), loss="mse")
+    x, y = np.ones([16, 3]), np.ones([16, 1])
+    callbacks = [tf_lbopt.callbacks.GradientSignalToNoise(every=1)]
+    with pytest.raises(ValueError, match=f"Received the model '{model.name}', which is not built"):
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+    model(x)
+    history = model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks).history
+    assert sum(name.startswith("gsnr/") for name in history) == 2 * 8
 
 
 def test_callback_refuses_other_optimizers():

@@ -5,6 +5,7 @@ Each function says what it needs the private name for, and on which version it w
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -277,6 +278,16 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def called_by_loss_scale_optimizer() -> bool:
+    """Whether the caller's caller is a method of Keras's LossScaleOptimizer.
+
+    Its constructor sets an attribute of the optimizer it wraps, as others do. Checked on Keras
+    3.15.1.
+    """
+    frame = sys._getframe(2)
+    return isinstance(frame.f_locals.get("self"), keras.optimizers.LossScaleOptimizer)
+
+
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     """The variables that an optimizer was built with.
 
@@ -386,9 +397,49 @@ def tracked_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
     return loss
 
 
-def compiled_loss_weights(model: keras.Model) -> Any:
-    """The ``loss_weights`` that ``compile`` was given. Checked on Keras 3.15.1."""
-    return model._compile_loss._user_loss_weights
+def compiled_loss(
+    model: keras.Model, y: Any, y_pred: Any, sample_weight: Any, value: Callable[..., Any]
+) -> Any:
+    """The loss that a model was compiled with, its parts computed by another function.
+
+    Which loss, weight and labels belong to which output is left to Keras.
+
+    Args:
+        model: A compiled model.
+        y: Labels.
+        y_pred: Predictions.
+        sample_weight: Weights, or `None`.
+        value: Called as ``value(loss, y, y_pred, sample_weight)`` for every output with a loss.
+
+    Returns:
+        The weighted sum of the values; `None` if there is no loss.
+
+    Checked on Keras 3.15.1.
+    """
+    compiled = model._compile_loss
+    if compiled is None:
+        return None
+    if not compiled.built:
+        with tf.init_scope():
+            keras_backend.compute_output_spec(compiled, *_symbolic((y, y_pred, sample_weight)))
+    parts = [
+        part._replace(loss=functools.partial(value, part.loss)) for part in compiled._flat_losses
+    ]
+    other = object.__new__(type(compiled))
+    # The metrics are those of the model's own, which takes scalars.
+    vars(other).update(vars(compiled), _flat_losses=parts, _metrics=[None] * len(parts))
+    return other(y, y_pred, sample_weight)
+
+
+def _symbolic(structure: Any) -> Any:
+    return keras.tree.map_structure(
+        lambda leaf: (
+            None
+            if leaf is None
+            else keras.KerasTensor(leaf.shape, keras_backend.standardize_dtype(leaf.dtype))
+        ),
+        structure,
+    )
 
 
 def build_by_shapes(model: keras.Model, x: Any) -> None:
@@ -399,13 +450,5 @@ def build_by_shapes(model: keras.Model, x: Any) -> None:
     """
     if all(layer.built for layer in model._flatten_layers()):
         return
-    symbolic = keras.tree.map_structure(
-        lambda leaf: (
-            None
-            if leaf is None
-            else keras.KerasTensor(leaf.shape, keras_backend.standardize_dtype(leaf.dtype))
-        ),
-        x,
-    )
     with tf.init_scope():
-        keras_backend.compute_output_spec(model, symbolic, training=False)
+        keras_backend.compute_output_spec(model, _symbolic(x), training=False)

@@ -30,7 +30,8 @@ class GradientSignalToNoise(keras.callbacks.Callback):
         log_dir: Folder for TensorBoard's event files, or `None`.
 
     Raises:
-        ValueError: When training begins, if the model's optimizer is no VRGD optimizer.
+        ValueError: When training begins, if the model is not built, or its optimizer is no VRGD
+            optimizer.
 
     Example:
         >>> import tf_lbopt
@@ -53,6 +54,12 @@ class GradientSignalToNoise(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Makes the optimizer keep summaries."""
         optimizer = self._optimizer()
+        if not self.model.built:
+            raise ValueError(
+                "GradientSignalToNoise needs a model whose variables exist. Give it a "
+                "`keras.Input` or call it once before `fit`. Received the model "
+                f"{self.model.name!r}, which is not built."
+            )
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         optimizer.watch_gsnr(self.every)

@@ -86,6 +86,7 @@ class GradientVarianceFactor(keras.callbacks.Callback):
         (self._examples,) = sizes
         self._writer: Any = None
         self._measure: Any = None
+        self._measured: list[int] = []  # the variables that `_measure` was made for
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Looks for the loss."""
@@ -126,7 +127,9 @@ class GradientVarianceFactor(keras.callbacks.Callback):
         """M_k of the model as it is, in the order of its trainable variables."""
         model = self.model
         loss = model.loss if self.loss is None else self.loss
-        if self._measure is None:  # anew for every training: what is trainable may have changed
+        variables = model.trainable_variables
+        # Anew for every training, and when other callbacks freeze layers in between.
+        if self._measure is None or self._measured != [id(v) for v in variables]:
 
             @tf.function(reduce_retracing=True)
             def measure(*data: Any) -> Any:
@@ -135,13 +138,13 @@ class GradientVarianceFactor(keras.callbacks.Callback):
                 )
                 dense = [
                     tf.zeros(v.shape) if g is None else tf.convert_to_tensor(g)
-                    for g, v in zip(gradients, model.trainable_variables, strict=True)
+                    for g, v in zip(gradients, variables, strict=True)
                 ]
                 return [tf.reduce_sum(tf.cast(n, tf.float64) ** 2) for n in norms], dense
 
-            self._measure = measure
-        squares = np.zeros(len(model.trainable_variables))
-        means = [np.zeros(v.shape) for v in model.trainable_variables]
+            self._measure, self._measured = measure, [id(v) for v in variables]
+        squares = np.zeros(len(variables))
+        means = [np.zeros(v.shape) for v in variables]
         for start in range(0, self._examples, self.batch_size):
             batch = keras.tree.map_structure(
                 lambda leaf, start=start: tf.constant(leaf[start : start + self.batch_size]),

@@ -37,6 +37,26 @@ def on_each_replica(
     )
 
 
+def replica_context_of(strategy: tf.distribute.Strategy) -> tf.distribute.ReplicaContext:
+    """Returns the context of the replica that calls.
+
+    Raises:
+        ValueError: Called outside of replicas, or in those of another strategy.
+    """
+    context = tf.distribute.get_replica_context()
+    received = "the cross-replica context (directly under `strategy.scope()`)"
+    if context is not None:
+        if context.strategy is strategy or strategy.num_replicas_in_sync == 1:
+            return context
+        received = f"one under {type(context.strategy).__name__}, outside of `strategy.run`"
+    raise ValueError(
+        "Gradients must be applied in a replica context, where each replica has its own. "
+        "Expected: a call inside the function given to `strategy.run` of the "
+        f"{type(strategy).__name__} that the optimizer was created under. Received: a call in "
+        f"{received}"
+    )
+
+
 def sum_over_replicas(
     strategy: tf.distribute.Strategy,
     values: Sequence[Any],

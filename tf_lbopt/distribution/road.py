@@ -19,7 +19,12 @@ from typing import Any
 import tensorflow as tf
 
 from tf_lbopt.distribution.accumulation import Accumulation
-from tf_lbopt.distribution.replicas import bundle, on_each_replica, sum_over_replicas
+from tf_lbopt.distribution.replicas import (
+    bundle,
+    on_each_replica,
+    replica_context_of,
+    sum_over_replicas,
+)
 from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
@@ -109,6 +114,7 @@ class Journey:
     """One call's gradients on the road.
 
     Attributes:
+        strategy: Under which the variables live.
         indices: For each gradient the number of its variable, as the optimizer counts them.
         variables: For each gradient its variable.
         destination: What to do at the end of the road.
@@ -121,6 +127,7 @@ class Journey:
             there must be no statistics.
     """
 
+    strategy: tf.distribute.Strategy
     indices: Sequence[int]
     variables: Sequence[tf.Variable]
     destination: Destination
@@ -146,15 +153,9 @@ class Journey:
             Whether all was finite; true before an update is due.
 
         Raises:
-            ValueError: Not called in a replica context.
+            ValueError: Not called in a replica context of the strategy.
         """
-        context = tf.distribute.get_replica_context()
-        if context is None:
-            raise ValueError(
-                "Gradients must be applied in a replica context, where each replica has its own. "
-                "Expected: a call inside the function given to `strategy.run`. Received: a call in "
-                "the cross-replica context (directly under `strategy.scope()`)."
-            )
+        context = replica_context_of(self.strategy)
         local = [
             _own(gradient, variable)
             for gradient, variable in zip(gradients, self.variables, strict=True)

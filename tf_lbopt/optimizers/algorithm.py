@@ -96,6 +96,8 @@ class Algorithm:
         self._decay_excluded_by_argument = exclude_from_weight_decay is not None
         self.skipped_updates = self._add_counter("skipped_updates")
         self._strategy = tf.distribute.get_strategy()
+        if self.statistics or self.gradient_accumulation_steps:
+            self._check_strategy()
         self._slots: dict[str, list[Any]] = {}
         self._accumulation = (
             Accumulation(
@@ -106,6 +108,20 @@ class Algorithm:
             if self.gradient_accumulation_steps
             else None
         )
+
+    def _check_strategy(self) -> None:
+        kinds = (
+            tf.distribute.experimental.CentralStorageStrategy,
+            tf.distribute.ParameterServerStrategy,
+        )
+        if isinstance(self._strategy, kinds) and self._strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"{type(self).__name__} keeps something for each replica (statistics of the "
+                "sub-batches, or accumulated gradients), which needs a strategy with a copy of the "
+                "variables on each, such as MirroredStrategy. Received: "
+                f"{type(self._strategy).__name__}, gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}"
+            )
 
     @abc.abstractmethod
     def rule(self) -> Rule:
@@ -210,6 +226,7 @@ class Algorithm:
         pairs = _without_missing(grads, variables)
         indices = [self._known_index(variable) for _, variable in pairs]
         journey = Journey(
+            self._strategy,
             indices,
             [tensorflow_variable(self._trainable_variables[index]) for index in indices],
             Destination(

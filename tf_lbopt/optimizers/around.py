@@ -3,8 +3,30 @@
 from typing import Any, Self
 
 import keras
+import tensorflow as tf
 
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.exclusion import tensorflow_variable
+
+
+def require_same_strategy(
+    outer: keras.optimizers.Optimizer,
+    inner: keras.optimizers.Optimizer,
+    strategy: tf.distribute.Strategy,
+) -> None:
+    """Raises if two optimizers were made under different strategies.
+
+    Their counters and scales would be one value here and a value for each replica there.
+
+    Raises:
+        ValueError: They were; the message says what to do.
+    """
+    if not strategy.extended.variable_created_in_scope(tensorflow_variable(inner._iterations)):
+        raise ValueError(
+            "`inner_optimizer` must be created under the same strategy as "
+            f"{type(outer).__name__}: call both constructors inside `with strategy.scope():`. "
+            f"Received: a {type(inner).__name__} from outside of it"
+        )
 
 
 class AroundOptimizer(LargeBatchOptimizer):

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.optimizers.algorithm import (
     Algorithm,
     LayerwiseAlgorithm,
@@ -69,11 +70,12 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
 
     def _build_framework(self, variables: list[Any]) -> None:
         # Keras's accumulators are mirrored, ours are not: it must not make its own.
-        steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, None
+        steps = self.gradient_accumulation_steps
+        self.__dict__["gradient_accumulation_steps"] = None
         try:
             keras.optimizers.Optimizer.build(self, variables)
         finally:
-            self.gradient_accumulation_steps = steps
+            self.__dict__["gradient_accumulation_steps"] = steps
 
     def _add_slot(self, variable: Any, name: str) -> keras.Variable:
         # In float32 for half-precision weights, whose own dtype has no room for a second moment.
@@ -152,9 +154,18 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         self._loss_scaled_from_outside = not right_across_replicas
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Keras's LossScaleOptimizer gives no other sign of itself to the optimizer it wraps.
-        if name == "loss_scale_factor" and "_loss_scaled_from_outside" in self.__dict__:
+        if (
+            name == "loss_scale_factor"
+            and "_loss_scaled_from_outside" in self.__dict__
+            # Keras's LossScaleOptimizer gives no other sign of itself to the optimizer it wraps.
+            and (value is not None or _compat.called_by_loss_scale_optimizer())
+        ):
             self.expect_loss_scaling(right_across_replicas=value is not None)
+        if name == "gradient_accumulation_steps" and "_accumulation" in self.__dict__:
+            raise AttributeError(
+                "`gradient_accumulation_steps` must be given to the constructor, which makes the "
+                f"accumulators. Received: {type(self).__name__}.{name} = {value!r}"
+            )
         super().__setattr__(name, value)
 
     def _warn_of_foreign_loss_scaling(self) -> None:

@@ -151,7 +151,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         key = id(self), replica_number()
         before = _given.get(key)
         _given[key] = {
-            self._var_key(variable): tf.reduce_mean(tf.convert_to_tensor(norm))
+            self._var_key(variable): _mean(tf.convert_to_tensor(norm))
             for norm, variable in zip(norms, variables, strict=True)
         }
         try:
@@ -211,3 +211,8 @@ class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
         >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]
         [3.0, 3.24]
     """
+
+
+def _mean(norms: tf.Tensor) -> tf.Tensor:
+    """The mean, 0 for a replica without examples."""
+    return tf.math.divide_no_nan(tf.reduce_sum(norms), tf.cast(tf.size(norms), norms.dtype))

@@ -7,8 +7,14 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.distribution.replicas import inside_scope, on_each_replica, sum_over_replicas
+from tf_lbopt.distribution.replicas import (
+    inside_scope,
+    on_each_replica,
+    replica_context_of,
+    sum_over_replicas,
+)
 from tf_lbopt.optimizers.algorithm import build_at_first_call
+from tf_lbopt.optimizers.around import require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.statistics.sparse import divide
 
@@ -83,6 +89,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             **kwargs,
         )
         self._strategy = tf.distribute.get_strategy()
+        require_same_strategy(self, inner_optimizer, self._strategy)
         # Keras creates these two in `build` and scales the loss by a constant before: a custom
         # loop traced unbuilt would keep that constant for ever.
         self.step_counter = self.add_variable((), dtype="int64", name="step_counter")
@@ -143,9 +150,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self._apply_stock(grads, trainable_variables)
 
     def _apply_stock(self, grads: list[Any], trainable_variables: Sequence[Any] | None) -> None:
-        context = tf.distribute.get_replica_context()
-        if context is None:
-            raise ValueError("`apply` must be called in a replica context.")
+        context = replica_context_of(self._strategy)
         non_finite = tf.cast(tf.logical_not(_all_finite(grads)), tf.float32)
 
         def apply_inner(local_grads: list[Any]) -> None:

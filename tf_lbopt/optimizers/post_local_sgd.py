@@ -8,6 +8,7 @@ that the graph of a local step is free of collectives.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,12 +20,13 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.distribution.replicas import (
     bundle,
     on_each_replica,
+    replica_context_of,
     replica_number,
     sum_over_replicas,
 )
 from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.optimizers.algorithm import _without_missing, build_at_first_call
-from tf_lbopt.optimizers.around import AroundOptimizer
+from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.local_state import LocalState, count_of
@@ -84,7 +86,8 @@ class PostLocalSGD(AroundOptimizer):
     again. A `tf.train.Checkpoint` that is written in between stores the last average and all that
     is each replica's own, so that training resumes exactly on as many replicas; on others it goes
     on from the last average, with a warning. Weights that are loaded or set in between are what
-    all replicas go on from.
+    all replicas go on from, and the period begins anew (with a warning where it was `fit` that
+    found them changed: a callback that writes weights after every batch would end no period).
 
     A gradient that is not finite discards the update on all replicas in the first phase. In the
     local phase the replica that has it leaves out its step, while `iterations` goes on; it is
@@ -157,14 +160,9 @@ class PostLocalSGD(AroundOptimizer):
         self._iterations = inner_optimizer._iterations
         if isinstance(inner_optimizer, ExtrapSGD):
             self.skipped_updates = inner_optimizer.skipped_updates
-        anchor = tensorflow_variable(self._iterations)
-        if not self._strategy.extended.variable_created_in_scope(anchor):
-            raise ValueError(
-                "`inner_optimizer` must be created under the same strategy as PostLocalSGD: call "
-                "both constructors inside `with strategy.scope():`. "
-                f"Received: a {type(inner_optimizer).__name__} from outside of it"
-            )
+        require_same_strategy(self, inner_optimizer, self._strategy)
         self._updates_since_average = self._add_counter("updates_since_average")
+        self._warned = False
         self._local = LocalState(
             self._strategy,
             self._updates_since_average,
@@ -402,8 +400,10 @@ class PostLocalSGD(AroundOptimizer):
         def training(iterator: Any) -> Any:
             self.end_update()  # an interrupt may have come between a step and this
             function = local if self._next_is_local() else synchronous
+            before = self._local.updates()
             try:
                 logs = function(iterator)
+                self._warn_of_lost_updates(before)
                 self.end_update()
             except BaseException:
                 self.recover()
@@ -411,6 +411,19 @@ class PostLocalSGD(AroundOptimizer):
             return logs
 
         return training
+
+    def _warn_of_lost_updates(self, before: int) -> None:
+        """Warns once if weights were written in mid-period, of which ``before`` updates were."""
+        if self._warned or before < 1 or self._local.updates() != 1:
+            return
+        self._warned = True
+        warnings.warn(
+            "Weights were changed between two local steps of PostLocalSGD: all replicas go on from "
+            f"them, and the replicas' own updates since the last average ({before}) are lost. A "
+            "callback that changes weights after every batch keeps the local phase from training: "
+            "let it do so at the end of an epoch, or set period=1.",
+            stacklevel=2,
+        )
 
     # -- the update --------------------------------------------------------------------------------
 
@@ -445,14 +458,7 @@ class PostLocalSGD(AroundOptimizer):
         )
 
     def _merge(self, cross_replicas: Callable[..., Any], *args: Any) -> Any:
-        context = tf.distribute.get_replica_context()
-        if context is None:
-            raise ValueError(
-                "Steps are made on each replica. Expected: `step` inside the function given to "
-                "`strategy.run`. Received: a call in the cross-replica context (directly under "
-                "`strategy.scope()`)."
-            )
-        return context.merge_call(cross_replicas, args=args)
+        return replica_context_of(self._strategy).merge_call(cross_replicas, args=args)
 
     def _depart(self, strategy: tf.distribute.Strategy) -> None:
         def move() -> list[tf.Tensor]:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tf_lbopt import _compat, rules
 from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.distribution.road import Arrival
-from tf_lbopt.optimizers.around import AroundOptimizer
+from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
@@ -79,6 +79,7 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
                 )
         super().__init__(0.0, gamma=gamma, beta_3=beta_3, **kwargs)
         self.inner_optimizer = inner_optimizer
+        require_same_strategy(self, inner_optimizer, self._strategy)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -86,11 +87,7 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         return self._variables + self.inner_optimizer.variables
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Builds this and the inner optimizer for a list of trainable variables.
-
-        Raises:
-            ValueError: There is only one sub-batch, so that no variance can be estimated.
-        """
+        """Builds this and the inner optimizer for a list of trainable variables."""
         if self.built:
             return
         super().build(variables)

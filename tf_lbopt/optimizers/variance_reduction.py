@@ -24,7 +24,7 @@ class VarianceReduction(Algorithm):
         **kwargs: The base's arguments.
 
     Raises:
-        ValueError: At the latest when the variables are built, if there is only one sub-batch.
+        ValueError: With the first gradients, if there is only one sub-batch.
     """
 
     statistics = rules.VarianceReduced.statistics
@@ -95,14 +95,17 @@ class VarianceReduction(Algorithm):
         """The base's slots, and r's running mean if there is one."""
         return super().slot_names() + (() if self.beta_3 is None else (GSNR_SLOT,))
 
-    def build(self, variables: Any) -> None:
-        """Creates the slots for a list of trainable variables.
-
-        Raises:
-            ValueError: There is only one sub-batch, so that no variance can be estimated.
-        """
-        require_two_sub_batches(self, self._strategy, self.gradient_accumulation_steps)
-        super().build(variables)
+    def _send(self, *args: Any, **kwargs: Any) -> tf.Tensor:
+        # Not in `build`: a model that was trained on several replicas is loaded on one, too.
+        sub_batches = self._strategy.num_replicas_in_sync * (self.gradient_accumulation_steps or 1)
+        if sub_batches < 2:
+            raise ValueError(
+                f"{type(self).__name__} estimates the variance of the gradient over sub-batches, "
+                "one per replica and accumulation micro-step, and needs at least 2. Use a strategy "
+                "with more replicas or set `gradient_accumulation_steps` to 2 or more. Received: "
+                f"1 replica, gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        return super()._send(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
@@ -126,23 +129,6 @@ class _Watch:
             return tf.constant(True)
 
         tf.cond(step.index % self.every == 0, write, lambda: tf.constant(True))
-
-
-def require_two_sub_batches(
-    optimizer: Any, strategy: tf.distribute.Strategy, accumulation_steps: int | None
-) -> None:
-    """Raises if the global batch is a single sub-batch.
-
-    Raises:
-        ValueError: It is; the message says what to do.
-    """
-    if strategy.num_replicas_in_sync * (accumulation_steps or 1) < 2:
-        raise ValueError(
-            f"{type(optimizer).__name__} estimates the variance of the gradient over sub-batches, "
-            "one per replica and accumulation micro-step, and needs at least 2. Use a strategy "
-            "with more replicas or set `gradient_accumulation_steps` to 2 or more. Received: "
-            f"1 replica, gradient_accumulation_steps={accumulation_steps}"
-        )
 
 
 GSNR_ARGUMENTS = """gamma: γ in (0, 1], the lower bound of r; 1 switches the weighting off. Defaults

@@ -1,19 +1,21 @@
 """The model whose training step computes the norms that CLARS asks for."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _compat
+from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.per_example.losses import example_losses
 from tf_lbopt.per_example.tape import PerExampleTape
 
 # What the mean of the examples' losses and Keras's own loss may differ by.
 _TOLERANCE = 1e-2
+
+# In configurations; no argument of a constructor has this name.
+_KEY = "tf_lbopt>norms_subset_size"
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
@@ -43,9 +45,11 @@ class PerExampleNormsModel(keras.Model):
 
     Attributes:
         norms_subset_size: Norms of only so many examples of each replica's batch, from the first
-            (the paper takes 512 of the global batch); ``None``, the default, means of all.
+            (the paper takes 512 of the global batch); ``None``, the default, means of all. Saved
+            with the model.
 
     Raises:
+        TypeError, ValueError: `norms_subset_size` is set to neither an integer ≥ 1 nor ``None``.
         ValueError: In training: the losses of the examples can not be told from what was compiled.
 
     Example:
@@ -61,7 +65,7 @@ class PerExampleNormsModel(keras.Model):
         Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, line 4.
     """
 
-    norms_subset_size: int | None = None
+    _norms_subset_size: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         # Left to itself, Keras makes a functional model out of one of a class by changing the bases
@@ -69,6 +73,46 @@ class PerExampleNormsModel(keras.Model):
         if _has_symbolic_ends(*args, **kwargs) and not isinstance(self, _compat.Functional):
             self.__class__ = _functional(type(self))  # type: ignore[arg-type]  # hashable it is
         super().__init__(*args, **kwargs)
+
+    @property
+    def norms_subset_size(self) -> int | None:
+        """Of how many examples norms are taken, or ``None`` for all."""
+        return self._norms_subset_size
+
+    @norms_subset_size.setter
+    def norms_subset_size(self, size: int | None) -> None:
+        size = _validation.integer("norms_subset_size", size, low=1, optional=True)
+        self._norms_subset_size = size
+        # Of a functional model `keras.models.clone_model` hands on nothing but the class.
+        base = vars(type(self)).get("_without_graph")
+        if base is not None:
+            self.__class__ = _functional(base, size)
+
+    # Marked as Keras marks its own: it would take this for a subclass's, and ask for nothing more.
+    @functools.wraps(keras.Model.get_config)
+    def get_config(self) -> dict[str, Any]:
+        """The configuration as Keras makes it, with `norms_subset_size` if there is one."""
+        config = super().get_config()
+        size = self.norms_subset_size
+        return config if size is None else {**config, _KEY: size}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The model of a configuration that `get_config` returned.
+
+        Args:
+            config: The configuration.
+            custom_objects: As for `keras.Model.from_config`.
+
+        Returns:
+            A model with new weights.
+        """
+        config = dict(config)
+        size = config.pop(_KEY, None)
+        model = super().from_config(config, custom_objects)
+        if size is not None:
+            model.norms_subset_size = size
+        return model
 
     def example_losses(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
         """f_i, the loss of every example, whose mean over the batch is the loss that is trained.
@@ -81,37 +125,20 @@ class PerExampleNormsModel(keras.Model):
 
         Returns:
             [batch], without regularizers and `add_loss`.
+
+        Raises:
+            ValueError: The model was compiled without a loss, or with one whose reduction is
+                neither a mean nor a sum.
         """
         del x
-        parts = [
-            weight * _with_reduction(loss, labels, predictions, own_weight)
-            for loss, weight, labels, predictions, own_weight in self._compiled_losses(
-                y, y_pred, sample_weight
+        losses = _compat.compiled_loss(self, y, y_pred, sample_weight, _with_reduction)
+        if losses is None:
+            raise ValueError(
+                "PerExampleNormsModel needs a `loss` in `compile` to know the losses of the "
+                "examples, which `add_loss` does not tell; override `example_losses` and "
+                f"`compute_loss` to do without. Received: loss={self.loss!r}"
             )
-        ]
-        return tf.add_n(parts)
-
-    def _compiled_losses(self, y: Any, y_pred: Any, sample_weight: Any) -> Iterator[tuple]:
-        loss, weights = self.loss, _compat.compiled_loss_weights(self)
-        if isinstance(y_pred, dict):
-            keys: list[Any] = sorted(y_pred)
-        elif isinstance(y_pred, (list, tuple)):
-            keys = list(range(len(y_pred)))
-        else:
-            yield loss, 1.0 if weights is None else weights, y, y_pred, sample_weight
-            return
-        for key in keys:
-            own = _entry(loss, key)
-            if own is None:
-                continue
-            weight = _entry(weights, key)
-            yield (
-                own,
-                1.0 if weight is None else weight,
-                _entry(y, key),
-                y_pred[key],
-                _entry(sample_weight, key),
-            )
+        return losses
 
     def train_step(self, data: Any) -> Any:
         """One training step, with norms if the optimizer asks for them."""
@@ -157,34 +184,32 @@ def _has_symbolic_ends(*args: Any, inputs: Any = None, outputs: Any = None, **_:
 
 
 @functools.cache
-def _functional(cls: type) -> type:
+def _functional(cls: type, norms_subset_size: int | None = None) -> type:
     attributes = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "_without_graph": cls,
+        "_norms_subset_size": norms_subset_size,
     }
     functional = type(cls.__name__, (cls, _compat.Functional), attributes)
     package, separator, name = keras.saving.get_registered_name(cls).partition(">")
     if separator:
-        keras.saving.register_keras_serializable(package=package, name=name)(functional)
+        # The last one that is registered is the one that files are loaded as.
+        loaded = functional if norms_subset_size is None else _functional(cls)
+        for registered in (functional, loaded):
+            keras.saving.register_keras_serializable(package=package, name=name)(registered)
     return functional
 
 
-def _entry(structure: Any, key: Any) -> Any:
-    """One output's part of what may be given once for all outputs."""
-    if isinstance(structure, (dict, list, tuple)):
-        return structure[key]
-    return structure
-
-
-def _with_reduction(loss: Any, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+def _with_reduction(loss: keras.losses.Loss, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
     losses = example_losses(loss, y, y_pred, sample_weight)
-    reduction = _compat.as_loss(loss).reduction
+    reduction = loss.reduction
     if reduction in ("sum_over_batch_size", "mean"):
         return losses
     if reduction == "sum":
         # example_losses takes a mean over the positions of an example.
-        per_example = _compat.unreduced_loss(_compat.as_loss(loss), y, y_pred)[0]
+        per_example = _compat.unreduced_loss(loss, y, y_pred)[0]
         positions = tf.cast(tf.size(per_example), losses.dtype)
         return losses * positions * tf.cast(tf.shape(losses)[0], losses.dtype)
     raise ValueError(
