@@ -32,7 +32,10 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made
         ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
         loss_scale_factor: Constant to multiply the loss by; taken out of the gradients again.
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
-            under every strategy; schedules and `iterations` count updates."""
+            under every strategy with a copy of the variables on each replica; schedules and
+            `iterations` count updates. An update is of the variables that have a gradient in its
+            last micro-step: what has one in some only must have zeros, not ``None``, in the
+            others."""
 
 
 class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
