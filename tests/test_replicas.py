@@ -366,3 +366,39 @@ def test_one_copy_for_several_replicas_is_enough_for_the_mean_gradient():
 
     tf.function(lambda: strategy.run(on_replica))()
     np.testing.assert_allclose(variable.numpy(), [-49.5])
+
+
+@pytest.mark.parametrize("function", [tf.function, lambda f: f], ids=["traced", "eager"])
+@pytest.mark.parametrize("make", [tf_lbopt.LARS, tf_lbopt.VRSGD])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_gradient_that_is_missing_in_mid_update_is_told(make, replicas, function):
+    strategy = strategy_of(replicas)
+    with strategy.scope():
+        trunk, one, other = (keras.Variable(np.ones(2), name=n) for n in ("trunk", "one", "other"))
+        optimizer = make(0.1, gradient_accumulation_steps=3)
+        optimizer.build([trunk, one, other])
+
+    def step_of(*variables):
+        pairs = [(tf.constant([1.0, 2.0]), variable) for variable in variables]
+        return function(lambda: strategy.run(lambda: optimizer.apply_gradients(pairs)))
+
+    first, second, both = step_of(trunk, one), step_of(trunk, other), step_of(trunk, one, other)
+    for _ in range(3):  # no gradient in the whole update is as good as ever
+        first()
+    first()
+    both()  # a first gradient in mid-update, too
+    both()
+    assert optimizer.iterations.numpy() == 2
+    first()
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"Received: none for one"):
+        second()
+
+
+def test_a_layer_that_is_frozen_in_mid_update():
+    one, other = (keras.Variable(np.ones(2), name=n) for n in ("one", "other"))
+    optimizer = tf_lbopt.VRSGD(0.1, gradient_accumulation_steps=2)
+    optimizer.apply([tf.constant([1.0, 2.0])] * 2, [one, other])
+    other.trainable = False
+    optimizer.apply([tf.constant([1.0, 3.0])], [one])
+    assert optimizer.iterations.numpy() == 1
+    np.testing.assert_array_equal(other.numpy(), np.ones(2))

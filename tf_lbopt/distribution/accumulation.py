@@ -1,9 +1,10 @@
 """Gradient accumulation: state that differs from replica to replica."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat
@@ -47,14 +48,23 @@ class Accumulation(ReplicaState):
         self.steps = steps
         self.statistics = frozenset(statistics)
         self.parts = parts
-        self.live: tf.Variable  # how many micro-steps were live; made with the first accumulators
+        # Made with the first accumulators: how many micro-steps were live, and which of the
+        # optimizer's variables had a gradient in one of them.
+        self.live: tf.Variable
+        self.seen: tf.Variable
         self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
         self._micro_step: tf.Variable | None = None
 
     def prepare(
-        self, indices: Sequence[int], variables: Sequence[tf.Variable], gradients: Sequence[Any]
+        self,
+        indices: Sequence[int],
+        variables: Sequence[tf.Variable],
+        gradients: Sequence[Any],
+        size: int,
     ) -> None:
         """Creates what the gradients of a call need: in a cross-replica context, eagerly.
+
+        ``size`` is the number of the optimizer's variables.
 
         Gradients decide the kind of accumulator: what arrives as ``IndexedSlices`` is kept by rows
         (by the whole table under XLA, which wants static shapes).
@@ -71,6 +81,7 @@ class Accumulation(ReplicaState):
             if self._micro_step is None:
                 self._micro_step = self._variable(0, tf.TensorShape([]), tf.int64)
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
+                self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
             for index, variable, gradient in missing:
                 sparse = by_rows and isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
@@ -98,6 +109,32 @@ class Accumulation(ReplicaState):
         if self._micro_step is None:
             raise ValueError("The accumulators do not exist before the first gradients arrive.")
         return self._micro_step
+
+    def note(self, indices: Sequence[int], absent: Mapping[int, str]) -> None:
+        """Notes which variables have a gradient in a micro-step, in the cross-replica context.
+
+        An update is of those that have one in the last, and deviations are followed in those that
+        have one: a variable that is left out after it had one would get a wrong update, or none.
+
+        Args:
+            indices: Of the variables that have one.
+            absent: The paths, by number, of those that are trained but have none.
+
+        Raises:
+            tf.errors.InvalidArgumentError: When it runs: one of those without has had one.
+        """
+        size = self.seen.shape[0]
+        if absent:
+            missing = self.seen.read_value() * _ones_at(absent, size)
+            tf.debugging.Assert(
+                tf.reduce_all(missing == 0.0),
+                [
+                    "All micro-steps of an update must have gradients for the same variables: give "
+                    "zeros, not None, where there is none. Expected: gradients for all that had "
+                    f"one earlier in this update. Received: none for {', '.join(absent.values())}"
+                ],
+            )
+        self.seen.assign(tf.maximum(self.seen.read_value(), _ones_at(indices, size)))
 
     def add(
         self,
@@ -173,6 +210,7 @@ class Accumulation(ReplicaState):
             accumulator.clear()
         self.micro_step.assign(0)
         self.live.assign(0.0)
+        self.seen.assign(tf.zeros_like(self.seen))
 
     def variables(self) -> list[tf.Variable]:
         """What is kept for the trainable variables."""
@@ -206,6 +244,7 @@ class Accumulation(ReplicaState):
         """Empties all copies."""
         super().reset()
         self.micro_step.assign(0)
+        self.seen.assign(tf.zeros_like(self.seen))
 
     def restored(self, header: Mapping[str, Any]) -> None:
         """Goes on where the saved one was."""
@@ -220,6 +259,12 @@ class Accumulation(ReplicaState):
             "micro-steps since the last update are lost, nothing else.",
             header["replicas"], header["steps"], self._strategy.num_replicas_in_sync, self.steps,
         )  # fmt: skip
+
+
+def _ones_at(indices: Iterable[int], size: int) -> tf.Tensor:
+    ones = np.zeros(size, np.float32)
+    ones[list(indices)] = 1.0
+    return tf.constant(ones)
 
 
 def _sum(gradients: Sequence[Gradient]) -> Gradient:

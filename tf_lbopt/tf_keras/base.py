@@ -28,9 +28,8 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's.
         ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
             under every strategy with a copy of the variables on each replica; schedules and
-            `iterations` count updates. An update is of the variables that have a gradient in its
-            last micro-step: what has one in some only must have zeros, not ``None``, in the
-            others.
+            `iterations` count updates. What has a gradient in one micro-step of an update must
+            have one in those that follow, zeros for ``None``; an error says so if not.
         jit_compile: Must be `False`, which is the default here: the update is not compiled apart
             from the training step. To compile both, `model.compile(jit_compile=True)`."""
 
