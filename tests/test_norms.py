@@ -230,6 +230,19 @@ def test_global_norm_of_zeros_and_of_mixed_dtypes():
     assert float(got) == pytest.approx(5.0, rel=1e-15)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [3, LARGE])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-12, 1.0, 1e25])
+def test_compiled_norms_of_what_the_compiler_knows(value, size, dtype):
+    known = np.full(size, value, dtype)
+    of_known = tf.function(lambda x: norms([tf.constant(known), x]), jit_compile=True)
+    for other in ([3.0, 4.0], [3e30, 4e30]):
+        got = of_known(tf.constant(other, dtype))
+        np.testing.assert_allclose(got[0], reference(known), rtol=1e-6)
+        np.testing.assert_allclose(got[1], reference(other), rtol=1e-6)
+    assert math.isnan(float(of_known(tf.constant([math.nan, 1.0], dtype))[1]))
+
+
 def test_compute_dtype():
     expected = {"bfloat16": "float32", "float16": "float32", "float32": "float32",
                 "float64": "float64"}  # fmt: skip

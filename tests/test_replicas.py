@@ -402,3 +402,54 @@ def test_a_layer_that_is_frozen_in_mid_update():
     optimizer.apply([tf.constant([1.0, 3.0])], [one])
     assert optimizer.iterations.numpy() == 1
     np.testing.assert_array_equal(other.numpy(), np.ones(2))
+
+
+@pytest.mark.parametrize("name", ["SNGM", "LARS", "LAMB", "CLARS"])
+def test_a_gradient_that_is_zero_when_compiled(name):
+    weights = []
+    for jit_compile in (False, True):
+        moved, still = keras.Variable([1.0, 2.0]), keras.Variable([1.0, 1.0])
+        optimizer = getattr(tf_lbopt, name)(0.1)
+        optimizer.build([moved, still])
+
+        step = tf.function(
+            lambda gradient, optimizer=optimizer: optimizer.apply([gradient, tf.zeros([2])]),
+            jit_compile=jit_compile,
+        )
+        for _ in range(2):
+            step(tf.constant([3.0, 4.0]))
+        assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (2, 0)
+        weights.append([moved.numpy(), still.numpy()])
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-6)
+    assert weights[0][0][0] < 1.0
+
+
+def test_accumulation_by_rows_can_not_be_compiled_later():
+    table = keras.Variable(np.ones((6, 2)))
+    optimizer = tf_lbopt.VRSGD(0.1, gradient_accumulation_steps=2)
+    optimizer.build([table])
+
+    def step(rows):
+        optimizer.apply([tf.IndexedSlices(rows, tf.constant([0, 1]), tf.constant([6, 2]))], [table])
+
+    step(tf.ones([2, 2]))
+    with pytest.raises(ValueError, match="jit_compile=True"):
+        tf.function(step, jit_compile=True)(tf.ones([2, 2]))
+
+
+def test_averages_of_the_layers_that_are_not_frozen():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    model = keras.Sequential([keras.Input([3])])
+    for name in "abc":
+        model.add(keras.layers.Dense(3, use_bias=False, name=name))
+    optimizer = tf_lbopt.LAMB(0.01, use_ema=True, ema_momentum=0.9)
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(x, x, batch_size=4, epochs=2, verbose=0)
+    model.layers[0].trainable = False
+    frozen = model.get_weights()[0]
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(x, x, batch_size=4, verbose=0)
+    averages = [v.numpy() for v in optimizer._model_variables_moving_average]
+    np.testing.assert_array_equal(model.layers[0].kernel.numpy(), frozen)
+    for layer, average in zip(model.layers[1:], averages[1:], strict=True):
+        np.testing.assert_array_equal(layer.kernel.numpy(), average)

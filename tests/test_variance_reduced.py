@@ -229,6 +229,30 @@ def test_two_strategies_are_noticed():
 
 @pytest.mark.parametrize(
     "make",
+    [
+        lambda: tf_lbopt.VarianceReduced(keras.optimizers.Adam(0.1), gradient_accumulation_steps=2),
+        lambda: tf_lbopt.LossScaleOptimizer(keras.optimizers.Adam(0.1)),
+        lambda: tf_lbopt.LossScaleOptimizer(tf_lbopt.LAMB(0.1)),
+    ],
+)
+def test_set_weights_sets_the_inner_ones_too(make):
+    variable = keras.Variable([1.0, 2.0])
+    first, second = make(), make()
+    for _ in range(4):
+        first.apply([tf.constant([1.0, 2.0])], [variable])
+    weights = [v.numpy() for v in first.variables]
+    with pytest.raises(ValueError, match="`build`"):
+        second.set_weights(weights)
+    second.build([variable])
+    with pytest.raises(ValueError, match="Received: "):
+        second.set_weights(weights[:-1])
+    second.set_weights(weights)
+    for got, weight in zip(second.variables, weights, strict=True):
+        np.testing.assert_array_equal(got.numpy(), weight)
+
+
+@pytest.mark.parametrize(
+    "make",
     [lambda: tf_lbopt.VRLAMB(0.1), lambda: tf_lbopt.VarianceReduced(keras.optimizers.Adam(0.1))],
 )
 def test_trained_on_several_replicas_used_on_one(make, tmp_path):

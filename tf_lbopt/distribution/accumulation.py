@@ -69,6 +69,16 @@ class Accumulation(ReplicaState):
         Gradients decide the kind of accumulator: what arrives as ``IndexedSlices`` is kept by rows
         (by the whole table under XLA, which wants static shapes).
         """
+        by_rows = not _compat.in_xla_context()
+        kept_by_rows = (
+            isinstance(self.accumulators.get((0, index)), SparseAccumulator) for index in indices
+        )
+        if not by_rows and any(kept_by_rows):
+            raise ValueError(
+                "An optimizer that accumulates sparse gradients must be used with "
+                "`jit_compile=True` from the first step on, or never. Received: a compiled step "
+                "after others; make a new optimizer for it"
+            )
         missing = [
             (index, variable, gradient)
             for index, variable, gradient in zip(indices, variables, gradients, strict=True)
@@ -76,7 +86,6 @@ class Accumulation(ReplicaState):
         ]
         if not missing:
             return
-        by_rows = not _compat.in_xla_context()
         with _compat.outside_of_functions(), self._strategy.scope():
             if self._micro_step is None:
                 self._micro_step = self._variable(0, tf.TensorShape([]), tf.int64)
@@ -255,7 +264,8 @@ class Accumulation(ReplicaState):
         _logger.warning(
             "The checkpoint was written in mid-accumulation on %d replicas with "
             "gradient_accumulation_steps=%d; here there are %d replicas and "
-            "gradient_accumulation_steps=%d. The accumulators start empty: the "
+            "gradient_accumulation_steps=%d (if these are the same: other variables, or sparse "
+            "gradients with jit_compile=True on one side only). The accumulators start empty: the "
             "micro-steps since the last update are lost, nothing else.",
             header["replicas"], header["steps"], self._strategy.num_replicas_in_sync, self.steps,
         )  # fmt: skip

@@ -374,8 +374,8 @@ class Algorithm:
             )
         ]
         for variable, average in pairs:
-            momentum = tf.where(iterations == 0, 0.0, self.ema_momentum)
-            momentum = tf.cast(momentum, variable.dtype)
+            zero, later = tf.zeros([], variable.dtype), tf.cast(self.ema_momentum, variable.dtype)
+            momentum = tf.where(iterations == 0, zero, later)
             average.assign(momentum * average + (1 - momentum) * variable)
         if self.ema_overwrite_frequency:
 

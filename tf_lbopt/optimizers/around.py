@@ -1,8 +1,10 @@
 """What the optimizers around another Keras optimizer have in common."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
@@ -29,6 +31,25 @@ def require_same_strategy(
         )
 
 
+def set_all_weights(optimizer: keras.optimizers.Optimizer, weights: Sequence[Any]) -> None:
+    """`set_weights` for all of an optimizer's `variables`, those of an inner one among them.
+
+    Raises:
+        ValueError: It is not built, or the number of weights or the shape of one is wrong.
+    """
+    variables = optimizer.variables
+    expected = [tuple(variable.shape) for variable in variables]
+    received = [tuple(np.shape(weight)) for weight in weights]
+    if not optimizer.built or received != expected:
+        raise ValueError(
+            "`weights` must have a value of the same shape for each of the `variables` of a built "
+            f"optimizer. Expected: shapes {expected}{'' if optimizer.built else ', and `build`'}. "
+            f"Received: {received}"
+        )
+    for variable, weight in zip(variables, weights, strict=True):
+        variable.assign(weight)
+
+
 class AroundOptimizer(LargeBatchOptimizer):
     """Has the learning rate and the weight decay of its ``inner_optimizer``, its first argument."""
 
@@ -46,6 +67,10 @@ class AroundOptimizer(LargeBatchOptimizer):
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Excludes variables from the inner optimizer's weight decay."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all `variables`, the inner optimizer's among them."""
+        set_all_weights(self, weights)
 
     @classmethod
     def from_config(

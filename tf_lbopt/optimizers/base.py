@@ -149,6 +149,17 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     def _constant_loss_scale(self) -> tf.Tensor:
         return tf.constant(self.loss_scale_factor, tf.float32)
 
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Puts their averages into the place of these variables, at the end of `fit`.
+
+        Args:
+            var_list: The variables that are trained; those frozen since are none of them, which
+                Keras's own pairs wrongly.
+        """
+        if self.use_ema:
+            for variable in var_list:
+                variable.assign(self._model_variables_moving_average[self._known_index(variable)])
+
     # -- loss scaling from outside -----------------------------------------------------------------
 
     def expect_loss_scaling(self, right_across_replicas: bool) -> None:

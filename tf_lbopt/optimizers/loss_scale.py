@@ -14,7 +14,7 @@ from tf_lbopt.distribution.replicas import (
     sum_over_replicas,
 )
 from tf_lbopt.optimizers.algorithm import build_at_first_call
-from tf_lbopt.optimizers.around import require_same_strategy
+from tf_lbopt.optimizers.around import require_same_strategy, set_all_weights
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.statistics.sparse import divide
 
@@ -121,6 +121,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         with inside_scope(self._strategy):
             self.inner_optimizer.build(var_list)
             super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all `variables`, the inner optimizer's among them."""
+        set_all_weights(self, weights)
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times the current scale."""

@@ -133,5 +133,10 @@ def _factors(squares: tf.Tensor) -> tf.Tensor:
 
 
 def _scaled_norms(values: list[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
-    scaled = [v * f for v, f in zip(values, tf.unstack(factors, num=len(values)), strict=True)]
+    # Through `maximum` XLA can not square value and factor apart from each other. Else it does so
+    # where it knows the value: 0 is then multiplied by a square that overflows.
+    scaled = [
+        tf.maximum(tf.abs(v * f), 0)
+        for v, f in zip(values, tf.unstack(factors, num=len(values)), strict=True)
+    ]
     return tf.sqrt(_sums_of_squares(scaled)) / factors
