@@ -44,7 +44,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         name: The optimizer's name.
 
     Raises:
-        TypeError, ValueError: An argument is of the wrong type or outside its range.
+        TypeError, ValueError: An argument is of the wrong type or outside its range; the inner
+            optimizer scales the loss itself or was created outside of the strategy's scope.
 
     Example:
         >>> optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=8.0)

@@ -37,7 +37,8 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
     is the inner optimizer's own: in Keras's classes it is decoupled).
 
     Learning rate, schedule and weight decay are the inner optimizer's; accumulation, clipping, the
-    average of the weights and the loss scale are given here.
+    average of the weights and the loss scale are given here. (`keras.callbacks.SwapEMAWeights`
+    looks for the average in an `inner_optimizer` only, and can not be used with this one.)
 
     Args:
         inner_optimizer: A Keras optimizer, stock or of this package, not yet built.
@@ -48,8 +49,9 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range; the inner
-            optimizer scales the loss, is made of several, reduces variance itself, or has one of
-            the settings that belong here; one replica without accumulation.
+            optimizer scales the loss, is made of several, reduces variance itself, was created
+            outside of the strategy's scope, or has one of the settings that belong here; with the
+            first gradients, one replica without accumulation.
 
     Example:
         >>> w = keras.Variable([0.0, 0.0])
