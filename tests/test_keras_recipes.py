@@ -89,7 +89,9 @@ def parsed(*arguments):
         (["--learning_rate=0.1", "--momentum=1"], ["momentum", "[0, 1)"]),
         (["--learning_rate=0.1", "--data_dir=nowhere"], ["data_dir", "CIFAR-10", "nowhere"]),
         (["--config_file=nothing"], ["config_file", "sngm_table2_resnet20_sngm", "nothing"]),
-        (["--learning_rate=0.1", "--model=resnet18"], ["model", "resnet18"]),
+        (["--learning_rate=0.1", "--model=resnet18"], ["model", "one of", "resnet20", "resnet18"]),
+        (["--learning_rate=0.1", "--augmentation=yep"], ["augmentation", "true or false", "yep"]),
+        (["--learning_rate=0.1", "--result_file=."], ["result_file", "a file", "folder"]),
         (["--learnig_rate=0.1"], ["learnig_rate", "unknown"]),
     ],
 )

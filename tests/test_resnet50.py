@@ -118,6 +118,13 @@ def test_mistakes_end_in_one_line(small, arguments, said, capsys, monkeypatch):
     assert said in error[0]
 
 
+def test_gpus_that_are_not_there(small, capsys):
+    assert train.main(["train", *small, "--params_override=runtime.num_gpus=200"]) == 2
+    assert re.search(
+        r"runtime\.num_gpus of at most \d+, .*received 200$", capsys.readouterr().err.strip()
+    )
+
+
 def test_missing_extra_is_named(small, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "official.core.train_lib", None)
     assert train.main(["train", *small]) == 2

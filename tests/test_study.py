@@ -429,6 +429,10 @@ def test_only_some_runs(tmp_path, monkeypatch, capsys):
         ("B=16", "SGD", 1),
         ("B=16", "SGD", 2),
     ]
+    assert main([*command, f"--results={tmp_path / 'no' / 'rows.jsonl'}"]) == 2
+    assert "--results: expected a file in a folder that exists" in capsys.readouterr().err
+    assert main(["study", "--render", f"--results={tmp_path / 'rows.jsonll'}"]) == 2
+    assert "--results: expected a table with results to render" in capsys.readouterr().err
     assert main([*command, "--only=("]) == 2
     assert "--only: expected a regular expression, received '('" in capsys.readouterr().err
 

@@ -74,12 +74,17 @@ def _main(argv: Sequence[str]) -> None:
         print(help_text(values, PROGRAM, SUMMARY))
         return
     path = Path(values.results)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FlagValueError("results", "a file in a folder that exists", str(path))
     if values.study is not None:
         _study(STUDIES[values.study], path, values)
     elif not values.render:
         raise FlagValueError("study", f"one of {', '.join(sorted(STUDIES))}", "none")
     if values.render:
-        for written in render_pages(read_rows(path)):
+        rows = read_rows(path)
+        if not rows:
+            raise FlagValueError("results", "a table with results to render", str(path))
+        for written in render_pages(rows):
             print(f"wrote {written}")
 
 

@@ -183,12 +183,20 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         if reason.startswith("expected "):
             expected, _, received = reason.removeprefix("expected ").partition(", received ")
         else:
-            expected, received = "true or false", repr(received)
+            expected, received = _expected_by(values[name]), repr(received)
         raise FlagValueError(name, expected, received) from error
     except (flags.Error, ValueError) as error:
         raise FlagValueError("flags", "a well-formed command line", error) from error
     if rest:
         raise FlagValueError("flags", "only flags of the form --name=value", repr(rest[0]))
+
+
+def _expected_by(flag: flags.Flag) -> str:
+    """What a flag of absl's own kinds takes."""
+    if flag.boolean:
+        return "true or false"
+    choices = getattr(flag.parser, "enum_values", None)
+    return f"one of {', '.join(choices)}" if choices else flag.parser.syntactic_help
 
 
 def help_text(values: flags.FlagValues, program: str, summary: str) -> str:

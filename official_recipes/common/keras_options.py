@@ -380,6 +380,8 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
             f"{options.gradient_accumulation_steps} = {parts}",
             options.batch_size,
         )
+    if options.result_file is not None and options.result_file.is_dir():
+        raise FlagValueError("result_file", "a file", f"the folder {options.result_file}")
     for flag, folder in (
         ("model_dir", options.model_dir),
         ("result_file", options.result_file and options.result_file.parent),

@@ -511,12 +511,20 @@ def _check_runtime(params: Any, cluster: Cluster) -> None:
 
 
 def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
+    import tensorflow as tf
     from official.common import distribute_utils
 
     from official_recipes.common.replicas import cpu_strategy
 
     if options.cpu_replicas is not None:
         return cpu_strategy(options.cpu_replicas)
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    if params.runtime.num_gpus > gpus:  # which tf.distribute takes for so many replicas on the CPU
+        raise FlagValueError(
+            "params_override",
+            f"runtime.num_gpus of at most {gpus}, as many as TensorFlow sees (or --cpu_replicas)",
+            params.runtime.num_gpus,
+        )
     try:
         return distribute_utils.get_distribution_strategy(
             distribution_strategy=params.runtime.distribution_strategy,
