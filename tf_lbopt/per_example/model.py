@@ -89,7 +89,7 @@ class PerExampleNormsModel(keras.Model):
             self.__class__ = _functional(base, size)
 
     # Marked as Keras marks its own: it would take this for a subclass's, and ask for nothing more.
-    @functools.wraps(keras.Model.get_config)
+    @functools.wraps(keras.Model.get_config, assigned=())
     def get_config(self) -> dict[str, Any]:
         """The configuration as Keras makes it, with `norms_subset_size` if there is one."""
         config = super().get_config()
