@@ -119,7 +119,7 @@ class Accumulation(ReplicaState):
             raise ValueError("The accumulators do not exist before the first gradients arrive.")
         return self._micro_step
 
-    def note(self, indices: Sequence[int], absent: Mapping[int, str]) -> None:
+    def note(self, indices: Sequence[int], paths: Sequence[str | None]) -> None:
         """Notes which variables have a gradient in a micro-step, in the cross-replica context.
 
         An update is of those that have one in the last, and deviations are followed in those that
@@ -127,14 +127,15 @@ class Accumulation(ReplicaState):
 
         Args:
             indices: Of the variables that have one.
-            absent: The paths, by number, of those that are trained but have none.
+            paths: Of all of the optimizer's variables; ``None`` for those that are not trained.
 
         Raises:
             tf.errors.InvalidArgumentError: When it runs: one of those without has had one.
         """
-        size = self.seen.shape[0]
+        trained = {index: path for index, path in enumerate(paths) if path is not None}
+        absent = {index: trained[index] for index in sorted(trained.keys() - set(indices))}
         if absent:
-            missing = self.seen.read_value() * _ones_at(absent, size)
+            missing = self.seen.read_value() * _ones_at(absent, len(paths))
             tf.debugging.Assert(
                 tf.reduce_all(missing == 0.0),
                 [
@@ -143,7 +144,7 @@ class Accumulation(ReplicaState):
                     f"one earlier in this update. Received: none for {', '.join(absent.values())}"
                 ],
             )
-        self.seen.assign(tf.maximum(self.seen.read_value(), _ones_at(indices, size)))
+        self.seen.assign(tf.maximum(self.seen.read_value(), _ones_at(indices, len(paths))))
 
     def add(
         self,

@@ -13,7 +13,7 @@ meet; what follows needs no collective and runs on each replica's own copies.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -122,8 +122,7 @@ class Journey:
         clip: Limits of the mean gradient.
         turn: Which micro-step this is; where all of an update are known, the update is traced with
             the last one only.
-        size: How many variables the optimizer has.
-        absent: The paths, by number, of those that are trained but have no gradient.
+        paths: Of all of the optimizer's variables; ``None`` for those that are not trained.
         accumulation: The replicas' accumulators, or ``None`` without accumulation.
         summed: Whether the gradients are sums over the replicas already, the same on each; then
             there must be no statistics.
@@ -136,8 +135,7 @@ class Journey:
     anchor: tf.Variable
     clip: Clip
     turn: Turn
-    size: int
-    absent: Mapping[int, str]
+    paths: Sequence[str | None]
     accumulation: Accumulation | None = None
     summed: bool = False
 
@@ -197,11 +195,11 @@ class Journey:
             accumulation.clear()
             return [tf.constant(True)]
 
-        accumulation.prepare(self.indices, self.variables, gradients, self.size)
+        accumulation.prepare(self.indices, self.variables, gradients, len(self.paths))
         if turn.number == 0 and turn.of > 1:  # an error may have left the first of an earlier turn
             stale = accumulation.micro_step % turn.of > 0
             tf.cond(stale, start, lambda: tf.constant(True))
-        accumulation.note(self.indices, self.absent)
+        accumulation.note(self.indices, self.paths)
         on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
         if turn.number < turn.of - 1:
             return advance()

@@ -240,8 +240,10 @@ class Algorithm:
             anchor=tensorflow_variable(self._iterations),
             clip=Clip(self.clipnorm, self.clipvalue, self.global_clipnorm),
             turn=self._turn(),
-            size=len(self._trainable_variables),
-            absent=self._absent(indices),
+            paths=[
+                path_of(variable) if getattr(variable, "trainable", True) else None
+                for variable in self._trainable_variables
+            ],
             accumulation=self._accumulation,
             summed=summed,
         )
@@ -249,15 +251,6 @@ class Algorithm:
             [gradient for gradient, _ in pairs],
             self._gradient_norms([variable for _, variable in pairs], loss_scale),
         )
-
-    def _absent(self, indices: Sequence[int]) -> dict[int, str]:
-        """The paths of the variables that are trained but are not among these, by number."""
-        present = set(indices)
-        return {
-            index: path_of(variable)
-            for index, variable in enumerate(self._trainable_variables)
-            if index not in present and getattr(variable, "trainable", True)
-        }
 
     @contextlib.contextmanager
     def micro_step(self, number: int) -> Iterator[None]:
