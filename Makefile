@@ -6,6 +6,8 @@ SOURCES := pyproject.toml setup.py README.md $(shell find tf_lbopt official_reci
 # Tests import the installed package, so pytest is called as a script: `python -m` adds this folder.
 PYTEST := TF_LBOPT_INSTALLED=1 $(BIN)/pytest
 JOBS ?= 2
+# For `make recipes`: a folder of small real data sets, or nothing.
+DATA ?= $(wildcard ../shared/data)
 
 .PHONY: setup quickstart recipes evidence test test-all lint types format benchmark clean
 
@@ -29,7 +31,7 @@ quickstart: setup
 	$(BIN)/python -m official_recipes.quickstart
 
 recipes: setup
-	$(BIN)/python -m official_recipes.small_runs
+	$(BIN)/python -m official_recipes.small_runs $(if $(DATA),--data_dir=$(DATA))
 
 evidence: setup
 	$(BIN)/python -m benchmarks.study --render

@@ -27,13 +27,15 @@ from official_recipes.common.flag_parsing import (
     help_text,
     parse_flags,
 )
+from official_recipes.common.interruption import run_program
+from official_recipes.common.output_folder import make_folder
 from official_recipes.common.progress import progress_bar
 
 PROGRAM = "python -m official_recipes.small_runs"
 SUMMARY = (
     "Prepares small data, trains ResNet-18, BERT-tiny and a small DLRM on logical CPU replicas,\n"
     "each with a variance-reduced optimizer and its base, and prints one table. Real data are\n"
-    "taken from --data_dir where they are there, otherwise what the recipes bring along."
+    "taken from --data_dir where it has them, otherwise what the recipes bring along."
 )
 _KILLED = 1
 _RECIPES = Path(__file__).parent
@@ -127,7 +129,12 @@ def define_flags() -> flags.FlagValues:
     """Returns the flags."""
     values = flags.FlagValues()
     flags.DEFINE_string(
-        "data_dir", "../shared/data", "Folder of small real data sets.", flag_values=values
+        "data_dir",
+        None,
+        "Folder of small real data sets: "
+        + ", ".join(run.source for run in SMALL_RUNS)
+        + " [default: what the recipes bring along].",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "output_dir",
@@ -153,10 +160,7 @@ def main(argv: Sequence[str]) -> int:
     values = define_flags()
     try:
         parse_flags(values, argv)
-        known = [run.recipe for run in SMALL_RUNS]
-        for name in values.recipes:
-            if name not in known:
-                raise FlagValueError("recipes", f"names among {', '.join(known)}", repr(name))
+        _check(values)
     except FlagValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_FLAG
@@ -164,9 +168,10 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(values, PROGRAM, SUMMARY))
         return 0
     chosen = [run for run in SMALL_RUNS if run.recipe in values.recipes]
+    output = Path(values.output_dir)
+    data_dir = None if values.data_dir is None else Path(values.data_dir)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    output = Path(values.output_dir)
     with progress_bar(Console(stderr=True)) as progress:
         task = progress.add_task("recipes", total=sum(1 + len(r.optimizers) for r in chosen))
         for run in chosen:
@@ -182,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
                     failed.append(f"{name}: see {folder / name.replace(' ', '_')}.log")
                 return done
 
-            made = _run(run, folder, Path(values.data_dir), values.cpu_replicas, step)
+            made = _run(run, folder, data_dir, values.cpu_replicas, step)
             for row in made:
                 progress.console.print(
                     f"{row['recipe']} {row['optimizer']}: {row['metric']} {row['value']:.4f}, "
@@ -199,9 +204,22 @@ def main(argv: Sequence[str]) -> int:
     return _KILLED if failed else 0
 
 
-def _run(run: SmallRun, folder: Path, data_dir: Path, replicas: int, step: Any) -> list[dict]:
-    source = data_dir / run.source
-    real = source.exists()
+def _check(values: flags.FlagValues) -> None:
+    known = [run.recipe for run in SMALL_RUNS]
+    if not values.recipes or not {*values.recipes} <= {*known}:
+        raise FlagValueError(
+            "recipes", f"names among {', '.join(known)}", repr(",".join(values.recipes))
+        )
+    if values.data_dir is not None and not Path(values.data_dir).is_dir():
+        raise FlagValueError("data_dir", "a folder that exists", repr(values.data_dir))
+    make_folder("output_dir", Path(values.output_dir))
+
+
+def _run(
+    run: SmallRun, folder: Path, data_dir: Path | None, replicas: int, step: Any
+) -> list[dict]:
+    source = None if data_dir is None else data_dir / run.source
+    real = source is not None and source.exists()
     prepare = run.prepare if real else run.without_source
     module = f"official_recipes.{run.recipe}"
     data = folder / "data"
@@ -288,4 +306,4 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_program(main, sys.argv)

@@ -214,6 +214,12 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         ([f"--source={good}", f"--output_dir={full}"], "--output_dir: expected a folder that is"),
         ([f"--source={good}", "--output_dir="], "--output_dir: expected a path"),
         ([f"--source={tmp_path}/empty"], "--source has no rows to train on"),
+        ([f"--source={good}", f"--test_source={tmp_path}/empty"], "no row of 1 is held out"),
+        (["--synthetic_rows=3"], "no row of 3 is held out: expected more rows, or a --validation"),
+        (
+            [f"--source={good}", f"--validation_source={tmp_path}/empty"],
+            "--validation_source has no rows",
+        ),
         ([f"--source={tmp_path}/broken.gz"], "broken.gz"),
     ):
         given = ["prepare_data", *arguments]

@@ -18,16 +18,17 @@ import pytest
 import tensorflow as tf
 import yaml
 from conftest import strategy_of
-from harness_recipes import assert_same_by_single_micro_steps
+from harness_recipes import assert_same_by_single_micro_steps, cifar100_folder
 
 import tf_lbopt
 from official_recipes.cifar import train as cifar
 from official_recipes.cifar.models import NETWORKS, build_model
 from official_recipes.cifar.task import ImageTask, shifted_and_mirrored
-from official_recipes.common import keras_optimizers
+from official_recipes.common import keras_optimizers, keras_program
 from official_recipes.common.files import append_row
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
 from official_recipes.common.image_data import DataFormatError, ImageData, TfdsSource, find_source
+from official_recipes.common.interruption import Interrupted
 from official_recipes.common.keras_optimizers import (
     SGD,
     InverseSqrtDecay,
@@ -344,18 +345,6 @@ def test_the_end_of_a_run_waits_for_no_tuning_of_the_pipeline(monkeypatch):
     assert given[0].options().autotune.enabled is False
 
 
-def cifar100_folder(folder):
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 6), ("test", 4)):
-        content = {
-            b"data": rng.integers(0, 256, size=(count, 3072), dtype=np.uint8),
-            b"fine_labels": list(range(100 - count, 100)),
-            b"coarse_labels": [0] * count,
-        }
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-    return folder
-
-
 def test_cifar100(tmp_path):
     source = find_source(cifar100_folder(tmp_path))
     assert (source.kind, source.train_size) == ("cifar100", 6)
@@ -533,8 +522,20 @@ def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
         train(task_of(), cut, strategy_of(2), on_epoch=kill)
     with pytest.raises(FlagValueError, match="resume"):
         train(task_of(), cut, strategy_of(2))
-    with pytest.raises(FlagValueError, match="optimizer"):
-        train(task_of(), dataclasses.replace(cut, resume=True, optimizer="sngm"), strategy_of(2))
+    for change, said in (
+        ({"optimizer": "sngm"}, "--optimizer: expected extrap_sgd, as in the run to resume"),
+        ({"optimizer_arguments": {"momentum": 0.5}}, "--momentum: expected None, .*received 0.5"),
+        (
+            {"schedule": dataclasses.replace(cut.schedule, kind="cosine")},
+            "--schedule: expected constant, as in the run to resume, received cosine",
+        ),
+        (
+            {"post_local": PostLocalOptions(1.0, 4, False)},
+            "--average_momentum: expected None, as in the run to resume, received False",
+        ),
+    ):
+        with pytest.raises(FlagValueError, match=said):
+            train(task_of(), dataclasses.replace(cut, resume=True, **change), strategy_of(2))
     resumed = train(task_of(), dataclasses.replace(cut, resume=True), strategy_of(2))
     assert (resumed.resumed_from, resumed.updates) == (1, 30)
     np.testing.assert_allclose(resumed.train_loss, whole.train_loss, rtol=1e-5)
@@ -580,6 +581,23 @@ def test_a_run_that_is_killed_and_resumed(tmp_path):
     assert row["final"]["test_accuracy"] > 0.9
     assert f"epoch {row['resumed_from'] + 1}/60" in done.stdout
     assert list((tmp_path / "run" / "tensorboard" / "train").iterdir())
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(recipe, values, options):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(keras_program, "_run", interrupted)
+    arguments = [*command(tmp_path)[2:], "--epochs=3"]
+    with pytest.raises(KeyboardInterrupt):
+        cifar.main(arguments)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "ckpt-1.index").touch()
+    with pytest.raises(KeyboardInterrupt):
+        cifar.main(arguments)
+    said = f"{tmp_path / 'run'} has a checkpoint: --resume goes on from it\n"
+    assert capsys.readouterr().err == said
 
 
 def test_rows_are_appended_whole(tmp_path):

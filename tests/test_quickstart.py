@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness_recipes import cifar100_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "official_recipes.quickstart"]
@@ -77,6 +78,17 @@ def test_folder_without_known_data(tmp_path, capsys):
 
     assert main(["quickstart", f"--data_dir={tmp_path}"]) == 2
     assert f"({tmp_path} has no known data)" in capsys.readouterr().err
+
+
+def test_cifar100(tmp_path, capsys):
+    from official_recipes.quickstart.__main__ import main
+
+    folder = cifar100_folder(tmp_path)
+    arguments = ["--optimizers=sngm", "--nobaseline", "--batch_size=4", "--replicas=2"]
+    arguments += [f"--data_dir={folder}", "--epochs=1", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["quickstart", *arguments]) == 0
+    assert (tmp_path / "out" / "quickstart.png").is_file()
+    assert "sngm" in capsys.readouterr().out
 
 
 def test_output_dir_that_is_a_file(tmp_path, capsys):

@@ -94,11 +94,28 @@ def test_there_are_configurations_for_the_batches_of_the_papers():
     ("arguments", "said"),
     [
         (["--mode=fly"], "--mode: expected one of train"),
-        (["--config_file=nowhere.yaml"], "--config_file: expected a file that exists"),
+        (["--config_file=nowhere.yaml"], "one of the recipe's (clars_16k, images_cpu, "),
         (["--cpu_replicas=0"], "--cpu_replicas: expected"),
         (["--nonsense=1"], "--nonsense: expected one of the flags"),
         (["--experiment=nonsense"], "--experiment: expected a registered experiment"),
         (["--params_override=task.nonsense=1"], "'nonsense' does not exist"),
+        (
+            ["--params_override=trainer.train_steps=many"],
+            "train_steps: an integer, received 'many'",
+        ),
+        (["--params_override=trainer.train_steps=2.5"], "train_steps: an integer, received 2.5"),
+        (
+            ["--params_override=trainer.loss_upper_bound=big"],
+            "loss_upper_bound: a number, received",
+        ),
+        (
+            ["--params_override=task.train_data.is_training=7"],
+            "is_training: true or false, received",
+        ),
+        (
+            ["--params_override=trainer.optimizer_config.optimizer.type=foo"],
+            "trainer.optimizer_config.optimizer.type: one of adafactor, ",
+        ),
         (["--params_override=task.train_data.input_path=no/train*"], "which matches no file"),
         (["--mode=eval"], "a folder with a checkpoint"),
         (["--params_override=trainer.optimizer_config.optimizer.type=vr_nonsense"], "vr_nonsense"),
@@ -128,7 +145,7 @@ def test_gpus_that_are_not_there(small, capsys):
 def test_missing_extra_is_named(small, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "official.core.train_lib", None)
     assert train.main(["train", *small]) == 2
-    assert "pip install 'tf-lbopt[recipes]'" in capsys.readouterr().err
+    assert "pip install '.[recipes]'" in capsys.readouterr().err
 
 
 def test_dataset_that_is_not_prepared(small, capsys):

@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
         summary=SUMMARY,
         register=_register,
         default_experiment=EXPERIMENT,
+        configs=Path(__file__).parent / "configs",
         check=check,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -199,8 +200,34 @@ def _expected_by(flag: flags.Flag) -> str:
     return f"one of {', '.join(choices)}" if choices else flag.parser.syntactic_help
 
 
-def help_text(values: flags.FlagValues, program: str, summary: str) -> str:
-    """Formats usage, summary and all flags with their defaults."""
+def config_path(name: str, configs: Path) -> Path:
+    """The config file that ``--config_file`` names.
+
+    Args:
+        name: A path, or the name of one of the recipe's own files.
+        configs: The folder with these.
+
+    Raises:
+        FlagValueError: It is neither.
+    """
+    for path in (Path(name), configs / name, configs / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise FlagValueError(
+        "config_file",
+        f"a YAML file, or one of the recipe's ({_config_names(configs)})",
+        repr(name),
+    )
+
+
+def _config_names(configs: Path) -> str:
+    return ", ".join(sorted(path.stem for path in configs.glob("*.yaml"))) or "none"
+
+
+def help_text(
+    values: flags.FlagValues, program: str, summary: str, configs: Path | None = None
+) -> str:
+    """Formats usage, summary, all flags with their defaults, and a recipe's config files."""
     lines = [f"usage: {program} [--flag=value ...]", "", summary, "", "flags:"]
     for name in sorted(values):
         flag = values[name]
@@ -208,4 +235,6 @@ def help_text(values: flags.FlagValues, program: str, summary: str) -> str:
         boolean = flag.boolean and name != "help"
         lines.append(f"  --{'[no]' if boolean else ''}{name}{default}")
         lines.append(f"      {flag.help}")
+    if configs is not None:
+        lines += ["", f"config files of the recipe: {_config_names(configs)}"]
     return "\n".join(lines)

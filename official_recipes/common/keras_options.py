@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,21 @@ from official_recipes.common.flag_parsing import (
     NumberParser,
     PositiveFloatParser,
     ShareParser,
+    config_path,
     define_integer,
     define_positive_float,
     help_text,
     parse_flags,
 )
+from official_recipes.common.output_folder import make_folder
 
 SCHEDULES = ("constant", "polynomial", "cosine", "step", "inverse_sqrt")
 SCALINGS = ("linear", "sqrt")
 DTYPES = ("float32", "mixed_bfloat16", "mixed_float16")
 DEVICES = ("auto", "cpu")
+
+CHECKPOINTS = "checkpoints"
+"""Folder in `model_dir`."""
 
 Scalar = float | int | bool | str
 
@@ -299,24 +303,11 @@ def parse_training_flags(
     """
     parse_flags(values, argv)
     if values.help:
-        names = sorted(path.stem for path in configs.glob("*.yaml"))
-        print(help_text(values, program, summary))
-        if names:
-            print(f"\nconfig files of the recipe: {', '.join(names)}")
+        print(help_text(values, program, summary, configs))
         return False
     if values.config_file is not None:
-        _read_config(values, _config_path(values.config_file, configs))
+        _read_config(values, config_path(values.config_file, configs))
     return True
-
-
-def _config_path(name: str, configs: Path) -> Path:
-    for path in (Path(name), configs / name, configs / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.stem for path in configs.glob("*.yaml"))) or "none"
-    raise FlagValueError(
-        "config_file", f"a YAML file, or one of the recipe's ({known})", repr(name)
-    )
 
 
 def _read_config(values: flags.FlagValues, path: Path) -> None:
@@ -387,7 +378,7 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         ("result_file", options.result_file and options.result_file.parent),
     ):
         if folder is not None:
-            _make_folder(flag, folder)
+            make_folder(flag, folder)
     return options
 
 
@@ -441,12 +432,3 @@ def _post_local(values: flags.FlagValues) -> PostLocalOptions | None:
     return PostLocalOptions(
         values.post_local_start_epoch, values.post_local_period, values.average_momentum
     )
-
-
-def _make_folder(flag: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagValueError(flag, "a folder that can be made", repr(str(folder))) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FlagValueError(flag, "a folder that can be written to", repr(str(folder)))

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
-from official_recipes.common.interruption import Interruption, interruption
+from official_recipes.common.interruption import Interrupted, Interruption, interruption
 from official_recipes.common.keras_options import (
+    CHECKPOINTS,
     TrainingOptions,
     parse_training_flags,
     training_options,
@@ -75,7 +76,13 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
             return 0
         options = training_options(values)
         recipe.check(values)
-        result = _run(recipe, values, options)
+        try:
+            result = _run(recipe, values, options)
+        except Interrupted:
+            folder = options.model_dir
+            if folder is not None and any((folder / CHECKPOINTS).glob("*.index")):
+                print(f"{folder} has a checkpoint: --resume goes on from it", file=sys.stderr)
+            raise
     except FlagValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return EXIT_BAD_FLAG

@@ -23,12 +23,18 @@ from official_recipes.common.files import append_row, plain, write_json
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.input_pipeline import without_autotuning
 from official_recipes.common.keras_optimizers import make_optimizer
-from official_recipes.common.keras_options import TrainingOptions, check_batch
+from official_recipes.common.keras_options import CHECKPOINTS, TrainingOptions, check_batch
 
 _VERSIONS = ("tensorflow", "keras", "numpy", "tf-lbopt")
 _HISTORY = "history.json"
 _RESULT = "result.json"
 _SETTINGS = "settings.json"
+# Flags that are called otherwise where they are settings.
+_FLAGS = {
+    "kind": "schedule",
+    "start_epoch": "post_local_start_epoch",
+    "period": "post_local_period",
+}
 # What may change between a run and its continuation.
 _NOT_OF_THE_RUN = ("model_dir", "resume", "result_file", "checkpoint_every", "device")
 
@@ -296,7 +302,7 @@ class _Checkpoints(keras.callbacks.Callback):
             model=model, optimizer=model.optimizer, epoch=self._epoch
         )
         self._manager = tf.train.CheckpointManager(
-            self._checkpoint, str(self._folder / "checkpoints"), max_to_keep=2
+            self._checkpoint, str(self._folder / CHECKPOINTS), max_to_keep=2
         )
 
     def restore(self) -> int:
@@ -326,12 +332,11 @@ class _Checkpoints(keras.callbacks.Callback):
         return epoch
 
     def _check_settings(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
-        for key in sorted({*saved, *now}):
-            if saved.get(key) != now.get(key):
+        before, after = _by_flag(saved), _by_flag(now)
+        for flag in sorted({*before, *after}):
+            if before.get(flag) != after.get(flag):
                 raise FlagValueError(
-                    key if key != "schedule" else "learning_rate and schedule",
-                    f"{saved.get(key)}, as in the run to resume",
-                    now.get(key),
+                    flag, f"{before.get(flag)}, as in the run to resume", after.get(flag)
                 )
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -357,3 +362,14 @@ class _Checkpoints(keras.callbacks.Callback):
                 "seconds": seconds,
             },
         )
+
+
+def _by_flag(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names of the flags that they come from."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_by_flag(value))
+        elif value is not None:
+            flat[_FLAGS.get(name, name)] = value
+    return flat

@@ -13,6 +13,9 @@ from pathlib import Path
 from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
 from official_recipes.common.interruption import Interrupted
 
+INSTALL = "install what recipes need by pip install '.[recipes]' in the project's folder"
+"""What to do where a module is missing."""
+
 NOTHING_WRITTEN = "interrupted: nothing was written"
 
 
@@ -33,13 +36,31 @@ def exit_code_of(prepare: Callable[[], None], *mistakes: type[Exception]) -> int
     except told as error:
         message = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
-            message += ": install what recipes need by pip install 'tf-lbopt[recipes]'"
+            message += f": {INSTALL}"
         print(message, file=sys.stderr)
         return EXIT_BAD_FLAG
     except Interrupted as error:
         print(NOTHING_WRITTEN, file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    """Makes a folder where there is none yet.
+
+    Args:
+        flag: The name of the flag that gave it, for errors.
+        folder: The folder, whose parents are made too.
+
+    Raises:
+        FlagValueError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlagValueError(flag, "a folder that can be made", repr(str(folder))) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FlagValueError(flag, "a folder that can be written to", repr(str(folder)))
 
 
 def check_output_dir(value: str | None, flag: str = "output_dir") -> Path:

@@ -14,6 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
+import types
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from official_recipes.common.files import json_text, plain
 from official_recipes.common.flag_parsing import (
     EXIT_BAD_FLAG,
     FlagValueError,
+    config_path,
     define_integer,
     help_text,
     parse_flags,
@@ -40,6 +43,7 @@ from official_recipes.common.multi_worker import (
     losing_workers,
     runner_class,
 )
+from official_recipes.common.output_folder import INSTALL, make_folder
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -51,7 +55,6 @@ SYNTHETIC = "synthetic"
 SUMMARY_FILE = "summary.json"
 """What a run leaves in its model_dir when it ends: see `write_summary`."""
 
-EXTRA = "tf-lbopt[recipes]"
 _LAST_WORDS = "interrupted again: what came after the last checkpoint is lost"
 _DIVERGED = "The loss value is"  # NaN, or beyond trainer.loss_upper_bound
 
@@ -120,6 +123,7 @@ def train_from_command_line(
     summary: str,
     register: Callable[[], None],
     default_experiment: str,
+    configs: Path,
     check: Callable[[Any, Options], None] | None = None,
 ) -> int:
     """The main function of a recipe, whose tasks' models come with all their variables.
@@ -130,6 +134,7 @@ def train_from_command_line(
         summary: What it does, for help.
         register: Registers the recipe's experiments; called when the flags are known to be good.
         default_experiment: Of ``--experiment``.
+        configs: The folder of the recipe's own config files.
         check: More checks of the parameters; raises `FlagValueError`.
 
     Returns:
@@ -139,7 +144,7 @@ def train_from_command_line(
     try:
         started = time.monotonic()
         cluster = cluster_from_environment()
-        options = parse_options(argv, program, summary, default_experiment, cluster)
+        options = parse_options(argv, program, summary, default_experiment, configs, cluster)
         if options is None:
             return 0
         _run(options, cluster, register, check, started)
@@ -149,8 +154,7 @@ def train_from_command_line(
         if error.name is None or error.name.split(".")[0] in ("tf_lbopt", "official_recipes"):
             raise
         return _fail(
-            f"the module {error.name} is missing: install what recipes need by "
-            f"pip install '{EXTRA}'",
+            f"the module {error.name} is missing: {INSTALL}",
             EXIT_BAD_FLAG,
         )
     except (DivergedError, WorkerLostError) as error:
@@ -173,7 +177,8 @@ def parse_options(
     program: str,
     summary: str,
     default_experiment: str,
-    cluster: Cluster = Cluster(),  # noqa: B008  # immutable
+    configs: Path,
+    cluster: Cluster,
 ) -> Options | None:
     """Parses and checks the command line; prints help and returns ``None`` when asked for it.
 
@@ -187,7 +192,8 @@ def parse_options(
     flags.DEFINE_multi_string(
         "config_file",
         [],
-        "YAML file of overrides; given several times, later ones win.",
+        "YAML file of overrides, or the name of one of the recipe's own; given several times, "
+        "later ones win.",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -229,18 +235,18 @@ def parse_options(
     flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     parse_flags(values, argv)
     if values.help:
-        print(help_text(values, program, summary))
+        print(help_text(values, program, summary, configs))
         return None
     if values.mode not in MODES:
         raise FlagValueError("mode", f"one of {', '.join(MODES)}", repr(values.mode))
     if not values.model_dir:
         raise FlagValueError("model_dir", "a folder", repr(values.model_dir))
-    for file in values.config_file:
-        if "://" not in file and not Path(file).is_file():
-            raise FlagValueError("config_file", "a file that exists", repr(file))
     options = Options(
         experiment=values.experiment,
-        config_file=tuple(values.config_file),
+        config_file=tuple(
+            file if "://" in file else str(config_path(file, configs))
+            for file in values.config_file
+        ),
         params_override=values.params_override,
         mode=values.mode,
         model_dir=values.model_dir,
@@ -275,12 +281,7 @@ def _check_model_dir(folder: Path, options: Options) -> None:
                 "model_dir", f"a folder with a checkpoint for --mode={options.mode}", repr(folder)
             )
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagValueError("model_dir", "a folder that can be made", repr(str(folder))) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FlagValueError("model_dir", "a folder that can be written to", repr(str(folder)))
+    make_folder("model_dir", folder)
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -337,11 +338,49 @@ def parse_params(options: Options) -> Any:
             raise FlagValueError(
                 "sub_batches", "an experiment whose task has sub-batches", options.experiment
             ) from error
+    _check_values(params)
     try:
         params.validate()
     except (KeyError, ValueError) as error:
         raise FlagValueError("params_override", "consistent parameters", error) from error
     return params
+
+
+def _check_values(config: Any, path: str = "") -> None:
+    """Checks numbers, truth values and names of alternatives, which tf-models takes as they come.
+
+    Raises:
+        FlagValueError: One is something else.
+    """
+    from official.modeling.hyperparams import base_config, oneof
+
+    hints = typing.get_type_hints(type(config))
+    for name, hint in hints.items():
+        value = getattr(config, name, None)
+        if isinstance(value, base_config.Config):
+            _check_values(value, f"{path}{name}.")
+            continue
+        expected = None if value is None else _expected(hint, value)
+        if isinstance(config, oneof.OneOfConfig) and name == "type" and value is not None:
+            choices = sorted(hints.keys() - {"type"})
+            expected = None if value in choices else f"one of {', '.join(choices)}"
+        if expected is not None:
+            raise FlagValueError("params_override", f"{path}{name}: {expected}", repr(value))
+
+
+def _expected(hint: Any, value: Any) -> str | None:
+    """What a field of this type takes if this is not it; ``None`` for types that are not simple."""
+    several = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = {*(typing.get_args(hint) if several else (hint,))} - {type(None)}
+    if kinds == {bool}:
+        return None if isinstance(value, bool) else "true or false"
+    if not kinds <= {int, float}:
+        return None
+    if float not in kinds:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return None if whole and not isinstance(value, bool) else "an integer"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if number else "a number"
 
 
 def check_data(params: Any, options: Options) -> None:

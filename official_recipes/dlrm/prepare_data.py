@@ -266,8 +266,8 @@ def _prepare(options: Options) -> None:
     )
     if record["skipped_rows"]:
         print(f"left {record['skipped_rows']} malformed rows out", file=sys.stderr)
-    if "bayes_auc" in record:
-        best = record["bayes_auc"]["validation"]
+    best = record.get("bayes_auc", {}).get("validation")
+    if best is not None:
         print(f"best possible AUC on the validation rows: {best['of_these_clicks']:.4f}")
 
 
@@ -392,8 +392,9 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
             clicks[split] += chunk.labels.count(b"1")
             if chunk.logits is not None:
                 best[split].add(chunk.logits, np.array([x == b"1" for x in chunk.labels]))
-    if not counts["train"]:
-        raise RowError("--source has no rows to train on")
+    for split in outputs:
+        if not counts[split]:
+            raise RowError(_no_rows(options, split, sum(counts.values())))
     record: dict[str, Any] = {
         "rows": counts,
         "clicks": clicks,
@@ -417,6 +418,18 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
             if 0 < clicks[split] < counts[split]
         }
     return record
+
+
+def _no_rows(options: Options, split: str, rows: int) -> str:
+    if split == "train":
+        return "--source has no rows to train on"
+    if options.sources[split]:
+        return f"--{split}_source has no rows"
+    fraction = _fraction(options, split)
+    return (
+        f"no row of {rows} is held out: expected more rows, or a --{split}_fraction of 0 or larger "
+        f"than the one received, {fraction:g}"
+    )
 
 
 def _fraction(options: Options, split: str) -> float:

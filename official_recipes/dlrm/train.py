@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from official_recipes.common.flag_parsing import FlagValueError
@@ -13,7 +14,8 @@ from official_recipes.common.tfm_training import Options, run_program, train_fro
 PROGRAM = "python -m official_recipes.dlrm.train"
 SUMMARY = (
     "Trains DLRM on click logs as prepare_data.py writes them, at large batches and with any\n"
-    "optimizer of this package. The flags are those of the tf-models command line, and two more."
+    "optimizer of this package. The flags are those of the tf-models command line,\n"
+    "and --cpu_replicas, --sub_batches and --seed."
 )
 EXPERIMENT = "large_batch_dlrm"
 _DENSE_ONLY = ("lars",)
@@ -37,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         summary=SUMMARY,
         register=_register,
         default_experiment=EXPERIMENT,
+        configs=Path(__file__).parent / "configs",
         check=_check,
     )
 

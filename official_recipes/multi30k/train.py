@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def define_flags() -> flags.FlagValues:
     """Returns the recipe's flags."""
     values = define_training_flags(batch_size=128, epochs=4, schedule="inverse_sqrt")
-    values["warmup_epochs"].default = values["warmup_epochs"].value = 2.0
+    values.set_default("warmup_epochs", 2.0)
     define_integer(values, "layers", 3, "In the encoder, and as many in the decoder.")
     define_integer(values, "width", 256, "Of the embeddings; a multiple of --heads.")
     define_integer(values, "inner", 1024, "Of the dense layers.")

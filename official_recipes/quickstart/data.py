@@ -1,4 +1,4 @@
-"""The quickstart's data: digits by default, MNIST or CIFAR-10 from a folder."""
+"""The quickstart's data: digits by default, MNIST or CIFAR from a folder."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from pathlib import Path
 
 from official_recipes.common import image_data
 from official_recipes.common.image_data import (
-    DataFormatError,
     DigitsSource,
     ImageData,
     ImageSource,
     find_source,
 )
 
-_KINDS = ("digits", "mnist", "cifar10")
 _VALIDATION_FRACTION = 0.2
 
 
@@ -25,10 +23,7 @@ def choose_source(data_dir: Path | None) -> ImageSource:
     """
     if data_dir is None:
         return DigitsSource()
-    source = find_source(data_dir)
-    if source.kind not in _KINDS:
-        raise DataFormatError(f"{data_dir} has {source.name}")
-    return source
+    return find_source(data_dir)
 
 
 def validation_size(train_size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from official_recipes.common.flag_parsing import (
     parse_flags,
 )
 from official_recipes.common.image_data import KNOWN_FORMS, DataFormatError, ImageSource
+from official_recipes.common.output_folder import make_folder
 from official_recipes.quickstart.data import choose_source, validation_size
 from official_recipes.quickstart.settings import DATA_DEFAULTS, DEFAULT_OPTIMIZERS, WARMUP_FRACTION
 
@@ -122,7 +122,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "data_dir",
         None,
-        "Folder with MNIST or CIFAR-10 files [default: the digits inside scikit-learn].",
+        "Folder with MNIST, CIFAR-10 or CIFAR-100 files [default: the digits inside scikit-learn].",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -191,7 +191,7 @@ def parse_options(argv: Sequence[str]) -> Options | None:
     if options.rates is not None and not options.tune:
         raise FlagValueError("rates", "to be given together with --tune", "no --tune")
     _check_batches(options)
-    _check_output_dir(options.output_dir)
+    make_folder("output_dir", options.output_dir)
     return options
 
 
@@ -261,14 +261,3 @@ def _check_batches(options: Options) -> None:
             raise FlagValueError(
                 flag, f"at most the {train_size} training images of {options.source.name}", batch
             )
-
-
-def _check_output_dir(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlagValueError(
-            "output_dir", "a folder that can be made", repr(str(folder))
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FlagValueError("output_dir", "a folder that can be written to", repr(str(folder)))

@@ -35,6 +35,7 @@ DATA_DEFAULTS = {
     "digits": DataDefaults(small_batch_size=32, batch_size=512, epochs=40),
     "mnist": DataDefaults(small_batch_size=128, batch_size=4096, epochs=5),
     "cifar10": DataDefaults(small_batch_size=128, batch_size=4096, epochs=10),
+    "cifar100": DataDefaults(small_batch_size=128, batch_size=4096, epochs=10),
 }
 
 # Peak learning rates. Chosen with `python -m official_recipes.quickstart --tune` on the digits, on

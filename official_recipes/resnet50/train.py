@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from official_recipes.common.tfm_training import run_program, train_from_command_line
 
 PROGRAM = "python -m official_recipes.resnet50.train"
 SUMMARY = (
     "Trains ResNet-50 (or ResNet-18) as tf-models-official does, at large batches and with any\n"
-    "optimizer of this package. The flags are those of the tf-models command line, and two more."
+    "optimizer of this package. The flags are those of the tf-models command line,\n"
+    "and --cpu_replicas, --sub_batches and --seed."
 )
 EXPERIMENT = "large_batch_resnet"
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         summary=SUMMARY,
         register=_register,
         default_experiment=EXPERIMENT,
+        configs=Path(__file__).parent / "configs",
     )
 
 
