@@ -8,6 +8,7 @@ from conftest import strategy_of
 from test_extrapolation import ARGUMENTS, ROWS, Loop, assert_close, batches, initial, reference
 
 import tf_lbopt
+from tf_lbopt.distribution.sub_batches import split
 
 
 def model_of(optimizer, replicas=1, model_class=keras.Model, dtype=None, **compile_arguments):
@@ -453,3 +454,12 @@ def test_the_wrapper_that_keras_adds_is_refused():
     with pytest.raises(ValueError, match=r"tf_lbopt\.LossScaleOptimizer\(ExtrapSGD"):
         fit(model, batches(1, ROWS))
     assert_close(model.get_weights(), initial())
+
+
+def test_a_batch_in_parts_has_what_is_not_of_examples_in_each():
+    data = {"x": tf.reshape(tf.range(8), [4, 2]), "scale": tf.constant(2.0), "none": None}
+    first, second = split(data, 2, "sub_batches")
+    np.testing.assert_array_equal(first["x"], [[0, 1], [2, 3]])
+    np.testing.assert_array_equal(second["x"], [[4, 5], [6, 7]])
+    assert first["scale"] is second["scale"] is data["scale"]
+    assert first["none"] is second["none"] is None

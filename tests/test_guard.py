@@ -167,16 +167,32 @@ def test_loss_scale_unbuilt_custom_loop_uses_the_current_scale():
 
 def test_loss_scale_stays_a_number():
     optimizer = tf_lbopt.LossScaleOptimizer(
-        tf_lbopt.SNGM(0.1), initial_scale=2.0**99, dynamic_growth_steps=1
+        tf_lbopt.SNGM(0.1), initial_scale=2.0**39, dynamic_growth_steps=1
     )
     variable = keras.Variable([1.0, 2.0])
     for _ in range(4):
         optimizer.apply([tf.constant([1.0, 1.0])], [variable])
-    assert optimizer.dynamic_scale.numpy() == 2.0**100
-    optimizer.dynamic_scale.assign(2.0**-99)
+    assert optimizer.dynamic_scale.numpy() == 2.0**40
+    optimizer.dynamic_scale.assign(2.0**-39)
     for _ in range(4):
         optimizer.apply([tf.constant([np.nan, 1.0])], [variable])
-    assert optimizer.dynamic_scale.numpy() == 2.0**-100
+    assert optimizer.dynamic_scale.numpy() == 2.0**-40
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**15, 2.0**40])
+@pytest.mark.parametrize("difference", [3e-4, 1.0])
+def test_vrgd_does_not_depend_on_the_scale(scale, difference):
+    weights = []
+    for units in (1.0, scale):
+        variable = keras.Variable([0.0, 0.0])
+        optimizer = tf_lbopt.VRSGD(1.0, gradient_accumulation_steps=2)
+        if units != 1:
+            optimizer = tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=units)
+        for gradient in ([1.0, 0.0], [1.0 + difference, 0.0]):
+            optimizer.apply([tf.constant(gradient) * units], [variable])
+        weights.append(variable.numpy())
+    assert weights[0][0] < -0.9 * (1 + difference / 2)
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-6)
 
 
 def _mixed_float16_model():

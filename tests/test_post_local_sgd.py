@@ -1053,3 +1053,28 @@ def test_what_else_is_refused():
         tf_lbopt.VarianceReduced(sgd(1, 2)())
     with pytest.raises(ValueError, match="steps_per_execution=2"):
         fit(model_of(sgd(1, 2), 1, steps_per_execution=2), batches(2, 4))
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_saved_model(start, tmp_path):
+    with strategy_of(2).scope():
+        model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        model.compile(tf_lbopt.PostLocalSGD(keras.optimizers.SGD(0.1), start, 2), loss="mse")
+    model.fit(np.ones([4, 2]), np.ones([4, 1]), batch_size=4, verbose=0)
+    tf.saved_model.save(model, str(tmp_path))
+    stored = tf.train.load_checkpoint(str(tmp_path / "variables" / "variables"))
+    kernels = [
+        stored.get_tensor(name)
+        for name, shape in stored.get_variable_to_shape_map().items()
+        if shape == [2, 1]
+    ]
+    model.optimizer.end_period()
+    assert any(np.allclose(kernel, model.layers[0].kernel) for kernel in kernels)
+
+
+def test_callbacks_of_another_loop():
+    tf_lbopt.PostLocalSGD(keras.optimizers.SGD(0.1), start=1, period=2)
+    calls = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: calls.append(epoch))
+    keras.callbacks.CallbackList([callback]).on_epoch_end(3, {})
+    assert calls == [3]

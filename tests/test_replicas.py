@@ -1,5 +1,6 @@
 """What holds on every replica: equal bits, sparse as dense, one packed reduction, no retracing."""
 
+import contextlib
 import itertools
 
 import keras
@@ -394,6 +395,27 @@ def test_a_gradient_that_is_missing_in_mid_update_is_told(make, replicas, functi
         second()
 
 
+@pytest.mark.parametrize("make", [tf_lbopt.LARS, tf_lbopt.VRSGD])
+def test_a_gradient_that_is_missing_in_mid_update_discards_a_compiled_one(make):
+    one, other = (keras.Variable(np.ones(2), name=n) for n in ("one", "other"))
+    optimizer = make(0.1, gradient_accumulation_steps=2)
+    optimizer.build([one, other])
+
+    def step_of(*variables):
+        pairs = [(tf.constant([1.0, 2.0]), variable) for variable in variables]
+        return tf.function(lambda: optimizer.apply_gradients(pairs), jit_compile=True)
+
+    both, first = step_of(one, other), step_of(one)
+    both()
+    first()
+    assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (0, 1)
+    np.testing.assert_array_equal([one.numpy(), other.numpy()], np.ones([2, 2]))
+    first()
+    both()  # nothing is left of the update before
+    assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (1, 1)
+    assert (one.numpy() < 1).all()
+
+
 def test_a_layer_that_is_frozen_in_mid_update():
     one, other = (keras.Variable(np.ones(2), name=n) for n in ("one", "other"))
     optimizer = tf_lbopt.VRSGD(0.1, gradient_accumulation_steps=2)
@@ -453,3 +475,37 @@ def test_averages_of_the_layers_that_are_not_frozen():
     np.testing.assert_array_equal(model.layers[0].kernel.numpy(), frozen)
     for layer, average in zip(model.layers[1:], averages[1:], strict=True):
         np.testing.assert_array_equal(layer.kernel.numpy(), average)
+
+
+@pytest.mark.parametrize("name", ["LARS", "CLARS", "VRLARS", "LAMB", "VRLAMB", "SNGM"])
+@pytest.mark.parametrize("magnitude", [1e-30, 2e-38, 1e-44])
+def test_gradients_next_to_nothing(name, magnitude):
+    variable = keras.Variable(np.full(3, 10.0, np.float32))
+    accumulation = {"gradient_accumulation_steps": 2} if name.startswith("VR") else {}
+    optimizer = getattr(tf_lbopt, name)(0.1, **accumulation)
+    for gradient in ([1.0, -1.0, 0.0], [3.0, -1.0, 0.0])[: 2 if accumulation else 1]:
+        optimizer.apply([tf.constant(magnitude, tf.float32) * gradient], [variable])
+    assert optimizer.iterations.numpy() == 1
+    first, second, third = variable.numpy()
+    assert third == 10.0
+    assert 0 <= 10.0 - first < 2.0
+    assert 0 <= second - 10.0 < 2.0
+
+
+@pytest.mark.parametrize("size", [3, 1 << 15])
+@pytest.mark.parametrize("name", ["LAMB", "VRLAMB", "VRAdam", "ExtrapAdam"])
+def test_epsilon_of_zero_and_no_gradient(name, size):
+    variable = keras.Variable(np.ones(size, np.float32))
+    accumulation = {"gradient_accumulation_steps": 2} if name.startswith("VR") else {}
+    optimizer = getattr(tf_lbopt, name)(0.1, epsilon=0.0, **accumulation)
+    optimizer.build([variable])
+    gradient = np.zeros(size, np.float32)
+    gradient[1:] = 1.0
+    for step in range(accumulation.get("gradient_accumulation_steps", 1)):
+        extrapolated = getattr(optimizer, "extrapolated", lambda _: contextlib.nullcontext())
+        with extrapolated([variable]):
+            optimizer.apply([tf.constant(gradient * (1 + step))], [variable])
+    assert optimizer.iterations.numpy() == 1
+    assert variable.numpy()[0] == 1.0
+    assert (variable.numpy()[1:] < 1.0).all()
+    assert np.isfinite(variable.numpy()).all()

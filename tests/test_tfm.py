@@ -555,7 +555,7 @@ def test_sub_batches_must_be_a_positive_integer(value):
 
 
 def test_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"must be a multiple of task\.sub_batches=3"):
+    with pytest.raises(ValueError, match=r"task\.sub_batches=3 needs batches of a multiple of 3"):
         _train(_experiment("sgd", sub_batches=3), 1, _batches())
 
 

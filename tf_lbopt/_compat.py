@@ -344,7 +344,12 @@ def tell_optimizers_of_weights() -> None:
         (legacy_h5_format, "save_model_to_hdf5"),
     ):
         _tell(owner, name, lambda args: args[0], before=reading)
-    _tell(keras.callbacks.CallbackList, "on_epoch_end", lambda args: args[0].model, before=reading)
+    _tell(
+        keras.callbacks.CallbackList,
+        "on_epoch_end",
+        lambda args: getattr(args[0], "_model", None),  # a list may have no model
+        before=reading,
+    )
     _tell(keras.layers.Layer, "set_weights", lambda args: args[0], after=writing)
     _tell(keras.Model, "set_state_tree", lambda args: args[0], after=writing)
     _tell(saving_lib, "load_weights_only", lambda args: args[0], after=writing)

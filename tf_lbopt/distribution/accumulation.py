@@ -119,7 +119,7 @@ class Accumulation(ReplicaState):
             raise ValueError("The accumulators do not exist before the first gradients arrive.")
         return self._micro_step
 
-    def note(self, indices: Sequence[int], paths: Sequence[str | None]) -> None:
+    def note(self, indices: Sequence[int], paths: Sequence[str | None]) -> tf.Tensor | None:
         """Notes which variables have a gradient in a micro-step, in the cross-replica context.
 
         An update is of those that have one in the last, and deviations are followed in those that
@@ -129,15 +129,24 @@ class Accumulation(ReplicaState):
             indices: Of the variables that have one.
             paths: Of all of the optimizer's variables; ``None`` for those that are not trained.
 
+        Returns:
+            What to multiply a gradient by: NaN, by which the update is discarded, if XLA compiles
+            the step, which makes no assertions, and one of those without has had one; else 1.
+            ``None`` where it is 1 in any case.
+
         Raises:
             tf.errors.InvalidArgumentError: When it runs: one of those without has had one.
         """
+        factor = None
         trained = {index: path for index, path in enumerate(paths) if path is not None}
         absent = {index: trained[index] for index in sorted(trained.keys() - set(indices))}
         if absent:
             missing = self.seen.read_value() * _ones_at(absent, len(paths))
+            complete = tf.reduce_all(missing == 0.0)
+            if _compat.in_xla_context():
+                factor = tf.where(complete, 1.0, float("nan"))
             tf.debugging.Assert(
-                tf.reduce_all(missing == 0.0),
+                complete,
                 [
                     "All micro-steps of an update must have gradients for the same variables: give "
                     "zeros, not None, where there is none. Expected: gradients for all that had "
@@ -145,6 +154,7 @@ class Accumulation(ReplicaState):
                 ],
             )
         self.seen.assign(tf.maximum(self.seen.read_value(), _ones_at(indices, len(paths))))
+        return factor
 
     def add(
         self,

@@ -62,6 +62,9 @@ class ReplicaState(tf.train.experimental.PythonState):
         """What a checkpoint stores: every replica's copies, or nothing."""
         if not tf.executing_eagerly():
             return b""  # into a SavedModel, from which TensorFlow would not restore it
+        return self._stored()
+
+    def _stored(self) -> bytes:
         if self.state() is None:
             return self._pending or b""
         header = self.header()

@@ -177,6 +177,8 @@ class Journey:
             return self._reduce_and_update(strategy, gradients, gradient_norms)
 
         def add(local: list[Gradient], local_norms: list[tf.Tensor] | None) -> list[tf.Tensor]:
+            if factor is not None and local:
+                local = [clipping.scale(local[0], tf.cast(factor, local[0].dtype)), *local[1:]]
             accumulation.add(self.indices, local, local_norms, turn.number % accumulation.parts)
             return [tf.constant(True)]
 
@@ -199,7 +201,7 @@ class Journey:
         if turn.number == 0 and turn.of > 1:  # an error may have left the first of an earlier turn
             stale = accumulation.micro_step % turn.of > 0
             tf.cond(stale, start, lambda: tf.constant(True))
-        accumulation.note(self.indices, self.paths)
+        factor = accumulation.note(self.indices, self.paths)
         on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
         if turn.number < turn.of - 1:
             return advance()

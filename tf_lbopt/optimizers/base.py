@@ -14,7 +14,6 @@ import tensorflow as tf
 from tf_lbopt import _compat
 from tf_lbopt.optimizers.algorithm import (
     Algorithm,
-    LayerwiseAlgorithm,
     build_at_first_call,
     documentation,
 )
@@ -34,7 +33,8 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
             under every strategy with a copy of the variables on each replica; schedules and
             `iterations` count updates. What has a gradient in one micro-step of an update must
-            have one in those that follow, zeros for ``None``; an error says so if not."""
+            have one in those that follow, zeros for ``None``; an error says so if not (in a step
+            that XLA compiles the update is discarded)."""
 
 
 class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
@@ -191,10 +191,6 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 f"{type(self).__name__}(...)) instead.",
                 stacklevel=2,
             )
-
-
-class LayerwiseOptimizer(LayerwiseAlgorithm, LargeBatchOptimizer):
-    """Base of Keras 3 optimizers with a trust ratio per layer; see `LayerwiseAlgorithm`."""
 
 
 def with_common_arguments(cls: type) -> type:

@@ -24,6 +24,7 @@ from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import on_each_replica, replica_number
 from tf_lbopt.distribution.road import Arrival, Turn
+from tf_lbopt.distribution.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.rules.norms import compute_dtype
@@ -410,8 +411,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         def step(data: Any) -> Any:
             self.prepare_model(model, data)
             logs = None
-            for part in range(self.sub_batches):
-                own = data if self.sub_batches == 1 else _part_of(data, part, self.sub_batches)
+            for part, own in enumerate(split(data, self.sub_batches, "sub_batches")):
                 with self.extrapolated(model.trainable_variables, part):
                     logs = train_step(own)
             return logs
@@ -496,30 +496,3 @@ def _assign_copies(
 
 def _is_variable(gradient: Any) -> bool:
     return isinstance(gradient, (keras.Variable, tf.Variable))
-
-
-def _part_of(data: Any, part: int, parts: int) -> Any:
-    """One of several equal parts of a replica's batch, in order."""
-
-    def of(leaf: Any) -> Any:
-        if leaf is None:
-            return None
-        static = leaf.shape[0]
-        if static is not None and static % parts:
-            raise ValueError(_indivisible(parts, static))
-        size = tf.shape(leaf)[0] if static is None else static
-        if static is None:
-            check = tf.debugging.assert_equal(size % parts, 0, _indivisible(parts, "another one"))
-            with tf.control_dependencies([] if check is None else [check]):
-                size = tf.identity(size)
-        size //= parts
-        return leaf[part * size : (part + 1) * size]
-
-    return tf.nest.map_structure(of, data)
-
-
-def _indivisible(parts: int, received: Any) -> str:
-    return (
-        f"sub_batches={parts} needs batches of a multiple of {parts} examples on every replica: "
-        f"choose the batch size so, and drop the remainder. Received: {received} examples"
-    )

@@ -174,8 +174,8 @@ class LocalState(ReplicaState):
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def serialize(self) -> bytes:
-        """What a checkpoint stores; nothing before the first local step."""
+    def _stored(self) -> bytes:
+        # Nothing before the first local step.
         if self._pending is not None:
             return self._pending
         if self._alone or not self._created or not self._in_use():

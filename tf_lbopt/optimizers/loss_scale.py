@@ -18,9 +18,10 @@ from tf_lbopt.optimizers.around import require_same_strategy, set_all_weights
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.statistics.sparse import divide
 
-# Beyond these a scale is no longer a scale: 0 and Inf would never be left again.
-_LEAST_SCALE = 2.0**-100
-_GREATEST_SCALE = 2.0**100
+# Beyond these a scale is no longer a scale: 0 and Inf would never be left again. And squares of
+# gradients in its units, which VRGD takes, must be neither.
+_LEAST_SCALE = 2.0**-40
+_GREATEST_SCALE = 2.0**40
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
@@ -38,7 +39,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     Args:
         inner_optimizer: The optimizer to wrap. Its `loss_scale_factor` is cleared.
-        initial_scale: The first loss scale, > 0. Defaults to 2¹⁵.
+        initial_scale: The first loss scale, > 0 and at most 2⁴⁰; it stays in [2⁻⁴⁰, 2⁴⁰]. Defaults
+            to 2¹⁵.
         dynamic_growth_steps: Finite updates in a row before the scale doubles, ≥ 1. Defaults to
             2000.
         name: The optimizer's name.

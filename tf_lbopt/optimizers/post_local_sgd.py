@@ -561,7 +561,8 @@ class PostLocalSGD(AroundOptimizer):
 
     @functools.cached_property
     def _averaging(self) -> Callable[[], None]:
-        return tf.function(self._average)
+        # Not a `tf.function` itself, which a SavedModel of the model would take for its own.
+        return functools.partial(tf.function(self._average))
 
     @tf.autograph.experimental.do_not_convert
     def _average(self) -> None:

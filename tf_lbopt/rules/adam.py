@@ -33,14 +33,15 @@ def adam(m, v, gradient, first, second, epsilon):
         epsilon: ε, outside the square root and after bias correction.
 
     Returns:
-        ``(m, v, direction)``.
+        ``(m, v, direction)``; a direction of 0 where v and ε are 0.
 
     References:
         Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
     """
     m = first.updated(m, gradient)
     v = second.updated(v, gradient * gradient)
-    return m, v, first.corrected(m) / (tf.sqrt(second.corrected(v)) + epsilon)
+    root = tf.sqrt(second.corrected(v))
+    return m, v, tf.math.divide_no_nan(first.corrected(m), root + epsilon)
 
 
 def preconditioned(gradient, v, second, epsilon):
@@ -58,7 +59,9 @@ def preconditioned(gradient, v, second, epsilon):
     return tf.math.divide_no_nan(gradient * tf.sqrt(second.correction), tf.sqrt(v) + epsilon)
 
 
-def apply_adam_moments(m, v, gradient, first, second, epsilon, offset=None) -> tf.Tensor:
+def apply_adam_moments(
+    m, v, gradient, first, second, epsilon, offset=None, fused=True
+) -> tf.Tensor:
     """`adam` on the moment variables, in place.
 
     Args:
@@ -69,13 +72,14 @@ def apply_adam_moments(m, v, gradient, first, second, epsilon, offset=None) -> t
         second: That of β₂.
         epsilon: ε.
         offset: What to add to the direction (decay), a tensor, or ``None``.
+        fused: Whether TensorFlow's kernel may be used, which has NaN where v and ε are 0.
 
     Returns:
         ``direction + offset``, a tensor of the compute dtype.
     """
     dtype = compute_dtype(m.dtype)
-    small = m.shape.num_elements() < _WORTH_FUSING
-    if small or m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
+    fused = fused and m.shape.num_elements() >= _WORTH_FUSING
+    if not fused or m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
         new_m, new_v, direction = adam(
             tf.cast(m, dtype), tf.cast(v, dtype), gradient, first, second, epsilon
         )
@@ -138,5 +142,6 @@ class Adam(Rule):
                 first[dtype],
                 second[dtype],
                 epsilon[dtype],
+                fused=self.epsilon > 0,
             )
             apply_delta(layer.variable, direction, delta[dtype])

@@ -93,7 +93,11 @@ def clipped_gsnr(moments: Sequence[SubBatchMoments], gamma: float) -> list[tf.Te
     }
     small = [index for index, ratio in enumerate(ratios) if _is_small(ratio)]
     sums = [_resolved(ratios[index], limits[ratios[index].dtype]) for index in small]
-    means = elementwise(_mean, [total for total, _ in sums], [number for _, number in sums])
+    means = elementwise(
+        lambda total, number: _mean(total, number, limits[total.dtype]),
+        [total for total, _ in sums],
+        [number for _, number in sums],
+    )
     lows = elementwise(lambda mean: lowest[mean.dtype] * mean, means)
     clipped = {
         index: _clip(ratios[index], low, mean)
@@ -118,11 +122,11 @@ def _clipped_large(ratio: tf.Tensor, limit: tf.Tensor, lowest: tf.Tensor) -> tf.
     ratio_sum = tf.reduce_sum(ratio)
 
     def all_resolved() -> tf.Tensor:
-        mean = _positive_or_one(ratio_sum / tf.cast(tf.size(ratio), ratio.dtype))
+        mean = _positive(ratio_sum / tf.cast(tf.size(ratio), ratio.dtype), limit)
         return tf.clip_by_value(ratio, lowest * mean, mean) / mean
 
     def with_special_elements() -> tf.Tensor:
-        mean = _mean(*_resolved(ratio, limit))
+        mean = _mean(*_resolved(ratio, limit), limit)
         return _clip(ratio, lowest * mean, mean)
 
     return tf.cond(ratio_sum < limit, all_resolved, with_special_elements)
@@ -139,13 +143,14 @@ def _resolved(ratio: tf.Tensor, limit: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]
     return tf.reduce_sum(tf.math.multiply_no_nan(ratio, resolved)), tf.reduce_sum(resolved)
 
 
-def _mean(total: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    return _positive_or_one(tf.math.divide_no_nan(total, number))
+def _mean(total: tf.Tensor, number: tf.Tensor, limit: tf.Tensor) -> tf.Tensor:
+    return _positive(tf.math.divide_no_nan(total, number), limit)
 
 
-def _positive_or_one(mean: tf.Tensor) -> tf.Tensor:
-    # The mean is 0 where no element is resolved, or ḡ = 0 on all that are.
-    return tf.where(mean > 0, mean, tf.ones_like(mean))
+def _positive(mean: tf.Tensor, limit: tf.Tensor) -> tf.Tensor:
+    # The mean is 0 where no element is resolved, or ḡ = 0 on all that are. The others are beyond
+    # the limit: in its place they have r = 1, and those with ḡ = 0 have γ.
+    return tf.where(mean > 0, mean, tf.minimum(limit, limit.dtype.max))
 
 
 SUMMARY = ("mean", "q05", "q25", "q50", "q75", "q95", "at_gamma", "at_one")
@@ -169,7 +174,7 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     """
     ratio, scale = moments.ratio(), moments.sub_batches.scale
     limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
-    mean = _mean(*_resolved(ratio, limit))
+    mean = _mean(*_resolved(ratio, limit), limit)
     normalized = tf.reshape(
         tf.where(tf.math.is_nan(ratio), tf.zeros_like(ratio), ratio / mean), [-1]
     )

@@ -41,6 +41,7 @@ class LAMB(Rule):
                 decay[layer.dtype] * layer.weights()
                 if self.weight_decay and layer.decayed
                 else None,
+                fused=self.epsilon > 0,
             )
             for layer in layers
         ]

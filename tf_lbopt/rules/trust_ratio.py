@@ -11,7 +11,7 @@ from tf_lbopt.rules.sharing import elementwise, scalars
 def trust_ratio(
     weight_norm: tf.Tensor, update_norm: tf.Tensor, coefficient: float = 1.0
 ) -> tf.Tensor:
-    """``coefficient · ‖w‖ / ‖update‖``, and 1 where either norm is 0.
+    """``coefficient · ‖w‖ / ‖update‖``, and 1 where either norm is 0; finite at any rate.
 
     Args:
         weight_norm: The norm of one layer's weights, a scalar; or a vector of several layers'.
@@ -31,8 +31,13 @@ def trust_ratio(
         1.0
     """
     defined = (weight_norm > 0) & (update_norm > 0)
-    ratio = coefficient * tf.math.divide_no_nan(weight_norm, update_norm)
+    ratio = _finite(coefficient * tf.math.divide_no_nan(weight_norm, update_norm))
     return tf.where(defined, ratio, tf.ones_like(ratio))
+
+
+def _finite(rates: tf.Tensor) -> tf.Tensor:
+    # Of an update of 1e-38 and less a rate can overflow, and ∞ · 0 is NaN.
+    return tf.minimum(rates, rates.dtype.max)
 
 
 def layerwise_rates(
@@ -53,7 +58,9 @@ def layerwise_rates(
     """
     rates = scalars(layers, step.learning_rate)
     adapted = elementwise(
-        lambda weight_norm, update_norm: rates[weight_norm.dtype] * ratio(weight_norm, update_norm),
+        lambda weight_norm, update_norm: _finite(
+            rates[weight_norm.dtype] * ratio(weight_norm, update_norm)
+        ),
         weight_norms,
         update_norms,
     )

@@ -29,7 +29,8 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's.
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
             under every strategy with a copy of the variables on each replica; schedules and
             `iterations` count updates. What has a gradient in one micro-step of an update must
-            have one in those that follow, zeros for ``None``; an error says so if not.
+            have one in those that follow, zeros for ``None``; an error says so if not (in a step
+            that XLA compiles the update is discarded).
         jit_compile: Must be `False`, which is the default here: the update is not compiled apart
             from the training step. To compile both, `model.compile(jit_compile=True)`."""
 

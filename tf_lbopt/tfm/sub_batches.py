@@ -9,8 +9,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_lbopt.distribution.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.extrapolation import Extrapolation
+from tf_lbopt.rules.clip import scale
 from tf_lbopt.tfm.configs import REGISTRATIONS
 
 
@@ -92,7 +94,7 @@ class SubBatchTask:
         # A task that does not divide its loss by the replicas sums gradients over them, and so over
         # the parts.
         summed = getattr(self.task_config, "scale_loss", True) is False
-        parts = _split(inputs, number)
+        parts = split(inputs, number, "task.sub_batches")
         logs: list[dict[str, Any]] = []
         collected = _Collected()
         for index, part in enumerate(parts):
@@ -221,35 +223,6 @@ def _accumulates(optimizer: Any, number: int) -> bool:
     return steps == number
 
 
-def _split(inputs: Any, number: int) -> list[Any]:
-    """The parts, of one structure with the inputs."""
-
-    def cut(tensor: Any) -> list[Any]:
-        if tensor.shape.rank == 0:
-            return [tensor] * number
-        size = tensor.shape[0]
-        if size is None:
-            size = tensor.nrows() if isinstance(tensor, tf.RaggedTensor) else tf.shape(tensor)[0]
-            check = tf.debugging.assert_equal(
-                size % number,
-                tf.zeros_like(size),
-                f"a replica's batch must be a multiple of task.sub_batches={number}; use "
-                "drop_remainder",
-            )
-            with tf.control_dependencies([check] if check is not None else []):
-                size = tf.identity(size)
-        elif size % number:
-            raise ValueError(
-                f"A replica's batch must be a multiple of task.sub_batches={number}. "
-                f"Received: {size} examples for each replica"
-            )
-        length = size // number
-        return [tensor[i * length : (i + 1) * length] for i in range(number)]
-
-    pieces = [cut(tensor) for tensor in tf.nest.flatten(inputs)]
-    return [tf.nest.pack_sequence_as(inputs, [piece[i] for piece in pieces]) for i in range(number)]
-
-
 def _sum(first: Any, second: Any) -> Any:
     if first is None or second is None:
         return second if first is None else first
@@ -263,12 +236,4 @@ def _sum(first: Any, second: Any) -> Any:
 
 
 def _scaled(gradient: Any, factor: float) -> Any:
-    if gradient is None:
-        return None
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            gradient.values * tf.cast(factor, gradient.dtype),
-            gradient.indices,
-            dense_shape=gradient.dense_shape,
-        )
-    return gradient * tf.cast(factor, gradient.dtype)
+    return None if gradient is None else scale(gradient, tf.cast(factor, gradient.dtype))
