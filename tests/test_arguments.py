@@ -1,6 +1,7 @@
 """Every wrong argument is refused with its name, what was expected and what was received."""
 
 import fractions
+import importlib
 import inspect
 import math
 
@@ -201,6 +202,22 @@ def test_two_clips_at_once(info, clips):
 def test_unknown_keyword(info):
     with pytest.raises((TypeError, ValueError), match=r"not recognized.*unknown_argument.*17"):
         info.cls(**minimal_arguments(info), unknown_argument=17)
+
+
+@pytest.mark.parametrize(
+    ("name", "elsewhere", "here"),
+    [
+        ("LAMB", "weight_decay_rate", "weight_decay"),
+        ("VRLARS", "eeta", "trust_coefficient"),
+        ("LARS", "eta", "trust_coefficient"),
+        ("CLARS", "eeta", "eta"),
+        ("CLARS", "trust_coefficient", "eta"),
+    ],
+)
+@pytest.mark.parametrize("package", ["tf_lbopt", "tf_lbopt.tf_keras"])
+def test_a_name_from_elsewhere(package, name, elsewhere, here):
+    with pytest.raises(TypeError, match=f"no argument `{elsewhere}`. Expected: `{here}`.*=0.5"):
+        getattr(importlib.import_module(package), name)(0.1, **{elsewhere: 0.5})
 
 
 @over_optimizers

@@ -11,8 +11,9 @@ variables, the constructor and the saving of one framework:
 
 import abc
 import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,15 @@ _ACCUMULATION_KEY = "accumulation"
 
 _turns: dict[tuple[int, int], Turn] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
+
+
+# Arguments as TensorFlow Addons, tf-models-official or another optimizer here call them.
+_NAMES_ELSEWHERE = {
+    "weight_decay_rate": ("weight_decay",),
+    "eeta": ("trust_coefficient", "eta"),
+    "eta": ("trust_coefficient",),
+    "trust_coefficient": ("eta",),
+}
 
 
 class Algorithm:
@@ -89,6 +99,7 @@ class Algorithm:
                 optional=True,
             )
         _check_averaging(kwargs)
+        self._check_names(kwargs)
         self._start(self._checked_learning_rate(learning_rate), **kwargs)
         # Not handed to the framework's base class, which would apply it a second time, decoupled.
         self.weight_decay = _validation.real("weight_decay", weight_decay, low=0.0, optional=True)
@@ -108,6 +119,16 @@ class Algorithm:
             if self.gradient_accumulation_steps
             else None
         )
+
+    def _check_names(self, kwargs: Mapping[str, Any]) -> None:
+        own = inspect.signature(type(self).__init__).parameters
+        for received in _NAMES_ELSEWHERE.keys() & kwargs.keys():
+            for name in _NAMES_ELSEWHERE[received]:
+                if name in own:
+                    raise TypeError(
+                        f"{type(self).__name__} has no argument `{received}`. Expected: `{name}`, "
+                        f"as it is called here. Received: {received}={kwargs[received]!r}"
+                    )
 
     def _check_strategy(self) -> None:
         kinds = (
