@@ -167,14 +167,15 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
         gamma: γ.
 
     Returns:
-        [8] float32, named by `SUMMARY`: the layer mean of ``ḡ²/σ²`` over the resolved elements;
-        quantiles of the normalized GSNR before the clip (of an evenly spaced sample of 65,536
-        elements of a larger layer); the shares of elements that the clip leaves at γ and at 1. NaN
-        where no variance can be estimated.
+        [8] float32, named by `SUMMARY`: the layer mean of ``ḡ²/σ²`` over the resolved elements (NaN
+        if there are none); quantiles of the normalized GSNR before the clip (of an evenly spaced
+        sample of 65,536 elements of a larger layer); the shares of elements that the clip leaves at
+        γ and at 1. NaN where no variance can be estimated.
     """
     ratio, scale = moments.ratio(), moments.sub_batches.scale
     limit = tf.cast(moments.sub_batches.resolved_below, ratio.dtype)
-    mean = _mean(*_resolved(ratio, limit), limit)
+    total, number = _resolved(ratio, limit)
+    mean = _mean(total, number, limit)
     normalized = tf.reshape(
         tf.where(tf.math.is_nan(ratio), tf.zeros_like(ratio), ratio / mean), [-1]
     )
@@ -189,7 +190,7 @@ def summarize(moments: SubBatchMoments, gamma: float) -> tf.Tensor:
     ]
     numbers = tf.concat(
         [
-            [tf.cast(mean, tf.float32) * tf.cast(scale, tf.float32)],
+            [tf.cast(total / number, tf.float32) * tf.cast(scale, tf.float32)],
             tf.cast(tf.gather(ordered, positions), tf.float32),
             shares,
         ],
