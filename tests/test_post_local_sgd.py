@@ -409,7 +409,7 @@ def test_a_local_step_exchanges_nothing(make):
     }
     assert max(sizes[False]) >= 15
     assert max(sizes[True], default=0) <= 1
-    averaging = reductions(loop.optimizer._averaging.get_concrete_function())
+    averaging = reductions(loop.optimizer._averaging.func.get_concrete_function())
     assert len(averaging) == 2  # one, in each of two replicas
     assert min(averaging) >= 15 + 3
 
@@ -920,7 +920,7 @@ def test_no_retracing():
     loop = Loop(sgd(2, 2), 2)
     loop.run(data)
     assert loop.step.experimental_get_tracing_count() == 2
-    assert loop.optimizer._averaging.experimental_get_tracing_count() == 1
+    assert loop.optimizer._averaging.func.experimental_get_tracing_count() == 1
 
 
 def test_a_forgotten_end_of_update_is_noticed():

@@ -80,15 +80,14 @@ def test_folder_without_known_data(tmp_path, capsys):
     assert f"({tmp_path} has no known data)" in capsys.readouterr().err
 
 
-def test_cifar100(tmp_path, capsys):
-    from official_recipes.quickstart.__main__ import main
-
+def test_cifar100(tmp_path):
     folder = cifar100_folder(tmp_path)
     arguments = ["--optimizers=sngm", "--nobaseline", "--batch_size=4", "--replicas=2"]
     arguments += [f"--data_dir={folder}", "--epochs=1", f"--output_dir={tmp_path / 'out'}"]
-    assert main(["quickstart", *arguments]) == 0
+    code, output, errors = finish(start(*arguments))
+    assert code == 0, errors
+    assert "sngm" in output
     assert (tmp_path / "out" / "quickstart.png").is_file()
-    assert "sngm" in capsys.readouterr().out
 
 
 def test_output_dir_that_is_a_file(tmp_path, capsys):
