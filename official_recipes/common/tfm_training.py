@@ -376,11 +376,10 @@ def _expected(hint: Any, value: Any) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if not kinds <= {int, float}:
         return None
-    if float not in kinds:
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return None if whole and not isinstance(value, bool) else "an integer"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return None if number else "a number"
+    if float in kinds:
+        return None if number else "a number"
+    return None if number and float(value).is_integer() else "an integer"
 
 
 def check_data(params: Any, options: Options) -> None:

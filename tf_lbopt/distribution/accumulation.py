@@ -145,7 +145,7 @@ class Accumulation(ReplicaState):
             complete = tf.reduce_all(missing == 0.0)
             if _compat.in_xla_context():
                 factor = tf.where(complete, 1.0, float("nan"))
-            tf.debugging.Assert(
+            tf.debugging.Assert(  # which XLA drops
                 complete,
                 [
                     "All micro-steps of an update must have gradients for the same variables: give "
