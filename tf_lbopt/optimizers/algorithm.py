@@ -52,7 +52,8 @@ class Algorithm:
     Args:
         learning_rate: A float, a schedule of the framework or a callable without arguments.
         weight_decay: Non-negative float or `None`; what it means is the algorithm's.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         **kwargs: The other arguments of the framework's optimizers.
     """
 

@@ -53,8 +53,9 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         max_trust_ratio: Upper bound of ρ, > 0, or `None`; the authors' code has 0.1. Defaults to
             `None`.
         weight_decay: λ ≥ 0, coupled; no part of N. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay
-            (usually biases and normalization scales). Defaults to `None`: all decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
+            ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
+            normalization scales. Defaults to `None`: all decay.
         exclude_from_layer_adaptation: Those whose rate is η. Defaults to `None`: the same as those
             excluded from weight decay; `[]` excludes none.
         {common_arguments}

@@ -40,7 +40,8 @@ class ExtrapAdamAlgorithm(Extrapolation):
         extrapolation_rate: γ̂ ≥ 0, a schedule or a callable. Defaults to `None`: η / k.
         sub_batches: As in `ExtrapSGD`. Defaults to 1.
         weight_decay: λ ≥ 0, decoupled as in `keras.optimizers.AdamW`. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         {common_arguments}
 
     Raises:

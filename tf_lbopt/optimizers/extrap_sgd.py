@@ -67,7 +67,8 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
             with its own point: as `sub_batches` times as many replicas, but for the statistics of
             batch normalization. Every replica's batch must divide by it. Defaults to 1.
         weight_decay: λ ≥ 0, coupled, taken at x. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
             excluded from weight decay; `[]` excludes none.
         {common_arguments}

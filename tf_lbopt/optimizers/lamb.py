@@ -31,8 +31,9 @@ class LAMBAlgorithm(LayerwiseAlgorithm):
         beta_2: β₂ in [0, 1). Defaults to 0.999.
         epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
         weight_decay: λ ≥ 0, part of r and so inside the trust ratio. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay
-            (usually biases and normalization scales). Defaults to `None`: all decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
+            ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
+            normalization scales. Defaults to `None`: all decay.
         exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
             excluded from weight decay; `[]` excludes none.
         {common_arguments}

@@ -31,8 +31,9 @@ class LARSAlgorithm(LayerwiseAlgorithm):
         trust_coefficient: τ > 0. Defaults to 0.001.
         nesterov: Whether to use Nesterov momentum. Defaults to `False`.
         weight_decay: λ ≥ 0, coupled: part of g and of its norm. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay
-            (usually biases and normalization scales). Defaults to `None`: all decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
+            ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
+            normalization scales. Defaults to `None`: all decay.
         exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
             excluded from weight decay; `[]` excludes none.
         {common_arguments}

@@ -30,7 +30,8 @@ class SNGMAlgorithm(Algorithm):
             gradient: 1.6 in the paper's CIFAR-10 runs.
         momentum: β in [0, 1). Defaults to 0.9; 0 is SNGD, which keeps no slot.
         weight_decay: λ ≥ 0, coupled. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         {common_arguments}
 
     Raises:

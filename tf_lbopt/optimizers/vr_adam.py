@@ -49,7 +49,8 @@ class VRAdamAlgorithm(VarianceReduction, _Adam):
         epsilon: ε ≥ 0, where Keras has it. Defaults to 1e-7.
         {gsnr_arguments}
         weight_decay: λ ≥ 0, decoupled. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         {common_arguments}
 
     Raises:

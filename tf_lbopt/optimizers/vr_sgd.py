@@ -50,7 +50,8 @@ class VRSGDAlgorithm(VarianceReduction, _SGD):
             without arguments.
         {gsnr_arguments}
         weight_decay: λ ≥ 0, coupled. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         {common_arguments}
 
     Raises:
@@ -106,7 +107,8 @@ class VRMomentumAlgorithm(VarianceReduction, _SGD):
         nesterov: Whether to use Nesterov momentum. Defaults to `False`.
         {gsnr_arguments}
         weight_decay: λ ≥ 0, coupled. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
+            do not decay.
         {common_arguments}
 
     Raises:

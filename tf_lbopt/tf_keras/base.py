@@ -51,7 +51,8 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         learning_rate: A float, a `tf_keras.optimizers.schedules.LearningRateSchedule`, one of
             Keras 3 (those of `tf_lbopt.schedules`) or a callable without arguments.
         weight_decay: Non-negative float or `None`; what it means is the algorithm's.
-        exclude_from_weight_decay: Variables, or regexes over the variable name, that do not decay.
+        exclude_from_weight_decay: Variables, or regexes over the variable name (``"/bias$"``), that
+            do not decay.
         **kwargs: The other arguments of tf_keras's optimizers, and `gradient_accumulation_steps`.
     """
 

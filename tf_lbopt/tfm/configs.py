@@ -17,7 +17,7 @@ class _Config(optimizer_config.BaseOptimizerConfig):
     Attributes:
         name: Of the optimizer.
         weight_decay: λ ≥ 0 or `None`; what it means is the algorithm's.
-        exclude_from_weight_decay: Regexes over the names of variables that do not decay.
+        exclude_from_weight_decay: Regexes over the names of variables without decay (`"/bias$"`).
     """
 
     name: str = ""
