@@ -40,6 +40,8 @@ def lars(
     trust_coefficient=0.001,
     nesterov=False,
     weight_decay=0.0,
+    trust_ratio_denominator="norm_of_sum",
+    default_trust_ratio=1.0,
     decays=None,
     adapts=None,
 ):
@@ -50,10 +52,15 @@ def lars(
     for t, update in enumerate(gradients):
         eta = _rate(learning_rate, t)
         for i in range(len(w)):
-            g = update[i] + (weight_decay or 0.0) * w[i] * decays[i]
-            rho = 1.0
-            if adapts[i] and _norm(w[i]) > 0 and _norm(g) > 0:
-                rho = trust_coefficient * _norm(w[i]) / _norm(g)
+            decay = (weight_decay or 0.0) * decays[i]
+            g = update[i] + decay * w[i]
+            denominator = {
+                "norm_of_sum": _norm(g),
+                "sum_of_norms": _norm(update[i]) + decay * _norm(w[i]),
+            }[trust_ratio_denominator]
+            rho = default_trust_ratio
+            if adapts[i] and _norm(w[i]) > 0 and denominator > 0:
+                rho = trust_coefficient * _norm(w[i]) / denominator
             u[i] = momentum * u[i] + eta * rho * g
             w[i] = w[i] - (momentum * u[i] + eta * rho * g if nesterov else u[i])
     return w
@@ -67,6 +74,7 @@ def lamb(
     beta_2=0.999,
     epsilon=1e-6,
     weight_decay=0.0,
+    default_trust_ratio=1.0,
     decays=None,
     adapts=None,
 ):
@@ -83,7 +91,7 @@ def lamb(
             v_hat = v[i] / (1 - beta_2 ** (t + 1))
             r = m_hat / (np.sqrt(v_hat) + epsilon)
             r = r + (weight_decay or 0.0) * w[i] * decays[i]
-            rho = 1.0
+            rho = default_trust_ratio
             if adapts[i] and _norm(w[i]) > 0 and _norm(r) > 0:
                 rho = _norm(w[i]) / _norm(r)
             w[i] = w[i] - _rate(learning_rate, t) * rho * r
@@ -98,11 +106,16 @@ def clars(
     momentum=0.9,
     eta=0.01,
     max_trust_ratio=None,
+    nesterov=True,
     weight_decay=0.0,
+    default_trust_ratio=1.0,
     decays=None,
     adapts=None,
 ):
-    """The paper's eq. 4 as it stands: v_0 = w_0, w = v_{t+1} + β (v_{t+1} − v_t)."""
+    """The paper's eq. 4 as it stands: v_0 = w_0, w = v_{t+1} + β (v_{t+1} − v_t).
+
+    Without `nesterov` heavy ball: w + β (w_t − w_{t−1}) − γ g.
+    """
     w = [np.array(x, np.float64) for x in weights]
     v = [np.array(x, np.float64) for x in weights]
     decays = decays or [True] * len(w)
@@ -110,14 +123,16 @@ def clars(
     for t, (update, norms) in enumerate(zip(gradients, mean_norms, strict=True)):
         for i in range(len(w)):
             g = update[i] + (weight_decay or 0.0) * w[i] * decays[i]
-            gamma = _rate(learning_rate, t)
+            rho = default_trust_ratio
             if adapts[i]:
                 defined = _norm(w[i]) > 0 and norms[i] > 0
-                rho = eta * _norm(w[i]) / norms[i] if defined else 1.0
-                gamma = gamma * min(rho, max_trust_ratio or np.inf)
-            new_v = w[i] - gamma * g
-            w[i] = new_v + momentum * (new_v - v[i])
-            v[i] = new_v
+                rho = eta * _norm(w[i]) / norms[i] if defined else default_trust_ratio
+                rho = min(rho, max_trust_ratio or np.inf)
+            new_v = w[i] - _rate(learning_rate, t) * rho * g
+            if nesterov:
+                w[i], v[i] = new_v + momentum * (new_v - v[i]), new_v
+            else:
+                w[i], v[i] = new_v + momentum * (w[i] - v[i]), w[i]
     return w
 
 

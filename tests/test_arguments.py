@@ -101,6 +101,11 @@ OWN = {
         POSITIVE + " or None",
         {ValueError: [0.0, -0.1, NAN], TypeError: ["0.1", True]},
     ),
+    "default_trust_ratio": (POSITIVE, {ValueError: [0.0, -1, NAN], TypeError: ["1", True, None]}),
+    "trust_ratio_denominator": (
+        "one of 'norm_of_sum', 'sum_of_norms'",
+        {ValueError: ["sum", ""], TypeError: [None, 1, True]},
+    ),
     "norm_estimator": (
         "one of 'sub_batch', 'per_example'",
         {ValueError: ["per-example", ""], TypeError: [None, 1]},
@@ -218,6 +223,13 @@ def test_unknown_keyword(info):
 def test_a_name_from_elsewhere(package, name, elsewhere, here):
     with pytest.raises(TypeError, match=f"no argument `{elsewhere}`. Expected: `{here}`.*=0.5"):
         getattr(importlib.import_module(package), name)(0.1, **{elsewhere: 0.5})
+
+
+def test_trust_ratio_of_an_optimizer_without():
+    refused(
+        lambda: tf_lbopt.ExtrapSGD(0.1, default_trust_ratio=0.5),
+        ValueError, "default_trust_ratio", "trust_coefficient", 0.5,
+    )  # fmt: skip
 
 
 @over_optimizers

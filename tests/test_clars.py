@@ -32,11 +32,12 @@ def test_cancelling_sub_batches_get_a_smaller_step_than_lars_gives_them():
 
 
 @pytest.mark.parametrize("dtype", [None, "float64"])
-def test_a_single_sub_batch_is_lars_with_nesterov_momentum(dtype):
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_single_sub_batch_is_lars(dtype, nesterov):
     gradients = sub_batch_gradients(5, sub_batches=1)
-    arguments = {"learning_rate": 0.5, "momentum": 0.8, "dtype": dtype}
+    arguments = {"learning_rate": 0.5, "momentum": 0.8, "nesterov": nesterov, "dtype": dtype}
     ours = Run(tf_lbopt.CLARS, eta=0.1, **arguments).updates(gradients)
-    lars = Run(tf_lbopt.LARS, trust_coefficient=0.1, nesterov=True, **arguments)
+    lars = Run(tf_lbopt.LARS, trust_coefficient=0.1, **arguments)
     assert_close(ours.weights(), lars.updates(gradients).weights(), rtol=1e-6)
 
 

@@ -49,6 +49,10 @@ VARIANTS = [
     ("clars", {"momentum": 0.0}),
     ("clars", {"weight_decay": None, "eta": 0.01}),
     ("clars", {"max_trust_ratio": 0.02}),
+    ("clars", {"nesterov": False}),
+    ("lars", {"trust_ratio_denominator": "sum_of_norms", "weight_decay": 0.2}),
+    ("vr_lars", {"trust_ratio_denominator": "sum_of_norms", "weight_decay": 0.2}),
+    ("lars", {"trust_ratio_denominator": "sum_of_norms", "weight_decay": None}),
 ]
 
 
@@ -82,6 +86,59 @@ def test_exclusions_equal_the_reference(name, adaptation):
         adapts=adapts[adaptation if adaptation is None else str(adaptation)],
     )
     assert_close(run.weights(), expected)
+
+
+LAYERWISE = [c for c in CASES if c.name in ("lars", "lamb", "vr_lars", "vr_lamb", "clars")]
+
+
+@pytest.mark.parametrize("case", LAYERWISE, ids=repr)
+def test_trust_ratio_of_layers_that_have_none(case):
+    """The first layer's weights start at 0, the second is excluded, the third has no gradient."""
+    changes = {"default_trust_ratio": 0.03}
+    if case.name == "lars":
+        changes["trust_ratio_denominator"] = "sum_of_norms"
+    if case.name == "clars":
+        changes["max_trust_ratio"] = 0.02
+    weights = initial_weights()
+    weights[0][:] = 0.0
+    gradients = sub_batch_gradients(3, sub_batches=2)
+    for update in gradients:
+        for layers in update:
+            layers[2][:] = 0.0
+    run = Run(case, 2, weights=weights, exclude_from_layer_adaptation=["layer_1"], **changes)
+    arguments = {**case.arguments, **changes, "adapts": [True, False, True]}
+    expected = reference(case.name, weights, gradients, **arguments)
+    assert_close(run.updates(gradients).weights(), expected)
+    plain = reference(case.name, weights, gradients, **{**arguments, "default_trust_ratio": 1.0})
+    assert np.abs(plain[1] - expected[1]).max() > 1e-3
+
+
+def test_trust_ratio_of_extrapolated_layers_that_have_none():
+    arguments = {"learning_rate": 0.5, "trust_coefficient": 0.1, "default_trust_ratio": 0.03}
+    gradients = sub_batch_gradients(3, sub_batches=2)
+    run = Run(tf_lbopt.ExtrapSGD, 2, exclude_from_layer_adaptation=["layer_1"], **arguments)
+    run.updates(gradients)
+    # Of gradients that do not depend on where they are taken.
+    expected = reference(
+        "lars", initial_weights(), gradients, **arguments, adapts=[True, False, True]
+    )
+    assert_close(run.weights(), expected)
+
+
+@pytest.mark.parametrize("name", ["lars", "vr_lars"])
+def test_the_denominators_differ_under_weight_decay(name):
+    case = next(c for c in CASES if c.name == name)
+    gradients = sub_batch_gradients(5, sub_batches=2)
+    weights = [
+        reference(
+            name,
+            initial_weights(),
+            gradients,
+            **{**case.arguments, "weight_decay": 0.2, "trust_ratio_denominator": denominator},
+        )
+        for denominator in ("norm_of_sum", "sum_of_norms")
+    ]
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

@@ -9,7 +9,7 @@ import re
 
 import keras
 import pytest
-from helpers_arguments import minimal_arguments, named_variables
+from helpers_arguments import accepts, minimal_arguments, named_variables
 
 import tf_lbopt
 from tf_lbopt import callbacks, schedules
@@ -124,7 +124,15 @@ def test_classes_are_public_and_registered(info):
 
 @over_optimizers
 def test_configuration_round_trip(info):
-    optimizer = info.cls(**minimal_arguments(info))
+    changed = {
+        "nesterov": not getattr(info.cls(**minimal_arguments(info)), "nesterov", True),
+        "trust_coefficient": 0.25,
+        "trust_ratio_denominator": "sum_of_norms",
+        "default_trust_ratio": 0.25,
+    }
+    changed = {name: value for name, value in changed.items() if accepts(info, name)}
+    optimizer = info.cls(**minimal_arguments(info), **changed)
+    assert {name: optimizer.get_config()[name] for name in changed} == changed
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert type(again) is info.cls
     assert again.get_config() == optimizer.get_config()

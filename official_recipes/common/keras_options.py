@@ -129,6 +129,7 @@ _NUMBERS: dict[str, tuple[flags.ArgumentParser, str]] = {
     "beta_3": (_BELOW_ONE, "Decay of the running GSNR of vr_adam and vr_lamb."),
     "epsilon": (_NOT_NEGATIVE, "Added to the denominator of Adam and LAMB."),
     "trust_coefficient": (_POSITIVE, "Coefficient of LARS's trust ratio."),
+    "default_trust_ratio": (_POSITIVE, "Trust ratio of a variable that has none."),
     "eta": (_POSITIVE, "Coefficient of CLARS's ratio."),
     "max_trust_ratio": (_POSITIVE, "Upper end of CLARS's ratio."),
     "extrapolation_rate": (_NOT_NEGATIVE, "Rate of the extrapolation [default: local rate]."),
@@ -139,6 +140,7 @@ _BOOLEANS = {
     "shared_noise": "The same random noise on all replicas (SmoothOut).",
 }
 _STRINGS = {
+    "trust_ratio_denominator": "Of lars and vr_lars: norm_of_sum or sum_of_norms.",
     "noise": "Of extrap_sgd: past_gradient, stochastic_noise, gaussian or uniform.",
     "norm_estimator": "Of clars: sub_batch or per_example.",
 }

@@ -490,8 +490,9 @@ class LayerwiseAlgorithm(Algorithm):
 
     Args:
         learning_rate: As in `Algorithm`.
-        exclude_from_layer_adaptation: Variables, or regexes over the variable path, whose trust
-            ratio is 1. `None` means those excluded from weight decay; `[]` means none.
+        exclude_from_layer_adaptation: Variables, or regexes over the variable path, that have no
+            trust ratio. `None` means those excluded from weight decay; `[]` means none.
+        default_trust_ratio: The trust ratio of a variable that has none, > 0.
         **kwargs: As in `Algorithm`.
     """
 
@@ -500,9 +501,13 @@ class LayerwiseAlgorithm(Algorithm):
         learning_rate: Any,
         *,
         exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        default_trust_ratio: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(learning_rate, **kwargs)
+        self.default_trust_ratio = _validation.real(
+            "default_trust_ratio", default_trust_ratio, low=0.0, low_open=True
+        )
         self._adaptation_exclusion = (
             None
             if exclude_from_layer_adaptation is None
@@ -521,6 +526,7 @@ class LayerwiseAlgorithm(Algorithm):
         config["exclude_from_layer_adaptation"] = (
             None if self._adaptation_exclusion is None else self._adaptation_exclusion.config()
         )
+        config["default_trust_ratio"] = self.default_trust_ratio
         return config
 
 

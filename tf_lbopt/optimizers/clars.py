@@ -26,7 +26,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
     Nesterov's momentum with a rate for every layer (trainable variable), like `LARS`, but against
     the mean norm of the gradients of examples or sub-batches instead of the norm of their mean:
 
-        ρ = τ ‖w‖ / N                          1 where either is 0 or the layer is excluded
+        ρ = τ ‖w‖ / N
         γ = η min(ρ, max_trust_ratio)
         s ← β s − γ g,   w ← w + β s − γ g     g = ḡ + λ w
 
@@ -41,8 +41,17 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
     nearer is the first to the second. Either is of the gradient of the loss: unclipped, without
     weight decay.
 
-    Decided where the paper is silent: a layer that has no ratio (‖w‖ = 0 or N = 0) has ρ = 1, to
-    which `max_trust_ratio` applies; an excluded one has γ = η.
+    Decided where the paper is silent: a layer that has no ratio (‖w‖ = 0 or N = 0) has
+    ρ = `default_trust_ratio`, to which `max_trust_ratio` applies; an excluded one has
+    γ = η `default_trust_ratio`.
+
+    The authors' own code (github.com/slowbull/largebatch) differs from their paper, and from this:
+    its momentum is heavy ball, u ← β u + g, w ← w − γ u, with the rate outside of the buffer, so
+    that a change of γ acts on past gradients too; it adapts neither biases nor normalization
+    scales; its norms are those of mini-batches of 8, taken apart from the gradient; and it bounds
+    ρ by 0.1. `nesterov=False` is heavy ball with the rate inside, w ← w + s, as in `LARS`: with
+    one sub-batch, without decay and at equal τ it equals `LARS`, and the authors' form where γ is
+    constant.
 
     Args:
         learning_rate: η, the paper's γ_scale. A float, a
@@ -52,12 +61,15 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         norm_estimator: `"sub_batch"` or `"per_example"`. Defaults to `"sub_batch"`.
         max_trust_ratio: Upper bound of ρ, > 0, or `None`; the authors' code has 0.1. Defaults to
             `None`.
+        nesterov: Whether to use Nesterov momentum, as the paper's eq. 4 does. Defaults to `True`.
         weight_decay: λ ≥ 0, coupled; no part of N. Defaults to `None`.
         exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
             ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
             normalization scales. Defaults to `None`: all decay.
-        exclude_from_layer_adaptation: Those whose rate is η. Defaults to `None`: the same as those
-            excluded from weight decay; `[]` excludes none.
+        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
+            as those excluded from weight decay; `[]` excludes none.
+        default_trust_ratio: ρ of a variable that has none, > 0: one that is excluded, or where
+            either norm is 0. Defaults to 1.0; with τ in its place these too train at η τ.
         {common_arguments}
 
     Raises:
@@ -81,9 +93,11 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         eta: float = 0.01,
         norm_estimator: str = "sub_batch",
         max_trust_ratio: float | None = None,
+        nesterov: bool = True,
         weight_decay: float | None = None,
         exclude_from_weight_decay: Sequence[Any] | None = None,
         exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        default_trust_ratio: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(
@@ -91,6 +105,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
             weight_decay=weight_decay,
             exclude_from_weight_decay=exclude_from_weight_decay,
             exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            default_trust_ratio=default_trust_ratio,
             **kwargs,
         )
         self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
@@ -99,6 +114,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         self.max_trust_ratio = _validation.real(
             "max_trust_ratio", max_trust_ratio, low=0.0, low_open=True, optional=True
         )
+        self.nesterov = _validation.boolean("nesterov", nesterov)
 
     def rule(self) -> rules.Rule:
         """The algorithm with the current hyper-parameters."""
@@ -107,6 +123,8 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
             eta=self.eta,
             max_trust_ratio=self.max_trust_ratio,
             weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+            default_trust_ratio=self.default_trust_ratio,
         )
 
     def slot_names(self) -> tuple[str, ...]:
@@ -196,6 +214,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
             "eta": self.eta,
             "norm_estimator": self.norm_estimator,
             "max_trust_ratio": self.max_trust_ratio,
+            "nesterov": self.nesterov,
         }
 
 

@@ -27,9 +27,10 @@ class ExtrapAdamAlgorithm(Extrapolation):
     is put through Adam's preconditioner as it stands, v and t being those after that update. The
     first update has no past gradient and is not extrapolated.
 
-    The authors' own listing, in an appendix, was not at hand: that the past gradient alone (not the
-    first moment) is preconditioned, and by the second moment before the coming update, is our
-    reading of section 5.2. For the rest see `ExtrapSGD`.
+    The authors' own listing, in an appendix, was not at hand. Inferred from section 5.2 of the
+    paper: the past gradient alone (not the first moment) is preconditioned, by the second moment
+    before the coming update; and there is no look-ahead by the momentum, as `ExtrapSGD` has. For
+    the rest see `ExtrapSGD`.
 
     Args:
         learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable

@@ -61,16 +61,18 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
         shared_noise: Whether random noise is the same on all sub-batches. Defaults to `False`.
         noise_seed: Seed of random noise, an integer, or `None` for one drawn when the optimizer is
             made (it is saved with the state). Defaults to `None`.
-        trust_coefficient: τ > 0 for the trust ratio ρ of LARS, of x and ḡ + λ x; `None` for ρ = 1.
-            Defaults to `None`.
+        trust_coefficient: τ > 0 for the trust ratio ρ = τ ‖x‖ / ‖ḡ + λ x‖ of LARS; `None` for
+            ρ = 1. Defaults to `None`.
         sub_batches: In how many parts each replica takes its batch within a step, in turn, each
             with its own point: as `sub_batches` times as many replicas, but for the statistics of
             batch normalization. Every replica's batch must divide by it. Defaults to 1.
         weight_decay: λ ≥ 0, coupled, taken at x. Defaults to `None`.
         exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
             do not decay.
-        exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
-            excluded from weight decay; `[]` excludes none.
+        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
+            as those excluded from weight decay; `[]` excludes none.
+        default_trust_ratio: ρ of a variable that has none, > 0, as in `LARS`; only with
+            `trust_coefficient`. Defaults to 1.0.
         {common_arguments}
 
     Raises:
@@ -100,6 +102,7 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
         weight_decay: float | None = None,
         exclude_from_weight_decay: Sequence[Any] | None = None,
         exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        default_trust_ratio: float = 1.0,
         **kwargs: Any,
     ):
         noise = _validation.choice("noise", noise, (*PAST_NOISES, *RANDOM_NOISES))
@@ -111,6 +114,7 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
             weight_decay=weight_decay,
             exclude_from_weight_decay=exclude_from_weight_decay,
             exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            default_trust_ratio=default_trust_ratio,
             **kwargs,
         )
         self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
@@ -127,6 +131,11 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
         self.trust_coefficient = _validation.real(
             "trust_coefficient", trust_coefficient, low=0.0, low_open=True, optional=True
         )
+        if self.trust_coefficient is None and self.default_trust_ratio != 1.0:
+            raise ValueError(
+                "`default_trust_ratio` is for an optimizer with a `trust_coefficient`. Received: "
+                f"default_trust_ratio={default_trust_ratio!r}, trust_coefficient=None"
+            )
         self._seed: Any = None
         if noise in RANDOM_NOISES:
             drawn = noise_seed
@@ -140,7 +149,11 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
         if self.trust_coefficient is None:
             return rules.SGD(self.momentum, nesterov=False, weight_decay=self.weight_decay)
         return rules.LARS(
-            self.momentum, self.trust_coefficient, nesterov=False, weight_decay=self.weight_decay
+            self.momentum,
+            self.trust_coefficient,
+            nesterov=False,
+            weight_decay=self.weight_decay,
+            default_trust_ratio=self.default_trust_ratio,
         )
 
     def slot_names(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ class LAMBAlgorithm(LayerwiseAlgorithm):
 
         m ← β₁ m + (1 − β₁) ḡ,   v ← β₂ v + (1 − β₂) ḡ²
         r = m̂ / (√v̂ + ε) + λ w   with bias-corrected m̂ and v̂
-        ρ = ‖w‖ / ‖r‖            1 where either norm is 0 or the layer is excluded
+        ρ = ‖w‖ / ‖r‖            `default_trust_ratio` where a norm is 0 or the layer is excluded
         w ← w − η ρ r
 
     Without weight decay and at equal `epsilon` it equals `keras.optimizers.Lamb`, whose
@@ -34,8 +34,10 @@ class LAMBAlgorithm(LayerwiseAlgorithm):
         exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
             ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
             normalization scales. Defaults to `None`: all decay.
-        exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
-            excluded from weight decay; `[]` excludes none.
+        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
+            as those excluded from weight decay; `[]` excludes none.
+        default_trust_ratio: ρ of a variable that has none, > 0: one that is excluded, or where
+            either norm is 0. Defaults to 1.0.
         {common_arguments}
 
     Raises:
@@ -59,6 +61,7 @@ class LAMBAlgorithm(LayerwiseAlgorithm):
         weight_decay: float | None = None,
         exclude_from_weight_decay: Sequence[Any] | None = None,
         exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        default_trust_ratio: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(
@@ -66,6 +69,7 @@ class LAMBAlgorithm(LayerwiseAlgorithm):
             weight_decay=weight_decay,
             exclude_from_weight_decay=exclude_from_weight_decay,
             exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            default_trust_ratio=default_trust_ratio,
             **kwargs,
         )
         self.beta_1 = _validation.real("beta_1", beta_1, low=0.0, high=1.0, high_open=True)
@@ -79,6 +83,7 @@ class LAMBAlgorithm(LayerwiseAlgorithm):
             beta_2=self.beta_2,
             epsilon=self.epsilon,
             weight_decay=self.weight_decay,
+            default_trust_ratio=self.default_trust_ratio,
         )
 
     def get_config(self) -> dict[str, Any]:

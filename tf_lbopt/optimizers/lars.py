@@ -9,6 +9,8 @@ from tf_lbopt import _validation, rules
 from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 
+DENOMINATORS = ("norm_of_sum", "sum_of_norms")
+
 
 class LARSAlgorithm(LayerwiseAlgorithm):
     """Layer-wise adaptive rate scaling.
@@ -17,12 +19,17 @@ class LARSAlgorithm(LayerwiseAlgorithm):
     weights are against its gradient:
 
         g ← ḡ + λ w
-        ρ = τ ‖w‖ / ‖g‖          1 where either norm is 0 or the layer is excluded
+        ρ = τ ‖w‖ / ‖g‖          `default_trust_ratio` where a norm is 0 or the layer is excluded
         u ← β u + η ρ g
         w ← w − u                with nesterov: w ← w − (β u + η ρ g)
 
-    It equals tf-models-official's `lars.LARS`, except that an empty exclusion list excludes
-    nothing here.
+    This ρ is that of tf-models-official's `lars.LARS`, which this optimizer equals (except that an
+    empty exclusion list excludes nothing here), and of optax: their rates can be used as they are,
+    and without momentum a layer's step has the length η τ ‖w‖ exactly. The paper's eq. 6 is
+
+        ρ = τ ‖w‖ / (‖ḡ‖ + λ ‖w‖)
+
+    which `trust_ratio_denominator="sum_of_norms"` gives. Without weight decay both are the same.
 
     Args:
         learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable
@@ -34,8 +41,12 @@ class LARSAlgorithm(LayerwiseAlgorithm):
         exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
             ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
             normalization scales. Defaults to `None`: all decay.
-        exclude_from_layer_adaptation: Those whose ρ is 1. Defaults to `None`: the same as those
-            excluded from weight decay; `[]` excludes none.
+        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
+            as those excluded from weight decay; `[]` excludes none.
+        trust_ratio_denominator: `"norm_of_sum"`, ‖ḡ + λ w‖, or `"sum_of_norms"`, ‖ḡ‖ + λ ‖w‖ (the
+            paper's eq. 6). Defaults to `"norm_of_sum"`.
+        default_trust_ratio: ρ of a variable that has none, > 0: one that is excluded, or where
+            either norm is 0. Defaults to 1.0; with τ in its place these too train at η τ.
         {common_arguments}
 
     Raises:
@@ -45,7 +56,7 @@ class LARSAlgorithm(LayerwiseAlgorithm):
 
     References:
         You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks"
-        (arXiv:1708.03888), Algorithm 1.
+        (arXiv:1708.03888), Algorithm 1; eq. 6 with `trust_ratio_denominator="sum_of_norms"`.
     """
 
     slots = rules.LARS.slots
@@ -59,6 +70,8 @@ class LARSAlgorithm(LayerwiseAlgorithm):
         weight_decay: float | None = None,
         exclude_from_weight_decay: Sequence[Any] | None = None,
         exclude_from_layer_adaptation: Sequence[Any] | None = None,
+        trust_ratio_denominator: str = "norm_of_sum",
+        default_trust_ratio: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(
@@ -66,6 +79,7 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             weight_decay=weight_decay,
             exclude_from_weight_decay=exclude_from_weight_decay,
             exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            default_trust_ratio=default_trust_ratio,
             **kwargs,
         )
         self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
@@ -73,6 +87,9 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             "trust_coefficient", trust_coefficient, low=0.0, low_open=True
         )
         self.nesterov = _validation.boolean("nesterov", nesterov)
+        self.trust_ratio_denominator = _validation.choice(
+            "trust_ratio_denominator", trust_ratio_denominator, DENOMINATORS
+        )
 
     def rule(self) -> rules.Rule:
         """The algorithm with the current hyper-parameters."""
@@ -81,6 +98,8 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             trust_coefficient=self.trust_coefficient,
             nesterov=self.nesterov,
             weight_decay=self.weight_decay,
+            trust_ratio_denominator=self.trust_ratio_denominator,
+            default_trust_ratio=self.default_trust_ratio,
         )
 
     def slot_names(self) -> tuple[str, ...]:
@@ -94,6 +113,7 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             "momentum": self.momentum,
             "trust_coefficient": self.trust_coefficient,
             "nesterov": self.nesterov,
+            "trust_ratio_denominator": self.trust_ratio_denominator,
         }
 
 

@@ -95,6 +95,12 @@ class PostLocalSGD(AroundOptimizer):
     NaN or Inf (by an update that overflows) goes back to the last average, without momentum, and
     counts as one more.
 
+    How this differs from other implementations: the authors' own keeps each replica's momentum
+    from the first update on, before the switch too (here the first phase has the one momentum of
+    synchronous training, from which all replicas start), and averages when the count of all updates
+    is a multiple of H (here after every H local updates, counted from `start`). PyTorch's averager
+    averages after the first local step already.
+
     On a single replica there is nothing to average: there this is the inner optimizer at all
     times, without a local phase.
 

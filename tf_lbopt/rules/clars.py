@@ -20,7 +20,7 @@ class CLARS(Rule):
     The layer's rate is ``γ = η min(τ ‖w‖ / N, max_trust_ratio)`` with N the mean norm of the
     gradients of the sub-batches (or examples): the paper's eq. 5. Its eq. 4, Nesterov's momentum in
     terms of ``v``, is the same update; in terms of s, the velocity of Keras's SGD, nothing has to
-    be initialized with the weights.
+    be initialized with the weights. Without ``nesterov`` ``w ← w + s``.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -30,6 +30,8 @@ class CLARS(Rule):
     eta: float
     max_trust_ratio: float | None = None
     weight_decay: float | None = None
+    nesterov: bool = True
+    default_trust_ratio: float = 1.0
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
@@ -40,6 +42,7 @@ class CLARS(Rule):
             self._ratio,
             norms([layer.variable for layer in adapted]),
             [_mean_norm(layer) for layer in adapted],
+            self.default_trust_ratio,
         )
         gradients = decayed_gradients(layers, self.weight_decay)
         momentum = scalars(layers, self.momentum)
@@ -50,11 +53,11 @@ class CLARS(Rule):
                 dense(gradient),
                 rate,
                 momentum[layer.dtype],
-                nesterov=True,
+                self.nesterov,
             )
 
     def _ratio(self, weight_norms: tf.Tensor, mean_norms: tf.Tensor) -> tf.Tensor:
-        ratio = trust_ratio(weight_norms, mean_norms, self.eta)
+        ratio = trust_ratio(weight_norms, mean_norms, self.eta, self.default_trust_ratio)
         if self.max_trust_ratio is None:
             return ratio
         return tf.minimum(ratio, tf.constant(self.max_trust_ratio, ratio.dtype))

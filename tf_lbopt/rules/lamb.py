@@ -23,6 +23,7 @@ class LAMB(Rule):
     beta_2: float
     epsilon: float
     weight_decay: float | None = None
+    default_trust_ratio: float = 1.0
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
@@ -48,7 +49,14 @@ class LAMB(Rule):
         adapted = [index for index, layer in enumerate(layers) if layer.adapted]
         all_norms = norms([layers[i].variable for i in adapted] + [directions[i] for i in adapted])
         rates = layerwise_rates(
-            layers, step, trust_ratio, all_norms[: len(adapted)], all_norms[len(adapted) :]
+            layers,
+            step,
+            lambda weight_norm, norm: trust_ratio(
+                weight_norm, norm, default=self.default_trust_ratio
+            ),
+            all_norms[: len(adapted)],
+            all_norms[len(adapted) :],
+            self.default_trust_ratio,
         )
         for layer, direction, rate in zip(layers, directions, rates, strict=True):
             apply_delta(layer.variable, direction, -rate)

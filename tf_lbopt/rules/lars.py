@@ -4,17 +4,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import tensorflow as tf
+
 from tf_lbopt.rules.momentum import apply_velocity
-from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay
+from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay, decayed_gradients, dense
 from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
 @dataclasses.dataclass(frozen=True)
 class LARS(Rule):
-    """LARS: ``u ← β u + η ρ g``, ``w ← w − u``, with ``g = ḡ + λ w`` and ``ρ = τ ‖w‖ / ‖g‖``.
+    """LARS: ``u ← β u + η ρ g``, ``w ← w − u``, with ``g = ḡ + λ w``.
 
-    The slot holds −u, the velocity of Keras's SGD.
+    ``ρ = τ ‖w‖ / ‖g‖``, or with the denominator ``"sum_of_norms"`` the paper's eq. 6,
+    ``ρ = τ ‖w‖ / (‖ḡ‖ + λ ‖w‖)``. The slot holds −u, the velocity of Keras's SGD.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -23,20 +26,21 @@ class LARS(Rule):
     trust_coefficient: float
     nesterov: bool = False
     weight_decay: float | None = None
+    trust_ratio_denominator: str = "norm_of_sum"
+    default_trust_ratio: float = 1.0
 
     def update(self, layers: Sequence[Layer], step: Step) -> None:
         """One update; see the class."""
-        gradients, gradient_norms, weight_norms = coupled_weight_decay(
-            layers,
-            self.weight_decay,
-            also=[layer.variable for layer in layers if layer.adapted],
-        )
+        gradients, weight_norms, denominators = self._gradients_and_norms(layers)
         rates = layerwise_rates(
             layers,
             step,
-            lambda weight_norm, norm: trust_ratio(weight_norm, norm, self.trust_coefficient),
+            lambda weight_norm, norm: trust_ratio(
+                weight_norm, norm, self.trust_coefficient, self.default_trust_ratio
+            ),
             weight_norms,
-            [norm for layer, norm in zip(layers, gradient_norms, strict=True) if layer.adapted],
+            denominators,
+            self.default_trust_ratio,
         )
         momentum = scalars(layers, self.momentum)
         for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
@@ -48,3 +52,26 @@ class LARS(Rule):
                 momentum[layer.dtype],
                 self.nesterov,
             )
+
+    def _gradients_and_norms(
+        self, layers: Sequence[Layer]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        """All g; of the adapted layers ‖w‖, and what it is divided by."""
+        adapted = [index for index, layer in enumerate(layers) if layer.adapted]
+        apart = self.trust_ratio_denominator == "sum_of_norms"
+        gradients, gradient_norms, weight_norms = coupled_weight_decay(
+            layers,
+            None if apart else self.weight_decay,
+            also=[layers[index].variable for index in adapted],
+        )
+        denominators = [gradient_norms[index] for index in adapted]
+        if apart and self.weight_decay:
+            decay = scalars(layers, self.weight_decay)
+            denominators = [
+                norm + decay[norm.dtype] * weight_norm if layers[index].decayed else norm
+                for index, norm, weight_norm in zip(
+                    adapted, denominators, weight_norms, strict=True
+                )
+            ]
+            gradients = [dense(g) for g in decayed_gradients(layers, self.weight_decay)]
+        return gradients, weight_norms, denominators

@@ -70,9 +70,11 @@ class _LayerwiseConfig(_Config):
     Attributes:
         exclude_from_layer_adaptation: Regexes over the names of variables that have none; `None`
             for those that do not decay, `[]` for no variables.
+        default_trust_ratio: The trust ratio of a variable that has none.
     """
 
     exclude_from_layer_adaptation: list[str] | None = None
+    default_trust_ratio: float = 1.0
 
 
 @dataclasses.dataclass
@@ -83,6 +85,7 @@ class LARSConfig(_LayerwiseConfig):
     momentum: float = 0.9
     trust_coefficient: float = 0.001
     nesterov: bool = False
+    trust_ratio_denominator: str = "norm_of_sum"
 
 
 @dataclasses.dataclass
@@ -123,6 +126,7 @@ class CLARSConfig(_LayerwiseConfig):
     momentum: float = 0.9
     eta: float = 0.01
     max_trust_ratio: float | None = None
+    nesterov: bool = True
 
 
 @dataclasses.dataclass
