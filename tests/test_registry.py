@@ -122,6 +122,23 @@ def test_classes_are_public_and_registered(info):
     assert info.cls.statistics == info.statistics
 
 
+@pytest.mark.parametrize(
+    ("base", "missing"),
+    [
+        ("tf_lbopt.optimizers.base.LargeBatchOptimizer", "rule"),
+        ("tf_lbopt.tf_keras.base.LargeBatchOptimizer", "rule"),
+        ("tf_lbopt.optimizers.extrapolated.ExtrapolatedOptimizer", "rule"),
+        ("tf_lbopt.optimizers.extrapolation.Extrapolation", "_start.*move.*rule"),
+        ("tf_lbopt.optimizers.lars.LARSAlgorithm", "_start"),
+    ],
+)
+def test_an_optimizer_that_lacks_something_can_not_be_made(base, missing):
+    module, _, name = base.rpartition(".")
+    cls = type("Mine", (getattr(importlib.import_module(module), name),), {})
+    with pytest.raises(TypeError, match=f"abstract class Mine .*{missing}"):
+        cls(0.1)
+
+
 @over_optimizers
 def test_configuration_round_trip(info):
     changed = {

@@ -42,7 +42,7 @@ _NAMES_ELSEWHERE = {
 }
 
 
-class Algorithm:
+class Algorithm(abc.ABC):
     """Base of all algorithms.
 
     A constructor passes what it does not know on to `super().__init__(learning_rate, **kwargs)`.

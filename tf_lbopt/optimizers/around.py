@@ -1,5 +1,6 @@
 """What the optimizers around another Keras optimizer have in common."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_lbopt import _compat, rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 
@@ -72,6 +74,11 @@ class AroundOptimizer(LargeBatchOptimizer):
         """Sets all `variables`, the inner optimizer's among them."""
         set_all_weights(self, weights)
 
+    def rule(self) -> rules.Rule:
+        """The inner optimizer's."""
+        inner = self.inner_optimizer
+        return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(self)
+
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
@@ -82,3 +89,17 @@ class AroundOptimizer(LargeBatchOptimizer):
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
         return cls(inner, **config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stock(rules.Rule):
+    """A stock Keras optimizer as a rule: its slots and its rate are its own."""
+
+    wrapper: AroundOptimizer
+
+    def update(self, layers: Sequence[rules.Layer], step: rules.Step) -> None:
+        """One update by Keras's own code."""
+        del step
+        variables = [self.wrapper._trainable_variables[layer.index] for layer in layers]
+        gradients = [layer.gradient for layer in layers]
+        _compat.keras_update(self.wrapper.inner_optimizer, gradients, variables)

@@ -74,7 +74,7 @@ class _Layers:
         return self._model is not None and self._model() is model
 
 
-class ExtrapolationAdapter:
+class ExtrapolationAdapter(abc.ABC):
     """What an adapter of a framework provides for `Extrapolation`, beside what it does anyway."""
 
     @abc.abstractmethod
@@ -97,7 +97,7 @@ class ExtrapolationAdapter:
     def _serialized(self, schedule: Any) -> Any:
         """A schedule as `get_config` has it."""
 
-    def _check_wrapper(self) -> None:
+    def _check_wrapper(self) -> None:  # noqa: B027  # not every framework has such a wrapper
         """Raises if what is wrapped around the optimizer leaves out updates."""
 
 

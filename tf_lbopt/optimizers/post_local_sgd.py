@@ -24,7 +24,6 @@ from tf_lbopt.distribution.replicas import (
     replica_number,
     sum_over_replicas,
 )
-from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.optimizers.algorithm import _without_missing, build_at_first_call
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
@@ -527,10 +526,12 @@ class PostLocalSGD(AroundOptimizer):
         """One step of a replica, whose model variables are at the point of the gradient."""
         inner = self.inner_optimizer
         if not isinstance(inner, ExtrapSGD):
-            self._update_by_keras(indices, gradients)
-            for index in indices:
-                variable = tensorflow_variable(self._trainable_variables[index])
-                self._local.weights[index].assign(variable.read_value())
+            variables = [self._trainable_variables[index] for index in indices]
+            _compat.keras_update(inner, gradients, variables)
+            for index, variable in zip(indices, variables, strict=True):
+                target = tensorflow_variable(variable)
+                self._constrain(index, target)
+                self._local.weights[index].assign(target.read_value())
             return
         layers = [
             Layer(
@@ -547,16 +548,6 @@ class PostLocalSGD(AroundOptimizer):
         inner.rule().update(layers, Step(rate, tf.convert_to_tensor(self._iterations)))
         for index in indices:
             self._constrain(index, self._local.weights[index])
-
-    def _apply_on_replica(self, arrival: Arrival) -> None:
-        self._update_by_keras(arrival.indices, arrival.gradients)
-        tensorflow_variable(self._iterations).assign_add(1)
-
-    def _update_by_keras(self, indices: Sequence[int], gradients: Sequence[Any]) -> None:
-        variables = [self._trainable_variables[index] for index in indices]
-        _compat.keras_update(self.inner_optimizer, gradients, variables)
-        for index, variable in zip(indices, variables, strict=True):
-            self._constrain(index, tensorflow_variable(variable))
 
     def _constrain(self, index: int, target: tf.Variable) -> None:
         constraint = getattr(self._trainable_variables[index], "constraint", None)

@@ -1,13 +1,11 @@
 """VRGD in front of any Keras optimizer."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _compat, rules
 from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
@@ -96,10 +94,6 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         with inside_scope(self._strategy):
             self.inner_optimizer.build(list(variables))
 
-    def _base_rule(self) -> rules.Rule:
-        inner = self.inner_optimizer
-        return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(self)
-
     def _slots_of(self, index: int) -> dict[str, tf.Variable]:
         slots = super()._slots_of(index)
         if isinstance(self.inner_optimizer, LargeBatchOptimizer):
@@ -127,19 +121,6 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
             del config[key]
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
         return {"inner_optimizer": inner, **config}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stock(rules.Rule):
-    """A stock Keras optimizer as a rule: its slots and its rate are its own."""
-
-    wrapper: VarianceReduced
-
-    def update(self, layers: Sequence[rules.Layer], step: rules.Step) -> None:
-        del step
-        variables = [self.wrapper._trainable_variables[layer.index] for layer in layers]
-        gradients = [layer.gradient for layer in layers]
-        _compat.keras_update(self.wrapper.inner_optimizer, gradients, variables)
 
 
 def _check_inner(inner: Any) -> None:

@@ -125,7 +125,7 @@ class _Collected:
         self.calls = 0
 
 
-class _StandIn:
+class _StandIn(abc.ABC):
     """Stands for an optimizer while one part is traced; for all but the update it is that."""
 
     def __init__(
