@@ -1,7 +1,9 @@
-# Two commands do all the set-up on a fresh machine with Python 3.11: make quickstart, make test.
+# Two commands do all the set-up on a fresh machine: make quickstart, make test.
+# Python 3.11 takes the versions of constraints.txt, another Python the newest there are.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PINS := $(shell $(PYTHON) -c "import sys; print('--constraint constraints.txt' * (sys.version_info[:2] == (3, 11)))")
 SOURCES := pyproject.toml setup.py README.md $(shell find tf_lbopt official_recipes -type f -not -name '*.pyc' 2>/dev/null)
 # Tests import the installed package, so pytest is called as a script: `python -m` adds this folder.
 PYTEST := TF_LBOPT_INSTALLED=1 $(BIN)/pytest
@@ -16,8 +18,8 @@ setup: .venv/.installed
 .venv/.dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt build
-	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt '.[recipes,dev]'
+	$(BIN)/python -m pip install --quiet --progress-bar on $(PINS) build
+	$(BIN)/python -m pip install --quiet --progress-bar on $(PINS) '.[recipes,dev]'
 	touch $@
 
 .venv/.installed: .venv/.dependencies $(SOURCES)

@@ -1,5 +1,13 @@
-"""A shim for tools that still call setup.py; the metadata is in pyproject.toml."""
+"""The metadata that pyproject.toml can not express: the README without links into the repository."""
+
+import pathlib
+import re
 
 from setuptools import setup
 
-setup()
+_README = (pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+
+setup(
+    long_description=re.sub(r"\[([^\]]+)\]\((?!https?://|#)[^)]+\)", r"\1", _README),
+    long_description_content_type="text/markdown",
+)

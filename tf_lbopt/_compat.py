@@ -396,7 +396,8 @@ def tracked_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
     What ``train_step`` does between the forward and the backward pass. Checked on Keras 3.15.1.
     """
     loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-    loss = keras_loss.unscale_loss_for_distribution(loss)
+    if hasattr(keras_loss, "unscale_loss_for_distribution"):  # Keras 3.8
+        loss = keras_loss.unscale_loss_for_distribution(loss)
     first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
     model._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
     return loss

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import keras
 import numpy as np
@@ -82,7 +82,7 @@ class AroundOptimizer(LargeBatchOptimizer):
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Self:
+    ) -> "AroundOptimizer":
         """The optimizer that `get_config` describes."""
         config = dict(config)
         inner = keras.saving.deserialize_keras_object(

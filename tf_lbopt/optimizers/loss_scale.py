@@ -95,11 +95,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         require_same_strategy(self, inner_optimizer, self._strategy)
         # Keras creates these two in `build` and scales the loss by a constant before: a custom
         # loop traced unbuilt would keep that constant for ever.
-        self.step_counter = self.add_variable((), dtype="int64", name="step_counter")
+        self.step_counter = self.add_variable(
+            (), dtype="int64", aggregation="only_first_replica", name="step_counter"
+        )
         self.dynamic_scale = self.add_variable(
             (),
             initializer=keras.initializers.Constant(self.initial_scale),
             dtype="float32",
+            aggregation="only_first_replica",
             name="dynamic_scale",
         )
         if isinstance(inner_optimizer, LargeBatchOptimizer):
@@ -116,6 +119,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self._own_skipped_updates is None:
             return self.inner_optimizer.skipped_updates
         return self._own_skipped_updates
+
+    @property
+    def iterations(self) -> keras.Variable:
+        """The inner optimizer's (Keras's own class has counted apart before 3.9)."""
+        return self.inner_optimizer.iterations
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Builds the inner optimizer for a list of trainable variables."""

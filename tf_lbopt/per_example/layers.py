@@ -286,7 +286,6 @@ def normalization(call: LayerCall) -> Contributions:
     return contributions
 
 
-@register_layer(keras.layers.RMSNormalization)
 def rms_normalization(call: LayerCall) -> Contributions:
     """Scale of normalized inputs."""
     layer = call.layer
@@ -301,6 +300,10 @@ def rms_normalization(call: LayerCall) -> Contributions:
     normalized = _again(call, {"scale": None}, dtype)
     gradient = tf.cast(call.output_gradient, dtype)
     return [(layer.scale, tf.reduce_sum(gradient * normalized, axis=others))]
+
+
+if hasattr(keras.layers, "RMSNormalization"):  # Keras 3.9
+    register_layer(keras.layers.RMSNormalization)(rms_normalization)
 
 
 def _again(call: LayerCall, replaced: Mapping[str, Any], dtype: tf.DType) -> tf.Tensor:
