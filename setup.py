@@ -1,4 +1,4 @@
-"""The metadata that pyproject.toml can not express: the README without links into the repository."""
+"""What pyproject.toml can not express: the README without its links into the repository."""
 
 import pathlib
 import re

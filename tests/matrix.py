@@ -154,7 +154,7 @@ def render(rows: dict[str, dict]) -> str:
         "",
         "What `make matrix` has run: in each environment the program `tests/smoke.py`, which uses",
         "every optimizer on one device and on two replicas with accumulation, by `fit`, compiled",
-        "by XLA, from `.keras` files and checkpoints, with loss scaling and inside the wrappers, and",
+        "by XLA, from `.keras` files and checkpoints, with loss scaling and in the wrappers, and",
         "compares values. tf_keras and tf-models are used where the row has them. All on CPUs.",
         "",
         "| Python | TensorFlow | Keras | NumPy | tf_keras | tf-models | result | run |",

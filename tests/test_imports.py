@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 import tf_lbopt
+from tf_lbopt import _requirements
 
 ROOT = pathlib.Path(tf_lbopt.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -90,3 +92,59 @@ def test_private_names_are_in_one_file_for_each_framework(path):
         assert private, "the scan does not find private imports where they are known to be"
     else:
         assert private == []
+
+
+def _import_with(code, **environment):
+    """The last line of what a fresh process says that runs ``code`` and imports the package."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport tf_lbopt\nprint('imported')"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    return (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
+
+
+_OTHER_VERSION = """
+import sys, types
+sys.modules["{name}"] = types.ModuleType("{name}")
+sys.modules["{name}"].__version__ = "{version}"
+sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "expected"),
+    [
+        ("", {"KERAS_BACKEND": "jax"}, ["ImportError", "KERAS_BACKEND", "Received: 'jax'"]),
+        (
+            "import importlib.util\nimportlib.util.find_spec = lambda name: None",
+            {},
+            ["ImportError", "TensorFlow 2.16", "tf-lbopt[cpu]", "tf-lbopt[tpu]", "Received: none"],
+        ),
+        (
+            _OTHER_VERSION.format(name="tensorflow", version="2.15.1"),
+            {},
+            ["ImportError", "TensorFlow 2.16", "tf-lbopt[gpu]", "Received: TensorFlow 2.15.1"],
+        ),
+        (
+            "from importlib import metadata\nmetadata.version = lambda name: '3.6.0'",
+            {},
+            ["ImportError", "Keras 3.7", "Received: Keras 3.6.0"],
+        ),
+    ],
+    ids=["backend", "no_tensorflow", "old_tensorflow", "old_keras"],
+)
+def test_import_says_what_is_missing(code, environment, expected):
+    message = _import_with(code, **environment)
+    assert all(part in message for part in expected), message
+
+
+def test_a_newer_version_than_tried_is_warned_of(recwarn):
+    _requirements._check_version("Keras", "3.16.0", (3, 7), (3, 15))
+    (warning,) = recwarn
+    assert "Keras up to 3.15" in str(warning.message)
+    assert "Received: 3.16.0" in str(warning.message)
+    _requirements._check_version("Keras", "3.15.9", (3, 7), (3, 15))
+    assert len(recwarn) == 1

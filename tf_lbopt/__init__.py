@@ -1,6 +1,7 @@
 """Large-batch optimizers for TensorFlow and Keras, exact under `tf.distribute`."""
 
-from tf_lbopt import callbacks, schedules
+# First: it says what is missing.
+from tf_lbopt import _requirements, callbacks, schedules  # noqa: F401
 from tf_lbopt._version import __version__
 from tf_lbopt.optimizers import (
     CLARS,
