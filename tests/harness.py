@@ -109,7 +109,7 @@ class Run:
         if replicas * micro_steps == 1 and needs_sub_batches(make):
             pytest.skip("needs at least two sub-batches")
         self.replicas, self.micro_steps = replicas, micro_steps
-        self.strategy = strategy_of(replicas)
+        self.strategy = self._strategy_of(replicas)
         if micro_steps > 1:
             kwargs["gradient_accumulation_steps"] = micro_steps
         weights = initial_weights() if weights is None else weights
@@ -132,14 +132,17 @@ class Run:
     def _apply(self, gradients: list[Any]) -> None:
         self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
 
-    def _step_python(self, gradients: Any) -> None:
-        def replica_step(local: Any) -> None:
-            self.traces += 1
-            local = [_divided(g, self.replicas) for g in local]
-            with taking_gradients(self.inner, self.variables):
-                self._apply(local)
+    def _strategy_of(self, replicas: int) -> tf.distribute.Strategy:
+        return strategy_of(replicas)
 
-        self.strategy.run(replica_step, args=(gradients,))
+    def _step_python(self, gradients: Any) -> None:
+        self.strategy.run(self._replica_step, args=(gradients,))
+
+    def _replica_step(self, local: Any) -> None:
+        self.traces += 1
+        local = [_divided(g, self.replicas) for g in local]
+        with taking_gradients(self.inner, self.variables):
+            self._apply(local)
 
     def micro_step(self, per_replica: Sequence[Sequence[Any]]) -> None:
         """One call, with ``[replica][layer]`` gradients."""

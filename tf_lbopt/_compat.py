@@ -22,7 +22,7 @@ from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.models.functional import Functional as Functional  # not exported; 3.15.1
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.saving import saving_lib
-from tensorflow.python.distribute import distribute_utils
+from tensorflow.python.distribute import distribute_utils, tpu_util
 from tensorflow.python.eager import context, record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
@@ -41,6 +41,15 @@ def per_replica(values: Sequence[Any]) -> Any:
 def in_xla_context() -> bool:
     """Whether the ops built now are going to be compiled by XLA. Checked on TensorFlow 2.20.0."""
     return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
+
+
+def in_tpu_replica() -> bool:
+    """Whether a replica function of ``TPUStrategy.run`` is being traced.
+
+    Its ``merge_call`` stays in there: on a TPU all replicas run one program, collectives included.
+    Checked on TensorFlow 2.20.0.
+    """
+    return tpu_util.enclosing_tpu_context() is not None
 
 
 def anonymous_variable(shape: tf.TensorShape, dtype: tf.DType) -> tf.Tensor:

@@ -67,13 +67,12 @@ class Accumulation(ReplicaState):
         ``size`` is the number of the optimizer's variables.
 
         Gradients decide the kind of accumulator: what arrives as ``IndexedSlices`` is kept by rows
-        (by the whole table under XLA, which wants static shapes).
+        (under XLA, which wants static shapes, all are dense).
         """
-        by_rows = not _compat.in_xla_context()
         kept_by_rows = (
             isinstance(self.accumulators.get((0, index)), SparseAccumulator) for index in indices
         )
-        if not by_rows and any(kept_by_rows):
+        if _compat.in_xla_context() and any(kept_by_rows):
             raise ValueError(
                 "An optimizer that accumulates sparse gradients must be used with "
                 "`jit_compile=True` from the first step on, or never. Received: a compiled step "
@@ -92,7 +91,7 @@ class Accumulation(ReplicaState):
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
                 self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
             for index, variable, gradient in missing:
-                sparse = by_rows and isinstance(_first(gradient), tf.IndexedSlices)
+                sparse = isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
                 with self._strategy.extended.colocate_vars_with(variable):
                     for part in range(self.parts):

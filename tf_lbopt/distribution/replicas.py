@@ -32,6 +32,10 @@ def on_each_replica(
     Returns:
         For each tensor that ``fn`` returns, the tuple of the local replicas' values.
     """
+    if _compat.in_tpu_replica():
+        # This is the only replica that is traced, and its variables read and write its own copies;
+        # TPU's `update` would return one tuple around the whole list.
+        return [(value,) for value in fn(*args)]
     return strategy.extended.update(
         anchor, lambda _, *local_args: fn(*local_args), args=args, group=False
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import (
     bundle,
@@ -28,7 +29,7 @@ from tf_lbopt.distribution.replicas import (
 from tf_lbopt.rules import clip as clipping
 from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE
+from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, dense
 from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, shares_of_deviations
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
@@ -459,13 +460,15 @@ def _own(gradient: Gradient, variable: tf.Variable) -> Gradient:
 
     `merge_call` takes an object that all replicas share (a captured constant) for a value without
     replicas, which is never summed; hence the identity. The shape of a sparse one is optional and
-    may be anything like a shape; here it is the variable's.
+    may be anything like a shape; here it is the variable's. Under XLA, where to look for repeated
+    indices takes longer than the whole table, it becomes dense.
     """
     dtype = compute_dtype(variable.dtype)
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.identity(tf.cast(gradient, dtype))
-    return tf.IndexedSlices(
+    slices = tf.IndexedSlices(
         tf.identity(tf.cast(gradient.values, dtype)),
         tf.identity(gradient.indices),
         dense_shape=tf.constant(variable.shape.as_list(), tf.int64),
     )
+    return dense(slices) if _compat.in_xla_context() else slices

@@ -1,0 +1,173 @@
+"""TPUStrategy without a TPU: what it traces, and what its replicas would compute.
+
+Variables of devices that do not exist fall back to the CPU, and `strategy.run` inside a
+`tf.function` traces TPUStrategy's own replica context, variables and reductions. Nothing of that
+can run; `emulated` runs the same Python code eagerly instead, a thread for each replica. Checked on
+TensorFlow 2.20.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+from harness import Run
+from tensorflow.python.distribute import tpu_strategy, tpu_util, tpu_values
+from tensorflow.python.ops import control_flow_util
+from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
+
+
+class _Device:
+    device_type = "TPU"
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+class _Resolver:
+    """Names one host's cores."""
+
+    tpu_hardware_feature = 0
+
+    def __init__(self, cores: int):
+        self._cores = cores
+
+    def get_tpu_system_metadata(self) -> TPUSystemMetadata:
+        names = [f"/job:localhost/replica:0/task:0/device:TPU:{i}" for i in range(self._cores)]
+        return TPUSystemMetadata(
+            num_cores=self._cores,
+            num_hosts=1,
+            num_of_cores_per_host=self._cores,
+            topology=None,
+            devices=[_Device(name) for name in names],
+        )
+
+    def cluster_spec(self) -> None:
+        return None
+
+    def master(self) -> str:
+        return ""
+
+
+@functools.cache
+def tpu_strategy_of(replicas: int) -> tf.distribute.TPUStrategy:
+    """The process's TPUStrategy for a number of replicas."""
+    return tf.distribute.TPUStrategy(_Resolver(replicas))
+
+
+def operations(function: Any) -> list[Any]:
+    """All nodes of a concrete function's graph and of the functions that it calls."""
+    definition = function.graph.as_graph_def()
+    return [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+
+
+def traced(strategy: tf.distribute.Strategy, replica_step: Callable[..., Any], *args: Any) -> Any:
+    """The concrete function of a step, the same tensors on all replicas."""
+
+    @tf.function(autograph=False)
+    def step(*args: Any) -> Any:
+        return strategy.run(replica_step, args=args)
+
+    return step.get_concrete_function(*args)
+
+
+class _Sum:
+    """`cross_replica_sum` for threads."""
+
+    def __init__(self, replicas: int):
+        self._barrier = threading.Barrier(replicas, timeout=60)
+        self._values: list[Any] = [None] * replicas
+
+    def __call__(self, replica: int, value: tf.Tensor) -> tf.Tensor:
+        self._values[replica] = value
+        self._barrier.wait()
+        total = tf.add_n(list(self._values))
+        self._barrier.wait()
+        return total
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+@contextlib.contextmanager
+def _patched(replica_of_thread: threading.local, reduce: _Sum) -> Iterator[None]:
+    replica = functools.partial(getattr, replica_of_thread, "number", None)
+    mixin = tpu_values.TPUVariableMixin
+    handle, context, in_xla, cross_replica_sum = (
+        mixin.handle,
+        tpu_util.enclosing_tpu_context,
+        control_flow_util.GraphOrParentsInXlaContext,
+        tpu_strategy.tpu_ops.cross_replica_sum,
+    )
+
+    def own_handle(variable: Any) -> Any:
+        number = replica()
+        return handle.fget(variable) if number is None else variable._values[number].handle
+
+    mixin.handle = property(own_handle)
+    tpu_util.enclosing_tpu_context = lambda: context() if replica() is None else object()
+    control_flow_util.GraphOrParentsInXlaContext = lambda graph: (
+        in_xla(graph) if replica() is None else True
+    )
+    tpu_strategy.tpu_ops.cross_replica_sum = lambda value, *_: reduce(
+        replica(), tf.convert_to_tensor(value)
+    )
+    try:
+        yield
+    finally:
+        mixin.handle = handle
+        tpu_util.enclosing_tpu_context = context
+        control_flow_util.GraphOrParentsInXlaContext = in_xla
+        tpu_strategy.tpu_ops.cross_replica_sum = cross_replica_sum
+
+
+def emulated(
+    strategy: tf.distribute.TPUStrategy,
+    replica_step: Callable[..., Any],
+    per_replica: Sequence[Sequence[Any]],
+) -> None:
+    """Runs a step that was traced before (which made the variables), eagerly.
+
+    Each thread is in a replica context of TPUStrategy, reads and writes its replica's copies of
+    variables, and sums over the threads.
+
+    Args:
+        strategy: The strategy.
+        replica_step: What `strategy.run` would be given.
+        per_replica: For each replica its arguments.
+    """
+    own, reduce, errors = threading.local(), _Sum(len(per_replica)), []
+
+    def run(number: int) -> None:
+        own.number = number
+        try:
+            with strategy.scope(), tpu_strategy._TPUReplicaContext(strategy, tf.constant(number)):
+                replica_step(*per_replica[number])
+        except BaseException as error:
+            errors.append(error)
+            reduce.abort()
+
+    with _patched(own, reduce):
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(per_replica))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        broken = threading.BrokenBarrierError
+        raise next((e for e in errors if not isinstance(e, broken)), errors[0])
+
+
+class TPURun(Run):
+    """`Run` under TPUStrategy: the step is traced before its first run, which `emulated` does."""
+
+    def _strategy_of(self, replicas: int) -> tf.distribute.Strategy:
+        return tpu_strategy_of(replicas)
+
+    def micro_step(self, per_replica: Sequence[Sequence[Any]]) -> None:
+        """One call, with ``[replica][layer]`` gradients."""
+        if not self.traces:
+            self.function = self._step.get_concrete_function(per_replica[0])
+        emulated(self.strategy, self._replica_step, [[layers] for layers in per_replica])
