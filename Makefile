@@ -11,7 +11,7 @@ JOBS ?= 2
 # For `make recipes`: a folder of small real data sets, or nothing.
 DATA ?= $(wildcard ../shared/data)
 
-.PHONY: setup quickstart recipes evidence test test-all lint types format benchmark clean
+.PHONY: setup quickstart recipes evidence test test-all matrix lint types format benchmark clean
 
 setup: .venv/.installed
 
@@ -50,6 +50,10 @@ test: lint types
 
 test-all: lint types
 	$(PYTEST) -n $(JOBS) --dist worksteal tests
+
+# Other versions, in environments of their own: all, or those whose names fit ONLY (a regex).
+matrix: setup
+	$(BIN)/python -m tests.matrix --only='$(ONLY)'
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 SECONDS = 900
+UV = str(pathlib.Path(sys.executable).with_name("uv"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def run(cell: Cell, wheel: pathlib.Path) -> dict[str, object]:
 
         def uv(*arguments: str) -> str:
             done = subprocess.run(
-                ["uv", *arguments],
+                [UV, *arguments],
                 capture_output=True,
                 text=True,
                 env={**os.environ, "VIRTUAL_ENV": str(environment)},

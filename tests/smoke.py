@@ -119,7 +119,8 @@ def one_device_equals_two_replicas() -> None:
         assert_trained(one)
         assert updates(one) == updates(two) == 2, name
         # Sub-batches hold other examples: the mean is the same, statistics of them are not.
-        if not one.optimizer.statistics:
+        # `fit` of Keras 3.7 takes the sum over replicas, which is warned of.
+        if not one.optimizer.statistics and not keras.__version__.startswith("3.7."):
             np.testing.assert_allclose(weights_of(one), weights_of(two), rtol=0, atol=2e-6)
 
 

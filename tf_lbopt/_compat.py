@@ -297,6 +297,20 @@ def called_by_loss_scale_optimizer() -> bool:
     return isinstance(frame.f_locals.get("self"), keras.optimizers.LossScaleOptimizer)
 
 
+def is_multi_optimizer(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether an optimizer is made of several; Keras 3.15 has a class for that."""
+    cls = getattr(keras.optimizers, "MultiOptimizer", None)
+    return cls is not None and isinstance(optimizer, cls)
+
+
+def fit_divides_by_replicas() -> bool:
+    """Whether Keras's `fit` divides the loss by the number of replicas, as from 3.8 on.
+
+    Checked on Keras 3.7.0, 3.8.0 and 3.15.1.
+    """
+    return hasattr(keras_loss, "scale_loss_for_distribution")
+
+
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     """The variables that an optimizer was built with.
 

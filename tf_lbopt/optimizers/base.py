@@ -72,6 +72,14 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         )
 
     def _build_framework(self, variables: list[Any]) -> None:
+        replicas = self._strategy.num_replicas_in_sync
+        if replicas > 1 and not _compat.fit_divides_by_replicas():
+            warnings.warn(
+                f"`fit` of Keras {keras.__version__} does not divide the loss by the number of "
+                f"replicas: its gradients are {replicas} times those of the mean loss, for every "
+                "optimizer. Use Keras 3.8 or later, or a training loop of your own that divides.",
+                stacklevel=2,
+            )
         # Keras's accumulators are mirrored, ours are not: it must not make its own.
         steps = self.gradient_accumulation_steps
         self.__dict__["gradient_accumulation_steps"] = None

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
@@ -135,7 +136,7 @@ def _check_inner(inner: Any) -> None:
             "`inner_optimizer` must not scale the loss: put tf_lbopt.LossScaleOptimizer around "
             f"VarianceReduced instead. {received}"
         )
-    if isinstance(inner, keras.optimizers.MultiOptimizer):
+    if _compat.is_multi_optimizer(inner):
         raise ValueError(
             "`inner_optimizer` must be one optimizer, not several, which share out the variables "
             f"in a way of their own. {received}"
