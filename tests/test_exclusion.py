@@ -2,10 +2,12 @@
 
 import json
 import re
+import warnings
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from harness import taking_gradients
 from helpers_arguments import (
     accepts,
@@ -14,8 +16,7 @@ from helpers_arguments import (
     minimal_arguments,
     named_variables,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from keras import layers
 
 import tf_lbopt
 from tf_lbopt.optimizers.exclusion import Exclusion
@@ -180,30 +181,343 @@ def test_keras_names_are_searched_as_keras_does(pattern):
     assert found == expected
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(
-        st.text("ab.+$()[]|^\\/ é", min_size=1, max_size=8).filter(lambda name: "/" not in name),
-        min_size=1,
-        max_size=3,
+# -- other names for the same variables ------------------------------------------------------------
+
+
+class Named:
+    def __init__(self, path):
+        self.path = path
+
+
+def built(entries, paths):
+    exclusion = Exclusion("exclude_from_weight_decay", entries)
+    exclusion.build([Named(path) for path in paths])
+    return exclusion
+
+
+# Former paths, entries, paths now, which of these are excluded.
+RENAMED = {
+    "model's name lost": (["net/a/bias", "net/b/bias"], ["net/b"], ["a/bias", "b/bias"], [1]),
+    "model's name won": (["a/bias", "b/bias"], ["^b"], ["net/a/bias", "net/b/bias"], [1]),
+    "names lost in part": (
+        ["net/block/a/w", "net/block/b/w", "net/c/w"],
+        ["net/block/a"],
+        ["a/w", "b/w", "net/c/w"],
+        [0],
+    ),
+    "numbered anew": (
+        ["net_1/dense_3/w", "net_1/dense_4/w", "net_1/dense_5/w"],
+        ["dense_4/"],
+        ["net/dense_4/w", "net/dense_5/w", "net/dense_6/w"],
+        [1],
+    ),
+    "numbered anew in part": (
+        ["block/dense_3/w", "dense_4/w", "dense_5/w"],
+        ["block/", "dense_5"],
+        ["block/dense_4/w", "dense_4/w", "dense_5/w"],
+        [0, 2],
+    ),
+    "the model's own": (["net/bias", "net/dense/bias"], ["^net/bias"], ["bias", "dense/bias"], [0]),
+    "of equal names": (["w", "w"], ["w"], ["w", "w"], [0, 1]),
+    "fewer": (["net/a/w", "net/b/w", "net/c/w"], ["net/b"], ["b/w", "c/w"], [0]),
+    "in another order": (["net/a_1/w", "net/a_2/w"], ["net/a_1"], ["a_2/w", "a_1/w"], [1]),
+    # From here on other models: what the entries say.
+    "more": (["net/b/w"], ["w", "net"], ["net/a/w", "net/b/w"], [0, 1]),
+    "fewer, of two that may be meant": (["a/x/w", "b/x/w"], ["^a/", "^x"], ["x/w"], [0]),
+    "another name": (["a/w", "b/w"], ["head"], ["a/w", "head/w"], [1]),
+    "another kind": (["a/w", "a/bias"], ["bias"], ["a/bias", "a/w_2"], [0]),
+    # One variable that is known by its path.
+    "path": (None, [{"path": "a.b/w"}], ["a.b/w", "net/a.b/w", "axb/w"], [0]),
+    "path, model's name lost": (None, [{"path": "net/a/w"}], ["a/w", "b/w"], [0]),
+    "path, two that may be meant": (None, [{"path": "a/w"}], ["x/a/w", "y/a/w"], []),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`exclude_from_weight_decay` has entries that fit none")
+@pytest.mark.parametrize("case", RENAMED)
+def test_variables_under_other_names(case):
+    former, entries, paths, excluded = RENAMED[case]
+    if former is not None:
+        entries = json.loads(json.dumps(built(entries, former).config()))
+    exclusion = built(entries, paths)
+    assert [i for i, flag in enumerate(exclusion.excluded) if flag] == excluded
+    # And once more: what is built knows these names, and says the same as what was not yet.
+    again = built(exclusion.config(), paths)
+    assert again.excluded == exclusion.excluded
+    assert again.config() == exclusion.config()
+
+
+def test_entries_that_are_added_to_a_configuration():
+    paths = ["net/a/w", "net/a/bias", "net/b/bias"]
+    config = [*built(["^net/a/bias"], paths).config(), "b/bias"]
+    assert built(config, ["a/w", "a/bias", "b/bias"]).excluded == [False, True, True]
+    assert Exclusion("exclude_from_weight_decay", config).config() == config
+
+
+def sequential():
+    return keras.Sequential([keras.Input([3]), layers.Dense(2), layers.Dense(2), layers.Dense(1)])
+
+
+def deferred():
+    return keras.Sequential([layers.Dense(2), layers.LayerNormalization(), layers.Dense(1)])
+
+
+def functional():
+    inputs = keras.Input([3])
+    inner = keras.Sequential([keras.Input([3]), layers.Dense(2), layers.Dense(2)])
+    return keras.Model(inputs, layers.Dense(1)(Block()(inner(inputs))))
+
+
+def nested():
+    block = keras.Sequential([layers.Dense(2), layers.Dense(2)], name="block")
+    return keras.Sequential([keras.Input([3]), block, layers.Dense(1, name="head")], name="net")
+
+
+@keras.saving.register_keras_serializable("test_exclusion")
+class Block(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = layers.Dense(2)
+
+    def build(self, shape):
+        self.bias = self.add_weight(shape=(2,), name="bias")
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x) + self.bias
+
+
+@keras.saving.register_keras_serializable("test_exclusion")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(2)
+        self.second = keras.Sequential([layers.Dense(2), Block()])
+        self.third = layers.Dense(1)
+
+    def call(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+def data():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(4, 3)).astype("float32"), rng.normal(size=(4, 1)).astype("float32")
+
+
+def model_of(make):
+    model = make()
+    model(data()[0])
+    return model
+
+
+def trained(make, wrap=lambda optimizer: optimizer):
+    """A model, trained without decay of its second variable and adaptation of its last."""
+    model = model_of(make)
+    optimizer = tf_lbopt.LARS(
+        0.1,
+        weight_decay=DECAY,
+        exclude_from_weight_decay=[model.trainable_variables[1]],
+        exclude_from_layer_adaptation=[f"^{re.escape(model.trainable_variables[-1].path)}$"],
     )
+    model.compile(wrap(optimizer), "mse", run_eagerly=True)
+    return model
+
+
+def flags(model):
+    inner = model.optimizer
+    while isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        inner = inner.inner_optimizer
+    return [(inner.decays(v), inner.adapts(v)) for v in model.trainable_variables]
+
+
+def expected_flags(model):
+    number = len(model.trainable_variables)
+    return [(i != 1, i != number - 1) for i in range(number)]
+
+
+def by_file(model, make, path):
+    model.fit(*data(), verbose=0)
+    model.save(path / "model.keras")
+    return keras.saving.load_model(path / "model.keras")
+
+
+def from_config(model, make):
+    """An untrained model with an optimizer by configuration."""
+    copy = model_of(make)
+    cls = type(model.optimizer)
+    copy.compile(cls.from_config(model.optimizer.get_config()), "mse", run_eagerly=True)
+    copy.optimizer.build(copy.trainable_variables)
+    return copy
+
+
+def by_clone(model, make, path):
+    model.fit(*data(), verbose=0)
+    copy = from_config(model, lambda: keras.models.clone_model(model))
+    copy.set_weights(model.get_weights())
+    for variable, value in zip(copy.optimizer.variables, model.optimizer.variables, strict=True):
+        variable.assign(value)
+    return copy
+
+
+def by_weights(model, make, path):
+    model.fit(*data(), verbose=0)
+    model.save_weights(path / "model.weights.h5")
+    copy = from_config(model, make)
+    copy.load_weights(path / "model.weights.h5")
+    return copy
+
+
+def by_checkpoint(model, make, path):
+    model.fit(*data(), verbose=0)
+    name = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(path / "checkpoint")
+    copy = from_config(model, make)
+    tf.train.Checkpoint(model=copy, optimizer=copy.optimizer).restore(name)
+    return copy
+
+
+def by_backup(model, make, path):
+    def fit(model):
+        backup = keras.callbacks.BackupAndRestore(path / "backup", delete_checkpoint=False)
+        model.fit(*data(), epochs=1, callbacks=[backup], verbose=0)
+
+    fit(model)
+    copy = from_config(model, make)
+    fit(copy)  # restores, and has no epoch left
+    return copy
+
+
+SAVING = [by_file, by_clone, by_weights, by_checkpoint, by_backup]
+
+
+@pytest.mark.filterwarnings("error:`exclude_from")
+@pytest.mark.parametrize("way", SAVING)
+@pytest.mark.parametrize("make", [sequential, deferred, functional, nested, Subclassed])
+def test_exclusions_survive_saving(make, way, tmp_path):
+    model = trained(make)
+    copy = way(model, make, tmp_path)
+    assert flags(model) == flags(copy) == expected_flags(model)
+    for loaded in (model, copy):
+        loaded.train_on_batch(*data())
+    for one, other in zip(model.get_weights(), copy.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    # Through the loaded model too.
+    assert flags(by_file(copy, make, tmp_path)) == expected_flags(model)
+
+
+WRAPPERS = {
+    "VarianceReduced": lambda inner: tf_lbopt.VarianceReduced(inner, gradient_accumulation_steps=2),
+    "tf_lbopt.LossScaleOptimizer": tf_lbopt.LossScaleOptimizer,
+    "keras.LossScaleOptimizer": keras.optimizers.LossScaleOptimizer,
+    "both": lambda inner: tf_lbopt.LossScaleOptimizer(
+        tf_lbopt.VarianceReduced(inner, gradient_accumulation_steps=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_exclusions_of_wrapped_optimizers_survive_saving(wrapper, tmp_path):
+    model = trained(sequential, WRAPPERS[wrapper])
+    copy = by_file(model, sequential, tmp_path)
+    assert flags(model) == flags(copy) == expected_flags(model)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_exclusions_of_extrapolated_steps_survive_saving(local, tmp_path):
+    model = model_of(sequential)
+    optimizer = tf_lbopt.ExtrapSGD(
+        0.1,
+        weight_decay=DECAY,
+        exclude_from_weight_decay=[model.trainable_variables[1]],
+    )
+    model.compile(tf_lbopt.PostLocalSGD(optimizer, 1, 1) if local else optimizer, "mse")
+    model.fit(*data(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    optimizer = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    inner = optimizer.inner_optimizer if local else optimizer
+    excluded = [inner.decays(v) for v in optimizer._trainable_variables]
+    assert excluded == [True, False, True, True, True, True]
+
+
+def test_a_variable_survives_saving_before_training(tmp_path):
+    model = trained(sequential)
+    model.save(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="exclude_from_layer_adaptation"):
+        copy = keras.saving.load_model(tmp_path / "model.keras")
+    assert [decays for decays, _ in flags(copy)] == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("freezes", ["callback", "saved frozen", "saved unfrozen"])
+def test_frozen_layers_shift_nothing(freezes, tmp_path):
+    model = model_of(sequential)
+    first, last = model.layers[0], model.layers[-1]
+    excluded = [last.bias, f"^{re.escape(model.layers[1].bias.path)}$"]
+    if freezes == "saved unfrozen":
+        excluded = [last.bias, "dense.*bias"]
+        first.trainable = False
+    optimizer = tf_lbopt.LARS(0.1, weight_decay=DECAY, exclude_from_weight_decay=excluded)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    if freezes == "callback":
+        freeze = tf_lbopt.callbacks.FreezeLayers(first, epochs=1)
+        model.fit(*data(), epochs=2, callbacks=[freeze], verbose=0)
+    else:
+        model.fit(*data(), verbose=0)
+        first.trainable = freezes == "saved unfrozen"
+    model.save(tmp_path / "model.keras")
+    copy = keras.saving.load_model(tmp_path / "model.keras")
+    decays = {v.path.split("/", 1)[1]: optimizer.decays(v) for v in model.trainable_variables}
+    assert (
+        list(decays.values())
+        == {
+            "callback": [True, True, True, False, True, False],
+            "saved frozen": [True, False, True, False],
+            "saved unfrozen": [True, False, True, False, True, False],
+        }[freezes]
+    )
+    assert {v.path: copy.optimizer.decays(v) for v in copy.trainable_variables} == decays
+
+
+# -- entries in vain -------------------------------------------------------------------------------
+
+
+@over_optimizers
+def test_entries_that_fit_nothing(info):
+    variables = named_variables()
+    lists = {"exclude_from_weight_decay": ["/bias$", "/beta$", keras.Variable(0.0, name="other")]}
+    if accepts(info, "exclude_from_layer_adaptation"):
+        lists["exclude_from_layer_adaptation"] = ["/embedding$"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = info.cls(**minimal_arguments(info), **lists)
+        make_updates(optimizer, variables)
+        copy_by_json(optimizer).build(variables)  # the same variables: it was said of them
+    messages = [str(w.message) for w in caught if "fit none" in str(w.message)]
+    assert [message.split("`")[1] for message in messages] == list(lists)
+    assert "'/beta$', {'path': 'other'}" in messages[0]
+    assert "/bias$" not in messages[0]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        tf.constant("bias"),
+        tf.constant(1.0),
+        tf.Variable(["bias"]),
+        keras.Variable([1.0]),
+        keras.KerasTensor([2]),
+        np.array("bias"),
+        b"bias",
+        {"path": "bias"},
+        1,
+    ],
+    ids=lambda entries: type(entries).__name__,
 )
-def test_a_variables_config_stands_for_that_path_alone(components):
-    class Named:
-        path = "/".join(components)
-
-    class Longer:
-        path = Named.path + "x"
-
-    class Deeper:
-        path = "x/" + Named.path
-
-    exclusion = Exclusion("exclude_from_weight_decay", [])
-    exclusion._variables.append(Named())
-    again = Exclusion("exclude_from_weight_decay", json.loads(json.dumps(exclusion.config())))
-    assert Named() in again
-    assert Longer() not in again
-    assert Deeper() not in again
+def test_what_is_no_list(entries):
+    for argument in ("exclude_from_weight_decay", "exclude_from_layer_adaptation"):
+        with pytest.raises(TypeError, match=f"`{argument}` must be a list.*Received: "):
+            tf_lbopt.LARS(0.1, **{argument: entries})
+    for argument in ("var_list", "var_names"):
+        with pytest.raises(TypeError, match=f"`{argument}` must be a list.*Received: "):
+            tf_lbopt.LARS(0.1).exclude_from_weight_decay(**{argument: entries})
 
 
 # -- layer adaptation ------------------------------------------------------------------------------

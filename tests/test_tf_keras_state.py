@@ -255,6 +255,114 @@ def test_a_saved_model_in_mid_accumulation_starts_with_a_fresh_optimizer(wrap, t
     assert tf_keras.models.load_model(tmp_path / "stock").optimizer.iterations.numpy() == 0
 
 
+# -- exclusions ------------------------------------------------------------------------------------
+
+
+@tf_keras.saving.register_keras_serializable("test_tf_keras_state")
+class _Subclassed(tf_keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = tf_keras.layers.Dense(4)
+        self.inner = tf_keras.Sequential([tf_keras.layers.Dense(4), tf_keras.layers.Dense(4)])
+        self.last = tf_keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.last(self.inner(self.first(x)))
+
+
+def _compiled_with_exclusions(make, optimizer_of):
+    x, _ = _data(8)
+    model = make()
+    model(x)
+    model.compile(optimizer_of(model.trainable_variables), "mse", run_eagerly=True)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def _by_file(name):
+    def load(model, make, folder):
+        model.save(folder / name)
+        return tf_keras.models.load_model(folder / name)
+
+    return load
+
+
+def _from_config(model, make):
+    config = model.optimizer.get_config()
+    return _compiled_with_exclusions(make, lambda v: tf_lbopt.tf_keras.LARS.from_config(config))
+
+
+def _by_clone(model, make, folder):
+    copy = _from_config(model, lambda: tf_keras.models.clone_model(model))
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _by_weights(model, make, folder):
+    model.save_weights(folder / "model.weights.h5")
+    copy = _from_config(model, make)
+    copy.load_weights(folder / "model.weights.h5")
+    return copy
+
+
+def _by_checkpoint_of_model(model, make, folder):
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(folder / "checkpoint")
+    copy = _from_config(model, make)
+    tf.train.Checkpoint(model=copy, optimizer=copy.optimizer).restore(path).assert_consumed()
+    return copy
+
+
+@pytest.mark.filterwarnings("error:`exclude_from")
+@pytest.mark.parametrize("make", [_model, _Subclassed])
+@pytest.mark.parametrize(
+    "way",
+    [
+        _by_file("model.keras"),
+        _by_file("model.h5"),
+        _by_file("saved_model"),
+        _by_clone,
+        _by_weights,
+        _by_checkpoint_of_model,
+    ],
+    ids=["keras", "h5", "tf", "clone", "weights", "checkpoint"],
+)
+def test_exclusions_survive_saving(make, way, tmp_path, request):
+    if make is _Subclassed and "h5" in request.node.callspec.id:
+        pytest.skip("for Functional and Sequential models only")
+    model = _compiled_with_exclusions(
+        make,
+        lambda variables: tf_lbopt.tf_keras.LARS(
+            0.1,
+            momentum=0.0,
+            weight_decay=0.3,
+            exclude_from_weight_decay=[variables[1]],
+            exclude_from_layer_adaptation=[f"^{variables[-1].name.split(':')[0]}$"],
+        ),
+    )
+    number = len(model.trainable_variables)
+    model.fit(*_data(8), verbose=0)
+    copy = way(model, make, tmp_path)
+    for loaded in (model, copy):
+        loaded.optimizer.build(loaded.trainable_variables)
+        found = [
+            (loaded.optimizer.decays(v), loaded.optimizer.adapts(v))
+            for v in loaded.trainable_variables
+        ]
+        assert found == [(i != 1, i != number - 1) for i in range(number)]
+        loaded.train_on_batch(*_data(8))
+    for one, other in zip(model.get_weights(), copy.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_exclusions_that_fit_nothing():
+    with pytest.warns(UserWarning, match="`exclude_from_weight_decay` has entries.*'/beta") as seen:
+        _compiled_with_exclusions(
+            _model,
+            lambda _: tf_lbopt.tf_keras.SNGM(0.1, exclude_from_weight_decay=["/bias$", "/beta$"]),
+        )
+    assert len(seen) == 1
+
+
 # -- compile and fit -------------------------------------------------------------------------------
 
 RATES = {"lars": 0.5, "clars": 0.5, "sngm": 0.05, "vr_sgd": 0.05, "vr_lars": 0.5}

@@ -207,6 +207,7 @@ class Algorithm(abc.ABC):
             with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
                 for name, slots in self._slots.items():
                     slots.append(self._add_slot(variable, name))
+        self._decay_exclusion.build(variables)
 
     def _check_trainable(self, variable: Any) -> None:
         if getattr(variable, "overwrite_with_gradient", False):
@@ -436,7 +437,11 @@ class Algorithm(abc.ABC):
 
     def decays(self, variable: Any) -> bool:
         """Whether weight decay applies to a variable."""
-        return variable not in self._decay_exclusion
+        return not self._is_excluded(variable, self._decay_exclusion)
+
+    def _is_excluded(self, variable: Any, exclusion: Exclusion) -> bool:
+        index = self._index_of(variable) if self.built else None
+        return variable in exclusion if index is None else exclusion.excluded[index]
 
     def adapts(self, variable: Any) -> bool:
         """Whether layer-wise adaptation applies to a variable."""
@@ -518,7 +523,12 @@ class LayerwiseAlgorithm(Algorithm):
         """Whether the trust ratio applies to a variable."""
         if self._adaptation_exclusion is None:
             return self.decays(variable)
-        return variable not in self._adaptation_exclusion
+        return not self._is_excluded(variable, self._adaptation_exclusion)
+
+    def _create_variables(self, variables: list[Any]) -> None:
+        super()._create_variables(variables)
+        if self._adaptation_exclusion is not None:
+            self._adaptation_exclusion.build(variables)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

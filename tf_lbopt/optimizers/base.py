@@ -51,7 +51,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             without arguments.
         weight_decay: Non-negative float or `None`; what it means is the algorithm's.
         exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
-            do not decay.
+            do not decay. Those that fit nothing are warned of when the optimizer is built; from
+            then on the variables that were found are excluded, in a loaded or cloned model as well.
         **kwargs: The other arguments of Keras's optimizers.
     """
 

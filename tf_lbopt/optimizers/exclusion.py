@@ -1,13 +1,15 @@
 """Which variables a layer-wise option leaves out: one place for names, regexes and variables."""
 
 import re
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 _EXPECTED = "a list of variables or of regular expressions over the variable path"
+_SHOWN = 10
 
 
 def path_of(variable: Any) -> str:
@@ -20,14 +22,29 @@ def tensorflow_variable(variable: Any) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+class _Entry(NamedTuple):
+    """One entry of a list: what stands for it in a configuration, and which variables it fits."""
+
+    config: Any
+    fits: Callable[[Any], bool]
+    path: str | None = None
+    """Of the one variable meant, if it is known by its path only."""
+
+
 class Exclusion:
     """A set of variables given as regexes over the variable path, or as the variables themselves.
 
+    Loading a model renames its variables: Keras leaves out names of models, and numbers layers
+    anew. So once an optimizer is built, its exclusions are those of its variables by number, and
+    its configuration says which ones these were; another optimizer that is built with what may be
+    the same variables excludes the same. For other variables the entries count.
+
     Args:
         argument: The name of the optimizer's argument, for error messages.
-        entries: Strings (searched for in the path as regular expressions), variables, and, as
-            `config` writes them, ``{"name": regex}`` for regexes over the variable's own name; or
-            ``None`` for nothing.
+        entries: Strings (searched for in the path as regular expressions), variables, and what
+            `config` writes: ``{"name": regex}`` for regexes over the variable's own name,
+            ``{"path": path}`` for one variable, and ``{"built": paths, "excluded": numbers}`` for
+            what the entries before it came to. Or ``None`` for nothing.
 
     Raises:
         TypeError: An entry is none of these, or ``entries`` is no list of them.
@@ -36,20 +53,31 @@ class Exclusion:
 
     def __init__(self, argument: str, entries: Iterable[Any] | None):
         self._argument = argument
-        self._path_patterns: list[re.Pattern[str]] = []
-        self._name_patterns: list[re.Pattern[str]] = []
-        self._variables: list[Any] = []
+        self._entries: list[_Entry] = []
+        self._built: dict[str, Any] | None = None
+        self._entries_built = 0
+        self.excluded: list[bool] = []
+        """Of the variables that the optimizer was built with, whether each is excluded."""
         for entry in listed(argument, entries):
             self.add(entry)
 
     def add(self, entry: Any) -> None:
-        """Adds one variable or regular expression over the path."""
+        """Adds one variable, regular expression over the path or entry of a configuration."""
         if isinstance(entry, str):
-            self._path_patterns.append(self._compiled(entry))
+            pattern = self._compiled(entry)
+            self._entries.append(_Entry(entry, lambda v: bool(pattern.search(path_of(v)))))
         elif isinstance(entry, (keras.Variable, tf.Variable)):
-            self._variables.append(entry)
+            own = tensorflow_variable(entry)
+            self._entries.append(
+                _Entry({"path": path_of(entry)}, lambda v: tensorflow_variable(v) is own)
+            )
         elif isinstance(entry, dict) and list(entry) == ["name"]:
             self.add_name(entry["name"])
+        elif isinstance(entry, dict) and list(entry) == ["path"]:
+            path = entry["path"]
+            self._entries.append(_Entry({"path": path}, lambda v: path_of(v) == path, path))
+        elif isinstance(entry, dict) and set(entry) == {"built", "excluded"}:
+            self._built, self._entries_built = dict(entry), len(self._entries)
         else:
             raise TypeError(
                 f"`{self._argument}` must be {_EXPECTED}. "
@@ -58,7 +86,12 @@ class Exclusion:
 
     def add_name(self, pattern: str) -> None:
         """Adds a regular expression over the variable's own name, the last part of its path."""
-        self._name_patterns.append(self._compiled(pattern))
+        compiled = self._compiled(pattern)
+
+        def fits(variable: Any) -> bool:
+            return bool(compiled.search(path_of(variable).rpartition("/")[2]))
+
+        self._entries.append(_Entry({"name": pattern}, fits))
 
     def _compiled(self, pattern: str) -> re.Pattern[str]:
         try:
@@ -70,19 +103,75 @@ class Exclusion:
             ) from error
 
     def __contains__(self, variable: Any) -> bool:
-        path = path_of(variable)
-        name = path.rpartition("/")[2]
-        return (
-            any(tensorflow_variable(variable) is tensorflow_variable(v) for v in self._variables)
-            or any(pattern.search(path) for pattern in self._path_patterns)
-            or any(pattern.search(name) for pattern in self._name_patterns)
-        )
+        return any(entry.fits(variable) for entry in self._entries)
 
-    def config(self) -> list[str | dict[str, str]]:
-        """Entries that stand for the same variables in a fresh process."""
-        exact = [f"^{re.escape(path_of(variable))}$" for variable in self._variables]
-        names = [{"name": pattern.pattern} for pattern in self._name_patterns]
-        return [pattern.pattern for pattern in self._path_patterns] + exact + names
+    def build(self, variables: Sequence[Any]) -> None:
+        """Finds out which of an optimizer's variables are excluded.
+
+        Warns of entries that fit none of them.
+        """
+        paths = [path_of(variable) for variable in variables]
+        self.excluded = [False] * len(paths)
+        entries = self._entries
+        if self._built is not None:
+            numbers = _numbers_of(paths, self._built["built"])
+            if numbers is not None:
+                self.excluded = [number in self._built["excluded"] for number in numbers]
+                entries = entries[self._entries_built :]
+        in_vain = []
+        for entry in entries:
+            fitting = [entry.fits(variable) for variable in variables]
+            if entry.path is not None and not any(fitting):
+                similar = [_same_end(path, entry.path) for path in paths]
+                fitting = similar if sum(similar) == 1 else fitting
+            if not any(fitting):
+                in_vain.append(entry.config)
+            self.excluded = [a or b for a, b in zip(self.excluded, fitting, strict=True)]
+        if in_vain:
+            warnings.warn(
+                f"`{self._argument}` has entries that fit none of the trainable variables: "
+                f"{in_vain}. The variables are: {', '.join(paths[:_SHOWN])}"
+                f"{', …' if len(paths) > _SHOWN else ''}",
+                stacklevel=2,
+            )
+        if self._entries:
+            numbers = [number for number, excluded in enumerate(self.excluded) if excluded]
+            self._built = {"built": paths, "excluded": numbers}
+            self._entries_built = len(self._entries)
+
+    def config(self) -> list[Any]:
+        """Entries that stand for the same variables in a fresh process, or another model."""
+        entries = [entry.config for entry in self._entries]
+        if self._built is not None:
+            entries.insert(self._entries_built, self._built)
+        return entries
+
+
+def _numbers_of(paths: Sequence[str], former: Sequence[str]) -> list[int] | None:
+    """For each variable the number that it had, or ``None`` if these are not those variables.
+
+    They are found by name, be they fewer (layers are frozen now) or in another order. Where layers
+    were numbered anew, by their order.
+    """
+    if paths != former:
+        by_name = [[n for n, old in enumerate(former) if _same_end(path, old)] for path in paths]
+        numbers = [found[0] for found in by_name if len(found) == 1]
+        if len(set(numbers)) == len(paths):
+            return numbers
+        here, there = map(_without_numbers, paths), map(_without_numbers, former)
+        if len(paths) != len(former) or not all(map(_same_end, here, there)):
+            return None
+    return list(range(len(paths)))
+
+
+def _same_end(one: str, other: str) -> bool:
+    """Whether two paths are the same but for names in front of one of them."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
+
+
+def _without_numbers(path: str) -> str:
+    """A path without the numbers that tell layers of the same kind apart."""
+    return re.sub(r"_\d+(?=/|$)", "", path)
 
 
 def listed(argument: str, entries: Iterable[Any] | None) -> list[Any]:
@@ -91,8 +180,10 @@ def listed(argument: str, entries: Iterable[Any] | None) -> list[Any]:
     Raises:
         TypeError: They are no list (a bare string would be read letter by letter).
     """
-    if isinstance(entries, (str, bytes, dict)) or (
-        entries is not None and not isinstance(entries, Iterable)
-    ):
-        raise TypeError(f"`{argument}` must be {_EXPECTED}. Received: {argument}={entries!r}")
-    return list(entries or ())
+    one = str, bytes, dict, keras.Variable, tf.Variable
+    try:
+        if not isinstance(entries, one):
+            return [] if entries is None else list(entries)
+    except (TypeError, NotImplementedError):  # a number; a tensor: a scalar, or symbolic
+        pass
+    raise TypeError(f"`{argument}` must be {_EXPECTED}. Received: {argument}={entries!r}")

@@ -52,7 +52,8 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             Keras 3 (those of `tf_lbopt.schedules`) or a callable without arguments.
         weight_decay: Non-negative float or `None`; what it means is the algorithm's.
         exclude_from_weight_decay: Variables, or regexes over the variable name (``"/bias$"``), that
-            do not decay.
+            do not decay. Those that fit nothing are warned of when the optimizer is built; from
+            then on the variables that were found are excluded, in a loaded or cloned model as well.
         **kwargs: The other arguments of tf_keras's optimizers, and `gradient_accumulation_steps`.
     """
 
