@@ -1,6 +1,7 @@
 """The tf_keras classes: the same updates as the Keras 3 classes, wherever gradients come from."""
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -42,6 +43,20 @@ def assert_close(got, expected, **tolerance):
 
 def named(name):
     return next(case for case in CASES if case.name == name)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_fit_without_an_update_is_warned_of(replicas):
+    with strategy_of(replicas).scope():
+        model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=[2])])
+        model.compile(tf_lbopt.tf_keras.SNGM(0.1, gradient_accumulation_steps=2), "mse")
+    x, y = np.ones([4, 2], "float32"), np.ones([4, 1], "float32")
+    with pytest.warns(UserWarning, match="before an update was due"):
+        model.fit(x, y, batch_size=4, verbose=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*before an update was due")
+        model.fit(x, y, batch_size=4, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 1
 
 
 # -- one algorithm, two frameworks -----------------------------------------------------------------

@@ -111,6 +111,7 @@ class Algorithm(abc.ABC):
         if self.statistics or self.gradient_accumulation_steps:
             self._check_strategy()
         self._slots: dict[str, list[Any]] = {}
+        self._updates_at_end_of_fit = 0
         self._accumulation = (
             Accumulation(
                 self._strategy,
@@ -380,6 +381,23 @@ class Algorithm(abc.ABC):
 
     def _discard_on_replica(self) -> None:
         tensorflow_variable(self.skipped_updates).assign_add(1)
+
+    def _warn_of_no_update(self) -> None:
+        """Warns at the end of a `fit` all of whose batches are still in the accumulators."""
+        accumulation = self._accumulation
+        if accumulation is None or not accumulation.accumulators:
+            return
+        counters = (self._iterations, self.skipped_updates)
+        updates = sum(int(tensorflow_variable(counter).numpy()) for counter in counters)
+        pending = int(accumulation.micro_step.numpy())
+        if pending and updates == self._updates_at_end_of_fit:
+            warnings.warn(
+                "`fit` ended before an update was due, and the weights are as they were: a batch "
+                f"is one micro-step, and {pending} of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} are made. They are part of the next update.",
+                stacklevel=3,
+            )
+        self._updates_at_end_of_fit = updates
 
     def _average_on_replica(self) -> None:
         iterations = tf.convert_to_tensor(self._iterations)

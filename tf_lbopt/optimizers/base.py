@@ -32,9 +32,11 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made
         loss_scale_factor: Constant to multiply the loss by; taken out of the gradients again.
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
             under every strategy with a copy of the variables on each replica; schedules and
-            `iterations` count updates. What has a gradient in one micro-step of an update must
-            have one in those that follow, zeros for ``None``; an error says so if not (in a step
-            that XLA compiles the update is discarded)."""
+            `iterations` count updates. The mean is over micro-steps, whatever their numbers of
+            examples; those left over at the end of an epoch are carried into the next. What has a
+            gradient in one micro-step of an update must have one in those that follow, zeros for
+            ``None``; an error says so if not (in a step that XLA compiles the update is
+            discarded)."""
 
 
 class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
@@ -117,7 +119,9 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         Args:
             grads: One gradient per variable: dense, ``tf.IndexedSlices`` or ``None``. Under a
                 strategy each replica passes the gradient of its share of the loss, that is, of
-                its mean loss divided by the number of replicas (as `fit` does).
+                its mean loss divided by the number of replicas (as `fit` does). A
+                `keras.losses.Loss` object has divided already, a function has not. With
+                accumulation neither loss nor gradient is divided by the number of micro-steps.
             trainable_variables: The variables; by default those that the optimizer was built with.
 
         Raises:
@@ -162,10 +166,13 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Puts their averages into the place of these variables, at the end of `fit`.
 
+        Warns if that `fit` was too short for one update.
+
         Args:
             var_list: The variables that are trained; those frozen since are none of them, which
                 Keras's own pairs wrongly.
         """
+        self._warn_of_no_update()
         if self.use_ema:
             for variable in var_list:
                 variable.assign(self._model_variables_moving_average[self._known_index(variable)])

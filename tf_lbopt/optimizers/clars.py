@@ -67,7 +67,8 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
             ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
             normalization scales. Defaults to `None`: all decay.
         exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
-            as those excluded from weight decay; `[]` excludes none.
+            as those excluded from weight decay; `[]` excludes none. They train at the raw rate η:
+            what `LARS` says of it holds here too, less at the larger τ.
         default_trust_ratio: ρ of a variable that has none, > 0: one that is excluded, or where
             either norm is 0. Defaults to 1.0; with τ in its place these too train at η τ.
         {common_arguments}

@@ -70,7 +70,8 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
         exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
             do not decay.
         exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
-            as those excluded from weight decay; `[]` excludes none.
+            as those excluded from weight decay; `[]` excludes none. See `LARS` for what
+            then becomes of their rate.
         default_trust_ratio: ρ of a variable that has none, > 0, as in `LARS`; only with
             `trust_coefficient`. Defaults to 1.0.
         {common_arguments}

@@ -201,7 +201,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             def replica_step(x, y):
                 with optimizer.extrapolated(model.trainable_variables):
                     with tf.GradientTape() as tape:
-                        loss = ...
+                        loss = ...      # the replica's share of it, as for `apply`
                     gradients = tape.gradient(loss, model.trainable_variables)
                     optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 

@@ -42,7 +42,10 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
             normalization scales. Defaults to `None`: all decay.
         exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
-            as those excluded from weight decay; `[]` excludes none.
+            as those excluded from weight decay; `[]` excludes none. They train at the raw rate η:
+            at one that suits τ = 0.001 (8 and more) they destroy training. Give `[]`, or a larger
+            τ with a rate as much smaller (0.1 with 0.16 is seen in docs/evidence.md), or set
+            `default_trust_ratio` to τ.
         trust_ratio_denominator: `"norm_of_sum"`, ‖ḡ + λ w‖, or `"sum_of_norms"`, ‖ḡ‖ + λ ‖w‖ (the
             paper's eq. 6). Defaults to `"norm_of_sum"`.
         default_trust_ratio: ρ of a variable that has none, > 0: one that is excluded, or where

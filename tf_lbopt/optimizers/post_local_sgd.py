@@ -292,7 +292,7 @@ class PostLocalSGD(AroundOptimizer):
                 def replica_step(x, y):
                     with optimizer.step(model.trainable_variables, local=local):
                         with tf.GradientTape() as tape:
-                            loss = ...      # mean over the replica's examples, by replicas
+                            loss = loss_fn(y, model(x, training=True))  # a keras.losses.Loss
                         gradients = tape.gradient(loss, model.trainable_variables)
                         optimizer.apply_gradients(zip(gradients, model.trainable_variables))
                 strategy.run(replica_step, args=(x, y))
@@ -301,6 +301,9 @@ class PostLocalSGD(AroundOptimizer):
                 train_step(x, y, local=optimizer.is_local)
                 optimizer.end_update()
             optimizer.end_period()          # before the weights are used
+
+        The loss is the replica's mean divided by the number of replicas. A Keras `Loss` object
+        divides by itself; with a function divide by `strategy.num_replicas_in_sync`.
 
         After an error in `train_step`, `recover` puts the average back.
 

@@ -28,9 +28,10 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's.
         ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
             under every strategy with a copy of the variables on each replica; schedules and
-            `iterations` count updates. What has a gradient in one micro-step of an update must
-            have one in those that follow, zeros for ``None``; an error says so if not (in a step
-            that XLA compiles the update is discarded).
+            `iterations` count updates. The mean is over micro-steps, whatever their numbers of
+            examples; those left over at the end of an epoch are carried into the next. What has a
+            gradient in one micro-step of an update must have one in those that follow, zeros for
+            ``None``; an error says so if not (in a step that XLA compiles the update is discarded).
         jit_compile: Must be `False`, which is the default here: the update is not compiled apart
             from the training step. To compile both, `model.compile(jit_compile=True)`."""
 
@@ -148,7 +149,8 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             grads_and_vars: ``(gradient, variable)`` pairs; a gradient is dense,
                 ``tf.IndexedSlices`` or ``None``. Under a strategy each replica passes the gradient
                 of its share of the loss, that is, of its mean loss divided by the number of
-                replicas (as `fit` does).
+                replicas (as `fit` does; in tf_keras a custom loop always divides). With
+                accumulation neither loss nor gradient is divided by the number of micro-steps.
             name: Not used.
             skip_gradients_aggregation: The gradients are already summed over the replicas; not for
                 optimizers that look at sub-batches.
@@ -215,6 +217,11 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         # Where this wrapper finds a NaN it counts a step, which is none here; taken back before.
         if _compat.is_loss_scaled_dynamically(self):
             self.iterations.assign_sub(1)
+
+    def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
+        """Called at the end of `fit`; warns if that was too short for one update."""
+        self._warn_of_no_update()
+        super().finalize_variable_values(var_list)
 
     # -- exclusions, configuration -----------------------------------------------------------------
 
