@@ -1,5 +1,6 @@
 """Every wrong argument is refused with its name, what was expected and what was received."""
 
+import copy
 import fractions
 import importlib
 import inspect
@@ -9,10 +10,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from harness import taking_gradients
 from helpers_arguments import accepts, gradients_for, minimal_arguments, named_variables
 
 import tf_lbopt
+import tf_lbopt.tf_keras
 from tf_lbopt import schedules
 
 INFOS = tf_lbopt.list_optimizers()
@@ -205,7 +208,7 @@ def test_two_clips_at_once(info, clips):
 
 @over_optimizers
 def test_unknown_keyword(info):
-    with pytest.raises((TypeError, ValueError), match=r"not recognized.*unknown_argument.*17"):
+    with pytest.raises(TypeError, match=r"no argument `unknown_argument`.*=17"):
         info.cls(**minimal_arguments(info), unknown_argument=17)
 
 
@@ -217,6 +220,12 @@ def test_unknown_keyword(info):
         ("LARS", "eta", "trust_coefficient"),
         ("CLARS", "eeta", "eta"),
         ("CLARS", "trust_coefficient", "eta"),
+        ("SNGM", "lr", "learning_rate"),
+        ("LARS", "trust_coef", "trust_coefficient"),
+        ("LAMB", "eps", "epsilon"),
+        ("VRLAMB", "beta3", "beta_3"),
+        ("VRSGD", "accumulation_steps", "gradient_accumulation_steps"),
+        ("ExtrapSGD", "nestrov", "nesterov"),
     ],
 )
 @pytest.mark.parametrize("package", ["tf_lbopt", "tf_lbopt.tf_keras"])
@@ -230,6 +239,62 @@ def test_trust_ratio_of_an_optimizer_without():
         lambda: tf_lbopt.ExtrapSGD(0.1, default_trust_ratio=0.5),
         ValueError, "default_trust_ratio", "trust_coefficient", 0.5,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("package", ["tf_lbopt", "tf_lbopt.tf_keras"])
+def test_names_that_are_not_passed_on(package):
+    """To a class inside, which would take them."""
+    package = importlib.import_module(package)
+    for cls, name in [
+        (package.VRSGD, "momentum"),
+        (package.VRSGD, "nesterov"),
+        (package.VRMomentum, "beta_3"),
+        (package.VRLARS, "beta_3"),
+    ]:
+        with pytest.raises(
+            TypeError, match=f"no argument `{name}`. Expected: one of learning_rate"
+        ):
+            cls(0.1, **{name: 0.5})
+    with pytest.raises(TypeError, match=r"`betas`. Expected: `beta_1` and `beta_2`"):
+        package.LAMB(0.1, betas=(0.9, 0.99))
+
+
+def test_names_in_a_subclass():
+    class Mine(tf_lbopt.VRLAMB):
+        def __init__(self, rate, **kwargs):
+            super().__init__(rate, **kwargs)
+
+    assert Mine(rate=0.1, beta_1=0.5, name="mine").beta_1 == 0.5
+    with pytest.raises(TypeError, match=r"Mine has no argument `beta1`. Expected: `beta_1`"):
+        Mine(rate=0.1, beta1=0.5)
+
+
+@pytest.mark.parametrize("package", ["tf_lbopt", "tf_lbopt.tf_keras"])
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_variables_in_front(package, kind):
+    """As in PyTorch."""
+    variables = [keras.Variable(np.ones([200, 200]), name=f"weights_{i}") for i in range(3)]
+    with pytest.raises(TypeError, match="`compile`, `build` or `apply`") as caught:
+        importlib.import_module(package).LARS(kind(variables), 0.1)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_are_of_limited_length():
+    long = "x" * 10_000
+    for call in [
+        lambda: tf_lbopt.LARS(0.1, momentum=long),
+        lambda: tf_lbopt.LARS(0.1, unknown=long),
+        lambda: tf_lbopt.CLARS(0.1, norm_estimator=long),
+        lambda: tf_lbopt.LossScaleOptimizer(long),
+        lambda: tf_lbopt.VarianceReduced(long),
+        lambda: tf_lbopt.PostLocalSGD(long, 1, 1),
+        lambda: tf_lbopt.per_example_gradient_norms(long, None, None),
+        lambda: tf_lbopt.callbacks.FreezeLayers([3.0, long], epochs=1),
+    ]:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        assert len(str(caught.value)) < 600, str(caught.value)[:300]
 
 
 @over_optimizers
@@ -409,6 +474,49 @@ def test_loss_scale_gradients_and_variables(inner):
         optimizer.apply(gradients_for(variables))
     with pytest.raises(ValueError, match="all of `grads` are None"):
         optimizer.apply([None] * 3, variables)
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [
+        (1.0, "float32"),
+        (3, "float32"),
+        (np.float32(2.0), "float32"),
+        (tf.constant(4.0, tf.float16), "float32"),
+        (tf.constant(4.0, tf.float64), "float64"),
+    ],
+)
+@pytest.mark.parametrize("built", [False, True])
+def test_scaled_loss(loss, dtype, built):
+    """4 · 2¹⁵ is no float16."""
+    ours = tf_lbopt.LossScaleOptimizer(tf_lbopt.SNGM(0.1))
+    theirs = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    theirs.build(named_variables())
+    if built:
+        ours.build(named_variables())
+    scaled = ours.scale_loss(loss)
+    assert scaled.dtype == dtype == theirs.scale_loss(loss).dtype
+    assert float(scaled) == float(loss) * 2**15
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf_lbopt.LARS(schedules.WarmupCosineDecay(0.1, 5)),
+        lambda: tf_lbopt.ExtrapSGD(0.1, extrapolation_rate=schedules.WarmupCosineDecay(0.1, 5)),
+        lambda: tf_lbopt.LossScaleOptimizer(tf_lbopt.LARS(0.1)),
+        lambda: tf_lbopt.VarianceReduced(tf_lbopt.LARS(0.1)),
+        lambda: tf_lbopt.PostLocalSGD(keras.optimizers.SGD(0.1), 1, 1),
+        lambda: tf_lbopt.tf_keras.LARS(tf_keras.optimizers.schedules.PolynomialDecay(0.1, 5)),
+    ],
+)
+def test_from_config_leaves_its_argument_as_it_is(make):
+    optimizer = make()
+    config = optimizer.get_config()
+    before = copy.deepcopy(config)
+    for _ in range(2):
+        assert type(optimizer).from_config(config).get_config() == before
+    assert config == before
 
 
 # -- schedules -------------------------------------------------------------------------------------

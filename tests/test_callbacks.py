@@ -163,3 +163,61 @@ def test_stock_optimizers_do_not_count(make):
     )
     with pytest.raises(ValueError, match=expected):
         train(optimizer)
+
+
+def groups(first, second, function):
+    """A MultiOptimizer: one optimizer for the first layer, one for the second."""
+    if function:
+        return keras.optimizers.MultiOptimizer(lambda v: first if "first" in v.path else second)
+    optimizers = keras.optimizers.OptimizerMap(first, {".*second/.*": second})
+    return keras.optimizers.MultiOptimizer(optimizers)
+
+
+def two_layers():
+    layers = [keras.layers.Dense(4, name="first"), keras.layers.Dense(1, name="second")]
+    return keras.Sequential([keras.Input([3]), *layers])
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_several_optimizers(function, caplog):
+    """The first group's gradients are NaN, as its weights are of no use to the second."""
+    first, second = tf_lbopt.SNGM(0.1), tf_lbopt.LARS(0.1)
+    model = two_layers()
+    model.compile(groups(first, second, function), "mse")
+    x, y = np.full((16, 3), 1e30, "float32"), np.ones((16, 1), "float32")
+    model.get_layer("first").set_weights([np.zeros((3, 4)), np.zeros(4)])
+    model.get_layer("second").set_weights([np.full((4, 1), 1e20), np.zeros(1)])
+    history = model.fit(
+        x, y, batch_size=2, epochs=2, verbose=0, callbacks=[SkippedUpdates(max_consecutive=3)]
+    )
+    assert history.history["skipped_updates"] == [3]
+    assert (int(first.skipped_updates.numpy()), int(first.iterations.numpy())) == (3, 0)
+    assert (int(second.skipped_updates.numpy()), int(second.iterations.numpy())) == (0, 3)
+    assert "last 3 updates" in caplog.text
+    np.testing.assert_array_equal(model.get_layer("first").get_weights()[0], np.zeros((3, 4)))
+
+
+def test_several_stock_optimizers_do_not_count():
+    model = two_layers()
+    stock = [keras.optimizers.SGD(), keras.optimizers.Adam()]
+    model.compile(groups(*stock, function=True), "mse")
+    with pytest.raises(ValueError, match="Received: MultiOptimizer"):
+        model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0, callbacks=[SkippedUpdates()])
+
+
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf_lbopt.ExtrapSGD(0.1),
+        lambda: tf_lbopt.ExtrapAdam(0.1),
+        lambda: tf_lbopt.PostLocalSGD(keras.optimizers.SGD(0.1), start=1, period=1),
+    ],
+)
+def test_several_optimizers_one_of_which_changes_steps(make, function):
+    optimizer = make()
+    name = type(optimizer).__name__
+    with pytest.raises(ValueError, match=f"^{name} can not be .*Received: MultiOptimizer"):
+        groups(keras.optimizers.SGD(0.1), optimizer, function).build(
+            two_layers().trainable_variables
+        )

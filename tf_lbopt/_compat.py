@@ -287,14 +287,13 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
-def called_by_loss_scale_optimizer() -> bool:
-    """Whether the caller's caller is a method of Keras's LossScaleOptimizer.
+def setter() -> Any:
+    """The object whose method the caller's caller is, or ``None``.
 
-    Its constructor sets an attribute of the optimizer it wraps, as others do. Checked on Keras
-    3.15.1.
+    LossScaleOptimizer and MultiOptimizer set `loss_scale_factor` of the optimizers that they are
+    given, as others do. Checked on Keras 3.15.1.
     """
-    frame = sys._getframe(2)
-    return isinstance(frame.f_locals.get("self"), keras.optimizers.LossScaleOptimizer)
+    return sys._getframe(2).f_locals.get("self")
 
 
 def is_multi_optimizer(optimizer: keras.optimizers.Optimizer) -> bool:

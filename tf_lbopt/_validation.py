@@ -5,6 +5,14 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN = 200
+
+
+def shown(value: Any) -> str:
+    """A value as error messages have it: its `repr`, on one line of limited length."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
 
 def real(
     name: str,
@@ -36,16 +44,16 @@ def real(
     expected = _interval(low, high, low_open, high_open) + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"`{name}` must be {expected}. Received: {name}={value!r} "
+            f"`{name}` must be {expected}. Received: {name}={shown(value)} "
             f"(of type {type(value).__name__})"
         )
     number = float(value)
     if math.isinf(number):
-        raise ValueError(f"`{name}` must be finite, {expected}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be finite, {expected}. Received: {name}={shown(value)}")
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (above and below):
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={shown(value)}")
     return number
 
 
@@ -61,11 +69,11 @@ def integer(name: str, value: Any, *, low: int, optional: bool = False) -> Any:
     expected = f"an integer >= {low}" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
-            f"`{name}` must be {expected}. Received: {name}={value!r} "
+            f"`{name}` must be {expected}. Received: {name}={shown(value)} "
             f"(of type {type(value).__name__})"
         )
     if value < low:
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={shown(value)}")
     return int(value)
 
 
@@ -77,7 +85,7 @@ def boolean(name: str, value: Any) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(
-            f"`{name}` must be True or False. Received: {name}={value!r} "
+            f"`{name}` must be True or False. Received: {name}={shown(value)} "
             f"(of type {type(value).__name__})"
         )
     return value
@@ -93,11 +101,11 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     expected = "one of " + ", ".join(repr(option) for option in choices)
     if not isinstance(value, str):
         raise TypeError(
-            f"`{name}` must be {expected}. Received: {name}={value!r} "
+            f"`{name}` must be {expected}. Received: {name}={shown(value)} "
             f"(of type {type(value).__name__})"
         )
     if value not in choices:
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={shown(value)}")
     return value
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 
-from tf_lbopt import optimizers
+from tf_lbopt import _validation, optimizers
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.rules import VARIANCE
 
@@ -70,5 +70,7 @@ def list_optimizers(pattern: str = "*") -> list[OptimizerInfo]:
         ['lars', 'lamb']
     """
     if not isinstance(pattern, str):
-        raise TypeError(f"`pattern` must be a string. Received: pattern={pattern!r}")
+        raise TypeError(
+            f"`pattern` must be a string. Received: pattern={_validation.shown(pattern)}"
+        )
     return [info for info in _TABLE if fnmatch.fnmatchcase(info.name, pattern.lower())]

@@ -276,12 +276,14 @@ def _checked_entries(layers: Any) -> list[Any]:
         layers = [layers]
     if isinstance(layers, bytes | dict) or not isinstance(layers, Iterable):
         raise TypeError(
-            f"`layers` must be {_EXPECTED}. Received: layers={layers!r} "
+            f"`layers` must be {_EXPECTED}. Received: layers={_validation.shown(layers)} "
             f"(of type {type(layers).__name__})"
         )
     entries = [_checked_entry(entry) for entry in layers]
     if not entries:
-        raise ValueError(f"`layers` must be {_EXPECTED}. Received: layers={layers!r}")
+        raise ValueError(
+            f"`layers` must be {_EXPECTED}. Received: layers={_validation.shown(layers)}"
+        )
     return entries
 
 
@@ -291,12 +293,12 @@ def _checked_entry(entry: Any) -> Any:
     if not isinstance(entry, str):
         raise TypeError(
             f"`layers` must be {_EXPECTED}. "
-            f"Received an entry of type {type(entry).__name__}: {entry!r}"
+            f"Received an entry of type {type(entry).__name__}: {_validation.shown(entry)}"
         )
     try:
         return re.compile(entry)
     except re.error as error:
         raise ValueError(
             f"`layers` must be {_EXPECTED}. "
-            f"Received: {entry!r}, which is no regular expression ({error})"
+            f"Received: {_validation.shown(entry)}, which is no regular expression ({error})"
         ) from error

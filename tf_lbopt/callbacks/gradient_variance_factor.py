@@ -94,7 +94,8 @@ class GradientVarianceFactor(keras.callbacks.Callback):
         if loss is None or isinstance(loss, (list, tuple, dict)):
             raise ValueError(
                 "GradientVarianceFactor needs one loss: give `loss`, a callable of labels and "
-                f"predictions that returns [batch] values. Received: a model compiled with {loss!r}"
+                f"predictions that returns [batch] values. Received: a model compiled with "
+                f"{_validation.shown(loss)}"
             )
         self._measure = None
         if self.log_dir is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tf_lbopt import _validation
+from tf_lbopt import _compat, _validation
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ class SkippedUpdates(keras.callbacks.Callback):
 
     Args:
         max_consecutive: Skipped updates in a row after which training stops, ≥ 1, or `None` never
-            to stop. Defaults to 50. Checked at the end of every batch (of every group of batches
+            to stop. Defaults to 50. Of a `keras.optimizers.MultiOptimizer` each group counts, and
+            the total is that of all. Checked at the end of every batch (of every group of batches
             under `steps_per_execution`).
 
     Raises:
@@ -42,49 +43,59 @@ class SkippedUpdates(keras.callbacks.Callback):
         self.max_consecutive = _validation.integer(
             "max_consecutive", max_consecutive, low=1, optional=True
         )
-        self._updates = 0
-        self._skipped_at_last_update = 0
+        self._updates: dict[int, int] = {}
+        self._skipped_at_last_update: dict[int, int] = {}
         self._last_scale: float | None = None
         self._halvings = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts counting from the optimizer's present state."""
         self._last_scale, self._halvings = None, 0
-        self._updates, self._skipped_at_last_update = self._counts()
+        counts = self._counts()
+        self._updates = {key: updates for key, (updates, _) in counts.items()}
+        self._skipped_at_last_update = {key: skipped for key, (_, skipped) in counts.items()}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops the training when the limit is reached."""
-        updates, skipped = self._counts()
-        if updates != self._updates:
-            self._updates, self._skipped_at_last_update = updates, skipped
-        consecutive = skipped - self._skipped_at_last_update
-        if self.max_consecutive is not None and consecutive >= self.max_consecutive:
-            _logger.error(
-                "Training stopped: the last %d updates were all skipped for NaN or Inf in the "
-                "gradients (%d updates made before). The weights are those of the last update.",
-                consecutive, updates,
-            )  # fmt: skip
-            self.model.stop_training = True
+        for key, (updates, skipped) in self._counts().items():
+            skipped += self._halvings
+            if updates != self._updates.get(key, 0):
+                self._updates[key], self._skipped_at_last_update[key] = updates, skipped
+            consecutive = skipped - self._skipped_at_last_update.get(key, 0)
+            if self.max_consecutive is not None and consecutive >= self.max_consecutive:
+                _logger.error(
+                    "Training stopped: the last %d updates were all skipped for NaN or Inf in the "
+                    "gradients (%d updates made before). The weights are those of the last update.",
+                    consecutive, updates,
+                )  # fmt: skip
+                self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the total to the logs."""
         if logs is not None:
-            logs["skipped_updates"] = self._counts()[1]
+            total = sum(skipped for _, skipped in self._counts().values())
+            logs["skipped_updates"] = total + self._halvings
 
-    def _counts(self) -> tuple[int, int]:
+    def _counts(self) -> dict[int, tuple[int, int]]:
+        """Updates that each optimizer made and skipped: a `MultiOptimizer` has several."""
         outer = self.model.optimizer
-        optimizer = outer
-        if not hasattr(outer, "skipped_updates"):
-            optimizer = getattr(outer, "inner_optimizer", outer)
-        if not hasattr(optimizer, "skipped_updates"):
+        optimizers = _counting(outer)
+        # One that is given a function knows its optimizers when it is built.
+        unknown = _compat.is_multi_optimizer(outer) and not outer.built
+        if not optimizers and not unknown:
             raise ValueError(
                 "SkippedUpdates needs an optimizer of tf_lbopt (or tf_lbopt.LossScaleOptimizer "
                 f"around another). Received: {type(outer).__name__}"
             )
-        if optimizer is not outer and outer.built:
+        if not hasattr(outer, "skipped_updates") and hasattr(outer, "dynamic_scale"):
             self._watch_scale(float(outer.dynamic_scale.numpy()))
-        skipped = int(optimizer.skipped_updates.numpy()) + self._halvings
-        return int(optimizer.iterations.numpy()), skipped
+        return {
+            id(optimizer): (
+                int(optimizer.iterations.numpy()),
+                int(optimizer.skipped_updates.numpy()),
+            )
+            for optimizer in optimizers
+        }
 
     def _watch_scale(self, scale: float) -> None:
         # What Keras's LossScaleOptimizer discards never reaches the optimizer inside; all that can
@@ -92,3 +103,11 @@ class SkippedUpdates(keras.callbacks.Callback):
         if self._last_scale is not None and 0 < scale < self._last_scale:
             self._halvings += round(math.log2(self._last_scale / scale))
         self._last_scale = scale
+
+
+def _counting(optimizer: Any) -> list[Any]:
+    """The optimizers that count what they skip: this one, or those in it."""
+    if hasattr(optimizer, "skipped_updates"):
+        return [optimizer]
+    inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
+    return [counting for one in inner if one is not None for counting in _counting(one)]

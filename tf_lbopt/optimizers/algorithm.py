@@ -11,6 +11,7 @@ variables, the constructor and the saving of one framework:
 
 import abc
 import contextlib
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,12 +34,19 @@ _turns: dict[tuple[int, int], Turn] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
 
 
-# Arguments as TensorFlow Addons, tf-models-official or another optimizer here call them.
+# Arguments as TensorFlow Addons, tf-models-official, PyTorch or another optimizer here call them.
 _NAMES_ELSEWHERE = {
-    "weight_decay_rate": ("weight_decay",),
+    "betas": ("beta_1", "beta_2"),
     "eeta": ("trust_coefficient", "eta"),
+    "eps": ("epsilon",),
     "eta": ("trust_coefficient",),
+    "lr": ("learning_rate",),
+    "max_grad_norm": ("global_clipnorm",),
+    "momentum": ("beta_1",),
+    "trust_coeff": ("trust_coefficient", "eta"),
     "trust_coefficient": ("eta",),
+    "wd": ("weight_decay",),
+    "weight_decay_rate": ("weight_decay",),
 }
 
 
@@ -87,6 +95,7 @@ class Algorithm(abc.ABC):
         exclude_from_weight_decay: Sequence[Any] | None = None,
         **kwargs: Any,
     ):
+        self._check_names(kwargs)
         for argument in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"):
             if argument in kwargs:
                 kwargs[argument] = _validation.real(
@@ -100,7 +109,6 @@ class Algorithm(abc.ABC):
                 optional=True,
             )
         _check_averaging(kwargs)
-        self._check_names(kwargs)
         self._start(self._checked_learning_rate(learning_rate), **kwargs)
         # Not handed to the framework's base class, which would apply it a second time, decoupled.
         self.weight_decay = _validation.real("weight_decay", weight_decay, low=0.0, optional=True)
@@ -123,14 +131,21 @@ class Algorithm(abc.ABC):
         )
 
     def _check_names(self, kwargs: Mapping[str, Any]) -> None:
-        own = inspect.signature(type(self).__init__).parameters
-        for received in _NAMES_ELSEWHERE.keys() & kwargs.keys():
-            for name in _NAMES_ELSEWHERE[received]:
-                if name in own:
-                    raise TypeError(
-                        f"{type(self).__name__} has no argument `{received}`. Expected: `{name}`, "
-                        f"as it is called here. Received: {received}={kwargs[received]!r}"
-                    )
+        """Raises for an argument that the constructor does not have."""
+        known = _argument_names(type(self))
+        for name, value in kwargs.items():
+            if name in known:
+                continue
+            wanted = [
+                known_name for known_name in _NAMES_ELSEWHERE.get(name, ()) if known_name in known
+            ]
+            if name not in _NAMES_ELSEWHERE:
+                wanted = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            expected = " and ".join(f"`{w}`" for w in wanted) or f"one of {', '.join(known)}"
+            raise TypeError(
+                f"{type(self).__name__} has no argument `{name}`. Expected: {expected}. "
+                f"Received: {name}={_validation.shown(value)}"
+            )
 
     def _check_strategy(self) -> None:
         kinds = (
@@ -443,7 +458,7 @@ class Algorithm(abc.ABC):
             if isinstance(variable, str):
                 raise TypeError(
                     "`var_list` must be a list of variables; names go into `var_names`. "
-                    f"Received an entry of type str: {variable!r}"
+                    f"Received an entry of type str: {_validation.shown(variable)}"
                 )
             self._decay_exclusion.add(variable)
         for name in listed("var_names", var_names):
@@ -475,11 +490,20 @@ class Algorithm(abc.ABC):
         try:
             return _validation.real("learning_rate", learning_rate, low=0.0)
         except TypeError as error:
+            hint = ""
+            if isinstance(learning_rate, (list, tuple, Iterator)):
+                hint = " (What is to be trained is told by `compile`, `build` or `apply`.)"
             raise TypeError(
                 "`learning_rate` must be a real number >= 0, a LearningRateSchedule or a callable "
-                f"without arguments. Received: learning_rate={learning_rate!r} "
-                f"(of type {type(learning_rate).__name__})"
+                f"without arguments.{hint} Received: learning_rate="
+                f"{_validation.shown(learning_rate)} (of type {type(learning_rate).__name__})"
             ) from error
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The optimizer that `get_config` describes."""
+        # The framework's writes a schedule that it makes into its argument.
+        return super().from_config(dict(config), custom_objects)  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
@@ -602,6 +626,26 @@ def documentation(cls: type, **texts: str) -> str:
     for key, value in texts.items():
         text = text.replace("{" + key + "}", value)
     return text
+
+
+def _argument_names(cls: type[Algorithm]) -> list[str]:
+    """The arguments of an optimizer's constructor, and of those that it passes the others on to.
+
+    A class from elsewhere may pass on what it does not know to one of this package; the first
+    constructor of this package passes on the arguments common to all optimizers alone.
+    """
+    line = cls.__mro__
+    ours = [base.__module__.partition(".")[0] == "tf_lbopt" for base in line]
+    first = next(i for i, own in enumerate(ours) if own and "__init__" in vars(line[i]))
+    constructors = [*line[: first + 1], *line[line.index(Algorithm) :]]
+    functions = [base.__init__ for base in constructors]  # type: ignore[misc]
+    names = [
+        parameter.name
+        for function in (*functions, cls._start)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    return [name for name in dict.fromkeys(names) if name != "self"]
 
 
 def _check_averaging(kwargs: dict[str, Any]) -> None:

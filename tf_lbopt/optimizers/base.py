@@ -6,12 +6,12 @@ optimizer.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _compat
+from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.algorithm import (
     Algorithm,
     build_at_first_call,
@@ -57,6 +57,9 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             then on the variables that were found are excluded, in a loaded or cloned model as well.
         **kwargs: The other arguments of Keras's optimizers.
     """
+
+    steps_of_its_own: ClassVar[bool] = False
+    """Whether it changes training steps, beyond the update that they end with."""
 
     def _start(self, learning_rate: Any, **kwargs: Any) -> None:
         keras.optimizers.Optimizer.__init__(self, learning_rate, **kwargs)
@@ -184,17 +187,23 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         self._loss_scaled_from_outside = not right_across_replicas
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if (
-            name == "loss_scale_factor"
-            and "_loss_scaled_from_outside" in self.__dict__
-            # Keras's LossScaleOptimizer gives no other sign of itself to the optimizer it wraps.
-            and (value is not None or _compat.called_by_loss_scale_optimizer())
-        ):
-            self.expect_loss_scaling(right_across_replicas=value is not None)
+        if name == "loss_scale_factor":
+            # The optimizers around this one give it no other sign of themselves.
+            setter = _compat.setter()
+            if self.steps_of_its_own and _compat.is_multi_optimizer(setter):
+                raise ValueError(
+                    f"{type(self).__name__} can not be one of the optimizers of a "
+                    "keras.optimizers.MultiOptimizer: it changes the whole training step, for all "
+                    "of the model's variables. Received: MultiOptimizer"
+                )
+            scaled = isinstance(setter, keras.optimizers.LossScaleOptimizer)
+            if "_loss_scaled_from_outside" in self.__dict__ and (value is not None or scaled):
+                self.expect_loss_scaling(right_across_replicas=value is not None)
         if name == "gradient_accumulation_steps" and "_accumulation" in self.__dict__:
             raise AttributeError(
                 "`gradient_accumulation_steps` must be given to the constructor, which makes the "
-                f"accumulators. Received: {type(self).__name__}.{name} = {value!r}"
+                f"accumulators. Received: {type(self).__name__}.{name} = "
+                f"{_validation.shown(value)}"
             )
         super().__setattr__(name, value)
 

@@ -14,6 +14,8 @@ from tf_lbopt.optimizers.extrapolation import ExtrapolationAdapter
 class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
     """Base of the Keras 3 optimizers whose algorithm is an `Extrapolation`."""
 
+    steps_of_its_own = True
+
     _var_key: Callable[[Any], Any]
 
     def _let_wrap_training(self) -> None:

@@ -77,12 +77,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         initial_scale: float = 2.0**15,
         dynamic_growth_steps: int = 2000,
         name: str | None = None,
-        **kwargs: Any,
     ):
         if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
             raise TypeError(
                 "`inner_optimizer` must be a keras.optimizers.Optimizer. "
-                f"Received: inner_optimizer={inner_optimizer!r}"
+                f"Received: inner_optimizer={_validation.shown(inner_optimizer)}"
             )
         if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
@@ -98,7 +97,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "dynamic_growth_steps", dynamic_growth_steps, low=1
             ),
             name=name,
-            **kwargs,
         )
         self._strategy = tf.distribute.get_strategy()
         require_same_strategy(self, inner_optimizer, self._strategy)
@@ -147,8 +145,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         set_all_weights(self, weights)
 
     def scale_loss(self, loss: Any) -> Any:
-        """The loss times the current scale."""
-        return keras.ops.multiply(loss, keras.ops.cast(self.dynamic_scale, loss.dtype))
+        """The loss times the current scale, in float32 where the loss is of float16."""
+        return keras.ops.multiply(loss, self.dynamic_scale)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The optimizer that `get_config` describes."""
+        return super().from_config(dict(config), custom_objects)
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:

@@ -143,6 +143,7 @@ class PostLocalSGD(AroundOptimizer):
 
     # It uses the replicas' own gradients: what gives an optimizer only their mean is refused.
     statistics = (OWN_GRADIENT,)
+    steps_of_its_own = True
 
     def __init__(
         self,
@@ -642,7 +643,7 @@ def _check_inner(inner: Any) -> None:
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(
             "`inner_optimizer` must be a keras.optimizers.SGD or a tf_lbopt.ExtrapSGD. "
-            f"Received: inner_optimizer={inner!r}"
+            f"Received: inner_optimizer={_validation.shown(inner)}"
         )
     received = f"Received: {type(inner).__name__}"
     if not isinstance(inner, (keras.optimizers.SGD, ExtrapSGD)):

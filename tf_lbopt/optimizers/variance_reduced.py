@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _compat
+from tf_lbopt import _compat, _validation
 from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
@@ -128,7 +128,7 @@ def _check_inner(inner: Any) -> None:
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(
             "`inner_optimizer` must be a keras.optimizers.Optimizer. "
-            f"Received: inner_optimizer={inner!r}"
+            f"Received: inner_optimizer={_validation.shown(inner)}"
         )
     received = f"Received: {type(inner).__name__}"
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):

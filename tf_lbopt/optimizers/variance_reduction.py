@@ -30,6 +30,7 @@ class VarianceReduction(Algorithm):
     statistics = rules.VarianceReduced.statistics
 
     def __init__(self, *args: Any, gamma: float = 0.1, beta_3: float | None = None, **kwargs: Any):
+        self._check_names(kwargs if beta_3 is None else {"beta_3": beta_3, **kwargs})
         super().__init__(*args, **kwargs)
         self.gamma = _validation.real("gamma", gamma, low=0.0, low_open=True, high=1.0)
         self.beta_3 = _validation.real(

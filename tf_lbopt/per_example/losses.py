@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _compat
+from tf_lbopt import _compat, _validation
 
 
 def example_losses(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
@@ -46,6 +46,6 @@ def example_losses(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any = Non
     if values.shape.rank == 0:
         raise ValueError(
             "`loss` must return one value per example, [batch, ...], not a mean or a sum. "
-            f"Received: loss={loss!r}, which returned a scalar"
+            f"Received: loss={_validation.shown(loss)}, which returned a scalar"
         )
     return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))

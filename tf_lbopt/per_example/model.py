@@ -136,7 +136,7 @@ class PerExampleNormsModel(keras.Model):
             raise ValueError(
                 "PerExampleNormsModel needs a `loss` in `compile` to know the losses of the "
                 "examples, which `add_loss` does not tell; override `example_losses` and "
-                f"`compute_loss` to do without. Received: loss={self.loss!r}"
+                f"`compute_loss` to do without. Received: loss={_validation.shown(self.loss)}"
             )
         return losses
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from tf_lbopt import _validation
 from tf_lbopt.per_example.contributions import Contribution
 
 
@@ -104,15 +105,19 @@ def register_layer(
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.layers.Layer)):
         raise TypeError(
-            f"`layer_class` must be a subclass of keras.layers.Layer. Received: {layer_class!r}"
+            f"`layer_class` must be a subclass of keras.layers.Layer. "
+            f"Received: {_validation.shown(layer_class)}"
         )
     if activation is not None and not isinstance(activation, str):
         raise TypeError(
-            f"`activation` must be the name of an attribute or None. Received: {activation!r}"
+            f"`activation` must be the name of an attribute or None. "
+            f"Received: {_validation.shown(activation)}"
         )
 
     if prepare is not None and not callable(prepare):
-        raise TypeError(f"`prepare` must be callable or None. Received: {prepare!r}")
+        raise TypeError(
+            f"`prepare` must be callable or None. Received: {_validation.shown(prepare)}"
+        )
 
     def decorator(rule: LayerRule) -> LayerRule:
         _registrations[layer_class] = Registration(rule, activation, prepare)

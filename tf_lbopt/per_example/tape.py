@@ -53,7 +53,8 @@ class PerExampleTape:
             if not isinstance(variable, keras.Variable):
                 raise TypeError(
                     "`variables` must be Keras variables. "
-                    f"Received an entry of type {type(variable).__name__}: {variable!r}"
+                    f"Received an entry of type {type(variable).__name__}: "
+                    f"{_validation.shown(variable)}"
                 )
         self._subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
         self._tape = tf.GradientTape(persistent=True)
@@ -112,10 +113,12 @@ def _check_losses(losses: Any, extra_loss: Any) -> None:
     if not (isinstance(losses, tf.Tensor) and losses.shape.rank == 1):
         raise ValueError(
             "`losses` must be a tensor with one loss per example, [batch]. "
-            f"Received: losses={losses!r}"
+            f"Received: losses={_validation.shown(losses)}"
         )
     if extra_loss is not None and tf.convert_to_tensor(extra_loss).shape.rank != 0:
-        raise ValueError(f"`extra_loss` must be a scalar. Received: extra_loss={extra_loss!r}")
+        raise ValueError(
+            f"`extra_loss` must be a scalar. Received: extra_loss={_validation.shown(extra_loss)}"
+        )
 
 
 def _log(without_rule: Sequence[str]) -> None:

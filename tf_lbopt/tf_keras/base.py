@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 import tf_keras
 
+from tf_lbopt import _validation
 from tf_lbopt.distribution.replicas import once_for_all_replicas
 from tf_lbopt.optimizers.algorithm import Algorithm, documentation
 from tf_lbopt.optimizers.exclusion import path_of
@@ -71,10 +72,14 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             raise ValueError(
                 "`jit_compile` must be False: an update that looks at all replicas and all "
                 "variables can not be compiled variable by variable. Compile the whole training "
-                f"step by `model.compile(jit_compile=True)`. Received: jit_compile={jit_compile!r}"
+                f"step by `model.compile(jit_compile=True)`. "
+                f"Received: jit_compile={_validation.shown(jit_compile)}"
             )
         if mesh is not None:
-            raise ValueError(f"`mesh` must be None: DTensor is not supported. Received: {mesh!r}")
+            raise ValueError(
+                f"`mesh` must be None: DTensor is not supported. "
+                f"Received: {_validation.shown(mesh)}"
+            )
         tf_keras.optimizers.Optimizer.__init__(
             self, name=name or type(self).__name__, jit_compile=False, **kwargs
         )
@@ -95,6 +100,13 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         if isinstance(learning_rate, schedules.LearningRateSchedule):
             return learning_rate
         return KerasSchedule(learning_rate)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The optimizer that `get_config` describes."""
+        # What tf_keras writes into every configuration is no argument of a constructor.
+        config = {key: value for key, value in config.items() if key != "is_legacy_optimizer"}
+        return super().from_config(config, custom_objects)
 
     # -- variables ---------------------------------------------------------------------------------
 
