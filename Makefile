@@ -1,5 +1,6 @@
 # Two commands do all the set-up on a fresh machine: make quickstart, make test.
-# Python 3.11 takes the versions of constraints.txt, another Python the newest there are.
+# Python 3.11 is taken where there is one, with the versions of constraints.txt; another Python
+# gets the newest versions.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
