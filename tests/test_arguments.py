@@ -372,6 +372,29 @@ def test_gradients_that_do_not_fit_the_variables(info, built, count):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "bool"])
+@pytest.mark.parametrize("package", ["tf_lbopt", "tf_lbopt.tf_keras"])
+def test_variables_that_are_no_real_numbers(package, dtype):
+    variable = tf.Variable(tf.zeros([2], dtype), name="counts")
+    optimizer = importlib.import_module(package).LARS(0.1)
+    with pytest.raises(TypeError, match=f"LARS trains .*Received: counts, of dtype {dtype}"):
+        optimizer.build([variable])
+    if package == "tf_lbopt" and dtype != "complex64":
+        with pytest.raises(TypeError, match=f"Received: mine, of dtype {dtype}"):
+            tf_lbopt.VarianceReduced(keras.optimizers.SGD()).build(
+                [keras.Variable(np.zeros(2), dtype=dtype, name="mine", trainable=False)]
+            )
+
+
+def test_what_belongs_to_the_other_keras():
+    with pytest.raises(TypeError, match=r"for Keras 3 see tf_lbopt. Received: mine, a keras.Var"):
+        tf_lbopt.tf_keras.LARS(0.1).build([keras.Variable(np.zeros(2), name="mine")])
+    for inner in (tf_keras.optimizers.SGD(), tf_lbopt.tf_keras.LARS(0.1)):
+        for wrap in (tf_lbopt.LossScaleOptimizer, tf_lbopt.VarianceReduced):
+            with pytest.raises(TypeError, match=r"of Keras 3 .*for tf_keras see tf_lbopt.tf_keras"):
+                wrap(inner)
+
+
 @over_optimizers
 def test_unknown_variable(info):
     variables = named_variables()

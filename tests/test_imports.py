@@ -133,8 +133,41 @@ sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
             {},
             ["ImportError", "Keras 3.7", "Received: Keras 3.6.0"],
         ),
+        (
+            "import sys\nsys.modules['tf_keras'] = None\nimport tf_lbopt.tf_keras",
+            {},
+            ["ImportError", "tf_lbopt.tf_keras needs tf_keras", "'tf-lbopt[tf-keras]'"],
+        ),
+        (
+            "import sys\nsys.modules['official'] = None\nimport tf_lbopt.tfm",
+            {},
+            ["ImportError", "tf_lbopt.tfm needs tf-models-official", "'tf-lbopt[recipes]'"],
+        ),
+        (
+            "import tensorflow, tf_lbopt\n"
+            "model = tensorflow.keras.Sequential([tensorflow.keras.layers.Dense(1)])\n"
+            "model.compile(tf_lbopt.LARS(0.1), 'mse')",
+            {"TF_USE_LEGACY_KERAS": "1"},
+            ["ValueError", "LARS, an optimizer for Keras 3", "see tf_lbopt.tf_keras"],
+        ),
+        (
+            "import keras, tf_lbopt.tf_keras\n"
+            "model = keras.Sequential([keras.layers.Dense(1)])\n"
+            "model.compile(tf_lbopt.tf_keras.LARS(0.1), 'mse')",
+            {},
+            ["ValueError", "LARS, an optimizer for tf_keras", "Keras 3 see tf_lbopt"],
+        ),
     ],
-    ids=["backend", "no_tensorflow", "old_tensorflow", "old_keras"],
+    ids=[
+        "backend",
+        "no_tensorflow",
+        "old_tensorflow",
+        "old_keras",
+        "no_tf_keras",
+        "no_tf_models",
+        "legacy",
+        "other_way",
+    ],
 )
 def test_import_says_what_is_missing(code, environment, expected):
     message = _import_with(code, **environment)

@@ -226,6 +226,11 @@ class Algorithm(abc.ABC):
         self._decay_exclusion.build(variables)
 
     def _check_trainable(self, variable: Any) -> None:
+        if not tf.as_dtype(variable.dtype).is_floating:
+            raise TypeError(
+                f"{type(self).__name__} trains variables of real floating-point numbers. "
+                f"Received: {path_of(variable)}, of dtype {tf.as_dtype(variable.dtype).name}"
+            )
         if getattr(variable, "overwrite_with_gradient", False):
             raise ValueError(
                 f"{type(self).__name__} can not train variables that are overwritten by their "

@@ -61,6 +61,13 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     steps_of_its_own: ClassVar[bool] = False
     """Whether it changes training steps, beyond the update that they end with."""
 
+    def __repr__(self) -> str:
+        # What tf_keras says that it can not interpret, where it is given one.
+        return (
+            f"<{type(self).__name__}, an optimizer for Keras 3; for tf_keras (which tf.keras is "
+            "under TF_USE_LEGACY_KERAS=1) see tf_lbopt.tf_keras>"
+        )
+
     def _start(self, learning_rate: Any, **kwargs: Any) -> None:
         keras.optimizers.Optimizer.__init__(self, learning_rate, **kwargs)
         self._loss_scaled_from_outside = False

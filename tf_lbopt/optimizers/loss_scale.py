@@ -80,7 +80,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     ):
         if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
             raise TypeError(
-                "`inner_optimizer` must be a keras.optimizers.Optimizer. "
+                "`inner_optimizer` must be a keras.optimizers.Optimizer, of Keras 3 (for tf_keras "
+                "see tf_lbopt.tf_keras). "
                 f"Received: inner_optimizer={_validation.shown(inner_optimizer)}"
             )
         if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):

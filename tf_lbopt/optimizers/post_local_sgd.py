@@ -642,7 +642,8 @@ def _own_gradient(gradient: Any, variable: tf.Variable, replicas: int) -> tf.Ten
 def _check_inner(inner: Any) -> None:
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(
-            "`inner_optimizer` must be a keras.optimizers.SGD or a tf_lbopt.ExtrapSGD. "
+            "`inner_optimizer` must be a keras.optimizers.SGD, of Keras 3, or a "
+            "tf_lbopt.ExtrapSGD. "
             f"Received: inner_optimizer={_validation.shown(inner)}"
         )
     received = f"Received: {type(inner).__name__}"

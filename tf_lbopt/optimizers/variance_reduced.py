@@ -127,7 +127,8 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
 def _check_inner(inner: Any) -> None:
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(
-            "`inner_optimizer` must be a keras.optimizers.Optimizer. "
+            "`inner_optimizer` must be a keras.optimizers.Optimizer, of Keras 3 (for tf_keras see "
+            "tf_lbopt.tf_keras). "
             f"Received: inner_optimizer={_validation.shown(inner)}"
         )
     received = f"Received: {type(inner).__name__}"

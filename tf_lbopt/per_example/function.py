@@ -209,7 +209,8 @@ def _as_tensor(value: Any) -> Any:
 def _check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"`model` must be a keras.Model. Received: model={_validation.shown(model)} "
+            "`model` must be a keras.Model, of Keras 3. "
+            f"Received: model={_validation.shown(model)} "
             f"(of type {type(model).__name__})"
         )
     if not model.built:

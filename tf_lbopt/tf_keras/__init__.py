@@ -19,6 +19,13 @@ Example:
     2
 """
 
+import importlib.util
+
+if importlib.util.find_spec("tf_keras") is None:
+    raise ImportError(
+        "tf_lbopt.tf_keras needs tf_keras: pip install 'tf-lbopt[tf-keras]'. Received: none"
+    )
+
 from tf_lbopt.tf_keras.optimizers import (
     CLARS,
     LAMB,

@@ -7,6 +7,7 @@ tf_keras optimizer.
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 import tf_keras
 
@@ -58,6 +59,10 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             then on the variables that were found are excluded, in a loaded or cloned model as well.
         **kwargs: The other arguments of tf_keras's optimizers, and `gradient_accumulation_steps`.
     """
+
+    def __repr__(self) -> str:
+        # What Keras 3 says that it can not interpret, where it is given one.
+        return f"<{type(self).__name__}, an optimizer for tf_keras; for Keras 3 see tf_lbopt>"
 
     def _start(
         self,
@@ -125,6 +130,14 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             return
         var_list = list(var_list)
         once_for_all_replicas(lambda: super(LargeBatchOptimizer, self).build(var_list))
+
+    def _check_trainable(self, variable: Any) -> None:
+        if isinstance(variable, keras.Variable):
+            raise TypeError(
+                f"tf_lbopt.tf_keras.{type(self).__name__} trains variables of tf_keras; for Keras "
+                f"3 see tf_lbopt. Received: {path_of(variable)}, a keras.Variable"
+            )
+        super()._check_trainable(variable)
 
     def _build_framework(self, variables: list[Any]) -> None:
         _compat.build(self, variables)

@@ -23,6 +23,13 @@ Example:
     'VRLARS'
 """
 
+import importlib.util
+
+if importlib.util.find_spec("official") is None:
+    raise ImportError(
+        "tf_lbopt.tfm needs tf-models-official: pip install 'tf-lbopt[recipes]'. Received: none"
+    )
+
 from tf_lbopt.tfm.configs import (
     REGISTRATIONS,
     CLARSConfig,
