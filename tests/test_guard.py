@@ -1,5 +1,6 @@
 """A non-finite value anywhere discards the whole update everywhere, and nothing else changes."""
 
+import functools
 import warnings
 
 import keras
@@ -7,7 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
-from harness import CASES, Run, assert_replicas_identical, assert_states_equal, sub_batch_gradients
+from harness import (
+    CASES,
+    Run,
+    assert_replicas_identical,
+    assert_states_equal,
+    sub_batch_gradients,
+    taking_gradients,
+)
 
 import tf_lbopt
 
@@ -267,3 +275,160 @@ def test_several_optimizers_are_no_loss_scaling():
         model.fit(x, x[:, :1], batch_size=8, verbose=0)
     for weight, old in zip(model.get_weights(), before, strict=True):
         assert np.all(weight != old)
+
+
+# -- finite, and too large -------------------------------------------------------------------------
+
+ONES = np.ones(4, "float32")
+SECOND_MOMENTS = {
+    "lamb": lambda: tf_lbopt.LAMB(0.1),
+    "extrap_adam": lambda: tf_lbopt.ExtrapAdam(0.1),
+    "vr_adam": lambda: tf_lbopt.VRAdam(0.1, gradient_accumulation_steps=2),
+    "vr_lamb": lambda: tf_lbopt.VRLAMB(0.1, gradient_accumulation_steps=2),
+    "vr_sgd": lambda: tf_lbopt.VRSGD(1e-20, gradient_accumulation_steps=2),
+    "around_adam": lambda: tf_lbopt.VarianceReduced(
+        keras.optimizers.Adam(0.1), gradient_accumulation_steps=2
+    ),
+}
+
+
+def update_eagerly(optimizer, variables, gradients):
+    for _ in range(optimizer.gradient_accumulation_steps or 1):
+        with taking_gradients(optimizer, variables):
+            optimizer.apply([tf.constant(g) for g in gradients], variables)
+
+
+def after(optimizer, steps, weights=ONES, dtype="float32"):
+    """Weights, iterations and skipped updates after gradients times these factors."""
+    variable = keras.Variable(weights, dtype=dtype)
+    for factor in steps:
+        update_eagerly(optimizer, [variable], [ONES * np.float32(factor)])
+    everything = [tf.convert_to_tensor(v) for v in (variable, *optimizer.variables)]
+    assert all(np.isfinite(tf.cast(v, tf.float64)).all() for v in everything)
+    counts = int(optimizer.iterations.numpy()), int(optimizer.skipped_updates.numpy())
+    return tf.cast(everything[0], tf.float64).numpy(), *counts
+
+
+@pytest.mark.parametrize("name", SECOND_MOMENTS)
+def test_squares_that_overflow_discard_the_update(name):
+    make = SECOND_MOMENTS[name]
+    weights, updates, skipped = after(make(), [1, 1e20, 1])
+    assert (updates, skipped) == (2, 1)
+    np.testing.assert_array_equal(weights, after(make(), [1, 1])[0])
+    assert after(make(), [1, 1e18, 1])[1:] == (3, 0)  # and others do not
+
+
+def test_squares_are_taken_of_what_the_rule_gets():
+    clipped = tf_lbopt.LAMB(0.1, clipnorm=1.0)
+    assert after(clipped, [1, 1e20, 1])[1:] == (3, 0)
+    # VRGD takes them before.
+    clipped = tf_lbopt.VRSGD(0.1, clipnorm=1.0, gradient_accumulation_steps=2)
+    assert after(clipped, [1, 1e20, 1])[1:] == (2, 1)
+
+
+@pytest.mark.parametrize("scale", [8.0, 64.0])
+def test_other_reasons_leave_the_loss_scale(scale):
+    optimizer = tf_lbopt.LossScaleOptimizer(tf_lbopt.LAMB(0.1), initial_scale=scale)
+    variable = keras.Variable(ONES)
+    for factor in (scale, 1e21, np.inf):
+        optimizer.apply([tf.constant(ONES * np.float32(factor))], [variable])
+    assert optimizer.dynamic_scale.numpy() == scale / 2
+    assert optimizer.skipped_updates.numpy() == 2
+
+
+LAYERWISE = {
+    "sngm": lambda rate, **kwargs: tf_lbopt.SNGM(rate, **kwargs),
+    "lars": lambda rate, **kwargs: tf_lbopt.LARS(rate, **kwargs),
+    "lamb": lambda rate, **kwargs: tf_lbopt.LAMB(rate, **kwargs),
+    "clars": lambda rate, **kwargs: tf_lbopt.CLARS(rate, **kwargs),
+    "extrap_sgd": lambda rate, **kwargs: tf_lbopt.ExtrapSGD(rate, **kwargs),
+    "extrap_adam": lambda rate, **kwargs: tf_lbopt.ExtrapAdam(rate, **kwargs),
+}
+
+
+def test_sngm_steps_along_the_largest_gradients():
+    for size in (1e-30, 1.0, 1e34, 9e37):
+        weights, updates, skipped = after(tf_lbopt.SNGM(0.1), [size])
+        assert (updates, skipped) == (1, 0)
+        np.testing.assert_allclose(weights, 0.95, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "clars"])
+def test_a_rate_that_is_lost_is_counted(name):
+    weights, updates, skipped = after(LAYERWISE[name](0.1), [1e30])
+    assert (updates, skipped) == (1, 0)
+    assert np.all(weights < 1)
+    weights, updates, skipped = after(LAYERWISE[name](0.1), [8e37])
+    assert (updates, skipped) == (0, 1)
+    assert np.all(weights == 1)
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+@pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf, 3e38])
+def test_rates_that_are_none_discard_the_update(name, rate):
+    rates = iter([0.1, rate, 0.1, 0.1, 0.1])
+    optimizer = LAYERWISE[name](lambda: tf.constant(next(rates), tf.float32))
+    if hasattr(optimizer, "extrapolated"):
+        optimizer.extrapolation_rate = 0.0
+    weights, updates, skipped = after(optimizer, [1, 1, 1])
+    assert (updates, skipped) == (2, 1)
+    assert np.all(np.abs(weights) < 2)
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_decay_that_makes_weights_grow_ends_before_infinity(name):
+    arguments = {"eta": 3.0} if name == "clars" else {}
+    arguments |= {"trust_coefficient": 10.0} if name == "lars" else {}
+    optimizer = LAYERWISE[name](10.0, weight_decay=5.0, **arguments)
+    weights, updates, skipped = after(optimizer, [0.0] * 50, weights=ONES * 1e20)
+    assert updates + skipped == 50
+    assert (skipped > 0) == (name != "sngm")
+    assert np.all(np.abs(weights) > 1e19)
+
+
+@pytest.mark.parametrize("function", ["eager", "graph", "compiled"])
+def test_an_element_that_overflows_keeps_its_value(function):
+    variable = keras.Variable(np.float32([60000.0, 1.0]), dtype="float16")
+    optimizer = tf_lbopt.SNGM(1e4, momentum=0.5)
+    optimizer.build([variable])
+
+    def step(gradient):
+        optimizer.apply([gradient], [variable])
+
+    if function != "eager":
+        step = tf.function(step, jit_compile=function == "compiled", autograph=False)
+    step(tf.constant([-1.0, 1.0]))
+    np.testing.assert_allclose(variable.numpy(), [60000.0, 1 - 1e4 * 0.5**0.5], rtol=1e-3)
+    assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (1, 1)
+    step(tf.constant([1.0, -1.0]))
+    assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (2, 1)
+
+
+def test_a_sparse_row_that_overflows_keeps_its_value():
+    variable = keras.Variable(np.full([3, 2], 60000.0, "float16"), dtype="float16")
+    optimizer = tf_lbopt.ExtrapSGD(1.0, momentum=0.0, noise="gaussian", extrapolation_rate=0.0)
+    with optimizer.extrapolated([variable]):
+        rows = tf.constant([[1e4, -1e4]], tf.float16)
+        optimizer.apply([tf.IndexedSlices(rows, [1], dense_shape=[3, 2])], [variable])
+    expected = np.full([3, 2], 60000.0)
+    expected[1, 0] = 50000.0
+    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-3)
+    assert optimizer.skipped_updates.numpy() == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["lamb", "lars", "vr_lamb"])
+def test_too_large_steps_in_graphs_and_on_replicas(name, compiled):
+    (case,) = [case for case in CASES if case.name == name]
+    good = sub_batch_gradients(2, sub_batches=2)
+    too_large = [[g * np.float32(1e37) for g in layers] for layers in good[1]]
+    function = functools.partial(tf.function, jit_compile=True) if compiled else tf.function
+    replicas = 1 if compiled else 2
+    run = Run(case, replicas, 2 // replicas, function=function).update(good[0])
+    before = run.state()
+    run.update(too_large)
+    assert_states_equal(before, run.state())
+    assert run.optimizer.skipped_updates.numpy() == 1
+    assert_replicas_identical(run)
+    run.update(good[1])
+    assert run.optimizer.iterations.numpy() == 2

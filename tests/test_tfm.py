@@ -294,13 +294,13 @@ def test_sub_batches_are_as_good_as_replicas(kind, replicas):
 def test_the_update_is_traced_once(kind, replicas, monkeypatch):
     """Not with every part, of which only the last one can have an update."""
     cls, traced = tf_lbopt.tfm.REGISTRATIONS[kind].cls, []
-    apply = cls._apply_on_replica
+    update = cls._update_on_replica
 
     def counted(self, arrival):
         traced.append(arrival)
-        apply(self, arrival)
+        return update(self, arrival)
 
-    monkeypatch.setattr(cls, "_apply_on_replica", counted)
+    monkeypatch.setattr(cls, "_update_on_replica", counted)
     *_, optimizer = _train(_experiment(kind, sub_batches=4), replicas, _batches())
     assert optimizer.iterations.numpy() == 3
     assert len(traced) == replicas

@@ -21,7 +21,7 @@ import tf_lbopt
 from tf_lbopt import rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments, clipped_gsnr
-from tf_lbopt.rules.rule import Rule
+from tf_lbopt.rules.rule import Rule, Update
 
 GAMMA = 0.1
 VR_CASES = [case for case in CASES if case.name.startswith("vr_")]
@@ -39,6 +39,9 @@ class _Record(Rule):
     statistics: ClassVar[tuple[str, ...]] = ("variance",)
 
     def update(self, layers, step):
+        return Update(tf.constant(True), lambda: self._write(layers))
+
+    def _write(self, layers):
         for layer in layers:
             moments = layer.moments
             sparse = isinstance(moments.mean, tf.IndexedSlices)
@@ -59,6 +62,7 @@ class _Record(Rule):
                         elsewhere, moments.mean.indices[:, None], value
                     )
                 layer.slots[name].assign(value)
+        return []
 
 
 class Recorder(LargeBatchOptimizer):

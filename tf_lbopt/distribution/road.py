@@ -4,9 +4,10 @@
     2 accumulate  on all but the last micro-step: add to this replica's accumulators and stop
     3 reduce      one packed SUM all-reduce, norms of the sub-batches' gradients included; for the
                   variance a second one, of the squared deviations from the mean that the first gave
-    4 guard       not finite anywhere: change nothing, count
-    5 shape       mean, clip
-    6 apply       hand over to the optimizer, on each replica
+    4 shape       mean, clip
+    5 judge       the optimizer computes its update, up to what is decided from norms
+    6 guard       not finite anywhere, or too large a step: change nothing, count
+    7 apply       the optimizer writes, on each replica
 
 Steps 2 and 3 run in the cross-replica context, the only one where a condition and a collective may
 meet; what follows needs no collective and runs on each replica's own copies.
@@ -27,9 +28,11 @@ from tf_lbopt.distribution.replicas import (
     sum_over_replicas,
 )
 from tf_lbopt.rules import clip as clipping
+from tf_lbopt.rules.bounds import squares_fit, write_if_sound
 from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, dense
+from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Update, dense
+from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.statistics.accumulators import OwnMoments, any_nonzero, shares_of_deviations
 from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
@@ -92,18 +95,18 @@ class Destination:
     """What an optimizer provides for the gradients to travel to.
 
     Attributes:
-        apply: On each replica: writes the update.
-        discard: On each replica: counts a skipped update.
+        update: On each replica: computes the update.
+        count: On each replica, once per update: told whether all of it was written.
         prepare: In the cross-replica context, once per update: what all replicas must agree on
             (the learning rate).
         statistics: What must be known of the sub-batches beyond their mean gradient.
         loss_scale: The factor to take out of the gradients again, read on each replica, or
             ``None``.
-        after: On each replica, after every update or skip: told whether it was finite.
+        after: On each replica, after every update or skip: told whether the gradients were finite.
     """
 
-    apply: Callable[[Arrival], None]
-    discard: Callable[[], None]
+    update: Callable[[Arrival], Update]
+    count: Callable[[tf.Tensor], None]
     prepare: Callable[[], Any]
     statistics: tuple[str, ...] = ()
     loss_scale: Callable[[], tf.Tensor] | None = None
@@ -153,7 +156,7 @@ class Journey:
                 to the gradient); ``None`` for the norms themselves.
 
         Returns:
-            Whether all was finite; true before an update is due.
+            Whether the gradients were finite; true before an update is due.
 
         Raises:
             ValueError: Not called in a replica context of the strategy.
@@ -358,37 +361,31 @@ class Journey:
         if norm_totals is not None:  # others may have computed these
             finite &= tf.reduce_all(tf.math.is_finite(norm_totals))
 
-        def apply() -> tf.Tensor:
-            means, layer_norms = self._mean(sums, sum_norms)
-            clipped, clipped_norms = clipping.clip(
-                means, layer_norms, **dataclasses.asdict(self.clip)
+        means, layer_norms = self._mean(sums, sum_norms)
+        clipped, clipped_norms = clipping.clip(means, layer_norms, **dataclasses.asdict(self.clip))
+        sound = finite
+        moments: list[SubBatchMoments | None] = [None] * len(sums)
+        if deviations is not None and live is not None:
+            sub_batches = SubBatches(live, self._mean_factor(live))
+            moments = [
+                SubBatchMoments(mean, deviation, sub_batches)
+                for mean, deviation in zip(means, deviations, strict=True)
+            ]
+            units = scalars(layer_norms, tf.maximum(sub_batches.factor, 1.0))
+            sound &= squares_fit([norm * units[norm.dtype] for norm in layer_norms])
+        update = destination.update(
+            Arrival(
+                self.indices,
+                clipped,
+                norms(clipped) if clipped_norms is None else clipped_norms,
+                means,
+                moments,
+                self._mean_norms(layer_norms, norm_totals, live),
+                [self._own_means(part) for part in own],
+                prepared,
             )
-            moments: list[SubBatchMoments | None] = [None] * len(sums)
-            if deviations is not None and live is not None:
-                sub_batches = SubBatches(live, self._mean_factor(live))
-                moments = [
-                    SubBatchMoments(mean, deviation, sub_batches)
-                    for mean, deviation in zip(means, deviations, strict=True)
-                ]
-            destination.apply(
-                Arrival(
-                    self.indices,
-                    clipped,
-                    norms(clipped) if clipped_norms is None else clipped_norms,
-                    means,
-                    moments,
-                    self._mean_norms(layer_norms, norm_totals, live),
-                    [self._own_means(part) for part in own],
-                    prepared,
-                )
-            )
-            return finite
-
-        def discard() -> tf.Tensor:
-            destination.discard()
-            return finite
-
-        tf.cond(finite, apply, discard)
+        )
+        destination.count(write_if_sound(sound, update))
         if accumulation is not None:
             accumulation.clear()
         if destination.after is not None:

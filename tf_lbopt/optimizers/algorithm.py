@@ -25,8 +25,9 @@ from tf_lbopt.distribution.accumulation import Accumulation
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
 from tf_lbopt.distribution.road import Arrival, Clip, Destination, Journey, Turn
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
+from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.norms import Gradient
-from tf_lbopt.rules.rule import Layer, Rule, Step
+from tf_lbopt.rules.rule import Layer, Rule, Step, Update
 
 _ACCUMULATION_KEY = "accumulation"
 
@@ -260,11 +261,11 @@ class Algorithm(abc.ABC):
             grads: One per variable: dense, ``tf.IndexedSlices`` or ``None``.
             variables: Variables that the optimizer was built with.
             loss_scale: Reads the factor in the gradients, on each replica; ``None`` for 1.
-            after: Told on each replica, once per update, whether it was finite.
+            after: Told on each replica, once per update, whether the gradients were finite.
             summed: Whether the gradients are sums over the replicas already.
 
         Returns:
-            Whether the update was finite; true before it is due.
+            Whether the gradients were finite; true before an update is due.
         """
         self._check_known(variables)
         pairs = _without_missing(grads, variables)
@@ -274,8 +275,8 @@ class Algorithm(abc.ABC):
             indices,
             [tensorflow_variable(self._trainable_variables[index]) for index in indices],
             Destination(
-                apply=self._apply_on_replica,
-                discard=self._discard_on_replica,
+                update=self._update_on_replica,
+                count=self._count_on_replica,
                 prepare=self._read_learning_rate,
                 statistics=self.statistics,
                 loss_scale=loss_scale,
@@ -362,13 +363,14 @@ class Algorithm(abc.ABC):
         del variables, loss_scale
         return None
 
-    def _apply_on_replica(self, arrival: Arrival) -> None:
+    def _update_on_replica(self, arrival: Arrival) -> Update:
         layers = [
             Layer(
                 index=index,
                 variable=tensorflow_variable(self._trainable_variables[index]),
                 gradient=gradient,
                 gradient_norm=norm,
+                norm_bound=norm,
                 slots=self._slots_of(index),
                 decayed=self.decays(self._trainable_variables[index]),
                 adapted=self.adapts(self._trainable_variables[index]),
@@ -385,22 +387,31 @@ class Algorithm(abc.ABC):
             )
         ]
         step = Step(arrival.prepared, tf.convert_to_tensor(self._iterations))
-        self.rule().update(layers, step)
-        for index in arrival.indices:
-            variable = self._trainable_variables[index]
-            constraint = getattr(variable, "constraint", None)
-            if constraint is not None:
-                target = tensorflow_variable(variable)
-                target.assign(constraint(tf.convert_to_tensor(target)))
-        if self.use_ema:
-            self._average_on_replica()
-        tensorflow_variable(self._iterations).assign_add(1)
+        update = self.rule().update(layers, step)
+
+        def write() -> list[tf.Tensor]:
+            written = update.write()
+            for index in arrival.indices:
+                self._constrain(index, tensorflow_variable(self._trainable_variables[index]))
+            if self.use_ema:
+                self._average_on_replica()
+            tensorflow_variable(self._iterations).assign_add(1)
+            return written
+
+        return Update(update.sound & is_rate(step.learning_rate), write)
+
+    def _constrain(self, index: int, target: tf.Variable) -> None:
+        """Applies a variable's constraint to what holds its weights."""
+        constraint = getattr(self._trainable_variables[index], "constraint", None)
+        if constraint is not None:
+            target.assign(constraint(tf.convert_to_tensor(target)))
 
     def _slots_of(self, index: int) -> dict[str, tf.Variable]:
         return {name: tensorflow_variable(slots[index]) for name, slots in self._slots.items()}
 
-    def _discard_on_replica(self) -> None:
-        tensorflow_variable(self.skipped_updates).assign_add(1)
+    def _count_on_replica(self, written: tf.Tensor) -> None:
+        counter = tensorflow_variable(self.skipped_updates)
+        counter.assign_add(tf.cast(~written, counter.dtype))
 
     def _warn_of_no_update(self) -> None:
         """Warns at the end of a `fit` all of whose batches are still in the accumulators."""

@@ -11,6 +11,8 @@ import tensorflow as tf
 from tf_lbopt import _compat, rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.rules.bounds import squares_fit
+from tf_lbopt.rules.norms import Gradient
 
 
 def require_same_strategy(
@@ -50,6 +52,35 @@ def set_all_weights(optimizer: keras.optimizers.Optimizer, weights: Sequence[Any
         )
     for variable, weight in zip(variables, weights, strict=True):
         variable.assign(weight)
+
+
+def stock_update(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Gradient],
+    norm_bounds: Sequence[tf.Tensor],
+    variables: Sequence[keras.Variable],
+) -> rules.Update:
+    """One update by a stock Keras optimizer, on the replica whose update context this is.
+
+    What it does with the gradients is not known; it may keep their squares, in the dtype of the
+    variables.
+
+    Args:
+        optimizer: It.
+        gradients: Finite.
+        norm_bounds: What their norms do not exceed.
+        variables: Theirs.
+    """
+
+    def write() -> list[tf.Tensor]:
+        _compat.keras_update(optimizer, gradients, variables)
+        return []
+
+    fits = [
+        squares_fit([norm], tf.as_dtype(variable.dtype))
+        for norm, variable in zip(norm_bounds, variables, strict=True)
+    ]
+    return rules.Update(tf.reduce_all(tf.stack(fits)), write)
 
 
 class AroundOptimizer(LargeBatchOptimizer):
@@ -97,9 +128,12 @@ class _Stock(rules.Rule):
 
     wrapper: AroundOptimizer
 
-    def update(self, layers: Sequence[rules.Layer], step: rules.Step) -> None:
+    def update(self, layers: Sequence[rules.Layer], step: rules.Step) -> rules.Update:
         """One update by Keras's own code."""
         del step
-        variables = [self.wrapper._trainable_variables[layer.index] for layer in layers]
-        gradients = [layer.gradient for layer in layers]
-        _compat.keras_update(self.wrapper.inner_optimizer, gradients, variables)
+        return stock_update(
+            self.wrapper.inner_optimizer,
+            [layer.gradient for layer in layers],
+            [layer.norm_bound for layer in layers],
+            [self.wrapper._trainable_variables[layer.index] for layer in layers],
+        )

@@ -28,7 +28,7 @@ from tf_lbopt.distribution.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.rules.norms import compute_dtype
-from tf_lbopt.rules.rule import OWN_GRADIENT, dense
+from tf_lbopt.rules.rule import OWN_GRADIENT, Update, dense
 from tf_lbopt.statistics.sparse import merge_repeated_indices
 
 _logger = logging.getLogger(__name__)
@@ -369,14 +369,23 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
     def _block(self) -> _Active | None:
         return _active.get((id(self), replica_number()))
 
-    def _apply_on_replica(self, arrival: Arrival) -> None:
-        super()._apply_on_replica(arrival)
-        if self._past is None:
-            return
-        for part, own_gradients in enumerate(arrival.own):
-            for index, own, mean in zip(arrival.indices, own_gradients, arrival.means, strict=True):
-                own = dense(merge_repeated_indices(own))
-                self._past.variables[part, index].assign(self.past_of(own, dense(mean)))
+    def _update_on_replica(self, arrival: Arrival) -> Update:
+        update = super()._update_on_replica(arrival)
+        past = self._past
+        if past is None:
+            return update
+
+        def write() -> list[tf.Tensor]:
+            written = update.write()
+            for part, own_gradients in enumerate(arrival.own):
+                for index, own, mean in zip(
+                    arrival.indices, own_gradients, arrival.means, strict=True
+                ):
+                    own = dense(merge_repeated_indices(own))
+                    past.variables[part, index].assign(self.past_of(own, dense(mean)))
+            return written
+
+        return Update(update.sound, write)
 
     def prepare_model(self, model: Any, data: Any) -> None:
         """Makes sure that a model has variables to be moved, and finds out what its layers are.

@@ -25,13 +25,14 @@ from tf_lbopt.distribution.replicas import (
     sum_over_replicas,
 )
 from tf_lbopt.optimizers.algorithm import _without_missing, build_at_first_call
-from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
+from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy, stock_update
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.local_state import LocalState, count_of
+from tf_lbopt.rules.bounds import is_rate, write_if_sound
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import OWN_GRADIENT, Layer, Step
+from tf_lbopt.rules.rule import OWN_GRADIENT, Layer, Step, Update
 
 _STATE_KEY = "local_state"
 
@@ -496,67 +497,74 @@ class PostLocalSGD(AroundOptimizer):
         self, strategy: tf.distribute.Strategy, indices: Sequence[int], gradients: Sequence[Any]
     ) -> tf.Tensor:
         anchor = tensorflow_variable(self._iterations)
-        (flags,) = on_each_replica(
-            strategy, anchor, lambda *local: [all_finite(norms(local))], *gradients
-        )
+        gradient_norms = on_each_replica(strategy, anchor, lambda *local: norms(local), *gradients)
+        everywhere = [norm for of_replicas in gradient_norms for norm in of_replicas]
         rate = self._read_learning_rate()
 
-        def update(finite: tf.Tensor, rate: tf.Tensor, *local: tf.Tensor) -> list[tf.Tensor]:
+        def update(rate: tf.Tensor, *local: tf.Tensor) -> list[tf.Tensor]:
+            own, own_norms = local[: len(indices)], local[len(indices) :]
             # Not before all replicas have their gradients: an error in one leaves all as they are.
-            with tf.control_dependencies(list(flags)):
-                finite = tf.identity(finite)
-
-            def apply() -> tf.Tensor:
-                self._apply_locally(indices, local, rate)
-                return tf.constant(True)
-
-            def leave_out() -> tf.Tensor:
-                self._local.skipped.assign_add(1)
-                return tf.constant(False)
-
-            with tf.control_dependencies([tf.cond(finite, apply, leave_out)]):
+            with tf.control_dependencies(everywhere):
+                finite = all_finite(own_norms)
+            computed = self._local_update(indices, own, own_norms, rate)
+            written = write_if_sound(finite, computed)
+            self._local.skipped.assign_add(tf.cast(~written, tf.int64))
+            with tf.control_dependencies([written]):
                 back = self._put_back()
             with tf.control_dependencies(back):
                 tensorflow_variable(self._iterations).assign_add(1)
                 self._local.count()
             return [finite]
 
-        (finite,) = on_each_replica(strategy, anchor, update, bundle([flags])[0], rate, *gradients)
+        (finite,) = on_each_replica(
+            strategy, anchor, update, rate, *gradients, *bundle(gradient_norms)
+        )
         return finite[0]
 
-    def _apply_locally(
-        self, indices: Sequence[int], gradients: Sequence[tf.Tensor], rate: tf.Tensor
-    ) -> None:
+    def _local_update(
+        self,
+        indices: Sequence[int],
+        gradients: Sequence[tf.Tensor],
+        gradient_norms: Sequence[tf.Tensor],
+        rate: tf.Tensor,
+    ) -> Update:
         """One step of a replica, whose model variables are at the point of the gradient."""
         inner = self.inner_optimizer
         if not isinstance(inner, ExtrapSGD):
             variables = [self._trainable_variables[index] for index in indices]
-            _compat.keras_update(inner, gradients, variables)
-            for index, variable in zip(indices, variables, strict=True):
-                target = tensorflow_variable(variable)
-                self._constrain(index, target)
-                self._local.weights[index].assign(target.read_value())
-            return
+            targets = [tensorflow_variable(variable) for variable in variables]
+            stock = stock_update(inner, gradients, gradient_norms, variables)
+
+            def write() -> list[tf.Tensor]:
+                written = stock.write()
+                for index, target in zip(indices, targets, strict=True):
+                    self._constrain(index, target)
+                    self._local.weights[index].assign(target.read_value())
+                return written
+
+            return Update(stock.sound & is_rate(rate), write)
         layers = [
             Layer(
                 index=index,
                 variable=self._local.weights[index],
                 gradient=gradient,
-                gradient_norm=None,
+                gradient_norm=norm,
+                norm_bound=norm,
                 slots=inner._slots_of(index),
                 decayed=inner.decays(self._trainable_variables[index]),
                 adapted=inner.adapts(self._trainable_variables[index]),
             )
-            for index, gradient in zip(indices, gradients, strict=True)
+            for index, gradient, norm in zip(indices, gradients, gradient_norms, strict=True)
         ]
-        inner.rule().update(layers, Step(rate, tf.convert_to_tensor(self._iterations)))
-        for index in indices:
-            self._constrain(index, self._local.weights[index])
+        update = inner.rule().update(layers, Step(rate, tf.convert_to_tensor(self._iterations)))
 
-    def _constrain(self, index: int, target: tf.Variable) -> None:
-        constraint = getattr(self._trainable_variables[index], "constraint", None)
-        if constraint is not None:
-            target.assign(constraint(tf.convert_to_tensor(target)))
+        def write_layers() -> list[tf.Tensor]:
+            written = update.write()
+            for index in indices:
+                self._constrain(index, self._local.weights[index])
+            return written
+
+        return Update(update.sound & is_rate(rate), write_layers)
 
     # -- averaging ---------------------------------------------------------------------------------
 

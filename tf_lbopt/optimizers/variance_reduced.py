@@ -13,6 +13,7 @@ from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
+from tf_lbopt.rules.rule import Update
 
 # What belongs to the road and not to the algorithm is given to the wrapper, once.
 _OURS = (
@@ -111,9 +112,15 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         inner = self.inner_optimizer
         return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
 
-    def _apply_on_replica(self, arrival: Arrival) -> None:
-        super()._apply_on_replica(arrival)
-        tensorflow_variable(self.inner_optimizer._iterations).assign_add(1)
+    def _update_on_replica(self, arrival: Arrival) -> Update:
+        update = super()._update_on_replica(arrival)
+
+        def write() -> list[tf.Tensor]:
+            written = update.write()
+            tensorflow_variable(self.inner_optimizer._iterations).assign_add(1)
+            return written
+
+        return Update(update.sound, write)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

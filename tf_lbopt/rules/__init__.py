@@ -5,7 +5,7 @@ from tf_lbopt.rules.clars import CLARS
 from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.lamb import LAMB
 from tf_lbopt.rules.lars import LARS
-from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Layer, Rule, Step
+from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Layer, Rule, Step, Update
 from tf_lbopt.rules.sgd import SGD
 from tf_lbopt.rules.sngm import SNGM
 from tf_lbopt.rules.vrgd import VarianceReduced
@@ -25,5 +25,6 @@ __all__ = [
     "Step",
     "SubBatchMoments",
     "SubBatches",
+    "Update",
     "VarianceReduced",
 ]

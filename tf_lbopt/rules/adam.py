@@ -1,21 +1,24 @@
 """Adam's moments and direction, as a pure function and in place."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import tensorflow as tf
 
 from tf_lbopt import _compat
+from tf_lbopt.rules.bounds import decay_norms, squares_fit, steps_fit
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import compute_dtype
-from tf_lbopt.rules.rule import Layer, Rule, Step, dense
+from tf_lbopt.rules.rule import Layer, Rule, Step, Update, dense
 from tf_lbopt.rules.running_mean import running_means
 from tf_lbopt.rules.sharing import scalars
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
 # Below this size a scratch variable costs more than the passes that it saves.
 _WORTH_FUSING = 1 << 14
+_GREATEST_WITHOUT_EPSILON = 2.0**64
 
 
 def adam(m, v, gradient, first, second, epsilon):
@@ -59,6 +62,54 @@ def preconditioned(gradient, v, second, epsilon):
     return tf.math.divide_no_nan(gradient * tf.sqrt(second.correction), tf.sqrt(v) + epsilon)
 
 
+def direction_bound(beta_1: float, beta_2: float, epsilon: float, dtype: tf.DType) -> float:
+    """What no element of Adam's direction exceeds, whatever gradients came before.
+
+    By the Cauchy-Schwarz inequality ``m ≤ √v (1−β₁)/√(1−β₂) / √(1−β₁²/β₂)``, and a bias correction
+    is no more than that of t = 1, or none. Where β₁² ≥ β₂, the first moment outlives the second,
+    and only ε bounds the direction; without it, `apply_adam_moments` has to.
+
+    Args:
+        beta_1: β₁.
+        beta_2: β₂.
+        epsilon: ε.
+        dtype: Of the moments; squares of gradients are finite in it.
+    """
+    if beta_1**2 < beta_2:
+        return max(1.0, (1 - beta_1) / (1 - beta_2) ** 0.5) / (1 - beta_1**2 / beta_2) ** 0.5
+    return math.sqrt(dtype.max) / epsilon if epsilon else _GREATEST_WITHOUT_EPSILON
+
+
+def adam_steps_fit(
+    layers: Sequence[Layer],
+    step: Step,
+    hyperparameters: tuple[float, float, float],
+    others: Mapping[int, tf.Tensor],
+    ratio: float = 1.0,
+) -> tf.Tensor:
+    """Whether second moments stay finite, and steps along Adam's direction.
+
+    Args:
+        layers: The layers.
+        step: Gives η.
+        hyperparameters: β₁, β₂ and ε.
+        others: By the layers' indices, what is added to the direction, or may be longer.
+        ratio: What η is multiplied by at most.
+
+    Returns:
+        A boolean scalar.
+    """
+    bounds = {
+        dtype: tf.constant(direction_bound(*hyperparameters, dtype), dtype)
+        for dtype in dict.fromkeys(layer.dtype for layer in layers)
+    }
+    rates = scalars(layers, ratio * step.learning_rate)
+    return squares_fit([layer.norm_bound for layer in layers]) & steps_fit(
+        [rates[layer.dtype] for layer in layers],
+        [bounds[layer.dtype] + others.get(layer.index, 0.0) for layer in layers],
+    )
+
+
 def apply_adam_moments(
     m, v, gradient, first, second, epsilon, offset=None, fused=True
 ) -> tf.Tensor:
@@ -72,19 +123,23 @@ def apply_adam_moments(
         second: That of β₂.
         epsilon: ε.
         offset: What to add to the direction (decay), a tensor, or ``None``.
-        fused: Whether TensorFlow's kernel may be used, which has NaN where v and ε are 0.
+        fused: Whether TensorFlow's kernel may be used, which has NaN where v and ε are 0. Without
+            it a direction is no more than 2⁶⁴.
 
     Returns:
         ``direction + offset``, a tensor of the compute dtype.
     """
     dtype = compute_dtype(m.dtype)
-    fused = fused and m.shape.num_elements() >= _WORTH_FUSING
-    if not fused or m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
+    worthwhile = fused and m.shape.num_elements() >= _WORTH_FUSING
+    if not worthwhile or m.dtype not in _FUSED_DTYPES or _compat.in_xla_context():
         new_m, new_v, direction = adam(
             tf.cast(m, dtype), tf.cast(v, dtype), gradient, first, second, epsilon
         )
         m.assign(tf.cast(new_m, m.dtype))
         v.assign(tf.cast(new_v, v.dtype))
+        if not fused:
+            limit = tf.constant(_GREATEST_WITHOUT_EPSILON, dtype)
+            direction = tf.clip_by_value(direction, -limit, limit)
         return direction if offset is None else direction + offset
 
     # The fused kernel subtracts `lr` times the direction from whatever variable it is given: with a
@@ -124,24 +179,38 @@ class Adam(Rule):
     epsilon: float
     weight_decay: float | None = None
 
-    def update(self, layers: Sequence[Layer], step: Step) -> None:
+    def update(self, layers: Sequence[Layer], step: Step) -> Update:
         """One update; see the class."""
         first = running_means(layers, step, self.beta_1)
         second = running_means(layers, step, self.beta_2)
         epsilon = {d: self.epsilon / tf.sqrt(mean.correction) for d, mean in second.items()}
         delta = scalars(layers, -step.learning_rate)
         decay = {d: rate * (self.weight_decay or 0.0) for d, rate in delta.items()}
-        for layer in layers:
-            dtype = layer.dtype
-            if self.weight_decay and layer.decayed:
-                apply_delta(layer.variable, layer.weights(), decay[dtype])
-            direction = apply_adam_moments(
-                layer.slots["momentum"],
-                layer.slots["velocity"],
-                dense(layer.gradient),
-                first[dtype],
-                second[dtype],
-                epsilon[dtype],
-                fused=self.epsilon > 0,
-            )
-            apply_delta(layer.variable, direction, delta[dtype])
+
+        def write() -> list[tf.Tensor]:
+            written = []
+            for layer in layers:
+                dtype = layer.dtype
+                if self.weight_decay and layer.decayed:
+                    written += apply_delta(layer.variable, layer.weights(), decay[dtype])
+                direction = apply_adam_moments(
+                    layer.slots["momentum"],
+                    layer.slots["velocity"],
+                    dense(layer.gradient),
+                    first[dtype],
+                    second[dtype],
+                    epsilon[dtype],
+                    fused=self.epsilon > 0,
+                )
+                written += apply_delta(layer.variable, direction, delta[dtype])
+            return written
+
+        return Update(
+            adam_steps_fit(
+                layers,
+                step,
+                (self.beta_1, self.beta_2, self.epsilon),
+                decay_norms(layers, step, self.weight_decay),
+            ),
+            write,
+        )

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import tensorflow as tf
 
+from tf_lbopt.rules.bounds import decay_norms, steps_fit
 from tf_lbopt.rules.momentum import apply_velocity
 from tf_lbopt.rules.norms import norms
-from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, decayed_gradients, dense
+from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, Update, decayed_gradients, dense
 from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
@@ -33,28 +34,49 @@ class CLARS(Rule):
     nesterov: bool = True
     default_trust_ratio: float = 1.0
 
-    def update(self, layers: Sequence[Layer], step: Step) -> None:
+    def update(self, layers: Sequence[Layer], step: Step) -> Update:
         """One update; see the class."""
         adapted = [layer for layer in layers if layer.adapted]
+        weight_norms = norms([layer.variable for layer in adapted])
         rates = layerwise_rates(
             layers,
             step,
             self._ratio,
-            norms([layer.variable for layer in adapted]),
+            weight_norms,
             [_mean_norm(layer) for layer in adapted],
             self.default_trust_ratio,
         )
         gradients = decayed_gradients(layers, self.weight_decay)
         momentum = scalars(layers, self.momentum)
-        for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
-            apply_velocity(
-                layer.variable,
-                layer.slots.get("momentum"),
-                dense(gradient),
-                rate,
-                momentum[layer.dtype],
-                self.nesterov,
-            )
+        decay = decay_norms(
+            [layer for layer in layers if not layer.adapted], step, self.weight_decay
+        )
+        if self.weight_decay:
+            decay |= {
+                layer.index: self.weight_decay * norm
+                for layer, norm in zip(adapted, weight_norms, strict=True)
+                if layer.decayed
+            }
+
+        def write() -> list[tf.Tensor]:
+            written = []
+            for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
+                written += apply_velocity(
+                    layer.variable,
+                    layer.slots.get("momentum"),
+                    dense(gradient),
+                    rate,
+                    momentum[layer.dtype],
+                    self.nesterov,
+                )
+            return written
+
+        sound = steps_fit(
+            rates,
+            [layer.norm_bound + decay.get(layer.index, 0.0) for layer in layers],
+            self.momentum,
+        )
+        return Update(sound, write)
 
     def _ratio(self, weight_norms: tf.Tensor, mean_norms: tf.Tensor) -> tf.Tensor:
         ratio = trust_ratio(weight_norms, mean_norms, self.eta, self.default_trust_ratio)

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tf_lbopt.rules.adam import apply_adam_moments
+import tensorflow as tf
+
+from tf_lbopt.rules.adam import adam_steps_fit, apply_adam_moments
+from tf_lbopt.rules.bounds import decay_norms
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import norms
-from tf_lbopt.rules.rule import Layer, Rule, Step, dense
+from tf_lbopt.rules.rule import Layer, Rule, Step, Update, dense
 from tf_lbopt.rules.running_mean import running_means
 from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
@@ -25,38 +28,57 @@ class LAMB(Rule):
     weight_decay: float | None = None
     default_trust_ratio: float = 1.0
 
-    def update(self, layers: Sequence[Layer], step: Step) -> None:
+    def update(self, layers: Sequence[Layer], step: Step) -> Update:
         """One update; see the class."""
         first = running_means(layers, step, self.beta_1)
         second = running_means(layers, step, self.beta_2)
         epsilon = scalars(layers, self.epsilon)
-        decay = scalars(layers, self.weight_decay or 0.0)
-        directions = [
-            apply_adam_moments(
-                layer.slots["momentum"],
-                layer.slots["velocity"],
-                dense(layer.gradient),
-                first[layer.dtype],
-                second[layer.dtype],
-                epsilon[layer.dtype],
-                decay[layer.dtype] * layer.weights()
-                if self.weight_decay and layer.decayed
-                else None,
-                fused=self.epsilon > 0,
+        weight_decay = self.weight_decay or 0.0
+        decay = scalars(layers, weight_decay)
+        adapted = [layer for layer in layers if layer.adapted]
+        weight_norms = norms([layer.variable for layer in adapted])
+
+        def write() -> list[tf.Tensor]:
+            directions = [
+                apply_adam_moments(
+                    layer.slots["momentum"],
+                    layer.slots["velocity"],
+                    dense(layer.gradient),
+                    first[layer.dtype],
+                    second[layer.dtype],
+                    epsilon[layer.dtype],
+                    decay[layer.dtype] * layer.weights()
+                    if self.weight_decay and layer.decayed
+                    else None,
+                    fused=self.epsilon > 0,
+                )
+                for layer in layers
+            ]
+            direction_norms = norms(
+                [d for d, layer in zip(directions, layers, strict=True) if layer.adapted]
             )
-            for layer in layers
-        ]
-        adapted = [index for index, layer in enumerate(layers) if layer.adapted]
-        all_norms = norms([layers[i].variable for i in adapted] + [directions[i] for i in adapted])
-        rates = layerwise_rates(
-            layers,
-            step,
-            lambda weight_norm, norm: trust_ratio(
-                weight_norm, norm, default=self.default_trust_ratio
-            ),
-            all_norms[: len(adapted)],
-            all_norms[len(adapted) :],
-            self.default_trust_ratio,
-        )
-        for layer, direction, rate in zip(layers, directions, rates, strict=True):
-            apply_delta(layer.variable, direction, -rate)
+            rates = layerwise_rates(
+                layers,
+                step,
+                lambda weight_norm, norm: trust_ratio(
+                    weight_norm, norm, default=self.default_trust_ratio
+                ),
+                weight_norms,
+                direction_norms,
+                self.default_trust_ratio,
+            )
+            written = []
+            for layer, direction, rate in zip(layers, directions, rates, strict=True):
+                written += apply_delta(layer.variable, direction, -rate)
+            return written
+
+        # A step is η ‖w‖ long where it is adapted; and what decays must be finite.
+        others = decay_norms(
+            [layer for layer in layers if not layer.adapted], step, self.weight_decay
+        ) | {
+            layer.index: (1.0 + weight_decay) * norm
+            for layer, norm in zip(adapted, weight_norms, strict=True)
+        }
+        hyperparameters = self.beta_1, self.beta_2, self.epsilon
+        ratio = max(1.0, self.default_trust_ratio)
+        return Update(adam_steps_fit(layers, step, hyperparameters, others, ratio), write)

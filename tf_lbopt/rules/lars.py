@@ -6,8 +6,17 @@ from typing import ClassVar
 
 import tensorflow as tf
 
+from tf_lbopt.rules.bounds import decay_norms, steps_fit
 from tf_lbopt.rules.momentum import apply_velocity
-from tf_lbopt.rules.rule import Layer, Rule, Step, coupled_weight_decay, decayed_gradients, dense
+from tf_lbopt.rules.rule import (
+    Layer,
+    Rule,
+    Step,
+    Update,
+    coupled_weight_decay,
+    decayed_gradients,
+    dense,
+)
 from tf_lbopt.rules.sharing import scalars
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
@@ -29,9 +38,9 @@ class LARS(Rule):
     trust_ratio_denominator: str = "norm_of_sum"
     default_trust_ratio: float = 1.0
 
-    def update(self, layers: Sequence[Layer], step: Step) -> None:
+    def update(self, layers: Sequence[Layer], step: Step) -> Update:
         """One update; see the class."""
-        gradients, weight_norms, denominators = self._gradients_and_norms(layers)
+        gradients, bounds, weight_norms, denominators = self._gradients_and_norms(layers, step)
         rates = layerwise_rates(
             layers,
             step,
@@ -43,35 +52,44 @@ class LARS(Rule):
             self.default_trust_ratio,
         )
         momentum = scalars(layers, self.momentum)
-        for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
-            apply_velocity(
-                layer.variable,
-                layer.slots.get("momentum"),
-                gradient,
-                rate,
-                momentum[layer.dtype],
-                self.nesterov,
-            )
+
+        def write() -> list[tf.Tensor]:
+            written = []
+            for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
+                written += apply_velocity(
+                    layer.variable,
+                    layer.slots.get("momentum"),
+                    gradient,
+                    rate,
+                    momentum[layer.dtype],
+                    self.nesterov,
+                )
+            return written
+
+        return Update(steps_fit(rates, bounds, self.momentum), write)
 
     def _gradients_and_norms(
-        self, layers: Sequence[Layer]
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-        """All g; of the adapted layers ‖w‖, and what it is divided by."""
+        self, layers: Sequence[Layer], step: Step
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        """All g, and what their norms do not exceed; ‖w‖ of the adapted, and its divisors."""
         adapted = [index for index, layer in enumerate(layers) if layer.adapted]
         apart = self.trust_ratio_denominator == "sum_of_norms"
-        gradients, gradient_norms, weight_norms = coupled_weight_decay(
+        gradients, bounds, weight_norms = coupled_weight_decay(
             layers,
             None if apart else self.weight_decay,
             also=[layers[index].variable for index in adapted],
         )
-        denominators = [gradient_norms[index] for index in adapted]
         if apart and self.weight_decay:
             decay = scalars(layers, self.weight_decay)
-            denominators = [
-                norm + decay[norm.dtype] * weight_norm if layers[index].decayed else norm
-                for index, norm, weight_norm in zip(
-                    adapted, denominators, weight_norms, strict=True
-                )
+            others = [layer for layer in layers if not layer.adapted]
+            added = decay_norms(others, step, self.weight_decay) | {
+                layers[index].index: decay[norm.dtype] * norm
+                for index, norm in zip(adapted, weight_norms, strict=True)
+                if layers[index].decayed
+            }
+            bounds = [
+                norm + added[layer.index] if layer.index in added else norm
+                for layer, norm in zip(layers, bounds, strict=True)
             ]
             gradients = [dense(g) for g in decayed_gradients(layers, self.weight_decay)]
-        return gradients, weight_norms, denominators
+        return gradients, bounds, weight_norms, [bounds[index] for index in adapted]

@@ -2,7 +2,9 @@
 
 The in-place updates are what rules call. They take TensorFlow's fused kernels, which read and write
 every byte once, and fall back on the pure form where there is no kernel (half precision, which is
-computed in float32).
+computed in float32). They return booleans: for a float16 variable, whether all elements were
+written; one that overflows keeps its old value. In the other dtypes none does, after the checks of
+`tf_lbopt.rules.bounds`.
 """
 
 import tensorflow as tf
@@ -48,11 +50,10 @@ def velocity(velocity, direction, learning_rate, momentum, nesterov=False):
     return velocity, delta
 
 
-def apply_heavy_ball(variable, buffer, direction, learning_rate, momentum) -> None:
+def apply_heavy_ball(variable, buffer, direction, learning_rate, momentum) -> list[tf.Tensor]:
     """`heavy_ball` on variables, in place; ``buffer`` is ``None`` where ``momentum`` is 0."""
     if buffer is None:
-        apply_delta(variable, direction, -learning_rate)
-        return
+        return apply_delta(variable, direction, -learning_rate)
     if variable.dtype in _FUSED_DTYPES:
         tf.raw_ops.ResourceApplyMomentum(
             var=variable.handle,
@@ -61,17 +62,16 @@ def apply_heavy_ball(variable, buffer, direction, learning_rate, momentum) -> No
             grad=direction,
             momentum=scalar(momentum, variable.dtype),
         )
-        return
-    _assign_pure(heavy_ball, variable, buffer, direction, learning_rate, momentum)
+        return []
+    return _assign_pure(heavy_ball, variable, buffer, direction, learning_rate, momentum)
 
 
 def apply_velocity(
     variable, velocity_variable, direction, learning_rate, momentum, nesterov=False
-) -> None:
+) -> list[tf.Tensor]:
     """`velocity` on variables, in place; ``velocity_variable`` is ``None`` where momentum is 0."""
     if velocity_variable is None:
-        apply_delta(variable, direction, -learning_rate)
-        return
+        return apply_delta(variable, direction, -learning_rate)
     if variable.dtype in _FUSED_DTYPES:
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
@@ -81,32 +81,50 @@ def apply_velocity(
             momentum=scalar(momentum, variable.dtype),
             use_nesterov=nesterov,
         )
-        return
-    _assign_pure(
+        return []
+    return _assign_pure(
         velocity, variable, velocity_variable, direction, learning_rate, momentum, nesterov
     )
 
 
-def apply_delta(variable, direction, scale) -> None:
+def apply_delta(variable, direction, scale) -> list[tf.Tensor]:
     """``w ← w + scale · direction``, in place; a sparse direction touches its own rows only."""
+    dtype = compute_dtype(variable.dtype)
     if isinstance(direction, tf.IndexedSlices):
-        rows = direction.values * scalar(scale, direction.values.dtype)
-        variable.scatter_add(tf.IndexedSlices(tf.cast(rows, variable.dtype), direction.indices))
-        return
+        rows = direction.values * scalar(scale, dtype)
+        if variable.dtype == dtype:
+            variable.scatter_add(tf.IndexedSlices(rows, direction.indices))
+            return []
+        old = tf.gather(variable, direction.indices)
+        new = tf.cast(tf.cast(old, dtype) + rows, variable.dtype)
+        finite = tf.math.is_finite(new)
+        variable.scatter_update(tf.IndexedSlices(tf.where(finite, new, old), direction.indices))
+        return [tf.reduce_all(finite)]
     if variable.dtype in _FUSED_DTYPES:
         tf.raw_ops.ResourceApplyGradientDescent(
             var=variable.handle, alpha=-scalar(scale, variable.dtype), delta=direction
         )
-        return
-    dtype = compute_dtype(variable.dtype)
-    new = tf.cast(variable, dtype) + scalar(scale, dtype) * direction
-    variable.assign(tf.cast(new, variable.dtype))
+        return []
+    return assign_finite(variable, tf.cast(variable, dtype) + scalar(scale, dtype) * direction)
 
 
-def _assign_pure(step, variable, slot, direction, learning_rate, momentum, *args) -> None:
+def _assign_pure(step, variable, slot, direction, learning_rate, momentum, *args):
     dtype = compute_dtype(variable.dtype)
     new_slot, delta = step(
         tf.cast(slot, dtype), direction, scalar(learning_rate, dtype), momentum, *args
     )
-    slot.assign(tf.cast(new_slot, slot.dtype))
-    variable.assign(tf.cast(tf.cast(variable, dtype) + delta, variable.dtype))
+    return [
+        *assign_finite(slot, new_slot),
+        *assign_finite(variable, tf.cast(variable, dtype) + delta),
+    ]
+
+
+def assign_finite(variable, new) -> list[tf.Tensor]:
+    """Writes values of the compute dtype; see the module on what is returned."""
+    new = tf.cast(new, variable.dtype)
+    if variable.dtype != tf.float16:
+        variable.assign(new)
+        return []
+    finite = tf.math.is_finite(new)
+    variable.assign(tf.where(finite, new, variable))
+    return [tf.reduce_all(finite)]

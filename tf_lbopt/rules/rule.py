@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import tensorflow as tf
@@ -31,6 +31,8 @@ class Layer:
         gradient: The mean gradient over the global batch, finite, clipped, of the compute dtype;
             dense, or ``tf.IndexedSlices`` without repeated indices.
         gradient_norm: Its Euclidean norm, or ``None`` where nobody has computed it.
+        norm_bound: What its norm does not exceed; where the gradient has been weighted element by
+            element, the norm before that.
         slots: The rule's state for this variable, by slot name.
         decayed: Whether weight decay applies.
         adapted: Whether layer-wise adaptation (a trust ratio) applies.
@@ -45,6 +47,7 @@ class Layer:
     variable: tf.Variable
     gradient: Gradient
     gradient_norm: tf.Tensor | None
+    norm_bound: tf.Tensor
     slots: Mapping[str, tf.Variable]
     decayed: bool = True
     adapted: bool = True
@@ -74,6 +77,21 @@ class Step:
     index: tf.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """An update that a rule can make, of which nothing is written yet.
+
+    Attributes:
+        sound: Whether norms, rates and ratios are such that all that it writes is finite; a boolean
+            scalar.
+        write: Writes new weights and slots. Returns booleans, where single elements can still
+            overflow: whether all were written, or some have kept their old value.
+    """
+
+    sound: tf.Tensor
+    write: Callable[[], list[tf.Tensor]]
+
+
 class Rule(abc.ABC):
     """An algorithm: hyper-parameters, the slots it keeps and the statistics it needs."""
 
@@ -84,8 +102,8 @@ class Rule(abc.ABC):
     """What it must know of the sub-batches beyond their mean gradient."""
 
     @abc.abstractmethod
-    def update(self, layers: Sequence[Layer], step: Step) -> None:
-        """Writes new weights and slots for one update."""
+    def update(self, layers: Sequence[Layer], step: Step) -> Update:
+        """Computes one update, up to what is decided from norms."""
 
 
 def dense(gradient: Gradient) -> tf.Tensor:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.gsnr import SubBatchMoments, clipped_gsnr
 from tf_lbopt.rules.norms import scalar
-from tf_lbopt.rules.rule import VARIANCE, Layer, Rule, Step, dense
+from tf_lbopt.rules.rule import VARIANCE, Layer, Rule, Step, Update, dense
 from tf_lbopt.rules.running_mean import RunningMean, running_means
 
 GSNR_SLOT = "gsnr"
@@ -30,27 +30,43 @@ class VarianceReduced(Rule):
     beta_3: float | None = None
     observe: Callable[[Sequence[Layer], Step], None] | None = None
 
-    def update(self, layers: Sequence[Layer], step: Step) -> None:
+    def update(self, layers: Sequence[Layer], step: Step) -> Update:
         """One update; see the class."""
-        if self.observe is not None:
-            self.observe(layers, step)
         if self.gamma == 1.0 and self.beta_3 is None:
-            self.base.update(layers, step)  # the base itself, to the last bit of the norm
-            return
+            base = self.base.update(layers, step)  # itself, to the last bit of the norm
+            return Update(base.sound, self._writing(base, layers, step, []))
         ratios = clipped_gsnr([_moments(layer) for layer in layers], self.gamma)
+        means: list[tf.Tensor] = []
         if self.beta_3 is None:
             gradients = [scale(layer.gradient, r) for layer, r in zip(layers, ratios, strict=True)]
         else:
-            means = running_means(layers, step, self.beta_3)
-            gradients = [
-                dense(layer.gradient) * self._running_mean(layer, r, means[layer.dtype])
+            of = running_means(layers, step, self.beta_3)
+            means = [
+                self._running_mean(layer, r, of[layer.dtype])
                 for layer, r in zip(layers, ratios, strict=True)
+            ]
+            gradients = [
+                dense(layer.gradient) * of[layer.dtype].corrected(p)
+                for layer, p in zip(layers, means, strict=True)
             ]
         reduced = [
             dataclasses.replace(layer, gradient=gradient, gradient_norm=None)
             for layer, gradient in zip(layers, gradients, strict=True)
         ]
-        self.base.update(reduced, step)
+        base = self.base.update(reduced, step)
+        return Update(base.sound, self._writing(base, layers, step, means))
+
+    def _writing(
+        self, base: Update, layers: Sequence[Layer], step: Step, means: list[tf.Tensor]
+    ) -> Callable[[], list[tf.Tensor]]:
+        def write() -> list[tf.Tensor]:
+            if self.observe is not None:
+                self.observe(layers, step)
+            for layer, p in zip(layers, means, strict=bool(means)):
+                layer.slots[GSNR_SLOT].assign(tf.cast(p, layer.slots[GSNR_SLOT].dtype))
+            return base.write()
+
+        return write
 
     def _running_mean(self, layer: Layer, r: tf.Tensor, mean: RunningMean) -> tf.Tensor:
         if isinstance(layer.gradient, tf.IndexedSlices):
@@ -59,10 +75,7 @@ class VarianceReduced(Rule):
             elsewhere = tf.where(alone, tf.ones([], layer.dtype), scalar(self.gamma, layer.dtype))
             rows = tf.fill(tf.shape(layer.variable), elsewhere)
             r = tf.tensor_scatter_nd_update(rows, layer.gradient.indices[:, None], r)
-        slot = layer.slots[GSNR_SLOT]
-        p = mean.updated(tf.cast(slot, layer.dtype), r)
-        slot.assign(tf.cast(p, slot.dtype))
-        return mean.corrected(p)
+        return mean.updated(tf.cast(layer.slots[GSNR_SLOT], layer.dtype), r)
 
 
 def _moments(layer: Layer) -> SubBatchMoments:

@@ -221,7 +221,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         return [(_Applied(tf.identity(check)), variable) for _, variable in grads_and_vars]
 
     def _apply(self, grads_and_vars: list[tuple[Any, Any]], summed: bool = False) -> tf.Tensor:
-        """The update. Returns whether it was finite (true before it is due)."""
+        """The update. Returns whether gradients were finite (true before it is due)."""
         if not grads_and_vars:
             return tf.constant(True)
         grads, variables = zip(*grads_and_vars, strict=True)
@@ -235,13 +235,12 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
                 "experimental_aggregate_gradients=False) on "
                 f"{self._strategy.num_replicas_in_sync} replicas"
             )
-        return self._send(grads, variables, summed=summed)
+        return self._send(grads, variables, after=self._take_back_step, summed=summed)
 
-    def _discard_on_replica(self) -> None:
-        super()._discard_on_replica()
+    def _take_back_step(self, finite: tf.Tensor) -> None:
         # Where this wrapper finds a NaN it counts a step, which is none here; taken back before.
         if _compat.is_loss_scaled_dynamically(self):
-            self.iterations.assign_sub(1)
+            self.iterations.assign_sub(tf.cast(~finite, self.iterations.dtype))
 
     def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
         """Called at the end of `fit`; warns if that was too short for one update."""
@@ -267,7 +266,7 @@ class _Applied(NamedTuple):
     """Stands for a gradient that was applied already; of a type that threads do not lose.
 
     Attributes:
-        check: 0, or NaN if the update was discarded.
+        check: 0, or NaN if the gradients were not finite.
     """
 
     check: tf.Tensor
