@@ -74,8 +74,9 @@ def sub_batch_gradients(
 
 
 def graph_nodes(function: Any, add_shapes: bool = False) -> list[Any]:
-    """All nodes of a concrete function's graph and of the functions that it calls."""
-    definition = function.graph.as_graph_def(add_shapes=add_shapes)
+    """All nodes of a concrete function's graph (or a graph) and of the functions that it calls."""
+    graph = getattr(function, "graph", function)
+    definition = graph.as_graph_def(add_shapes=add_shapes)
     return [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
 
 

@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import tensorflow as tf
 from harness import Run
 from tensorflow.python.distribute import tpu_strategy, tpu_util, tpu_values
 from tensorflow.python.ops import control_flow_util
+from tensorflow.python.tpu.ops import tpu_ops
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
 
@@ -57,20 +59,28 @@ def tpu_strategy_of(replicas: int) -> tf.distribute.TPUStrategy:
     return tf.distribute.TPUStrategy(_Resolver(replicas))
 
 
-def operations(function: Any) -> list[Any]:
-    """All nodes of a concrete function's graph and of the functions that it calls."""
-    definition = function.graph.as_graph_def()
-    return [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+class _TracedError(Exception):
+    """Ends a call that would go on to run what was traced."""
 
 
-def traced(strategy: tf.distribute.Strategy, replica_step: Callable[..., Any], *args: Any) -> Any:
-    """The concrete function of a step, the same tensors on all replicas."""
+def traced_by(
+    strategy: tf.distribute.TPUStrategy, function: Callable[..., Any], *args: Any
+) -> tf.Graph:
+    """The graph in which a call traces a replica function, the first. Nothing runs."""
+    extended, graphs = strategy.extended, []
 
-    @tf.function(autograph=False)
-    def step(*args: Any) -> Any:
-        return strategy.run(replica_step, args=args)
+    def tpu_run(*run_args: Any) -> Any:
+        type(extended).tpu_run(extended, *run_args)
+        graphs.append(tf.compat.v1.get_default_graph())
+        raise _TracedError
 
-    return step.get_concrete_function(*args)
+    extended.tpu_run = tpu_run
+    try:
+        with contextlib.suppress(_TracedError):
+            function(*args)
+    finally:
+        del extended.tpu_run
+    return graphs[0]
 
 
 class _Sum:
@@ -94,33 +104,31 @@ class _Sum:
 @contextlib.contextmanager
 def _patched(replica_of_thread: threading.local, reduce: _Sum) -> Iterator[None]:
     replica = functools.partial(getattr, replica_of_thread, "number", None)
-    mixin = tpu_values.TPUVariableMixin
-    handle, context, in_xla, cross_replica_sum = (
-        mixin.handle,
-        tpu_util.enclosing_tpu_context,
-        control_flow_util.GraphOrParentsInXlaContext,
-        tpu_strategy.tpu_ops.cross_replica_sum,
-    )
+    handle, enclosing = tpu_values.TPUVariableMixin.handle, tpu_util.enclosing_tpu_context
+    in_xla = control_flow_util.GraphOrParentsInXlaContext
 
     def own_handle(variable: Any) -> Any:
         number = replica()
         return handle.fget(variable) if number is None else variable._values[number].handle
 
-    mixin.handle = property(own_handle)
-    tpu_util.enclosing_tpu_context = lambda: context() if replica() is None else object()
-    control_flow_util.GraphOrParentsInXlaContext = lambda graph: (
-        in_xla(graph) if replica() is None else True
-    )
-    tpu_strategy.tpu_ops.cross_replica_sum = lambda value, *_: reduce(
-        replica(), tf.convert_to_tensor(value)
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu_values.TPUVariableMixin, "handle", property(own_handle))
+        patch.setattr(
+            tpu_util, "enclosing_tpu_context", lambda: enclosing() if replica() is None else True
+        )
+        patch.setattr(
+            control_flow_util,
+            "GraphOrParentsInXlaContext",
+            lambda graph: in_xla(graph) if replica() is None else True,
+        )
+        patch.setattr(
+            tpu_ops,
+            "cross_replica_sum",
+            lambda value, *_: reduce(replica(), tf.convert_to_tensor(value)),
+        )
+        # By which TPUStrategy gives all what the first one writes; here they write the same.
+        patch.setattr(tpu_ops, "all_to_all", lambda values, **_: values)
         yield
-    finally:
-        mixin.handle = handle
-        tpu_util.enclosing_tpu_context = context
-        control_flow_util.GraphOrParentsInXlaContext = in_xla
-        tpu_strategy.tpu_ops.cross_replica_sum = cross_replica_sum
 
 
 def emulated(
@@ -169,5 +177,24 @@ class TPURun(Run):
     def micro_step(self, per_replica: Sequence[Sequence[Any]]) -> None:
         """One call, with ``[replica][layer]`` gradients."""
         if not self.traces:
-            self.function = self._step.get_concrete_function(per_replica[0])
+            self.graph = self._step.get_concrete_function(per_replica[0]).graph
         emulated(self.strategy, self._replica_step, [[layers] for layers in per_replica])
+
+
+def recipe_step(task: Any, params: Any, batch: Any) -> Any:
+    """A task's training step, as tf-models' trainer runs it, traced with a replica's batch."""
+    from official.core import train_utils
+
+    strategy = tpu_strategy_of(2)
+    with strategy.scope():
+        model = task.build_model()
+        optimizer = train_utils.create_optimizer(task, params)
+        metrics = task.build_metrics(training=True)
+
+    @tf.function
+    def step(batch: Any) -> None:
+        strategy.run(
+            lambda batch: task.train_step(batch, model, optimizer, metrics=metrics), args=(batch,)
+        )
+
+    return step.get_concrete_function(batch)

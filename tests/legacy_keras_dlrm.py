@@ -11,6 +11,8 @@ import pytest
 import tensorflow as tf
 import tf_keras
 from conftest import strategy_of
+from harness import graph_nodes
+from harness_tpu import recipe_step
 from official.core import task_factory, train_utils
 from official.recommendation.ranking.configs import config as stock_config
 from official.recommendation.ranking.data import data_pipeline
@@ -404,3 +406,17 @@ def test_the_cross_network():
     step = _step(task, model, train_utils.create_optimizer(task, params))
     losses = [float(step(_batch(16))[task.loss]) for _ in range(30)]
     assert losses[-1] < losses[0] - 0.05
+
+
+# -- TPUStrategy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "embeddings", "sub_batches"),
+    [("vr_sgd", None, 2), ("lbopt_lars", "vr_sgd", 1)],
+)
+def test_steps_trace_under_tpu_strategy(kind, embeddings, sub_batches):
+    params, task = _task(kind, embeddings, sub_batches)
+    nodes = graph_nodes(recipe_step(task, params, _batch(8)))
+    assert sum(node.op == "CrossReplicaSum" for node in nodes) > 8
+    assert not any(node.op.startswith("Unique") for node in nodes)

@@ -2,6 +2,10 @@
 
 import contextlib
 import itertools
+import json
+import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -352,6 +356,20 @@ def test_one_copy_for_several_replicas_is_refused(make):
     strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:1", "CPU:2"], "CPU:0")
     with strategy.scope(), pytest.raises(ValueError, match="Received: CentralStorageStrategy"):
         make()
+
+
+def test_parameter_servers_are_refused_where_replicas_have_state():
+    # ParameterServerStrategy counts its workers as one replica.
+    program = pathlib.Path(__file__).with_name("parameter_server_run.py")
+    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert len(said) == 12
+    for name, error in said.items():
+        if "mean gradient" in name:
+            assert error is None
+        else:
+            assert "Received: ParameterServerStrategy" in error, name
 
 
 def test_one_copy_for_several_replicas_is_enough_for_the_mean_gradient():

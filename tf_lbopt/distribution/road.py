@@ -203,7 +203,7 @@ class Journey:
 
         accumulation.prepare(self.indices, self.variables, gradients, len(self.paths))
         if turn.number == 0 and turn.of > 1:  # an error may have left the first of an earlier turn
-            stale = accumulation.micro_step % turn.of > 0
+            stale = tf.cast(accumulation.micro_step, tf.int32) % turn.of > 0
             tf.cond(stale, start, lambda: tf.constant(True))
         factor = accumulation.note(self.indices, self.paths)
         on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)

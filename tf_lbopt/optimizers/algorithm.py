@@ -149,11 +149,12 @@ class Algorithm(abc.ABC):
             )
 
     def _check_strategy(self) -> None:
+        # Workers of the latter are no replicas to it: it says that it has one.
         kinds = (
             tf.distribute.experimental.CentralStorageStrategy,
             tf.distribute.ParameterServerStrategy,
         )
-        if isinstance(self._strategy, kinds) and self._strategy.num_replicas_in_sync > 1:
+        if isinstance(self._strategy, kinds):
             raise ValueError(
                 f"{type(self).__name__} keeps something for each replica (statistics of the "
                 "sub-batches, or accumulated gradients), which needs a strategy with a copy of the "
@@ -449,7 +450,7 @@ class Algorithm(abc.ABC):
                     variable.assign(average)
                 return tf.constant(True)
 
-            due = (iterations + 1) % self.ema_overwrite_frequency == 0
+            due = tf.cast(iterations + 1, tf.int32) % self.ema_overwrite_frequency == 0
             tf.cond(due, overwrite, lambda: tf.constant(True))
 
     # -- exclusions --------------------------------------------------------------------------------

@@ -575,8 +575,12 @@ class PostLocalSGD(AroundOptimizer):
 
     @tf.autograph.experimental.do_not_convert
     def _average(self) -> None:
+        # In a replica function, the only place where a TPU has the replicas' own copies.
+        self._strategy.run(lambda: self._merge(self._average_replicas))
+
+    def _average_replicas(self, strategy: tf.distribute.Strategy) -> None:
         """One packed all-reduce (for each dtype); in the cross-replica context."""
-        state, strategy = self._local, self._strategy
+        state = self._local
         anchor = tensorflow_variable(self._iterations)
         targets = [tensorflow_variable(v) for v in self._trainable_variables]
         momenta = state.momenta if self.average_momentum else []

@@ -129,7 +129,8 @@ class _Watch:
             self.numbers.scatter_update(tf.IndexedSlices(tf.stack(rows), indices))
             return tf.constant(True)
 
-        tf.cond(step.index % self.every == 0, write, lambda: tf.constant(True))
+        due = tf.cast(step.index, tf.int32) % self.every == 0  # XLA emulates 64 bits on a TPU
+        tf.cond(due, write, lambda: tf.constant(True))
 
 
 GSNR_ARGUMENTS = """gamma: γ in (0, 1], the lower bound of r; 1 switches the weighting off. Defaults
