@@ -35,8 +35,10 @@ from official_recipes.bert import train as bert
 from official_recipes.resnet50 import train as resnet50
 
 LONG = pytest.mark.long
-KINDS = [case for case in CASES if case.name in ("lamb", "vr_lamb", "clars", "extrap_adam")]
-VR_LAMB = KINDS[1]
+BY_NAME = {case.name: case for case in CASES}
+KINDS = [BY_NAME[name] for name in ("lamb", "vr_lamb", "clars", "extrap_adam")]
+LAMB, VR_LAMB, _, EXTRAP_ADAM = KINDS
+TF_KERAS_VR_LAMB = next(case for case in harness_tf_keras.CASES if case.name == "vr_lamb")
 
 
 class TPUTfKerasRun(TPURun, harness_tf_keras.TfKerasRun):
@@ -68,39 +70,53 @@ def _reference(case, gradients, **arguments):
     return reference(case.name, initial_weights(), dense, **case.arguments, **arguments)
 
 
-ONE_OF_EACH = [
-    *(pytest.param(TPURun, case, id=case.name) for case in KINDS),
-    *(
-        pytest.param(TPUTfKerasRun, case, id=f"tf_keras_{case.name}")
-        for case in harness_tf_keras.KINDS
-        if case.name == "vr_lamb"
-    ),
-]
-ALL_OTHERS = [
-    pytest.param(run, case, id=f"{run.__name__}-{case.name}", marks=LONG)
+RUNS = [
+    (run, case)
     for run, cases in ((TPURun, CASES), (TPUTfKerasRun, harness_tf_keras.CASES))
     for case in cases
-    if case not in KINDS
 ]
+ONE_OF_EACH = [(run, case) for run, case in RUNS if case in [*KINDS, TF_KERAS_VR_LAMB]]
+OTHERS = [pair for pair in RUNS if pair not in ONE_OF_EACH]
+
+
+def _name(value):
+    return getattr(value, "name", None) or value.__name__
+
+
+@pytest.mark.parametrize(("run", "case"), OTHERS, ids=_name)
+def test_traces(run, case):
+    for micro_steps in (1, 2):
+        for sparse in (False, True):
+            of_replica = _gradients(micro_steps, sparse)[0][0]
+            function = run(case, 2, micro_steps)._step.get_concrete_function(of_replica)
+            assert _sums(function) == _expected_sums(case)
+
+
+def _expected_sums(case):
+    # Three gradients; their deviations and a count for the variance, norms and a count for CLARS.
+    return {"vr": 7, "clars": 5}.get(case.name.split("_")[0], 3)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("micro_steps", [1, 2])
-@pytest.mark.parametrize(("run", "case"), ONE_OF_EACH + ALL_OTHERS)
+@pytest.mark.parametrize(
+    ("run", "case"),
+    [*ONE_OF_EACH, *(pytest.param(*pair, marks=LONG) for pair in OTHERS)],
+    ids=_name,
+)
 def test_values(run, case, micro_steps, sparse):
     gradients = _gradients(micro_steps, sparse)
     run = run(case, 2, micro_steps).updates(gradients)
     assert_replicas_identical(run)
     assert_close(run.weights(), _reference(case, gradients))
-    # Three gradients; their deviations and a count for the variance, norms and a count for CLARS.
-    assert _sums(run.graph) == {"vr": 7, "clars": 5}.get(case.name.split("_")[0], 3)
+    assert _sums(run.graph) == _expected_sums(case)
 
 
 def test_other_strategies_stay_as_they_are():
     gradients = _gradients(1, sparse=False)
-    TPURun(VR_LAMB, 2).updates(gradients)
+    TPURun(LAMB, 2).updates(gradients)
     assert not tf.distribute.has_strategy()
-    assert_close(Run(VR_LAMB, 2).updates(gradients).weights(), _reference(VR_LAMB, gradients))
+    assert_close(Run(LAMB, 2).updates(gradients).weights(), _reference(LAMB, gradients))
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
@@ -116,7 +132,7 @@ WRAPPED = {
     "ours": (Case("sngm", tf_lbopt.SNGM, {"learning_rate": 0.1}), 1, lambda o: o),
     "scaled": (VR_LAMB, 1, lambda o: tf_lbopt.LossScaleOptimizer(o, initial_scale=1.0)),
     "scaled, accumulation": (VR_LAMB, 2, lambda o: tf_lbopt.LossScaleOptimizer(o, 1.0)),
-    "scaled, extrapolated": (KINDS[3], 1, lambda o: tf_lbopt.LossScaleOptimizer(o, 1.0)),
+    "scaled, extrapolated": (EXTRAP_ADAM, 1, lambda o: tf_lbopt.LossScaleOptimizer(o, 1.0)),
     "scaled, stock": (
         Case("adam", keras.optimizers.Adam, {"learning_rate": 0.1}),
         1,
@@ -163,12 +179,12 @@ def test_around_a_stock_optimizer(micro_steps):
 def test_average_of_the_weights():
     gradients = _gradients(1, sparse=False)
     arguments = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}
-    run = TPURun(KINDS[0], 2, **arguments)
+    run = TPURun(LAMB, 2, **arguments)
     first = run.update(gradients[0]).weights()
     run.update(gradients[1])
     assert _sums(run.graph) == 3
     assert_replicas_identical(run)
-    second = _reference(KINDS[0], gradients[:2])
+    second = _reference(LAMB, gradients[:2])
     assert_close(run.weights(), [(a + b) / 2 for a, b in zip(first, second, strict=True)])
 
 
