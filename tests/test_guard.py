@@ -82,6 +82,7 @@ def test_loss_scale_halves_wherever_it_overflows(case, replicas, micro_steps, wh
     run = Run(case, replicas, micro_steps, wrap=wrap)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*fewer than 8")
         run.update(scaled(good[0], 64))
     before = run.state()
     run.update(scaled(poisoned(good[1], where, np.inf), 64))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import ClassVar
 
 import keras
@@ -749,3 +750,38 @@ def test_the_ends_of_the_intervals_are_accepted(case):
     else:
         assert "beta_3" not in case().get_config()
     assert case().get_config()["gamma"] == 0.1
+
+
+# -- how many sub-batches --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [*VR_CASES, None], ids=str)
+def test_few_sub_batches_are_warned_of_once(make, recwarn):
+    if make is None:
+        make = lambda **k: tf_lbopt.VarianceReduced(keras.optimizers.SGD(0.1), **k)  # noqa: E731
+    run = Run(make, replicas=2, micro_steps=2)
+    warnings.simplefilter("always")
+    run.updates(sub_batch_gradients(2, sub_batches=4))
+    of_few = [w for w in recwarn if "4 sub-batches" in str(w.message)]
+    assert len(of_few) == 1
+    assert of_few[0].category is UserWarning
+
+
+@pytest.mark.parametrize(("micro_steps", "gamma"), [(8, 0.1), (2, 1.0)])
+def test_enough_sub_batches(micro_steps, gamma):
+    run = Run(tf_lbopt.VRSGD, micro_steps=micro_steps, learning_rate=0.1, gamma=gamma)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run.updates(sub_batch_gradients(1, sub_batches=micro_steps))
+
+
+@pytest.mark.parametrize(
+    ("sub_batches", "low", "high"),
+    [(2, 0.90, 0.99), (3, 0.50, 0.70), (4, 0.37, 0.37), (8, 0.28, 0.28)],
+)
+def test_shares_of_gaussian_noise_at_gamma(sub_batches, low, high):
+    """The figures of VRSGD's docstring."""
+    rng = np.random.default_rng(1)
+    for size, times in ((500, 200), (50_000, 5)):
+        ratios = [gsnr(rng.normal(size=(sub_batches, size)), 0.1) for _ in range(times)]
+        assert low - 0.02 < np.mean(np.array(ratios) <= 0.1) < high + 0.02

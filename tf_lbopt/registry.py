@@ -28,7 +28,7 @@ class OptimizerInfo:
 
     @property
     def needs_sub_batches(self) -> bool:
-        """Whether it needs two or more sub-batches: replicas times accumulation micro-steps."""
+        """Whether it needs sub-batches (replicas times micro-steps): at least 2, better 8."""
         return VARIANCE in self.statistics
 
 

@@ -1,6 +1,7 @@
 """What the VRGD optimizers have in common: a transformation in front of a base optimizer."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.gsnr import SUMMARY, summarize
 from tf_lbopt.rules.vrgd import GSNR_SLOT
+
+# With fewer sub-batches the ratio of two random numbers is not that of their means.
+_ENOUGH = 8
 
 
 class VarianceReduction(Algorithm):
@@ -37,6 +41,7 @@ class VarianceReduction(Algorithm):
             "beta_3", beta_3, low=0.0, high=1.0, high_open=True, optional=True
         )
         self._watch: _Watch | None = None
+        self._warned_of_few = False
 
     def rule(self) -> rules.Rule:
         """The base's algorithm behind the weighting."""
@@ -102,9 +107,19 @@ class VarianceReduction(Algorithm):
         if sub_batches < 2:
             raise ValueError(
                 f"{type(self).__name__} estimates the variance of the gradient over sub-batches, "
-                "one per replica and accumulation micro-step, and needs at least 2. Use a strategy "
-                "with more replicas or set `gradient_accumulation_steps` to 2 or more. Received: "
-                f"1 replica, gradient_accumulation_steps={self.gradient_accumulation_steps}"
+                "one per replica and accumulation micro-step, and needs at least 2 (8 or more to "
+                "mean something). Use a strategy with more replicas or set "
+                "`gradient_accumulation_steps`. Received: 1 replica, "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if sub_batches < _ENOUGH and self.gamma < 1.0 and not self._warned_of_few:
+            self._warned_of_few = True
+            warnings.warn(
+                f"{type(self).__name__} has {sub_batches} sub-batches (replicas times "
+                f"`gradient_accumulation_steps`), fewer than {_ENOUGH}: so few tell little of the "
+                f"variance, most elements are weighted by gamma={self.gamma:g}, and what is left "
+                "is the base optimizer with a smaller step. See `tf_lbopt.VRSGD`.",
+                stacklevel=2,
             )
         return super()._send(*args, **kwargs)
 
@@ -133,8 +148,9 @@ class _Watch:
         tf.cond(due, write, lambda: tf.constant(True))
 
 
-GSNR_ARGUMENTS = """gamma: γ in (0, 1], the lower bound of r; 1 switches the weighting off. Defaults
-            to 0.1, which the paper never tunes."""
+GSNR_ARGUMENTS = """gamma: γ in (0, 1], the lower bound of r, where most elements are if there are
+            fewer than 8 sub-batches (see `VRSGD`); 1 switches the weighting off. Defaults to 0.1,
+            which the paper never tunes."""
 
 
 def with_gsnr_arguments(cls: type) -> type:

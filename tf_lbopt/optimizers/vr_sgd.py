@@ -40,6 +40,15 @@ class VRSGDAlgorithm(VarianceReduction, _SGD):
         r ← clip(r, γ, 1)
         w ← w − η (r ḡ + λ w)
 
+    k must be at least 2, and 8 or more to mean something; the paper tests 32 to 256. With few
+    sub-batches r has no mean to speak of, so that a few elements take it all. Of gradients that are
+    Gaussian noise, the clip leaves at γ = 0.1, in layers of 500 to 50,000 elements,
+
+        k                 2              3              4        8        32
+        elements at γ     90 to 99 %     50 to 70 %     37 %     28 %     25 %
+
+    and what is left is gradient descent with a smaller step. Below 8 the first update warns of it.
+
     Elements on which all sub-batches agree have r = 1, elements without any gradient r = γ, and
     the layer mean leaves both out: decisions of this package where the paper's r is 0/0 or x/0. So
     is the coupled weight decay. With clipping, the statistics are those of the unclipped gradients.

@@ -180,5 +180,5 @@ REGISTRATIONS: Mapping[str, Registration] = {row.key: row for row in _ROWS}
 
 
 def needs_sub_batches(key: str) -> bool:
-    """Whether an optimizer is one of this package that needs two or more sub-batches."""
+    """Whether an optimizer is one of this package that needs sub-batches: at least 2, better 8."""
     return key in REGISTRATIONS and VARIANCE in REGISTRATIONS[key].cls.statistics
