@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from references import sngm
 
 import tf_lbopt
+from tf_lbopt import tf_keras as legacy
 
 RATES = {
     "sngm": 0.05,
@@ -87,6 +88,18 @@ def test_replicas_and_micro_steps_are_the_same_through_fit(case):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tf_lbopt.LARS, legacy.LARS, tf_lbopt.ExtrapSGD])
+@pytest.mark.parametrize("rate", [lambda: 0.1, tf_lbopt.schedules.WarmupCosineDecay(0.1, 5)])
+def test_a_rate_that_is_a_function_can_not_be_reduced(make, rate):
+    """As Keras says of a schedule; under a callable it has an AttributeError."""
+    optimizer = make(rate)
+    with pytest.raises(TypeError, match=r"(?s)This .* was created with a `LearningRateSchedule`"):
+        optimizer.learning_rate = 0.05
+    if make is tf_lbopt.LARS:
+        optimizer.learning_rate = lambda: 0.25
+        assert float(optimizer.learning_rate) == 0.25
 
 
 def test_reduce_lr_on_plateau_through_wrappers():

@@ -1,5 +1,8 @@
 """CLARS(norm_estimator="per_example") through `fit`, against the NumPy reference."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -449,3 +452,62 @@ def test_an_overridden_loss_is_noticed():
     )
     with pytest.raises(tf.errors.InvalidArgumentError, match="override `example_losses`"):
         model.fit(x[0], y[0], verbose=0)
+
+
+# -- without this package --------------------------------------------------------------------------
+
+
+class Exported(tf_lbopt.PerExampleNormsModel):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2, activation="tanh")
+
+    def call(self, x):
+        return self.dense(x)
+
+
+class ExportedStack(tf_lbopt.PerExampleNormsModel, keras.Sequential):
+    pass
+
+
+def exported(kind):
+    if kind == "subclassed":
+        return Exported()
+    if kind == "sequential":
+        return ExportedStack([keras.Input([3]), keras.layers.Dense(2, activation="tanh")])
+    inputs = keras.Input([3])
+    outputs = keras.layers.Dense(2, activation="tanh")(inputs)
+    return tf_lbopt.PerExampleNormsModel(inputs, outputs)
+
+
+LOADING = """
+import sys
+import numpy as np
+x = np.linspace(-1, 1, 12, dtype="float32").reshape(4, 3)
+if sys.argv[1].endswith(".keras"):
+    import keras
+    y = keras.saving.load_model(sys.argv[1]).predict(x, verbose=0)
+else:
+    import tensorflow as tf
+    loaded = tf.saved_model.load(sys.argv[1])
+    y = loaded.serve(x).numpy()
+assert not any(name.startswith("tf_lbopt") for name in sys.modules)
+np.save(sys.argv[1] + ".npy", y)
+"""
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential", "subclassed"])
+def test_plain_model_for_inference(kind, tmp_path):
+    """As the docstring says; loaded where nobody imports this package."""
+    model = exported(kind)
+    model.compile(tf_lbopt.CLARS(0.1, norm_estimator="per_example"), "mse")
+    model.fit(np.ones((8, 3), "float32"), np.ones((8, 2), "float32"), verbose=0)
+    x = np.linspace(-1, 1, 12, dtype="float32").reshape(4, 3)
+    if kind == "subclassed":
+        path = str(tmp_path / "folder")
+        model.export(path, verbose=False)
+    else:
+        path = str(tmp_path / "plain.keras")
+        keras.Model(model.inputs, model.outputs).save(path)
+    subprocess.run([sys.executable, "-c", LOADING, path], check=True, cwd=tmp_path)
+    np.testing.assert_allclose(np.load(path + ".npy"), model.predict(x, verbose=0), rtol=1e-5)

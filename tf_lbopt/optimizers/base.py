@@ -116,6 +116,23 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         return tf.convert_to_tensor(self.learning_rate)
 
     @property
+    def learning_rate(self) -> Any:
+        """The current learning rate."""
+        return keras.optimizers.Optimizer.learning_rate.fget(self)
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        if callable(self._learning_rate) and not callable(learning_rate):
+            # Keras says so of a schedule, and calls `assign` of a plain callable.
+            raise TypeError(
+                f"This {type(self).__name__} was created with a `LearningRateSchedule` or a "
+                "callable as its `learning_rate`, which can not be set to a number (as "
+                "ReduceLROnPlateau does). Make the optimizer with a number for that. "
+                f"Received: learning_rate={_validation.shown(learning_rate)}"
+            )
+        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+
+    @property
     def iterations(self) -> keras.Variable:
         """How many updates were made; skipped ones and micro-steps do not count."""
         return self._iterations

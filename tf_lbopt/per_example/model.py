@@ -39,6 +39,12 @@ class PerExampleNormsModel(keras.Model):
     reductions than a mean or a sum, and overridden `compute_loss` methods, need `example_losses`
     to be overridden.
 
+    A file of it needs this package to be loaded. One for inference without it has, of a functional
+    or Sequential model, the plain model with the same layers; a subclassed one is exported:
+
+        keras.Model(model.inputs, model.outputs).save("plain.keras")
+        model.export("folder")       # loaded = tf.saved_model.load("folder"); loaded.serve(x)
+
     Args:
         *args: As for the class it stands for.
         **kwargs: Likewise.
