@@ -114,9 +114,13 @@ def test_a_config_file_with_a_wrong_flag(tmp_path, capsys):
 
 def test_flags_win_over_the_config_file(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text("learning_rate: 0.5\nepochs: 7\nboundaries: [2, 4.5]\nnesterov: true\n")
+    path.write_text(
+        "learning_rate: 0.5\nepochs: 7\nboundaries: [2, 4.5]\nnesterov: true\n"
+        "exclude_from_weight_decay: [/bias$, /gamma$]\n"
+    )
     values = cifar.define_flags()
     arguments = ["cifar", f"--config_file={path}", "--epochs=9", "--schedule=step"]
+    arguments.append("--exclude_from_layer_adaptation=")
     from official_recipes.common.keras_options import parse_training_flags
 
     assert parse_training_flags(values, arguments, program="", summary="", configs=cifar.CONFIGS)
@@ -124,7 +128,11 @@ def test_flags_win_over_the_config_file(tmp_path):
     assert options.epochs == 9
     assert options.schedule.learning_rate == 0.5
     assert options.schedule.boundaries == (2.0, 4.5)
-    assert options.optimizer_arguments == {"nesterov": True}
+    assert options.optimizer_arguments == {
+        "nesterov": True,
+        "exclude_from_weight_decay": ["/bias$", "/gamma$"],
+        "exclude_from_layer_adaptation": [],
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -149,16 +157,8 @@ def test_config_files(path):
 def test_every_constructor_argument_is_a_flag():
     import inspect
 
-    # What belongs to the schedule, to accumulation, or is a list of variables has no flag.
-    others = {
-        "self",
-        "kwargs",
-        "args",
-        "learning_rate",
-        "name",
-        "exclude_from_weight_decay",
-        "exclude_from_layer_adaptation",
-    }
+    # What belongs to the schedule or to accumulation has no flag.
+    others = {"self", "kwargs", "args", "learning_rate", "name"}
     for row in tf_lbopt.list_optimizers():
         assert set(inspect.signature(row.cls).parameters) <= {*OPTIMIZER_FLAGS, *others}, row.name
 

@@ -127,20 +127,28 @@ def test_unknown_optimizer(tmp_path, capsys):
     assert captured.err.count("\n") == 1
 
 
-def test_one_replica_has_no_sub_batches_to_compare(tmp_path, capsys):
+def test_a_batch_without_equal_sub_batches(tmp_path, capsys):
     from official_recipes.quickstart.__main__ import main
 
     names = "--optimizers=sngm,vr_lars,vr_sgd"
-    code = main(["quickstart", "--replicas=1", names, f"--output_dir={tmp_path}"])
+    arguments = ["--replicas=3", "--batch_size=300", "--nobaseline", names]
+    code = main(["quickstart", *arguments, f"--output_dir={tmp_path}"])
     captured = capsys.readouterr()
     assert code == 2
     assert captured.out == ""
     assert captured.err.startswith(
-        "--replicas: expected at least 2 for --optimizers=vr_lars,vr_sgd"
+        "--batch_size: expected a multiple of 9 for --optimizers=vr_lars,vr_sgd"
     )
-    assert captured.err.endswith("received 1\n")
+    assert captured.err.endswith("received 300\n")
     assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("replicas", "steps"), [(1, 8), (3, 3), (4, 2), (8, 1), (16, 1)])
+def test_variance_is_taken_over_8_sub_batches_or_more(replicas, steps):
+    from official_recipes.quickstart.settings import micro_steps
+
+    assert micro_steps(replicas) == steps
 
 
 def test_end_to_end(tmp_path):

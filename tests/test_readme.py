@@ -122,6 +122,36 @@ def test_loops_on_4_replicas_do_what_fit_does(tmp_path, loop, make_optimizer):
             assert np.abs(a - before).max() > 1e-3
 
 
+@pytest.mark.long
+def test_the_loop_of_post_local_sgd_does_what_fit_does(tmp_path):
+    text = textwrap.dedent(tf_lbopt.PostLocalSGD.step.__doc__.split("\n", 1)[1])
+    code = re.search(r"^ +@tf.function\n.*?optimizer.end_period\(\)", text, re.M | re.S)
+    strategy = strategy_of(4)
+    with strategy.scope():
+        models = [make_model(), make_model()]
+        for model in models:
+            inner = keras.optimizers.SGD(0.5, momentum=0.9)
+            model.compile(
+                tf_lbopt.PostLocalSGD(inner, start=1, period=2), "sparse_categorical_crossentropy"
+            )
+    model, fitted = models
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    fitted.fit(data, verbose=0)
+    model.optimizer.build(model.trainable_variables)
+    run(
+        textwrap.dedent(code.group()),
+        tmp_path / "loop.py",
+        strategy=strategy,
+        model=model,
+        optimizer=model.optimizer,
+        loss_fn=keras.losses.SparseCategoricalCrossentropy(),
+        data=strategy.experimental_distribute_dataset(data),
+    )
+    assert int(model.optimizer.iterations.numpy()) == 4
+    for own, expected in zip(model.get_weights(), fitted.get_weights(), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_programs_run(tmp_path, monkeypatch):
     strategy = strategy_of(2)
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: strategy)

@@ -148,7 +148,11 @@ _INTEGERS = {
     "noise_seed": (0, "Seed of random noise."),
     "sub_batches": (1, "Parts in which a replica takes its batch, for extrap_ optimizers."),
 }
-OPTIMIZER_FLAGS = (*_NUMBERS, *_BOOLEANS, *_STRINGS, *_INTEGERS)
+_PATTERNS = {
+    "exclude_from_weight_decay": "Regexes over variable paths, as /bias$: what does not decay.",
+    "exclude_from_layer_adaptation": "The same: what has no trust ratio [default: as for decay].",
+}
+OPTIMIZER_FLAGS = (*_NUMBERS, *_BOOLEANS, *_STRINGS, *_INTEGERS, *_PATTERNS)
 
 
 def define_training_flags(
@@ -199,6 +203,8 @@ def define_training_flags(
         flags.DEFINE_string(name, None, text, flag_values=values)
     for name, (minimum, text) in _INTEGERS.items():
         define_integer(values, name, None, text, minimum=minimum)
+    for name, text in _PATTERNS.items():
+        flags.DEFINE_list(name, None, text, flag_values=values)
     flags.DEFINE_enum(
         "schedule", schedule, SCHEDULES, "Learning rate after the warm-up.", flag_values=values
     )

@@ -21,7 +21,7 @@ from official_recipes.quickstart.data import hold_out_validation
 from official_recipes.quickstart.options import (
     Options,
     check_optimizer_names,
-    check_replicas,
+    check_sub_batches,
     parse_options,
 )
 
@@ -73,7 +73,7 @@ def _run(options: Options) -> None:
         from official_recipes.quickstart.tuning import tune_learning_rate
 
         check_optimizer_names(options.optimizers, known_optimizers())
-        check_replicas(options, optimizers_of_sub_batches())
+        check_sub_batches(options, optimizers_of_sub_batches())
         strategy = cpu_strategy(options.replicas)
     with progress_bar(progress_console) as progress:
         data = _load(options, progress)

@@ -20,7 +20,12 @@ from official_recipes.common.flag_parsing import (
 from official_recipes.common.image_data import KNOWN_FORMS, DataFormatError, ImageSource
 from official_recipes.common.output_folder import make_folder
 from official_recipes.quickstart.data import choose_source, validation_size
-from official_recipes.quickstart.settings import DATA_DEFAULTS, DEFAULT_OPTIMIZERS, WARMUP_FRACTION
+from official_recipes.quickstart.settings import (
+    DATA_DEFAULTS,
+    DEFAULT_OPTIMIZERS,
+    WARMUP_FRACTION,
+    micro_steps,
+)
 
 PROGRAM = "python -m official_recipes.quickstart"
 SUMMARY = (
@@ -87,9 +92,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_boolean(
         "baseline", True, "Run the small-batch momentum SGD baseline first.", flag_values=values
     )
-    define_integer(
-        values, "replicas", 4, "Logical CPU devices, one replica each; vr_ optimizers need two."
-    )
+    define_integer(values, "replicas", 4, "Logical CPU devices, one replica each.")
     per_data = ", ".join(f"{d.epochs} on {kind}" for kind, d in DATA_DEFAULTS.items())
     define_integer(values, "epochs", None, f"Passes over the data [default: {per_data}].")
     define_positive_float(
@@ -208,24 +211,24 @@ def check_optimizer_names(names: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def check_replicas(options: Options, of_sub_batches: Collection[str]) -> None:
-    """Checks that optimizers which compare the replicas' gradients have replicas to compare.
+def check_sub_batches(options: Options, of_sub_batches: Collection[str]) -> None:
+    """Checks that the large batch has equal parts where the optimizer compares their gradients.
 
     Args:
         options: The command line.
-        of_sub_batches: Names of all optimizers that need at least two sub-batches. Here a replica
-            has one.
+        of_sub_batches: Names of all optimizers that compare gradients of sub-batches.
 
     Raises:
-        FlagValueError: There is one replica.
+        FlagValueError: It has not.
     """
     names = [name for name in options.optimizers if name in of_sub_batches]
-    if names and options.replicas < 2:
+    sub_batches = options.replicas * micro_steps(options.replicas)
+    if names and options.batch_size % sub_batches:
         raise FlagValueError(
-            "replicas",
-            f"at least 2 for --optimizers={','.join(names)}, which compare the gradients of "
-            "different replicas",
-            options.replicas,
+            "batch_size",
+            f"a multiple of {sub_batches} for --optimizers={','.join(names)}, which compare the "
+            "gradients of as many sub-batches",
+            options.batch_size,
         )
 
 

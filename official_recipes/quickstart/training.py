@@ -87,7 +87,7 @@ def known_optimizers() -> tuple[str, ...]:
 
 
 def optimizers_of_sub_batches() -> frozenset[str]:
-    """Returns the names of the optimizers that need two or more sub-batches."""
+    """Returns the names of the optimizers that compare the gradients of sub-batches."""
     return frozenset(row.name for row in tf_lbopt.list_optimizers() if row.needs_sub_batches)
 
 
@@ -163,6 +163,8 @@ class Trainer:
         data = self.data
         per_epoch = updates_per_epoch(data, run.batch_size)
         total = per_epoch * run.epochs
+        compares = run.optimizer in optimizers_of_sub_batches()
+        steps = settings.micro_steps(self._strategy.num_replicas_in_sync) if compares else 1
         keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
         keras.utils.set_random_seed(run.seed)
         warmup = round(total * run.warmup_fraction)
@@ -177,21 +179,23 @@ class Trainer:
             model.set_weights(self._initial_weights)
             model.compile(
                 optimizer=_factory(run.optimizer)(
-                    learning_rate=schedule, **_coefficient(run.optimizer, run.trust_coefficient)
+                    learning_rate=schedule,
+                    **_coefficient(run.optimizer, run.trust_coefficient),
+                    **({"gradient_accumulation_steps": steps} if steps > 1 else {}),
                 ),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             )
         test = _TestCurve(data, final_epoch=run.epochs if only_final_test else None)
         callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN(), test]
         if on_batch is not None:
-            callbacks.append(_BatchCounter(on_batch))
+            callbacks.append(_BatchCounter(lambda batches: on_batch(batches // steps)))
         started = time.perf_counter()
         # The dataset repeats and its steps are counted: fit then keeps its iterator, which takes
         # longer to make, epoch after epoch, than a short epoch takes to run.
         history = model.fit(
-            self._training_batches(run),
+            self._training_batches(run, steps),
             epochs=run.epochs,
-            steps_per_epoch=per_epoch,
+            steps_per_epoch=per_epoch * steps,
             callbacks=callbacks,
             shuffle=False,  # The dataset shuffles.
             verbose=0,
@@ -206,7 +210,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def _training_batches(self, run: RunSettings) -> tf.data.Dataset:
+    def _training_batches(self, run: RunSettings, steps: int) -> tf.data.Dataset:
         # Shuffling indices, not images, keeps the shuffle buffer small. A batch is gathered whole.
         images = tf.constant(self.data.train_images)
         labels = tf.constant(self.data.train_labels)
@@ -215,6 +219,8 @@ class Trainer:
             tf.data.Dataset.range(count)
             .shuffle(count, seed=run.seed, reshuffle_each_iteration=True)
             .batch(run.batch_size, drop_remainder=True)
+            .unbatch()
+            .batch(run.batch_size // steps, drop_remainder=True)
             .map(lambda index: (tf.gather(images, index), tf.gather(labels, index)))
             .repeat()
             .prefetch(2)
