@@ -36,7 +36,7 @@ def _row(name: str, cls: type[LargeBatchOptimizer], paper: str) -> OptimizerInfo
     return OptimizerInfo(name, cls, paper, cls.slots, cls.statistics)
 
 
-_VRGD = "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)"
+_VRGD = "Jiang et al. 2023, arXiv:2309.13681"
 _CLARS = (
     "Large Batch Optimization for Deep Learning Using New Complete Layer-Wise Adaptive Rate Scaling"
 )

@@ -678,7 +678,7 @@ def _without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tup
     if not pairs:
         raise ValueError(
             "No gradients provided for any variable: all of `grads` are None. "
-            f"Received variables: {[path_of(v) for v in variables]}"
+            f"Received variables: {_validation.shown([path_of(v) for v in variables])}"
         )
     missing = [path_of(v) for g, v in zip(grads, variables, strict=True) if g is None]
     if missing:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tf_lbopt import _validation
+
 _EXPECTED = "a list of variables or of regular expressions over the variable path"
 _SHOWN = 10
 
@@ -81,7 +83,7 @@ class Exclusion:
         else:
             raise TypeError(
                 f"`{self._argument}` must be {_EXPECTED}. "
-                f"Received an entry of type {type(entry).__name__}: {entry!r}"
+                f"Received an entry of type {type(entry).__name__}: {_validation.shown(entry)}"
             )
 
     def add_name(self, pattern: str) -> None:
@@ -99,7 +101,7 @@ class Exclusion:
         except (re.error, TypeError) as error:
             raise ValueError(
                 f"`{self._argument}` must be {_EXPECTED}. "
-                f"Received: {pattern!r}, which is no regular expression ({error})"
+                f"Received: {_validation.shown(pattern)}, which is no regular expression ({error})"
             ) from error
 
     def __contains__(self, variable: Any) -> bool:
@@ -186,4 +188,6 @@ def listed(argument: str, entries: Iterable[Any] | None) -> list[Any]:
             return [] if entries is None else list(entries)
     except (TypeError, NotImplementedError):  # a number; a tensor: a scalar, or symbolic
         pass
-    raise TypeError(f"`{argument}` must be {_EXPECTED}. Received: {argument}={entries!r}")
+    raise TypeError(
+        f"`{argument}` must be {_EXPECTED}. Received: {argument}={_validation.shown(entries)}"
+    )

@@ -62,7 +62,8 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         [-2.0, -0.1176]
 
     References:
-        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
+        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
+        (GSNR)" (arXiv:2309.13681), section 4.2.
     """
 
     def __init__(

@@ -61,7 +61,8 @@ class VRAdamAlgorithm(VarianceReduction, _Adam):
     {example}
 
     References:
-        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
+        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
+        (GSNR)" (arXiv:2309.13681), section 4.2.
     """
 
     slots = (*rules.Adam.slots, GSNR_SLOT)

@@ -46,7 +46,8 @@ class VRLARSAlgorithm(VarianceReduction, LARSAlgorithm):
     {example}
 
     References:
-        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
+        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
+        (GSNR)" (arXiv:2309.13681), section 4.2.
     """
 
     def __init__(
@@ -126,7 +127,8 @@ class VRLAMBAlgorithm(VarianceReduction, LAMBAlgorithm):
     {example}
 
     References:
-        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
+        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
+        (GSNR)" (arXiv:2309.13681), section 4.2.
     """
 
     slots = (*LAMBAlgorithm.slots, GSNR_SLOT)

@@ -70,8 +70,8 @@ class VRSGDAlgorithm(VarianceReduction, _SGD):
     {example}
 
     References:
-        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", Algorithm 1,
-        eq. 7 to 10.
+        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
+        (GSNR)" (arXiv:2309.13681), Algorithm 1, eq. 7 to 10.
     """
 
     slots = ()
@@ -127,7 +127,8 @@ class VRMomentumAlgorithm(VarianceReduction, _SGD):
     {example}
 
     References:
-        "Accelerating Large Batch Training via Gradient Signal to Noise Ratio (GSNR)", section 4.2.
+        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
+        (GSNR)" (arXiv:2309.13681), section 4.2.
     """
 
     def __init__(
