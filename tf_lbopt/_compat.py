@@ -379,6 +379,50 @@ def tell_optimizers_of_weights() -> None:
         _tell(legacy_h5_format, name, lambda args: args[1], after=writing)
 
 
+def let_optimizers_swap_averages() -> None:
+    """Lets optimizers exchange weights and averages themselves under SwapEMAWeights, from now on.
+
+    The callback does so by additions in the dtype of the weights, which rounds both, and takes the
+    average for one of that dtype. An optimizer that has ``swap_averages`` is called in the place of
+    that, and ``keep_averages`` at the end; and one that has averages is not passed over for its
+    ``inner_optimizer``. Others are not affected. Checked on Keras 3.15.1.
+    """
+    callback = keras.callbacks.SwapEMAWeights
+    if getattr(callback._tf_swap_variables, "asks_optimizers", False):
+        return
+
+    def ask(original: Callable[..., None], method: str) -> Callable[..., None]:
+        @functools.wraps(original)
+        def asking(self: Any, optimizer: Any) -> None:
+            own = getattr(optimizer, method, None)
+            if own is None:
+                original(self, optimizer)
+            else:
+                own()
+
+        asking.asks_optimizers = True  # type: ignore[attr-defined]
+        return asking
+
+    callback._tf_swap_variables = ask(callback._tf_swap_variables, "swap_averages")
+    finalize = getattr(callback, "_tf_finalize_ema_values", None)
+    choose = getattr(callback, "_apply_to_ema_optimizers", None)
+    if finalize is not None:
+        callback._tf_finalize_ema_values = ask(finalize, "keep_averages")
+    if choose is None:
+        return
+
+    @functools.wraps(choose)
+    def choosing(self: Any, tf_fn: Callable[..., None], backend_fn: Callable[..., None]) -> None:
+        optimizer = self.model.optimizer
+        averages = hasattr(optimizer, "_model_variables_moving_average")
+        if averages and hasattr(optimizer, "swap_averages"):
+            tf_fn(optimizer)
+        else:
+            choose(self, tf_fn, backend_fn)
+
+    callback._apply_to_ema_optimizers = choosing
+
+
 def _tell(
     owner: Any,
     name: str,

@@ -13,6 +13,7 @@ import abc
 import contextlib
 import difflib
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow
 from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import Layer, Rule, Step, Update
+from tf_lbopt.rules.sharing import scalars
 
 _ACCUMULATION_KEY = "accumulation"
 
@@ -110,7 +112,7 @@ class Algorithm(abc.ABC):
                 optional=True,
             )
         _check_averaging(kwargs)
-        self._start(self._checked_learning_rate(learning_rate), **kwargs)
+        self._start(self._rate_or_schedule(checked_learning_rate(learning_rate)), **kwargs)
         # Not handed to the framework's base class, which would apply it a second time, decoupled.
         self.weight_decay = _validation.real("weight_decay", weight_decay, low=0.0, optional=True)
         self._decay_exclusion = Exclusion("exclude_from_weight_decay", exclude_from_weight_decay)
@@ -431,23 +433,36 @@ class Algorithm(abc.ABC):
             )
         self._updates_at_end_of_fit = updates
 
-    def _average_on_replica(self) -> None:
-        iterations = tf.convert_to_tensor(self._iterations)
-        pairs = [
+    def _weights_and_averages(self) -> list[tuple[tf.Variable, tf.Variable]]:
+        return [
             (tensorflow_variable(variable), tensorflow_variable(average))
             for variable, average in zip(
                 self._trainable_variables, self._model_variables_moving_average, strict=True
             )
         ]
+
+    def _put_averages(self, variables: Sequence[Any]) -> None:
+        """Puts their averages into the place of these variables, outside of replicas."""
+        pairs = self._weights_and_averages()
+        with inside_scope(self._strategy):
+            for variable, average in (pairs[self._known_index(v)] for v in variables):
+                variable.assign(tf.cast(tf.convert_to_tensor(average), variable.dtype))
+
+    def _average_on_replica(self) -> None:
+        iterations = tf.convert_to_tensor(self._iterations)
+        pairs = self._weights_and_averages()
+        momentum = {
+            dtype: tf.where(iterations == 0, tf.zeros([], dtype), later)
+            for dtype, later in scalars([a for _, a in pairs], self.ema_momentum).items()
+        }
         for variable, average in pairs:
-            zero, later = tf.zeros([], variable.dtype), tf.cast(self.ema_momentum, variable.dtype)
-            momentum = tf.where(iterations == 0, zero, later)
-            average.assign(momentum * average + (1 - momentum) * variable)
+            old = momentum[average.dtype]
+            average.assign(old * average + (1 - old) * tf.cast(variable, average.dtype))
         if self.ema_overwrite_frequency:
 
             def overwrite() -> tf.Tensor:
                 for variable, average in pairs:
-                    variable.assign(average)
+                    variable.assign(tf.cast(average, variable.dtype))
                 return tf.constant(True)
 
             due = tf.cast(iterations + 1, tf.int32) % self.ema_overwrite_frequency == 0
@@ -500,21 +515,11 @@ class Algorithm(abc.ABC):
 
     # -- configuration and state -------------------------------------------------------------------
 
-    def _checked_learning_rate(self, learning_rate: Any) -> Any:
+    def _rate_or_schedule(self, learning_rate: Any) -> Any:
         # A dictionary is a serialized schedule, inside from_config.
         if callable(learning_rate) or isinstance(learning_rate, dict):
             return self._schedule(learning_rate)
-        try:
-            return _validation.real("learning_rate", learning_rate, low=0.0)
-        except TypeError as error:
-            hint = ""
-            if isinstance(learning_rate, (list, tuple, Iterator)):
-                hint = " (What is to be trained is told by `compile`, `build` or `apply`.)"
-            raise TypeError(
-                "`learning_rate` must be a real number >= 0, a LearningRateSchedule or a callable "
-                f"without arguments.{hint} Received: learning_rate="
-                f"{_validation.shown(learning_rate)} (of type {type(learning_rate).__name__})"
-            ) from error
+        return learning_rate
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
@@ -663,6 +668,41 @@ def _argument_names(cls: type[Algorithm]) -> list[str]:
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     return [name for name in dict.fromkeys(names) if name != "self"]
+
+
+def checked_learning_rate(learning_rate: Any) -> Any:
+    """Checks a learning rate; schedules, serialized ones and callables pass.
+
+    Raises:
+        TypeError: It is none of these and not a real number.
+        ValueError: It is NaN, infinite or negative.
+    """
+    if callable(learning_rate) or isinstance(learning_rate, dict):
+        return learning_rate
+    try:
+        return _validation.real("learning_rate", learning_rate, low=0.0)
+    except TypeError as error:
+        hint = ""
+        if isinstance(learning_rate, (list, tuple, Iterator)):
+            hint = " (What is to be trained is told by `compile`, `build` or `apply`.)"
+        raise TypeError(
+            "`learning_rate` must be a real number >= 0, a LearningRateSchedule or a callable "
+            f"without arguments.{hint} Received: learning_rate="
+            f"{_validation.shown(learning_rate)} (of type {type(learning_rate).__name__})"
+        ) from error
+
+
+def checked_new_learning_rate(learning_rate: Any) -> Any:
+    """`checked_learning_rate` of what is assigned to an optimizer that exists.
+
+    That may also be an array, a tensor or a variable; in a graph only the update can look at it.
+    """
+    if isinstance(learning_rate, numbers.Real) or not hasattr(learning_rate, "shape"):
+        return checked_learning_rate(learning_rate)
+    if tf.inside_function():
+        return learning_rate
+    array = np.asarray(learning_rate)
+    return checked_learning_rate(array.item() if array.size == 1 else learning_rate)
 
 
 def _check_averaging(kwargs: dict[str, Any]) -> None:

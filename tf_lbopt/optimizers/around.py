@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, rules
+from tf_lbopt.optimizers.algorithm import checked_new_learning_rate
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
@@ -95,7 +96,7 @@ class AroundOptimizer(LargeBatchOptimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
+        self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Excludes variables from the inner optimizer's weight decay."""

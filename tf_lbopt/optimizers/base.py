@@ -4,6 +4,7 @@ An algorithm (`tf_lbopt.optimizers.algorithm`) combined with `LargeBatchOptimize
 optimizer.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -12,9 +13,11 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
+from tf_lbopt.distribution.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import (
     Algorithm,
     build_at_first_call,
+    checked_new_learning_rate,
     documentation,
 )
 from tf_lbopt.optimizers.exclusion import path_of
@@ -26,7 +29,8 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made
         clipvalue: Greatest magnitude of one element of the mean gradient.
         global_clipnorm: Greatest norm of the mean gradient of all variables together.
         use_ema: Whether to keep an exponential moving average of the weights, which `fit` puts in
-            their place at its end. Averages once per update.
+            their place at its end. In float32 for weights in half precision. Averages once per
+            update.
         ema_momentum: Momentum of that average. Defaults to 0.99.
         ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
         loss_scale_factor: Constant to multiply the loss by; taken out of the gradients again.
@@ -37,6 +41,13 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made
             gradient in one micro-step of an update must have one in those that follow, zeros for
             ``None``; an error says so if not (in a step that XLA compiles the update is
             discarded)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beyond:
+    """Of averages that are in their weights' place: what these have no room for, by index."""
+
+    parts: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
@@ -71,6 +82,9 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     def _start(self, learning_rate: Any, **kwargs: Any) -> None:
         keras.optimizers.Optimizer.__init__(self, learning_rate, **kwargs)
         self._loss_scaled_from_outside = False
+        self._beyond = _Beyond()
+        if self.use_ema:
+            _compat.let_optimizers_swap_averages()
 
     def _schedule(self, learning_rate: Any) -> Any:
         if isinstance(learning_rate, dict):
@@ -102,11 +116,25 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             self.__dict__["gradient_accumulation_steps"] = steps
 
     def _add_slot(self, variable: Any, name: str) -> keras.Variable:
-        # In float32 for half-precision weights, whose own dtype has no room for a second moment.
+        return self.add_variable_from_reference(variable, name)
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> keras.Variable:
+        """Adds a variable like a trainable one, as Keras's own optimizers do.
+
+        Half precision has no room for a second moment, nor for an average: it is in float32 then.
+
+        Args:
+            reference_variable: The trainable one.
+            name: What is appended to its path.
+            initializer: Of its values.
+        """
         return self.add_variable(
-            shape=variable.shape,
-            dtype=compute_dtype(variable.dtype).name,
-            name=f"{path_of(variable).replace('/', '_')}_{name}",
+            shape=reference_variable.shape,
+            initializer=initializer,
+            dtype=compute_dtype(reference_variable.dtype).name,
+            name=f"{path_of(reference_variable).replace('/', '_')}_{name or 'var'}",
         )
 
     def _index_of(self, variable: Any) -> int | None:
@@ -117,7 +145,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The current learning rate."""
+        """The current learning rate; what is assigned is checked as in the constructor."""
         return keras.optimizers.Optimizer.learning_rate.fget(self)
 
     @learning_rate.setter
@@ -130,7 +158,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 "ReduceLROnPlateau does). Make the optimizer with a number for that. "
                 f"Received: learning_rate={_validation.shown(learning_rate)}"
             )
-        keras.optimizers.Optimizer.learning_rate.fset(self, learning_rate)
+        rate = self._rate_or_schedule(checked_new_learning_rate(learning_rate))
+        keras.optimizers.Optimizer.learning_rate.fset(self, rate)
 
     @property
     def iterations(self) -> keras.Variable:
@@ -201,8 +230,29 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         """
         self._warn_of_no_update()
         if self.use_ema:
-            for variable in var_list:
-                variable.assign(self._model_variables_moving_average[self._known_index(variable)])
+            self._put_averages(var_list)
+
+    def swap_averages(self) -> None:
+        """Exchanges the weights and their averages, for `keras.callbacks.SwapEMAWeights`.
+
+        What an average in float32 has beyond the half precision of its weights is kept beside, and
+        is there again after the next exchange.
+        """
+        with inside_scope(self._strategy):
+            for index, (variable, average) in enumerate(self._weights_and_averages()):
+                weights = tf.identity(variable)
+                mean = tf.identity(average)
+                variable.assign(tf.cast(mean, variable.dtype))
+                average.assign(tf.cast(weights, average.dtype) + self._beyond.parts.pop(index, 0.0))
+                if variable.dtype != average.dtype:
+                    self._beyond.parts[index] = mean - tf.cast(tf.identity(variable), mean.dtype)
+
+    def keep_averages(self) -> None:
+        """Makes the weights, which are averages now, the averages; of the same callback."""
+        with inside_scope(self._strategy):
+            for index, (variable, average) in enumerate(self._weights_and_averages()):
+                weights = tf.cast(tf.identity(variable), average.dtype)
+                average.assign(weights + self._beyond.parts.pop(index, 0.0))
 
     # -- loss scaling from outside -----------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from tf_lbopt.distribution.replicas import (
     replica_context_of,
     sum_over_replicas,
 )
-from tf_lbopt.optimizers.algorithm import build_at_first_call
+from tf_lbopt.optimizers.algorithm import build_at_first_call, checked_new_learning_rate
 from tf_lbopt.optimizers.around import require_same_strategy, set_all_weights
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.statistics.sparse import divide
@@ -127,6 +127,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self._own_skipped_updates is None:
             return self.inner_optimizer.skipped_updates
         return self._own_skipped_updates
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's; what is assigned is checked, also around a stock optimizer."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
 
     @property
     def iterations(self) -> keras.Variable:

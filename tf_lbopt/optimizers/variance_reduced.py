@@ -37,8 +37,7 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
     is the inner optimizer's own: in Keras's classes it is decoupled).
 
     Learning rate, schedule and weight decay are the inner optimizer's; accumulation, clipping, the
-    average of the weights and the loss scale are given here. (`keras.callbacks.SwapEMAWeights`
-    looks for the average in an `inner_optimizer` only, and can not be used with this one.)
+    average of the weights and the loss scale are given here.
 
     Args:
         inner_optimizer: A Keras optimizer, stock or of this package, not yet built.

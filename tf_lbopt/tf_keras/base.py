@@ -13,7 +13,11 @@ import tf_keras
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.replicas import once_for_all_replicas
-from tf_lbopt.optimizers.algorithm import Algorithm, documentation
+from tf_lbopt.optimizers.algorithm import (
+    Algorithm,
+    checked_new_learning_rate,
+    documentation,
+)
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.norms import compute_dtype
 from tf_lbopt.tf_keras import _compat
@@ -25,7 +29,8 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's.
         clipvalue: Greatest magnitude of one element of the mean gradient.
         global_clipnorm: Greatest norm of the mean gradient of all variables together.
         use_ema: Whether to keep an exponential moving average of the weights, which `fit` puts in
-            their place at its end. Averages once per update, from the first update on.
+            their place at its end. In float32 for weights in half precision. Averages once per
+            update, from the first update on.
         ema_momentum: Momentum of that average. Defaults to 0.99.
         ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
         gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
@@ -152,6 +157,40 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             variable.shape, compute_dtype(variable.dtype), name=f"{name}/{path_of(variable)}"
         )
 
+    def add_variable_from_reference(
+        self,
+        model_variable: Any,
+        variable_name: str,
+        shape: Any = None,
+        initial_value: Any = None,
+    ) -> tf.Variable:
+        """Adds a variable like a trainable one; in float32 for half precision, like a slot.
+
+        Args:
+            model_variable: The trainable one.
+            variable_name: What its name begins with.
+            shape: Its shape; that of the trainable one by default.
+            initial_value: Its values, 0 by default.
+        """
+        if compute_dtype(model_variable.dtype) == model_variable.dtype:
+            return super().add_variable_from_reference(
+                model_variable, variable_name, shape, initial_value
+            )
+        variable = self._add_slot(model_variable, variable_name)
+        if initial_value is not None:
+            variable.assign(tf.cast(initial_value, variable.dtype))
+        return variable
+
+    @property
+    def learning_rate(self) -> Any:
+        """The current learning rate; what is assigned is checked as in the constructor."""
+        return tf_keras.optimizers.Optimizer.learning_rate.fget(self)
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        rate = self._rate_or_schedule(checked_new_learning_rate(learning_rate))
+        tf_keras.optimizers.Optimizer.learning_rate.fset(self, rate)
+
     def _index_of(self, variable: Any) -> int | None:
         return _compat.index_of(self, variable)
 
@@ -243,9 +282,10 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             self.iterations.assign_sub(tf.cast(~finite, self.iterations.dtype))
 
     def finalize_variable_values(self, var_list: Sequence[tf.Variable]) -> None:
-        """Called at the end of `fit`; warns if that was too short for one update."""
+        """Puts averages in the place of the weights, if asked to; warns of a `fit` of no update."""
         self._warn_of_no_update()
-        super().finalize_variable_values(var_list)
+        if self.use_ema:
+            self._put_averages(var_list)
 
     # -- exclusions, configuration -----------------------------------------------------------------
 
