@@ -54,9 +54,17 @@ class _Resolver:
 
 
 @functools.cache
-def tpu_strategy_of(replicas: int) -> tf.distribute.TPUStrategy:
-    """The process's TPUStrategy for a number of replicas."""
-    return tf.distribute.TPUStrategy(_Resolver(replicas))
+def tpu_strategy_of(replicas: int, packed: bool = True) -> tf.distribute.TPUStrategy:
+    """The process's TPUStrategy for a number of replicas.
+
+    Args:
+        replicas: How many.
+        packed: Whether a variable's copies have one handle, as they have on a TPU. Without, eager
+            writes from outside of replicas (restoring) reach all copies, also on absent devices.
+    """
+    strategy = tf.distribute.TPUStrategy(_Resolver(replicas))
+    strategy._enable_packed_variable_in_eager_mode = packed
+    return strategy
 
 
 class _TracedError(Exception):
@@ -171,8 +179,10 @@ def emulated(
 class TPURun(Run):
     """`Run` under TPUStrategy: the step is traced before its first run, which `emulated` does."""
 
+    packed = True
+
     def _strategy_of(self, replicas: int) -> tf.distribute.Strategy:
-        return tpu_strategy_of(replicas)
+        return tpu_strategy_of(replicas, self.packed)
 
     def micro_step(self, per_replica: Sequence[Sequence[Any]]) -> None:
         """One call, with ``[replica][layer]`` gradients."""

@@ -188,6 +188,50 @@ def test_average_of_the_weights():
     assert_close(run.weights(), [(a + b) / 2 for a, b in zip(first, second, strict=True)])
 
 
+# -- what differs from replica to replica ----------------------------------------------------------
+
+
+class _Unpacked(TPURun):
+    packed = False
+
+
+@pytest.mark.parametrize(("case", "micro_steps"), [(VR_LAMB, 2), (EXTRAP_ADAM, 1)], ids=str)
+def test_state_of_the_replicas_is_saved(case, micro_steps, tmp_path):
+    gradients = _gradients(micro_steps, sparse=False)
+
+    def begin():
+        run = _Unpacked(case, 2, micro_steps)
+        saved = tf.train.Checkpoint(variables=run.variables, optimizer=run.optimizer)
+        return run, saved
+
+    run, saved = begin()
+    run.update(gradients[0])
+    rest = gradients[1] + gradients[2]
+    run.micro_step(rest[:2])  # the first half of an update where there are micro-steps
+    path = saved.write(str(tmp_path / "state"))
+    other, to_be_restored = begin()
+    to_be_restored.read(path).assert_existing_objects_matched()
+    for each in (run, other):
+        each.micro_step(rest[2:4])
+    assert_replicas_identical(other)
+    assert_states_equal(run.state(), other.state())
+    assert_close(run.weights(), _reference(case, gradients[: 4 - micro_steps]))
+
+
+def test_an_error_beside_the_weights_is_recovered_from():
+    run = TPURun(EXTRAP_ADAM, 2).update(_gradients(1, sparse=False)[0])
+    before = run.state()
+
+    def fail():
+        with run.inner.extrapolated(run.variables):
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        emulated(run.strategy, fail, [[], []])
+    assert_replicas_identical(run)
+    assert_states_equal(before, run.state())
+
+
 # -- training functions ----------------------------------------------------------------------------
 
 
