@@ -26,17 +26,6 @@ def poisoned(sub_batches, index, value, layer=2):
     return copies
 
 
-def accumulators(run):
-    accumulation = run.inner._accumulation
-    if accumulation is None:
-        return []
-    return [
-        copy.numpy()
-        for variable in accumulation.variables()
-        for copy in run.strategy.experimental_local_results(variable)
-    ]
-
-
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "where", "value"),
@@ -58,7 +47,6 @@ def test_skips_the_whole_update(case, replicas, micro_steps, where, value):
     assert_states_equal(before, run.state())
     assert run.optimizer.skipped_updates.numpy() == 1
     assert run.optimizer.iterations.numpy() == 1
-    assert all(not a.any() for a in accumulators(run))
     assert_replicas_identical(run)
 
     run.update(good[2])
@@ -90,7 +78,6 @@ def test_loss_scale_halves_wherever_it_overflows(case, replicas, micro_steps, wh
     assert run.optimizer.dynamic_scale.numpy() == 32.0
     assert run.optimizer.skipped_updates.numpy() == 1
     assert run.optimizer.iterations.numpy() == 1
-    assert all(not a.any() for a in accumulators(run))
     assert_replicas_identical(run)
 
     run.update(scaled(good[2], 32))

@@ -190,6 +190,154 @@ def test_between_updates_nothing_is_stored_for_the_accumulators(caplog):
     assert other.optimizer.iterations.numpy() == 1
 
 
+# -- the state is set in mid-accumulation ----------------------------------------------------------
+
+
+def _by_set_weights(run, folder):
+    weights = [v.numpy() for v in run.optimizer.variables]
+    return lambda: run.optimizer.set_weights(weights)
+
+
+def _by_assignment(run, folder):
+    weights = [v.numpy() for v in run.optimizer.variables]
+
+    def set_back():
+        for variable, weight in zip(run.optimizer.variables, weights, strict=True):
+            variable.assign(weight)
+
+    return set_back
+
+
+def _by_loading(run, folder):
+    store = {}
+    run.optimizer.save_own_variables(store)
+    return lambda: run.optimizer.load_own_variables(store)
+
+
+def _by_restoring(run, folder):
+    checkpoint = tf.train.Checkpoint(optimizer=run.optimizer)
+    path = checkpoint.save(str(folder / "checkpoint"))
+    return lambda: checkpoint.restore(path).assert_consumed()
+
+
+WAYS = [_by_set_weights, _by_assignment, _by_loading, _by_restoring]
+# Without statistics, with either of them, and with gradients from beside the weights.
+KINDS = [case for case in CASES if case.name in ("sngm", "vr_lamb", "clars", "extrap_sgd")]
+
+
+def assert_pending_micro_steps_are_gone(run, remember, folder, gradients, made=1):
+    """After some micro-steps of an update the state is set back, and all of it made anew."""
+    run.update(gradients[0])
+    set_back, weights = remember(run, folder), run.weights()
+    spoilt = [[tf.constant(g) for g in layers] for layers in gradients[1]]
+    for m in range(made):
+        run.micro_step(spoilt[m * run.replicas : (m + 1) * run.replicas])
+    set_back()
+    state = run.state()
+    run.update(gradients[2])
+    after = run.state()
+    for variable, weight in zip(run.variables, weights, strict=True):
+        variable.assign(weight)
+    set_back()
+    assert_states_equal(state, run.state())
+    assert_states_equal(after, run.update(gradients[2]).state())
+    return after
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", KINDS, ids=repr)
+def test_pending_micro_steps_do_not_survive(case, way, tmp_path):
+    replicas = 2 if case.name == "vr_lamb" else 1
+    gradients = sub_batch_gradients(3, sub_batches=3 * replicas)
+    run = Run(case, replicas, 3)
+    after = assert_pending_micro_steps_are_gone(run, way, tmp_path, gradients, made=2)
+    never = Run(case, replicas, 3).updates([gradients[0], gradients[2]])
+    assert_states_equal(never.state(), after)
+
+
+def _lossy(optimizer):
+    return tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=2.0)
+
+
+@pytest.mark.parametrize("way", [_by_set_weights, _by_restoring], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("make", "wrap"),
+    [
+        (CASES[0], _lossy),
+        (lambda **kwargs: tf_lbopt.VarianceReduced(keras.optimizers.Adam(0.1), **kwargs), None),
+        (lambda **kwargs: tf_lbopt.VarianceReduced(tf_lbopt.SNGM(0.1), **kwargs), _lossy),
+    ],
+    ids=["loss scale", "variance reduced", "both"],
+)
+def test_pending_micro_steps_do_not_survive_in_wrappers(make, wrap, way, tmp_path):
+    gradients = sub_batch_gradients(3, sub_batches=2)
+    run = Run(make, 1, 2, **({} if wrap is None else {"wrap": wrap}))
+    assert_pending_micro_steps_are_gone(run, way, tmp_path, gradients)
+
+
+def test_the_first_micro_step_overwrites_sparse_and_missing_gradients():
+    """Of a table by rows, and of a variable that had a gradient only before."""
+    table, other = (keras.Variable(np.zeros([4, 2], "float32")) for _ in range(2))
+    optimizer = tf_lbopt.SNGM(1.0, momentum=0.0, gradient_accumulation_steps=2)
+    optimizer.build([table, other])
+    empty = [v.numpy() for v in optimizer.variables]
+    rows = tf.IndexedSlices(tf.ones([2, 2]), tf.constant([1, 1]), tf.constant([4, 2]))
+
+    @tf.function
+    def step(row, both):
+        gradient = tf.IndexedSlices(rows.values, tf.fill([2], row), rows.dense_shape)
+        if both:
+            optimizer.apply([gradient, tf.ones([4, 2])], [table, other])
+        else:
+            optimizer.apply([gradient], [table])
+
+    step(tf.constant(3), True)
+    optimizer.set_weights(empty)
+    for _ in range(2):
+        step(tf.constant(1), False)
+    np.testing.assert_allclose(table.numpy()[3], 0.0)
+    np.testing.assert_allclose(table.numpy()[1], -np.sqrt(0.5), rtol=1e-6)
+    np.testing.assert_array_equal(other.numpy(), 0.0)
+
+
+def test_a_count_that_belongs_to_other_accumulators():
+    """Set in mid-accumulation from another optimizer: what it had pending did not come along."""
+    gradients = sub_batch_gradients(3, sub_batches=3)
+    one, other = Run(CASES[0], 1, 3), Run(CASES[0], 1, 3)
+    one.update(gradients[0]).micro_step([[tf.constant(g) for g in gradients[1][0]]])
+    other.optimizer.set_weights([v.numpy() for v in one.optimizer.variables])
+    for variable, weight in zip(other.variables, one.weights(), strict=True):
+        variable.assign(weight)
+    other.update(gradients[2])
+    assert_states_equal(
+        Run(CASES[0], 1, 3).updates([gradients[0], gradients[2]]).state(), other.state()
+    )
+
+
+def test_an_error_in_a_micro_step_leaves_nothing_of_it():
+    """On one replica of two, after the other has added its gradient."""
+    run = Run(CASES[0], 2, 2)
+    gradients = sub_batch_gradients(3, sub_batches=4)
+    run.update(gradients[0])
+
+    @tf.function
+    def failing(fails):
+        def replica_step():
+            context = tf.distribute.get_replica_context()
+            bad = tf.equal(context.replica_id_in_sync_group, 1) & fails
+            with tf.control_dependencies([tf.debugging.Assert(~bad, ["on purpose"])]):
+                run.optimizer.apply([tf.ones_like(v) for v in run.variables], run.variables)
+
+        run.strategy.run(replica_step)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="on purpose"):
+        failing(tf.constant(True))
+    run.update(gradients[2])
+    assert_states_equal(
+        Run(CASES[0], 2, 2).updates([gradients[0], gradients[2]]).state(), run.state()
+    )
+
+
 def _model(optimizer):
     model = keras.Sequential(
         [keras.Input([5]), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)]

@@ -320,14 +320,6 @@ def poisoned(sub_batches, index, value, layer=2):
     return copies
 
 
-def assert_accumulators_empty(run):
-    accumulation = run.inner._accumulation
-    if accumulation is not None:
-        for variable in accumulation.variables():
-            for copy in run.strategy.experimental_local_results(variable):
-                assert not copy.numpy().any()
-
-
 WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
 
 
@@ -353,7 +345,6 @@ def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, val
     assert_states_equal(before, run.state())
     assert run.inner.skipped_updates.numpy() == 1
     assert run.optimizer.iterations.numpy() == 1
-    assert_accumulators_empty(run)
     assert_replicas_identical(run)
     if wrapper == "dynamic":
         assert run.optimizer.loss_scale.numpy() == 32.0

@@ -253,8 +253,8 @@ def _in_mid_accumulation(optimizer: keras.optimizers.Optimizer) -> bool:
     accumulation = getattr(optimizer, "_accumulation", None)
     if not isinstance(accumulation, Accumulation):
         return int(optimizer.iterations.numpy()) % steps != 0
-    # Ours counts updates, skipped ones apart, and makes its accumulators with the first gradients.
-    return bool(accumulation.accumulators) and int(accumulation.micro_step.numpy()) > 0
+    # Ours counts updates, skipped ones apart.
+    return optimizer.built and int(accumulation.micro_step.numpy()) > 0
 
 
 def _fitting(entry: Any, layers: Iterable[keras.layers.Layer]) -> list[keras.layers.Layer]:

@@ -1,5 +1,6 @@
 """Gradient accumulation: state that differs from replica to replica."""
 
+import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,8 +25,31 @@ from tf_lbopt.statistics.sparse import merge_repeated_indices
 _logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Which of several micro-steps a call is, as far as tracing knows.
+
+    Attributes:
+        number: From 0 to ``of`` - 1.
+        of: How many are taken in turn by the training step that is traced; the number of
+            micro-steps of an update is a multiple of it.
+    """
+
+    number: int = 0
+    of: int = 1
+
+    def within(self, outer: "Turn") -> "Turn":
+        """This one as a part of another."""
+        return Turn(outer.number * self.of + self.number, outer.of * self.of)
+
+
 class Accumulation(ReplicaState):
     """What each replica keeps of its gradients over the micro-steps of one update.
+
+    Where in the accumulation an optimizer is, one of its variables says: `micro_step`. What is in
+    the accumulators belongs to it only if they were filled in the same place, of which they keep a
+    note of their own; if not (the optimizer's state was set, by whatever means), or at micro-step
+    0, the accumulation begins, and what there was is overwritten.
 
     Saved only in mid-accumulation: between updates there is nothing to store.
 
@@ -48,12 +72,15 @@ class Accumulation(ReplicaState):
         self.steps = steps
         self.statistics = frozenset(statistics)
         self.parts = parts
-        # Made with the first accumulators: how many micro-steps were live, and which of the
-        # optimizer's variables had a gradient in one of them.
+        # How many micro-steps of the current update were made: one of the optimizer's variables.
+        self.micro_step: tf.Variable
+        # Made with the first accumulators: after how many updates, and micro-steps of the current
+        # one, they were as they are; how many micro-steps were live; and which of the optimizer's
+        # variables had a gradient in one of them.
+        self.filled: tf.Variable
         self.live: tf.Variable
         self.seen: tf.Variable
         self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
-        self._micro_step: tf.Variable | None = None
 
     def prepare(
         self,
@@ -86,8 +113,8 @@ class Accumulation(ReplicaState):
         if not missing:
             return
         with _compat.outside_of_functions(), self._strategy.scope():
-            if self._micro_step is None:
-                self._micro_step = self._variable(0, tf.TensorShape([]), tf.int64)
+            if not self.accumulators:
+                self.filled = self._variable([0, 0], tf.TensorShape([2]), tf.int64)
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
                 self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
             for index, variable, gradient in missing:
@@ -111,14 +138,30 @@ class Accumulation(ReplicaState):
             value, shape=shape, dtype=dtype, trainable=False, name="gradient_accumulator"
         )
 
-    @property
-    def micro_step(self) -> tf.Variable:
-        """How many micro-steps of the current update are in the accumulators."""
-        if self._micro_step is None:
-            raise ValueError("The accumulators do not exist before the first gradients arrive.")
-        return self._micro_step
+    def position(self, turn: Turn, updates: tf.Variable) -> int | tf.Tensor:
+        """How many micro-steps of the current update are in the accumulators.
 
-    def note(self, indices: Sequence[int], paths: Sequence[str | None]) -> tf.Tensor | None:
+        To be called in the cross-replica context.
+
+        Args:
+            turn: Which micro-step is being traced.
+            updates: Counts the optimizer's updates.
+        """
+        if turn.of == self.steps:
+            return turn.number
+        # In int32: XLA emulates the division of longer ones on TPU.
+        count = tf.cast(self.micro_step, tf.int32)
+        if turn.number > 0:  # the turn's first looked at what follows
+            return count
+        here = tf.stack([tf.convert_to_tensor(updates), tf.convert_to_tensor(self.micro_step)])
+        belongs = tf.reduce_all(tf.equal(here, self.filled))
+        if turn.of > 1:  # an error may have left the first of an earlier turn
+            belongs &= count % turn.of == 0
+        return tf.where(belongs, count, 0)
+
+    def note(
+        self, indices: Sequence[int], paths: Sequence[str | None], count: int | tf.Tensor
+    ) -> tf.Tensor | None:
         """Notes which variables have a gradient in a micro-step, in the cross-replica context.
 
         An update is of those that have one in the last, and deviations are followed in those that
@@ -127,6 +170,7 @@ class Accumulation(ReplicaState):
         Args:
             indices: Of the variables that have one.
             paths: Of all of the optimizer's variables; ``None`` for those that are not trained.
+            count: The `position`.
 
         Returns:
             What to multiply a gradient by: NaN, by which the update is discarded, if XLA compiles
@@ -137,10 +181,11 @@ class Accumulation(ReplicaState):
             tf.errors.InvalidArgumentError: When it runs: one of those without has had one.
         """
         factor = None
+        seen = tf.where(tf.equal(count, 0), 0.0, self.seen.read_value())
         trained = {index: path for index, path in enumerate(paths) if path is not None}
         absent = {index: trained[index] for index in sorted(trained.keys() - set(indices))}
         if absent:
-            missing = self.seen.read_value() * _ones_at(absent, len(paths))
+            missing = seen * _ones_at(absent, len(paths))
             complete = tf.reduce_all(missing == 0.0)
             if _compat.in_xla_context():
                 factor = tf.where(complete, 1.0, float("nan"))
@@ -152,7 +197,7 @@ class Accumulation(ReplicaState):
                     f"one earlier in this update. Received: none for {', '.join(absent.values())}"
                 ],
             )
-        self.seen.assign(tf.maximum(self.seen.read_value(), _ones_at(indices, len(paths))))
+        self.seen.assign(tf.maximum(seen, _ones_at(indices, len(paths))))
         return factor
 
     def add(
@@ -160,42 +205,82 @@ class Accumulation(ReplicaState):
         indices: Sequence[int],
         gradients: Sequence[Gradient],
         gradient_norms: Sequence[tf.Tensor] | None,
+        count: int | tf.Tensor,
         part: int = 0,
-    ) -> None:
+    ) -> tf.Tensor:
         """Adds one micro-step's gradients to this replica's accumulators, in place.
 
         Args:
             indices: Of the variables.
             gradients: One each.
             gradient_norms: What stands for their norms; ``None`` for these themselves.
+            count: The `position`; the first micro-step (of each part) overwrites.
             part: Which of the sub-batches taken in turn this is.
+
+        Returns:
+            What is there when all is added.
         """
-        count = tf.convert_to_tensor(self.live)
         counted = self.statistics & {VARIANCE, MEAN_NORM}
         live = any_nonzero(list(gradients)) if counted else tf.constant(True)
         if gradient_norms is None and MEAN_NORM in self.statistics:
             gradients = [merge_repeated_indices(gradient) for gradient in gradients]
             gradient_norms = norms(gradients)
+        own_norms = gradient_norms or [None] * len(indices)
         accumulators = [self.accumulators[part, index] for index in indices]
-        if VARIANCE in self.statistics:
+        before = tf.where(tf.equal(count, 0), 0.0, self.live.read_value())
 
-            def deviate() -> tf.Tensor:
-                replicas = self._strategy.num_replicas_in_sync
-                weights = {
-                    dtype: deviation_weights(before, replicas)
-                    for dtype, before in scalars(gradients, count).items()
-                }
-                for accumulator, gradient in zip(accumulators, gradients, strict=True):
-                    accumulator.deviate(gradient, weights[gradient.dtype])
-                return tf.constant(True)
+        def begin() -> tf.Tensor:
+            for (of_part, index), accumulator in self.accumulators.items():
+                if of_part == part and index not in indices:
+                    accumulator.clear()
+            for accumulator, gradient, norm in zip(accumulators, gradients, own_norms, strict=True):
+                accumulator.begin(gradient, live, norm)
+            return tf.constant(True)
 
-            # The first one deviates from nothing.
-            tf.cond(live & (count > 0), deviate, lambda: tf.constant(True))
-        for accumulator, gradient, norm in zip(
-            accumulators, gradients, gradient_norms or [None] * len(indices), strict=True
-        ):
-            accumulator.add(gradient, live, norm)
-        self.live.assign(count + tf.cast(live, count.dtype))
+        def deviate() -> tf.Tensor:
+            replicas = self._strategy.num_replicas_in_sync
+            weights = {
+                dtype: deviation_weights(count, replicas)
+                for dtype, count in scalars(gradients, before).items()
+            }
+            for accumulator, gradient in zip(accumulators, gradients, strict=True):
+                accumulator.deviate(gradient, weights[gradient.dtype])
+            return tf.constant(True)
+
+        def go_on() -> tf.Tensor:
+            if VARIANCE in self.statistics:
+                # The first live one deviates from nothing.
+                tf.cond(live & (before > 0), deviate, lambda: tf.constant(True))
+            for accumulator, gradient, norm in zip(accumulators, gradients, own_norms, strict=True):
+                accumulator.add(gradient, live, norm)
+            return tf.constant(True)
+
+        # Until it is whole, what is there belongs to no micro-step.
+        emptied = self.filled.assign(tf.zeros_like(self.filled), read_value=False)
+        with tf.control_dependencies([] if emptied is None else [emptied]):
+            self.live.assign(before + tf.cast(live, before.dtype))
+            if isinstance(count, int):
+                return begin() if count < self.parts else go_on()
+            return tf.cond(count < self.parts, begin, go_on)
+
+    def advance(self, count: int | tf.Tensor, updates: tf.Variable) -> tf.Tensor:
+        """Notes, on this replica, that a micro-step was added which is not the last.
+
+        Args:
+            count: The `position` that it was added at.
+            updates: Counts the optimizer's updates.
+
+        Returns:
+            The new position.
+        """
+        made = tf.cast(count + 1, tf.int64)
+        self.micro_step.assign(made)
+        self.filled.assign(tf.stack([tf.convert_to_tensor(updates), made]))
+        return made
+
+    def finish(self) -> None:
+        """Notes, on this replica, that an update was made or discarded: the next one begins."""
+        self.micro_step.assign(tf.zeros_like(self.micro_step))
 
     def read(self, indices: Sequence[int]) -> OwnMoments:
         """This replica's moments."""
@@ -223,14 +308,6 @@ class Accumulation(ReplicaState):
         sums = [self.accumulators[0, index].norm_sum for index in indices]
         return [norm_sum.read_value() for norm_sum in sums if norm_sum is not None]
 
-    def clear(self) -> None:
-        """Empties this replica's accumulators."""
-        for accumulator in self.accumulators.values():
-            accumulator.clear()
-        self.micro_step.assign(0)
-        self.live.assign(0.0)
-        self.seen.assign(tf.zeros_like(self.seen))
-
     def variables(self) -> list[tf.Variable]:
         """What is kept for the trainable variables."""
         return [v for accumulator in self.accumulators.values() for v in accumulator.variables()]
@@ -239,7 +316,7 @@ class Accumulation(ReplicaState):
 
     def state(self) -> dict[str, tf.Variable] | None:
         """All accumulators by name, or ``None`` before the first gradients."""
-        if self._micro_step is None:
+        if not self.accumulators:
             return None
         return {
             "live": self.live,
@@ -251,23 +328,24 @@ class Accumulation(ReplicaState):
         }
 
     def header(self) -> dict[str, Any] | None:
-        """Where in the accumulation it is; ``None`` between updates, when all is empty."""
-        micro_step = int(self.micro_step.numpy())
-        return {"micro_step": micro_step, "steps": self.steps} if micro_step else None
+        """Where in the accumulation it is; ``None`` between updates."""
+        filled = self.filled.numpy().tolist()
+        if filled[1] == 0 or filled[1] != int(self.micro_step.numpy()):
+            return None
+        return {"filled": filled, "steps": self.steps}
 
     def accept(self, header: Mapping[str, Any]) -> bool:
         """Whether the accumulation was of as many micro-steps."""
         return header["steps"] == self.steps
 
     def reset(self) -> None:
-        """Empties all copies."""
-        super().reset()
-        self.micro_step.assign(0)
-        self.seen.assign(tf.zeros_like(self.seen))
+        """Makes the next micro-step begin."""
+        self.filled.assign(tf.zeros_like(self.filled))
 
     def restored(self, header: Mapping[str, Any]) -> None:
-        """Goes on where the saved one was."""
-        self.micro_step.assign(header["micro_step"])
+        """Notes where the saved one was filled."""
+        self.filled.assign(header["filled"])
+        self.seen.assign(tf.zeros_like(self.seen))
 
     def lost(self, header: Mapping[str, Any]) -> None:
         """Warns that micro-steps are lost."""

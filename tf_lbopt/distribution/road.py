@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_lbopt import _compat
-from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.distribution.accumulation import Accumulation, Turn
 from tf_lbopt.distribution.replicas import (
     bundle,
     on_each_replica,
@@ -44,24 +44,6 @@ class Clip:
     clipnorm: float | None = None
     clipvalue: float | None = None
     global_clipnorm: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """Which of several micro-steps a call of `Journey.travel` is, as far as tracing knows.
-
-    Attributes:
-        number: From 0 to ``of`` - 1.
-        of: How many are taken in turn by the training step that is traced; the number of
-            micro-steps of an update is a multiple of it.
-    """
-
-    number: int = 0
-    of: int = 1
-
-    def within(self, outer: "Turn") -> "Turn":
-        """This one as a part of another."""
-        return Turn(outer.number * self.of + self.number, outer.of * self.of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +104,7 @@ class Journey:
         indices: For each gradient the number of its variable, as the optimizer counts them.
         variables: For each gradient its variable.
         destination: What to do at the end of the road.
-        anchor: A variable that exists on every replica.
+        anchor: A variable that exists on every replica: the optimizer's count of updates.
         clip: Limits of the mean gradient.
         turn: Which micro-step this is; where all of an update are known, the update is traced with
             the last one only.
@@ -180,39 +162,34 @@ class Journey:
         if accumulation is None:
             return self._reduce_and_update(strategy, gradients, gradient_norms)
 
-        def add(local: list[Gradient], local_norms: list[tf.Tensor] | None) -> list[tf.Tensor]:
+        def add(
+            local: list[Gradient], local_norms: list[tf.Tensor] | None, count: int | tf.Tensor
+        ) -> list[tf.Tensor]:
             if factor is not None and local:
                 local = [clipping.scale(local[0], tf.cast(factor, local[0].dtype)), *local[1:]]
-            accumulation.add(self.indices, local, local_norms, turn.number % accumulation.parts)
-            return [tf.constant(True)]
+            part = turn.number % accumulation.parts
+            return [accumulation.add(self.indices, local, local_norms, count, part)]
 
         def last() -> tf.Tensor:
             return self._reduce_and_update(strategy, None, None)
 
         def advance() -> tf.Tensor:
-            accumulation.micro_step.assign_add(1)
+            on_each_replica(
+                strategy, self.anchor, lambda at: [accumulation.advance(at, self.anchor)], count
+            )
             return tf.constant(True)
-
-        def start() -> tf.Tensor:
-            on_each_replica(strategy, self.anchor, clear)
-            return tf.constant(True)
-
-        def clear() -> list[tf.Tensor]:
-            accumulation.clear()
-            return [tf.constant(True)]
 
         accumulation.prepare(self.indices, self.variables, gradients, len(self.paths))
-        if turn.number == 0 and turn.of > 1:  # an error may have left the first of an earlier turn
-            stale = tf.cast(accumulation.micro_step, tf.int32) % turn.of > 0
-            tf.cond(stale, start, lambda: tf.constant(True))
-        factor = accumulation.note(self.indices, self.paths)
-        on_each_replica(strategy, self.anchor, add, gradients, gradient_norms)
-        if turn.number < turn.of - 1:
-            return advance()
-        if turn.of == accumulation.steps:
-            return last()
-        is_last = tf.equal(accumulation.micro_step, accumulation.steps - 1)
-        return tf.cond(is_last, last, advance)
+        count = accumulation.position(turn, self.anchor)
+        factor = accumulation.note(self.indices, self.paths, count)
+        (added,) = on_each_replica(strategy, self.anchor, add, gradients, gradient_norms, count)
+        # After an error on one replica all must agree that this micro-step was not made.
+        with tf.control_dependencies(list(added)):
+            if isinstance(count, int):
+                return last() if count == accumulation.steps - 1 else advance()
+            if turn.number < turn.of - 1:
+                return advance()
+            return tf.cond(tf.equal(count, accumulation.steps - 1), last, advance)
 
     # -- reduce ------------------------------------------------------------------------------------
 
@@ -387,7 +364,7 @@ class Journey:
         )
         destination.count(write_if_sound(sound, update))
         if accumulation is not None:
-            accumulation.clear()
+            accumulation.finish()
         if destination.after is not None:
             destination.after(finite)
         return [finite]

@@ -22,9 +22,9 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.distribution.accumulation import Accumulation, Turn
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
-from tf_lbopt.distribution.road import Arrival, Clip, Destination, Journey, Turn
+from tf_lbopt.distribution.road import Arrival, Clip, Destination, Journey
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.norms import Gradient
@@ -228,6 +228,10 @@ class Algorithm(abc.ABC):
                 for name, slots in self._slots.items():
                     slots.append(self._add_slot(variable, name))
         self._decay_exclusion.build(variables)
+        if self._accumulation is not None:
+            # The last of all: the state of an optimizer without accumulation has the others' places.
+            self._pending_micro_steps = self._add_counter("pending_micro_steps")
+            self._accumulation.micro_step = tensorflow_variable(self._pending_micro_steps)
 
     def _check_trainable(self, variable: Any) -> None:
         if not tf.as_dtype(variable.dtype).is_floating:

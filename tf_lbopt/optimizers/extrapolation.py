@@ -20,10 +20,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.distribution.accumulation import Accumulation, Turn
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import on_each_replica, replica_number
-from tf_lbopt.distribution.road import Arrival, Turn
+from tf_lbopt.distribution.road import Arrival
 from tf_lbopt.distribution.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable

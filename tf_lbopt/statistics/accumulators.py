@@ -92,8 +92,17 @@ class DenseAccumulator:
         squares = tf.math.squared_difference(full, mean)
         apply_delta(self.deviations, squares, of_squares)
 
+    def begin(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
+        """Overwrites what there is by the first micro-step, in place. Arguments as `add`."""
+        del live
+        _set_norm(self.norm_sum, norm)
+        if self.deviations is not None:
+            self.deviations.assign(tf.zeros_like(self.deviations))
+        # Rows may come again in a sparse one, which sums them.
+        self.sum.assign(tf.convert_to_tensor(gradient))
+
     def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
-        """Adds one micro-step, in place.
+        """Adds one more micro-step, in place.
 
         Args:
             gradient: Of this micro-step.
@@ -160,8 +169,20 @@ class SparseAccumulator:
     def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
         """Does nothing: `add` does so, as each row counts its micro-steps for itself."""
 
+    def begin(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
+        """Overwrites what there is by the first micro-step. Arguments as `DenseAccumulator.add`."""
+        _set_norm(self.norm_sum, norm)
+        gradient = merge_repeated_indices(_as_slices(gradient))
+        if self.deviations is not None:
+            self.deviations.assign(tf.zeros_like(gradient.values))
+        self.touched.assign(
+            tf.fill(tf.shape(gradient.indices), tf.cast(live, self.touched.dtype))
+        )
+        self.sum.assign(gradient.values)
+        self.indices.assign(tf.cast(gradient.indices, tf.int64))
+
     def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
-        """Adds one micro-step, in place. Arguments as `DenseAccumulator.add`."""
+        """Adds one more micro-step, in place. Arguments as `DenseAccumulator.add`."""
         _add_norm(self.norm_sum, norm)
         gradient = merge_repeated_indices(_as_slices(gradient))
         known = self.indices.read_value()
@@ -317,6 +338,12 @@ def _add_norm(norm_sum: tf.Variable | None, norm: tf.Tensor | None) -> None:
     if norm_sum is not None:
         assert norm is not None, "who keeps norms must be given them"
         norm_sum.assign_add(tf.cast(norm, norm_sum.dtype))
+
+
+def _set_norm(norm_sum: tf.Variable | None, norm: tf.Tensor | None) -> None:
+    if norm_sum is not None:
+        assert norm is not None, "who keeps norms must be given them"
+        norm_sum.assign(tf.cast(norm, norm_sum.dtype))
 
 
 def _as_slices(gradient: Gradient) -> tf.IndexedSlices:
