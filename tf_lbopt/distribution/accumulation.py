@@ -321,7 +321,7 @@ class Accumulation(ReplicaState):
         return {
             "live": self.live,
             **{
-                f"{part}/{index}/{accumulator.kind}/{number}": variable
+                f"{part}.{index}.{accumulator.kind}.{number}": variable
                 for (part, index), accumulator in self.accumulators.items()
                 for number, variable in enumerate(accumulator.variables())
             },

@@ -11,12 +11,14 @@ import tensorflow as tf
 
 from tf_lbopt.rules.norms import compute_dtype
 
+_HEADER = "header"
+
 
 class ReplicaState(tf.train.experimental.PythonState):
     """Mirrored variables whose copies differ.
 
-    What checkpoints store of a mirrored variable is its first copy, so this object stores all
-    copies itself, as one string.
+    What files and checkpoints store of a mirrored variable is its first copy, so this object stores
+    all copies itself: as an array each in Keras files, as one string in checkpoints.
 
     Args:
         strategy: The strategy under which the variables live.
@@ -25,7 +27,7 @@ class ReplicaState(tf.train.experimental.PythonState):
     def __init__(self, strategy: tf.distribute.Strategy):
         super().__init__()
         self._strategy = strategy
-        self._pending: bytes | None = None
+        self._pending: dict[str, np.ndarray] | None = None
 
     @abc.abstractmethod
     def state(self) -> dict[str, tf.Variable] | None:
@@ -56,78 +58,95 @@ class ReplicaState(tf.train.experimental.PythonState):
     def load_pending(self) -> None:
         """Restores what was loaded before the variables existed; call it when they do."""
         if self._pending is not None:
-            self.deserialize(self._pending)
+            self.load(self._pending)
 
-    def serialize(self) -> bytes:
-        """What a checkpoint stores: every replica's copies, or nothing."""
-        if not tf.executing_eagerly():
-            return b""  # into a SavedModel, from which TensorFlow would not restore it
-        return self._stored()
-
-    def _stored(self) -> bytes:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What there is to store: a header and every replica's copies by name, or nothing."""
         if self.state() is None:
-            return self._pending or b""
+            return self._pending or {}
         header = self.header()
         if header is None:
-            return b""
-        return self._packed(header, self._copies())
+            return {}
+        return self._arrays(header, self._copies())
 
-    def _packed(
+    def _arrays(
         self, header: Mapping[str, Any], copies: Mapping[str, tuple[tf.Variable, ...]]
-    ) -> bytes:
-        """A header and all replicas' copies as one file."""
+    ) -> dict[str, np.ndarray]:
         replicas = self._strategy.num_replicas_in_sync
         # Other workers' copies can not be reached from here; loading will start empty.
         complete = all(len(local) == replicas for local in copies.values())
         header = {**header, "replicas": replicas, "complete": complete}
-        arrays = {
-            f"{name}/{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
-            for name, local in copies.items()
-            for replica, copy in enumerate(local)
-            if complete
+        return {
+            _HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8),
+            **{
+                f"{name}.{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
+                for name, local in copies.items()
+                for replica, copy in enumerate(local)
+                if complete
+            },
         }
-        buffer = io.BytesIO()
-        np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-        return buffer.getvalue()
 
-    def deserialize(self, string_value: bytes) -> None:
-        """Restores what `serialize` stored; before the variables exist it is kept until then.
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Restores `arrays`; before the variables exist they are kept until then.
 
-        Where it has no place (another number of replicas, say) the state is empty, with a warning.
+        Where they have no place (another number of replicas, say) the state is empty, with a
+        warning.
         """
         if self.state() is None:
-            self._pending = string_value
+            self._pending = dict(arrays)
             return
         self._pending = None
         self.reset()
-        if not string_value:
+        if not arrays:
             return
         copies = self._copies()
-        with np.load(io.BytesIO(string_value)) as stored:
-            header = json.loads(stored["header"].tobytes().decode())
-            names = {f"{name}/{r}" for name, local in copies.items() for r in range(len(local))}
-            fits = (
-                header["replicas"] == self._strategy.num_replicas_in_sync
-                and self.accept(header)
-                and names == set(stored.files) - {"header"}
-                and all(
-                    copy.shape.is_compatible_with(stored[f"{name}/0"].shape)
-                    for name, (copy, *_) in copies.items()
-                )
+        header = header_of(arrays)
+        names = {f"{name}.{r}" for name, local in copies.items() for r in range(len(local))}
+        fits = (
+            header["replicas"] == self._strategy.num_replicas_in_sync
+            and self.accept(header)
+            and names == set(arrays) - {_HEADER}
+            and all(
+                copy.shape.is_compatible_with(arrays[f"{name}.0"].shape)
+                for name, (copy, *_) in copies.items()
             )
-            if not fits:
-                self.lost(header)
-                return
-            for name, local in copies.items():
-                for replica, variable in enumerate(local):
-                    variable.assign(stored[f"{name}/{replica}"])
-            self.restored(header)
+        )
+        if not fits:
+            self.lost(header)
+            return
+        for name, local in copies.items():
+            for replica, variable in enumerate(local):
+                variable.assign(arrays[f"{name}.{replica}"])
+        self.restored(header)
+
+    def serialize(self) -> bytes:
+        """What a checkpoint stores: `arrays` as one file, or nothing."""
+        # Into a SavedModel nothing: TensorFlow would not restore it from there.
+        arrays = self.arrays() if tf.executing_eagerly() else {}
+        if not arrays:
+            return b""
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Restores what `serialize` stored."""
+        if not string_value:
+            self.load({})
+            return
+        with np.load(io.BytesIO(string_value)) as stored:
+            self.load({name: stored[name] for name in stored.files})
 
     def _copies(self) -> dict[str, tuple[tf.Variable, ...]]:
         return {
             name: self._strategy.experimental_local_results(variable)
             for name, variable in (self.state() or {}).items()
         }
+
+
+def header_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The header that `ReplicaState.arrays` has put to the state."""
+    return json.loads(np.asarray(arrays[_HEADER], np.uint8).tobytes().decode())
 
 
 def _stored_dtype(variable: tf.Variable) -> tf.DType:

@@ -18,20 +18,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation, Turn
+from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
 from tf_lbopt.distribution.road import Arrival, Clip, Destination, Journey
+from tf_lbopt.optimizers import saved_state
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import Layer, Rule, Step, Update
 from tf_lbopt.rules.sharing import scalars
-
-_ACCUMULATION_KEY = "accumulation"
 
 _turns: dict[tuple[int, int], Turn] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
@@ -229,7 +228,7 @@ class Algorithm(abc.ABC):
                     slots.append(self._add_slot(variable, name))
         self._decay_exclusion.build(variables)
         if self._accumulation is not None:
-            # The last of all: the state of an optimizer without accumulation has the others' places.
+            # The last of all: without accumulation the others have the same places.
             self._pending_micro_steps = self._add_counter("pending_micro_steps")
             self._accumulation.micro_step = tensorflow_variable(self._pending_micro_steps)
 
@@ -539,23 +538,22 @@ class Algorithm(abc.ABC):
         )
         return config
 
+    def _replica_states(self) -> dict[str, ReplicaState]:
+        """What differs from replica to replica, by the name under which it is saved."""
+        return {} if self._accumulation is None else {"accumulation": self._accumulation}
+
     def save_own_variables(self, store: Any) -> None:
-        """Keras saving: all variables and, in mid-accumulation, every replica's sums."""
-        super().save_own_variables(store)  # type: ignore[misc]  # the framework's
-        if self._accumulation is not None:
-            sums = self._accumulation.serialize()
-            if sums:
-                store[_ACCUMULATION_KEY] = np.frombuffer(sums, np.uint8)
+        """Keras saving: all variables and what is each replica's own."""
+        saved_state.save(self, store, self._replica_states())
 
     def load_own_variables(self, store: Any) -> None:
-        """Keras loading, of what `save_own_variables` saved."""
-        keys = list(store.keys())
-        super().load_own_variables(  # type: ignore[misc]  # the framework's
-            {key: store[key] for key in keys if key != _ACCUMULATION_KEY}
-        )
-        if self._accumulation is not None:
-            sums = np.asarray(store[_ACCUMULATION_KEY]) if _ACCUMULATION_KEY in keys else None
-            self._accumulation.deserialize(b"" if sums is None else sums.tobytes())
+        """Keras loading, of what `save_own_variables` saved.
+
+        Raises:
+            ValueError: It is the state of another optimizer, or of one for other variables; nothing
+                is loaded then.
+        """
+        saved_state.load(self, store, self._replica_states())
 
 
 class LayerwiseAlgorithm(Algorithm):

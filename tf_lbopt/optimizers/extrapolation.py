@@ -32,7 +32,6 @@ from tf_lbopt.rules.rule import OWN_GRADIENT, Update, dense
 from tf_lbopt.statistics.sparse import merge_repeated_indices
 
 _logger = logging.getLogger(__name__)
-_PAST_KEY = "past_gradients"
 
 
 class _Active:
@@ -448,20 +447,9 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             "sub_batches": self.sub_batches,
         }
 
-    def save_own_variables(self, store: Any) -> None:
-        """Keras saving: all variables and every replica's past gradients."""
-        super().save_own_variables(store)
-        past = b"" if self._past is None else self._past.serialize()
-        if past:
-            store[_PAST_KEY] = np.frombuffer(past, np.uint8)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Keras loading, of what `save_own_variables` saved."""
-        keys = list(store.keys())
-        super().load_own_variables({key: store[key] for key in keys if key != _PAST_KEY})
-        if self._past is not None:
-            past = np.asarray(store[_PAST_KEY]).tobytes() if _PAST_KEY in keys else b""
-            self._past.deserialize(past)
+    def _replica_states(self) -> dict[str, ReplicaState]:
+        past = {} if self._past is None else {"past_gradients": self._past}
+        return super()._replica_states() | past
 
 
 class _PastGradients(ReplicaState):
@@ -475,7 +463,7 @@ class _PastGradients(ReplicaState):
     def state(self) -> dict[str, tf.Variable] | None:
         if not self.variables:
             return None
-        return {f"{part}/{index}": v for (part, index), v in self.variables.items()}
+        return {f"{part}.{index}": v for (part, index), v in self.variables.items()}
 
     def header(self) -> dict[str, Any] | None:
         return {"parts": self._parts}

@@ -1,7 +1,5 @@
 """The state that each replica has of its own in the local phase of post-local SGD."""
 
-import io
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.distribution.replica_state import ReplicaState
+from tf_lbopt.distribution.replica_state import ReplicaState, header_of
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 
 _logger = logging.getLogger(__name__)
@@ -157,41 +155,40 @@ class LocalState(ReplicaState):
             self._assign(self.skipped, 0)
         if not stored:
             return
-        with np.load(io.BytesIO(stored)) as arrays:
-            header = json.loads(arrays["header"].tobytes().decode())
-            if self.accept(header):
-                for name, copies in self._copies_of(header["updates"]).items():
-                    for replica, copy in enumerate(copies):
-                        copy.assign(tf.cast(arrays[f"{name}/{replica}"], copy.dtype))
-                self.momenta_differ = True
-                return
-            if header["complete"] and header["momenta"] == self._shapes():
-                for index, momentum in enumerate(self.momenta):
-                    own = [arrays[f"momentum/{index}/{r}"] for r in range(header["replicas"])]
-                    self._assign(momentum, np.mean(own, axis=0))
+        header = header_of(stored)
+        if self.accept(header):
+            for name, copies in self._copies_of(header["updates"]).items():
+                for replica, copy in enumerate(copies):
+                    copy.assign(tf.cast(stored[f"{name}.{replica}"], copy.dtype))
+            self.momenta_differ = True
+            return
+        if header["complete"] and header["momenta"] == self._shapes():
+            for index, momentum in enumerate(self.momenta):
+                own = [stored[f"momentum.{index}.{r}"] for r in range(header["replicas"])]
+                self._assign(momentum, np.mean(own, axis=0))
         self._assign(self._counter, 0)
         self.lost(header)
 
     # -- saving ------------------------------------------------------------------------------------
 
-    def _stored(self) -> bytes:
-        # Nothing before the first local step.
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What there is to store; nothing before the first local step."""
         if self._pending is not None:
             return self._pending
         if self._alone or not self._created or not self._in_use():
-            return b""
-        return self._packed(self.header(), self._copies_of(self.updates()))
+            return {}
+        return self._arrays(self.header(), self._copies_of(self.updates()))
 
-    def deserialize(self, string_value: bytes) -> None:
-        """Keeps what `serialize` stored for `settle`."""
-        self._pending = string_value
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keeps `arrays` for `settle`."""
+        self._pending = dict(arrays)
 
     def state(self) -> dict[str, tf.Variable]:
         """The variables that are saved in mid-period."""
         return {
-            **{f"weights/{index}": variable for index, variable in enumerate(self.weights)},
-            **{f"average/{index}": variable for index, variable in enumerate(self.averages)},
-            **{f"momentum/{index}": variable for index, variable in enumerate(self.momenta)},
+            **{f"weights.{index}": variable for index, variable in enumerate(self.weights)},
+            **{f"average.{index}": variable for index, variable in enumerate(self.averages)},
+            **{f"momentum.{index}": variable for index, variable in enumerate(self.momenta)},
             "skipped": self.skipped,
         }
 

@@ -13,6 +13,7 @@ from tf_lbopt.distribution.replicas import (
     replica_context_of,
     sum_over_replicas,
 )
+from tf_lbopt.optimizers import saved_state
 from tf_lbopt.optimizers.algorithm import build_at_first_call, checked_new_learning_rate
 from tf_lbopt.optimizers.around import require_same_strategy, set_all_weights
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
@@ -153,6 +154,19 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Sets all `variables`, the inner optimizer's among them."""
         set_all_weights(self, weights)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keras saving: all variables."""
+        saved_state.save(self, store, {})
+
+    def load_own_variables(self, store: Any) -> None:
+        """Keras loading, of what `save_own_variables` saved.
+
+        Raises:
+            ValueError: It is the state of another optimizer, or of one for other variables; nothing
+                is loaded then.
+        """
+        saved_state.load(self, store, {})
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times the current scale, in float32 where the loss is of float16."""

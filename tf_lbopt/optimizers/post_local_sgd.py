@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
+from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import (
     bundle,
     on_each_replica,
@@ -33,8 +33,6 @@ from tf_lbopt.rules.bounds import is_rate, write_if_sound
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import OWN_GRADIENT, Layer, Step, Update
-
-_STATE_KEY = "local_state"
 
 # What a local step can not do, or not without mixing up the replicas.
 _REFUSED = (
@@ -623,19 +621,8 @@ class PostLocalSGD(AroundOptimizer):
             "name": self.name,
         }
 
-    def save_own_variables(self, store: Any) -> None:
-        """Keras saving: all variables and what is each replica's own."""
-        super().save_own_variables(store)
-        state = self._local.serialize()
-        if state:
-            store[_STATE_KEY] = np.frombuffer(state, np.uint8)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Keras loading, of what `save_own_variables` saved."""
-        keys = list(store.keys())
-        super().load_own_variables({key: store[key] for key in keys if key != _STATE_KEY})
-        state = np.asarray(store[_STATE_KEY]).tobytes() if _STATE_KEY in keys else b""
-        self._local.deserialize(state)
+    def _replica_states(self) -> dict[str, ReplicaState]:
+        return super()._replica_states() | {"local_state": self._local}
 
 
 def _own_gradient(gradient: Any, variable: tf.Variable, replicas: int) -> tf.Tensor:

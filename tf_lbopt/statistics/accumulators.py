@@ -175,9 +175,7 @@ class SparseAccumulator:
         gradient = merge_repeated_indices(_as_slices(gradient))
         if self.deviations is not None:
             self.deviations.assign(tf.zeros_like(gradient.values))
-        self.touched.assign(
-            tf.fill(tf.shape(gradient.indices), tf.cast(live, self.touched.dtype))
-        )
+        self.touched.assign(tf.fill(tf.shape(gradient.indices), tf.cast(live, self.touched.dtype)))
         self.sum.assign(gradient.values)
         self.indices.assign(tf.cast(gradient.indices, tf.int64))
 
