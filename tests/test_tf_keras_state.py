@@ -174,6 +174,64 @@ def test_restore_before_build(wrap, tmp_path):
     assert_states_equal(original.state(), fresh.state())
 
 
+def _by_set_weights(run, folder):
+    weights = [v.numpy() for v in run.inner.variables]
+    return lambda: run.inner.set_weights(weights)
+
+
+def _by_restoring(run, folder):
+    checkpoint = tf.train.Checkpoint(optimizer=run.optimizer)
+    path = checkpoint.save(str(folder / "own"))
+    return lambda: checkpoint.restore(path).assert_consumed()
+
+
+def _by_loading(run, folder):
+    store = {}
+    run.inner.save_own_variables(store)
+    return lambda: run.inner.load_own_variables(store)
+
+
+@pytest.mark.parametrize(
+    ("case", "way", "wrap"),
+    [
+        *((case, _by_set_weights, lambda o: o) for case in KINDS),
+        (VR_LAMB, _by_loading, lambda o: o),
+        (VR_LAMB, _by_restoring, lambda o: o),
+        (VR_LAMB, _by_set_weights, dynamic),
+        (VR_LAMB, _by_restoring, dynamic),
+    ],
+)
+def test_pending_micro_steps_do_not_survive(case, way, wrap, tmp_path):
+    """The state is set, by whatever means, after two of three micro-steps."""
+    gradients = sub_batch_gradients(3, sub_batches=3)
+    run = TfKerasRun(case, 1, 3, wrap=wrap).update(gradients[0])
+    set_back = way(run, tmp_path)
+    for layers in gradients[1][:2]:
+        run.micro_step([[tf.constant(g) for g in layers]])
+    set_back()
+    run.update(gradients[2])
+    never = TfKerasRun(case, 1, 3, wrap=wrap).updates([gradients[0], gradients[2]])
+    assert_states_equal(never.state(), run.state())
+
+
+@pytest.mark.parametrize("other", ["stock", "ours"])
+def test_state_of_another_optimizer_is_refused(other):
+    variable = tf.Variable([1.0, 2.0])
+    make = {
+        "stock": lambda: tf_keras.optimizers.Adam(0.1, amsgrad=True),
+        "ours": lambda: tf_lbopt.tf_keras.LARS(0.1),
+    }[other]
+    store, own = {}, tf_lbopt.tf_keras.SNGM(0.1)
+    for optimizer in (one := make(), own):
+        optimizer.build([variable])
+        optimizer.iterations.assign(3)
+    one.iterations.assign(7)
+    one.save_own_variables(store)
+    with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: SNGM, "):
+        own.load_own_variables(store)
+    assert own.iterations.numpy() == 3
+
+
 def test_a_checkpoint_has_no_weights_and_one_copy_of_the_slots(tmp_path):
     run = TfKerasRun(VR_LAMB, 2).update(sub_batch_gradients(1, sub_batches=2)[0])
     path = tf.train.Checkpoint(optimizer=run.optimizer).save(str(tmp_path / "checkpoint"))
