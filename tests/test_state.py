@@ -454,6 +454,35 @@ def test_state_of_another_optimizer_is_refused(name):
         np.testing.assert_array_equal(value, variable.numpy())
 
 
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("name", OTHERS)
+def test_checkpoint_of_another_optimizer_is_refused(name, built, tmp_path):
+    """Before anything is restored, a variable beside the optimizer included."""
+    make, make_other = OTHERS[name]
+    if not built and name == "more variables":
+        pytest.skip("TensorFlow compares these when they are made")
+    path = tf.train.Checkpoint(beside=tf.Variable(1.0), optimizer=_built(make)).save(
+        str(tmp_path / "checkpoint")
+    )
+    other, beside = _built(make_other) if built else make_other(), tf.Variable(0.0)
+    other.iterations.assign(3)
+    before = [v.numpy() for v in other.variables]
+    with pytest.raises(ValueError, match=r"nothing was restored.*Expected: .*Received: "):
+        tf.train.Checkpoint(beside=beside, optimizer=other).restore(path)
+    for value, variable in zip([0.0, *before], [beside, *other.variables], strict=True):
+        np.testing.assert_array_equal(value, variable.numpy())
+
+
+def test_checkpoint_of_an_optimizer_that_was_not_built_yet(tmp_path):
+    original = CASES[0]()
+    original.iterations.assign(7)
+    path = tf.train.Checkpoint(optimizer=original).save(str(tmp_path / "checkpoint"))
+    built = _built(CASES[0])
+    built.iterations.assign(3)
+    tf.train.Checkpoint(optimizer=built).restore(path).expect_partial()
+    assert built.iterations.numpy() == 7
+
+
 def test_state_for_other_shapes_is_refused():
     store = {}
     _built(CASES[0], 3).save_own_variables(store)

@@ -215,7 +215,7 @@ def test_pending_micro_steps_do_not_survive(case, way, wrap, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["stock", "ours"])
-def test_state_of_another_optimizer_is_refused(other):
+def test_state_of_another_optimizer_is_refused(other, tmp_path):
     variable = tf.Variable([1.0, 2.0])
     make = {
         "stock": lambda: tf_keras.optimizers.Adam(0.1, amsgrad=True),
@@ -229,6 +229,9 @@ def test_state_of_another_optimizer_is_refused(other):
     one.save_own_variables(store)
     with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: SNGM, "):
         own.load_own_variables(store)
+    path = tf.train.Checkpoint(optimizer=one).save(str(tmp_path / "checkpoint"))
+    with pytest.raises(ValueError, match=r"nothing was restored.*Expected: SNGM"):
+        tf.train.Checkpoint(optimizer=own).restore(path)
     assert own.iterations.numpy() == 3
 
 

@@ -126,7 +126,7 @@ class ReplicaState(tf.train.experimental.PythonState):
         if not arrays:
             return b""
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes all for `allow_pickle`
         return buffer.getvalue()
 
     def deserialize(self, string_value: bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from tf_lbopt import _validation
+from tf_lbopt import _compat, _validation
 from tf_lbopt.distribution.accumulation import Accumulation, Turn
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
@@ -52,7 +52,7 @@ _NAMES_ELSEWHERE = {
 }
 
 
-class Algorithm(abc.ABC):
+class Algorithm(_compat.CheckedBeforeRestoring, abc.ABC):
     """Base of all algorithms.
 
     A constructor passes what it does not know on to `super().__init__(learning_rate, **kwargs)`.
@@ -120,6 +120,8 @@ class Algorithm(abc.ABC):
         self._strategy = tf.distribute.get_strategy()
         if self.statistics or self.gradient_accumulation_steps:
             self._check_strategy()
+        self._kind = saved_state.Kind(self)
+        self.variables_before_build = 0
         self._slots: dict[str, list[Any]] = {}
         self._updates_at_end_of_fit = 0
         self._accumulation = (
@@ -220,6 +222,7 @@ class Algorithm(abc.ABC):
             self._create_variables(variables)
 
     def _create_variables(self, variables: list[Any]) -> None:
+        self.variables_before_build = len(_compat.own_variables(self))
         self._build_framework(variables)
         self._slots = {name: [] for name in self.slot_names()}
         for variable in variables:
@@ -554,6 +557,10 @@ class Algorithm(abc.ABC):
                 is loaded then.
         """
         saved_state.load(self, store, self._replica_states())
+
+    def check_checkpoint(self, children: set[str], shapes: list[tuple[int, ...]]) -> None:
+        """Refuses the state of another optimizer; see `_compat.CheckedBeforeRestoring`."""
+        saved_state.check_checkpoint(self, children, shapes)
 
 
 class LayerwiseAlgorithm(Algorithm):

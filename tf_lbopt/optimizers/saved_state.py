@@ -7,15 +7,20 @@ their shapes and the class are compared before anything is loaded.
 
 import json
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.distribution.replica_state import ReplicaState
 
 _KIND = "kind"
+KIND_ATTRIBUTE = "_kind"
+"""Under which an optimizer has its `Kind`."""
+
 _PENDING = "pending_micro_steps"
 
 
@@ -24,6 +29,63 @@ def kind_of(optimizer: Any) -> str:
     inner = getattr(optimizer, "inner_optimizer", None)
     name = type(optimizer).__name__
     return name if inner is None else f"{name}({kind_of(inner)})"
+
+
+class Kind(tf.train.experimental.PythonState):
+    """Has a checkpoint say whose state it is, and refuses that of another optimizer.
+
+    Args:
+        optimizer: Whose state it is.
+    """
+
+    def __init__(self, optimizer: Any):
+        super().__init__()
+        self._optimizer = weakref.ref(optimizer)
+
+    def serialize(self) -> str:
+        """The `kind_of` the optimizer."""
+        return kind_of(self._optimizer())
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Compares. TensorFlow calls this before it restores a variable.
+
+        Raises:
+            ValueError: It is another.
+        """
+        kind, own = string_value.decode(), kind_of(self._optimizer())
+        if kind != own:
+            raise ValueError(
+                f"The checkpoint has the state of another optimizer, and nothing was restored. "
+                f"Expected: {own}. Received: {kind}"
+            )
+
+
+def check_checkpoint(optimizer: Any, children: set[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Compares what a checkpoint has for an optimizer, but for the class, with its variables.
+
+    Args:
+        optimizer: Of Keras or tf_keras.
+        children: The names of what the saved optimizer had.
+        shapes: Of its variables, without the count of pending micro-steps.
+
+    Raises:
+        ValueError: It is the state of an optimizer that is none of this package, or of one with
+            other variables.
+    """
+    pending = _pending(optimizer)
+    expected = [tuple(v.shape) for v in _compat.own_variables(optimizer) if v is not pending]
+    ours = KIND_ATTRIBUTE in children
+    # Either may be from before its `build`; TensorFlow restores the rest when it is there.
+    fits = expected == list(shapes) or expected[: optimizer.variables_before_build] == list(shapes)
+    if ours and (fits or not optimizer.built):
+        return
+    kind = type(optimizer).__name__
+    raise ValueError(
+        f"The checkpoint has other state than that of this {kind}, and nothing was restored. To "
+        "restore a model alone, leave its optimizer out of the `tf.train.Checkpoint`, or restore "
+        f"before `compile`. Expected: {kind}, {_listed(expected)}. Received: "
+        f"{'other variables' if ours else 'an optimizer of unknown class'}, {_listed(shapes)}"
+    )
 
 
 def save(optimizer: Any, store: Any, states: Mapping[str, ReplicaState]) -> None:
