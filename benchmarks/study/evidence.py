@@ -14,6 +14,7 @@ from benchmarks.study.studies import (
     BASELINES,
     BERT,
     DLRM,
+    EXCLUSIONS,
     FAMILIES,
     GAMMAS,
     MNIST,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NOT_RUN = "not run"
-_TUNED = (TWO_CONV, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
+_TUNED = (TWO_CONV, EXCLUSIONS, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
 
 
 def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence[Contender]) -> str:
@@ -45,14 +46,15 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
     missing = []
     for contender in contenders:
         outcome = known[cell.name, contender.label]
-        inherited = contender.takes_from is not None
         if outcome.best is None:
             missing.append(contender.label)
             continue
+        fixed = contender.settings.get(contender.axis, outcome.best)
+        rate = f"as {contender.takes_from}" if contender.takes_from else f"{fixed:g}"
         lines.append(
             f"| {contender.label} | "
-            f"{f'as {contender.takes_from}' if inherited else f'{outcome.best:g}'} | "
-            f"{'–' if inherited else good_rates(outcome, metric)} | {len(outcome.tried) or '–'} | "
+            f"{rate} | {good_rates(outcome, metric) if outcome.tried else '–'} | "
+            f"{len(outcome.tried) or '–'} | "
             f"{shown(metric, [outcome.tried[outcome.best]]) if outcome.tried else '–'} | "
             f"{shown(metric, outcome.final)} | {len(outcome.final)} |"
         )

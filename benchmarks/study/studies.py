@@ -110,6 +110,8 @@ _FIRST_RATES = {
     "Nesterov momentum": 0.05,
     "SNGM": 0.2,
     "LARS": 4.0,
+    # At CLARS's coefficient.
+    "LARS at τ = 0.01": 1.0,
     "VR-Momentum": 0.1,
     "VR-LARS": 4.0,
     "CLARS": 0.5,
@@ -156,7 +158,13 @@ _RATES_OF_4096 = {
 BASELINES = ("momentum", "Nesterov momentum", "Adam", "LARS", "LAMB")
 FAMILIES = {
     "SGD": ("momentum", "Nesterov momentum", "VR-Momentum", "VR-SGD", "EXTRAP-SGD"),
-    "layer-wise or normalized": ("LARS", "VR-LARS", "SNGM", "CLARS"),
+    "layer-wise or normalized": (
+        "LARS",
+        "LARS at τ = 0.01",
+        "VR-LARS",
+        "SNGM",
+        "CLARS",
+    ),
     "Adam": ("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB"),
 }
 """Optimizers by what they stand on; each has its colour within its family's plot."""
@@ -171,8 +179,11 @@ def optimizer_and_warmup(label: str) -> tuple[str, bool]:
 def _contender(label: str, middle: float, warmup_epochs: float) -> Contender:
     """An optimizer by its label, with rates around ``middle``."""
     kind, warmup = optimizer_and_warmup(label)
+    kind, _, coefficient = kind.partition(" at τ = ")
     name = {"Nesterov momentum": "nesterov"}.get(kind, kind.lower().replace("-", "_"))
     settings: dict[str, Scalar] = {"optimizer": name}
+    if coefficient:
+        settings["trust_coefficient"] = float(coefficient)
     if warmup:
         settings["warmup_epochs"] = warmup_epochs
     if name.startswith("vr_") or name == "clars":
@@ -215,6 +226,45 @@ TWO_CONV = Study(
     [
         _two_conv(4096, {**_FIRST_RATES, **_FIRST_RATES_WITH_WARMUP}),
         *(_two_conv(batch_size, _RATES_OF_4096) for batch_size in (1024, 8192, 128)),
+    ],
+)
+
+_WITHOUT_BIASES: dict[str, Scalar] = {"exclude_from_weight_decay": "/bias$"}
+_FIRST_CELL = TWO_CONV.comparisons[0][0]
+
+
+def _excluding(label: str, trust_coefficient: float, **settings: Scalar) -> Contender:
+    """LARS with warm-up, at the rate that has the best product with τ in the study above."""
+    rate = float(f"{0.016 / trust_coefficient:.3g}")
+    return Contender(
+        label,
+        {
+            "optimizer": "lars",
+            "trust_coefficient": trust_coefficient,
+            "learning_rate": rate,
+            "warmup_epochs": 1.0,
+            **settings,
+        },
+    )
+
+
+EXCLUSIONS = Study(
+    "exclusions",
+    [
+        (
+            Cell(_FIRST_CELL.name, {**_FIRST_CELL.settings, "epochs": 5}, validation_size=5000),
+            [
+                _excluding("τ = 0.001", 0.001),
+                _excluding("τ = 0.001, excluded", 0.001, **_WITHOUT_BIASES),
+                _excluding(
+                    "τ = 0.001, excluded with ρ = τ",
+                    0.001,
+                    **_WITHOUT_BIASES,
+                    default_trust_ratio=0.001,
+                ),
+                _excluding("τ = 0.1, excluded", 0.1, **_WITHOUT_BIASES),
+            ],
+        )
     ],
 )
 
@@ -500,6 +550,7 @@ STUDIES = {
     for study in (
         EXTRAPOLATION,
         TWO_CONV,
+        EXCLUSIONS,
         RESNET20,
         MNIST,
         WIKITEXT2,
