@@ -256,12 +256,6 @@ EXCLUSIONS = Study(
             [
                 _excluding("τ = 0.001", 0.001),
                 _excluding("τ = 0.001, excluded", 0.001, **_WITHOUT_BIASES),
-                _excluding(
-                    "τ = 0.001, excluded with ρ = τ",
-                    0.001,
-                    **_WITHOUT_BIASES,
-                    default_trust_ratio=0.001,
-                ),
                 _excluding("τ = 0.1, excluded", 0.1, **_WITHOUT_BIASES),
             ],
         )

@@ -43,7 +43,7 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             normalization scales. Defaults to `None`: all decay.
         exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
             as those excluded from weight decay; `[]` excludes none. They train at the raw rate η:
-            at one that suits τ = 0.001 (8 and more) they destroy training. Give `[]`, or a larger
+            at one that suits τ = 0.001 (16, say) they destroy training. Give `[]`, or a larger
             τ with a rate as much smaller (0.1 with 0.16 is seen in docs/evidence.md), or set
             `default_trust_ratio` to τ.
         trust_ratio_denominator: `"norm_of_sum"`, ‖ḡ + λ w‖, or `"sum_of_norms"`, ‖ḡ‖ + λ ‖w‖ (the
