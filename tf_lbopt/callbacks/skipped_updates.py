@@ -12,7 +12,10 @@ _logger = logging.getLogger(__name__)
 
 
 class SkippedUpdates(keras.callbacks.Callback):
-    """Logs how many updates were discarded for NaN or Inf, and stops when nothing else happens.
+    """Logs how many updates were discarded, and stops when nothing else happens.
+
+    They are for NaN or Inf in the gradients, for a learning rate that is none (NaN, negative) and
+    for steps or squares of gradients that overflow.
 
     The total goes into `fit`'s logs as ``skipped_updates`` at the end of every epoch (and so into
     the history, CSV files and TensorBoard). A few skips are normal under loss scaling; a run of
@@ -64,8 +67,8 @@ class SkippedUpdates(keras.callbacks.Callback):
             consecutive = skipped - self._skipped_at_last_update.get(key, 0)
             if self.max_consecutive is not None and consecutive >= self.max_consecutive:
                 _logger.error(
-                    "Training stopped: the last %d updates were all skipped for NaN or Inf in the "
-                    "gradients (%d updates made before). The weights are those of the last update.",
+                    "Training stopped: the last %d updates were all skipped for NaN, Inf or "
+                    "overflow (%d updates made before). The weights are those of the last update.",
                     consecutive, updates,
                 )  # fmt: skip
                 self.model.stop_training = True

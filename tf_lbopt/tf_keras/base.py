@@ -49,8 +49,10 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
     It differs from the base class of tf_keras in what happens between a replica's gradient and the
     update: one packed reduction with the sub-batches' statistics, accumulation under every
     strategy, schedules and `iterations` by update, and an update with a non-finite value on any
-    replica in any micro-step discarded as a whole. `skipped_updates`, an integer variable saved
-    with the state, counts the discarded ones.
+    replica in any micro-step discarded as a whole; so is one that would write such values (a
+    learning rate that is NaN or negative, squares of gradients or steps that overflow).
+    `skipped_updates`, an integer variable saved with the state, counts the discarded ones, and
+    those of which a float16 weight that overflowed kept its old value.
 
     Under a `tf_keras.mixed_precision.LossScaleOptimizer` all of this holds too. That wrapper counts
     micro-steps as steps before it doubles its scale.
