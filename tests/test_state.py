@@ -330,12 +330,17 @@ def test_an_error_in_a_micro_step_leaves_nothing_of_it():
         def replica_step():
             context = tf.distribute.get_replica_context()
             bad = tf.equal(context.replica_id_in_sync_group, 1) & fails
-            with tf.control_dependencies([tf.debugging.Assert(~bad, ["on purpose"])]):
-                run.optimizer.apply([tf.ones_like(v) for v in run.variables], run.variables)
+            # Neither early nor an operation that others are made to wait for.
+            late = tf.fill([1000, 1000], tf.where(bad, 1e-3, 0.0))
+            for _ in range(4):
+                late = late @ tf.ones([1000, 1000])
+            index = tf.cast(tf.reduce_max(late) > 0, tf.int32)
+            one = tf.gather([1.0], index)
+            run.optimizer.apply([tf.ones_like(v) * one for v in run.variables], run.variables)
 
         run.strategy.run(replica_step)
 
-    with pytest.raises(tf.errors.InvalidArgumentError, match="on purpose"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="indices = 1"):
         failing(tf.constant(True))
     run.update(gradients[2])
     assert_states_equal(
