@@ -88,6 +88,7 @@ def traced_by(
             function(*args)
     finally:
         del extended.tpu_run
+    assert graphs, "nothing was run on the replicas"
     return graphs[0]
 
 

@@ -129,7 +129,13 @@ sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
             ["ImportError", "TensorFlow 2.16", "tf-lbopt[gpu]", "Received: TensorFlow 2.15.1"],
         ),
         (
-            "from importlib import metadata\nmetadata.version = lambda name: '3.6.0'",
+            "import importlib.util as util\nfind = util.find_spec\n"
+            "util.find_spec = lambda name: None if name == 'keras' else find(name)",
+            {},
+            ["ImportError", "Keras 3.7", "Received: none"],
+        ),
+        (
+            "import keras\nkeras.__version__ = '3.6.0'",
             {},
             ["ImportError", "Keras 3.7", "Received: Keras 3.6.0"],
         ),
@@ -162,6 +168,7 @@ sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
         "backend",
         "no_tensorflow",
         "old_tensorflow",
+        "no_keras",
         "old_keras",
         "no_tf_keras",
         "no_tf_models",

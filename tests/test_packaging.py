@@ -43,7 +43,7 @@ def sdist(tmp_path_factory):
 def test_source_distribution_has_what_its_tests_and_commands_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-        (info,) = [name for name in archive.getnames() if name.endswith("-0.2.0/PKG-INFO")]
+        (info,) = [name for name in archive.getnames() if re.fullmatch("[^/]+/PKG-INFO", name)]
         version = email.message_from_bytes(archive.extractfile(info).read())["Version"]
     assert version == metadata.version("tf-lbopt")
     tracked = {

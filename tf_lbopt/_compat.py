@@ -287,8 +287,8 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
-def setter() -> Any:
-    """The object whose method the caller's caller is, or ``None``.
+def caller_of_caller() -> Any:
+    """The object whose method called the method that asks, or ``None``.
 
     LossScaleOptimizer and MultiOptimizer set `loss_scale_factor` of the optimizers that they are
     given, as others do. Checked on Keras 3.15.1.

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import warnings
-from importlib import metadata
 
 _TENSORFLOW = (2, 16), (2, 21)
 _KERAS = (3, 7), (3, 15)
@@ -26,12 +25,14 @@ def check() -> None:
     _check_backend(os.environ.get("KERAS_BACKEND") or "tensorflow")
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(f"tf_lbopt needs TensorFlow 2.16 or later. {_INSTALL}. Received: none")
+    if importlib.util.find_spec("keras") is None:
+        raise ImportError("tf_lbopt needs Keras 3.7 or later: pip install keras. Received: none")
     import tensorflow as tf
 
     _check_version("TensorFlow", getattr(tf, "__version__", "none"), *_TENSORFLOW)
-    _check_version("Keras", metadata.version("keras"), *_KERAS)
     import keras
 
+    _check_version("Keras", keras.__version__, *_KERAS)
     _check_backend(keras.config.backend())
 
 

@@ -43,7 +43,7 @@ _CLARS = (
 
 _TABLE = (
     _row("sngm", optimizers.SNGM, "Zhao et al., arXiv:2007.13985, Algorithm 1"),
-    _row("lars", optimizers.LARS, "You, Gitman, Ginsburg 2017, arXiv:1708.03888, Algorithm 1"),
+    _row("lars", optimizers.LARS, "You, Gitman, Ginsburg 2017, arXiv:1708.03888, eq. 6"),
     _row("lamb", optimizers.LAMB, "You et al. 2020, arXiv:1904.00962, Algorithm 2"),
     _row("vr_sgd", optimizers.VRSGD, f"{_VRGD}, Algorithm 1"),
     _row("vr_momentum", optimizers.VRMomentum, f"{_VRGD}, section 4.2"),

@@ -265,7 +265,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss_scale_factor":
             # The optimizers around this one give it no other sign of themselves.
-            setter = _compat.setter()
+            setter = _compat.caller_of_caller()
             if self.steps_of_its_own and _compat.is_multi_optimizer(setter):
                 raise ValueError(
                     f"{type(self).__name__} can not be one of the optimizers of a "

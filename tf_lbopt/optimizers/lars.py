@@ -59,7 +59,8 @@ class LARSAlgorithm(LayerwiseAlgorithm):
 
     References:
         You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks"
-        (arXiv:1708.03888), Algorithm 1; eq. 6 with `trust_ratio_denominator="sum_of_norms"`.
+        (arXiv:1708.03888), eq. 6 with `trust_ratio_denominator="sum_of_norms"`. The default is that
+        of tf-models-official and optax.
     """
 
     slots = rules.LARS.slots

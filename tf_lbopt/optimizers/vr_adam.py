@@ -38,8 +38,8 @@ class VRAdamAlgorithm(VarianceReduction, _Adam):
 
     The weighting comes before the moments (section 4.2 of the paper says why). The authors' own
     listing, in an appendix, was not at hand. Inferred from section 4.2: p̂ multiplies ḡ, and p is
-    the running mean of the clipped r (of the ratio before the clip weights differ by some 2 % after
-    30 updates). The weight decay is decoupled, as in `keras.optimizers.AdamW`.
+    the running mean of the clipped r, not of the ratio before the clip. The weight decay is
+    decoupled, as in `keras.optimizers.AdamW`.
 
     Args:
         learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable

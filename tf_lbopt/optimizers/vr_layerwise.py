@@ -22,7 +22,7 @@ class VRLARSAlgorithm(VarianceReduction, LARSAlgorithm):
 
     The authors' own listing, in an appendix, was not at hand. Inferred from section 4.2 of the
     paper: the trust ratio is that of r ḡ, so that where r shrinks a whole layer's gradient the
-    ratio undoes it; with ‖ḡ‖ in its place weights differ by some 12 %.
+    ratio undoes it; with ‖ḡ‖ in its place the step would be shorter.
 
     Args:
         learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable
@@ -103,8 +103,8 @@ class VRLAMBAlgorithm(VarianceReduction, LAMBAlgorithm):
         LAMB on p̂ ḡ
 
     The authors' own listing, in an appendix, was not at hand. Inferred from section 4.2 of the
-    paper: p̂ multiplies ḡ before the moments, and p is the running mean of the clipped r (of the
-    ratio before the clip weights differ by some 2 % after 30 updates).
+    paper: p̂ multiplies ḡ before the moments, and p is the running mean of the clipped r, not of the
+    ratio before the clip.
 
     Args:
         learning_rate: η. A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable
