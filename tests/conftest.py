@@ -13,6 +13,7 @@ import pathlib
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import config as tensorflow_config
 
 from official_recipes.common.input_pipeline import without_autotuning
 
@@ -51,6 +52,13 @@ def _fresh_keras_state():
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(scope="module")
+def determinism():
+    tf.config.experimental.enable_op_determinism()
+    yield
+    tensorflow_config.disable_op_determinism()  # there is no public way back
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,20 @@ import pytest
 import tensorflow as tf
 from conftest import strategy_of
 from harness import CASES, Run, assert_states_equal, initial_weights, sub_batch_gradients
-from tensorflow.python.framework import config as tensorflow_config
+from harness_state import (
+    assert_checkpoint_without_accumulation_begins,
+    by_assignment,
+    by_checkpoint,
+    by_loading,
+    by_own_variables,
+    by_restoring,
+    by_set_weights,
+    checkpoint_of,
+)
 
 import tf_lbopt
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _determinism():
-    tf.config.experimental.enable_op_determinism()
-    yield
-    tensorflow_config.disable_op_determinism()  # there is no public way back
+pytestmark = pytest.mark.usefixtures("determinism")
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -76,40 +80,7 @@ def _lockstep(case, replicas, micro_steps, save_after, save, tmp_path, wrap=lamb
     assert original.optimizer.iterations.numpy() == 40
 
 
-def _by_checkpoint(run, tmp_path):
-    path = tf.train.Checkpoint(
-        variables=[v.value for v in run.variables], optimizer=run.optimizer
-    ).save(str(tmp_path / "checkpoint"))
-
-    def load(fresh):
-        tf.train.Checkpoint(
-            variables=[v.value for v in fresh.variables], optimizer=fresh.optimizer
-        ).restore(path).assert_consumed()
-
-    return load
-
-
-def _by_own_variables(run, tmp_path):
-    stores = [{}]
-    run.optimizer.save_own_variables(stores[0])
-    if run.optimizer is not run.inner:
-        stores.append({})
-        run.inner.save_own_variables(stores[1])
-    weights = run.weights()
-    for number, store in enumerate(stores):
-        np.savez(tmp_path / f"{number}.npz", **store)
-
-    def load(fresh):
-        for variable, value in zip(fresh.variables, weights, strict=True):
-            variable.assign(value)
-        fresh.optimizer.load_own_variables(dict(np.load(tmp_path / "0.npz")))
-        if fresh.optimizer is not fresh.inner:
-            fresh.inner.load_own_variables(dict(np.load(tmp_path / "1.npz")))
-
-    return load
-
-
-SAVERS = [_by_checkpoint, _by_own_variables]
+SAVERS = [by_checkpoint, by_own_variables]
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -140,13 +111,9 @@ def test_restore_before_build(tmp_path):
     gradients = sub_batch_gradients(2, sub_batches=4)
     original = Run(CASES[0], 2, 2).update(gradients[0])
     original.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][:2]])
-    path = tf.train.Checkpoint(
-        variables=[v.value for v in original.variables], optimizer=original.optimizer
-    ).save(str(tmp_path / "checkpoint"))
+    path = checkpoint_of(original).save(str(tmp_path / "checkpoint"))
     fresh = Run(CASES[0], 2, 2, weights=initial_weights(seed=99), build=False)
-    tf.train.Checkpoint(
-        variables=[v.value for v in fresh.variables], optimizer=fresh.optimizer
-    ).restore(path)
+    checkpoint_of(fresh).restore(path)
     for run in (original, fresh):
         run.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][2:]])
     assert_states_equal(original.state(), fresh.state())
@@ -198,34 +165,7 @@ def test_between_updates_nothing_is_stored_for_the_accumulators(caplog):
 # -- the state is set in mid-accumulation ----------------------------------------------------------
 
 
-def _by_set_weights(run, folder):
-    weights = [v.numpy() for v in run.optimizer.variables]
-    return lambda: run.optimizer.set_weights(weights)
-
-
-def _by_assignment(run, folder):
-    weights = [v.numpy() for v in run.optimizer.variables]
-
-    def set_back():
-        for variable, weight in zip(run.optimizer.variables, weights, strict=True):
-            variable.assign(weight)
-
-    return set_back
-
-
-def _by_loading(run, folder):
-    store = {}
-    run.optimizer.save_own_variables(store)
-    return lambda: run.optimizer.load_own_variables(store)
-
-
-def _by_restoring(run, folder):
-    checkpoint = tf.train.Checkpoint(optimizer=run.optimizer)
-    path = checkpoint.save(str(folder / "checkpoint"))
-    return lambda: checkpoint.restore(path).assert_consumed()
-
-
-WAYS = [_by_set_weights, _by_assignment, _by_loading, _by_restoring]
+WAYS = [by_set_weights, by_assignment, by_loading, by_restoring]
 # Without statistics, with either of them, and with gradients from beside the weights.
 KINDS = [case for case in CASES if case.name in ("sngm", "vr_lamb", "clars", "extrap_sgd")]
 
@@ -264,7 +204,7 @@ def _lossy(optimizer):
     return tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=2.0)
 
 
-@pytest.mark.parametrize("way", [_by_set_weights, _by_restoring], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("way", [by_set_weights, by_restoring], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     ("make", "wrap"),
     [
@@ -435,7 +375,33 @@ OTHERS = {
         lambda: _lossy(keras.optimizers.Lamb(0.1)),
         lambda: _lossy(tf_lbopt.LAMB(0.1)),
     ),
+    "LAMB inside": (
+        lambda: _lossy(tf_lbopt.LAMB(0.1)),
+        lambda: _lossy(keras.optimizers.Lamb(0.1)),
+    ),
+    "stock ones inside": (
+        lambda: _lossy(keras.optimizers.Adam(0.1)),
+        lambda: _lossy(keras.optimizers.Adagrad(0.1)),
+    ),
+    "more variables inside": (
+        lambda: _post_local(keras.optimizers.SGD(0.1, momentum=0.9)),
+        lambda: _post_local(keras.optimizers.SGD(0.1)),
+    ),
+    "other shapes inside": (
+        lambda: tf_lbopt.VarianceReduced(keras.optimizers.SGD(0.1, momentum=0.9)),
+        lambda: tf_lbopt.VarianceReduced(keras.optimizers.SGD(0.1, momentum=0.9)),
+    ),
 }
+# Of these the class says nothing.
+SAME_CLASS = ("more variables", "more variables inside", "other shapes inside")
+
+
+def _post_local(optimizer):
+    return tf_lbopt.PostLocalSGD(optimizer, start=1, period=3)
+
+
+def _saved(name):
+    return _built(OTHERS[name][0], 3 if name == "other shapes inside" else 2)
 
 
 def _built(make, size=2):
@@ -447,10 +413,9 @@ def _built(make, size=2):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_state_of_another_optimizer_is_refused(name):
-    make, make_other = OTHERS[name]
     store = {}
-    _built(make).save_own_variables(store)
-    other = _built(make_other)
+    _saved(name).save_own_variables(store)
+    other = _built(OTHERS[name][1])
     other.iterations.assign(3)
     before = [v.numpy() for v in other.variables]
     with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: .* variables of"):
@@ -463,16 +428,16 @@ def test_state_of_another_optimizer_is_refused(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_checkpoint_of_another_optimizer_is_refused(name, built, tmp_path):
     """Before anything is restored, a variable beside the optimizer included."""
-    make, make_other = OTHERS[name]
-    if not built and name == "more variables":
+    make_other = OTHERS[name][1]
+    if not built and name in SAME_CLASS:
         pytest.skip("TensorFlow compares these when they are made")
-    path = tf.train.Checkpoint(beside=tf.Variable(1.0), optimizer=_built(make)).save(
+    path = tf.train.Checkpoint(beside=tf.Variable(1.0), optimizer=_saved(name)).save(
         str(tmp_path / "checkpoint")
     )
     other, beside = _built(make_other) if built else make_other(), tf.Variable(0.0)
     other.iterations.assign(3)
     before = [v.numpy() for v in other.variables]
-    with pytest.raises(ValueError, match=r"nothing was restored.*Expected: .*Received: "):
+    with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: .*Received: "):
         tf.train.Checkpoint(beside=beside, optimizer=other).restore(path)
     for value, variable in zip([0.0, *before], [beside, *other.variables], strict=True):
         np.testing.assert_array_equal(value, variable.numpy())
@@ -486,6 +451,29 @@ def test_checkpoint_of_an_optimizer_that_was_not_built_yet(tmp_path):
     built.iterations.assign(3)
     tf.train.Checkpoint(optimizer=built).restore(path).expect_partial()
     assert built.iterations.numpy() == 7
+
+
+def test_a_checkpoint_without_accumulation_begins_an_update(tmp_path):
+    assert_checkpoint_without_accumulation_begins(Run, CASES[0], tmp_path)
+
+
+def test_a_saved_model_has_the_state_and_no_warning(tmp_path, caplog):
+    """Under `variables/` it is a checkpoint like others."""
+    x, y = np.ones([24, 5], "float32"), np.ones([24, 1], "float32")
+    make = SHARDED["loss scale"]
+    model, other = (_fitted(make, 1, batches, x, y) for batches in (3, 1))
+    tf.get_logger().addHandler(caplog.handler)
+    try:
+        tf.saved_model.save(model, str(tmp_path))
+        tf.saved_model.load(str(tmp_path))
+    finally:
+        tf.get_logger().removeHandler(caplog.handler)
+    assert not caplog.messages
+    tf.train.Checkpoint(other).restore(str(tmp_path / "variables" / "variables"))
+    assert other.optimizer.iterations.numpy() == model.optimizer.iterations.numpy() == 1
+    stock = _fitted(lambda: _lossy(keras.optimizers.Lamb(0.1)), 1, 1, x, y)
+    with pytest.raises(ValueError, match="nothing of it was loaded"):
+        tf.train.Checkpoint(stock).restore(str(tmp_path / "variables" / "variables"))
 
 
 def test_state_for_other_shapes_is_refused():
@@ -542,7 +530,7 @@ def test_training_goes_on_with_other_micro_steps(save, before, after, tmp_path, 
     try:
         load(fresh)
     except AssertionError:  # of `assert_consumed`: one has accumulators and the other has none
-        assert save is _by_checkpoint
+        assert save is by_checkpoint
         assert 1 in (before, after)
     assert_states_equal(updated, _without_pending(fresh.state()))
     reference = Run(CASES[0], 1, after, weights=original.weights())

@@ -14,22 +14,24 @@ from harness import (
     sub_batch_gradients,
     taking_gradients,
 )
+from harness_state import (
+    assert_checkpoint_without_accumulation_begins,
+    by_checkpoint,
+    by_loading,
+    by_own_variables,
+    by_restoring,
+    by_set_weights,
+    checkpoint_of,
+)
 from harness_tf_keras import CASES, KINDS, TfKerasRun, dynamic, fixed
-from tensorflow.python.framework import config as tensorflow_config
 
 import tf_lbopt
 import tf_lbopt.tf_keras
 
+pytestmark = pytest.mark.usefixtures("determinism")
 over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
 over_kinds = pytest.mark.parametrize("case", KINDS, ids=repr)
 (VR_LAMB,) = [case for case in CASES if case.name == "vr_lamb"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _determinism():
-    tf.config.experimental.enable_op_determinism()
-    yield
-    tensorflow_config.disable_op_determinism()  # there is no public way back
 
 
 @pytest.fixture(autouse=True)
@@ -97,37 +99,10 @@ def test_serialization_with_a_schedule(case, schedule):
 # -- saved state -----------------------------------------------------------------------------------
 
 
-def _by_checkpoint(run, folder):
-    path = tf.train.Checkpoint(variables=run.variables, optimizer=run.optimizer).save(
-        str(folder / "checkpoint")
-    )
-
-    def load(fresh):
-        tf.train.Checkpoint(variables=fresh.variables, optimizer=fresh.optimizer).restore(
-            path
-        ).assert_consumed()
-
-    return load
-
-
-def _by_own_variables(run, folder):
-    store = {}
-    run.inner.save_own_variables(store)
-    weights = run.weights()
-    np.savez(folder / "own.npz", **store)
-
-    def load(fresh):
-        for variable, value in zip(fresh.variables, weights, strict=True):
-            variable.assign(value)
-        fresh.inner.load_own_variables(dict(np.load(folder / "own.npz")))
-
-    return load
-
-
 @over_kinds
 @pytest.mark.parametrize(
     ("save", "wrap"),
-    [(_by_checkpoint, lambda o: o), (_by_checkpoint, dynamic), (_by_own_variables, lambda o: o)],
+    [(by_checkpoint, lambda o: o), (by_checkpoint, dynamic), (by_own_variables, lambda o: o)],
     ids=["checkpoint", "checkpoint with loss scale", "own variables"],
 )
 @pytest.mark.parametrize(
@@ -135,7 +110,7 @@ def _by_own_variables(run, folder):
 )
 def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
-    if (replicas, micro_steps) != (2, 2) and (case is not VR_LAMB or save is _by_own_variables):
+    if (replicas, micro_steps) != (2, 2) and (case is not VR_LAMB or save is by_own_variables):
         pytest.skip("the hardest of the three is tested with all")
     if wrap is dynamic and case is not VR_LAMB:
         pytest.skip("the wrapper does not look at what it saves")
@@ -164,41 +139,22 @@ def test_restore_before_build(wrap, tmp_path):
     gradients = sub_batch_gradients(2, sub_batches=4)
     original = TfKerasRun(VR_LAMB, 2, 2, wrap=wrap).update(gradients[0])
     original.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][:2]])
-    path = tf.train.Checkpoint(variables=original.variables, optimizer=original.optimizer).save(
-        str(tmp_path / "checkpoint")
-    )
+    path = checkpoint_of(original).save(str(tmp_path / "checkpoint"))
     fresh = TfKerasRun(VR_LAMB, 2, 2, weights=initial_weights(seed=99), wrap=wrap, build=False)
-    tf.train.Checkpoint(variables=fresh.variables, optimizer=fresh.optimizer).restore(path)
+    checkpoint_of(fresh).restore(path)
     for run in (original, fresh):
         run.micro_step([[tf.constant(g) for g in layers] for layers in gradients[1][2:]])
     assert_states_equal(original.state(), fresh.state())
 
 
-def _by_set_weights(run, folder):
-    weights = [v.numpy() for v in run.inner.variables]
-    return lambda: run.inner.set_weights(weights)
-
-
-def _by_restoring(run, folder):
-    checkpoint = tf.train.Checkpoint(optimizer=run.optimizer)
-    path = checkpoint.save(str(folder / "own"))
-    return lambda: checkpoint.restore(path).assert_consumed()
-
-
-def _by_loading(run, folder):
-    store = {}
-    run.inner.save_own_variables(store)
-    return lambda: run.inner.load_own_variables(store)
-
-
 @pytest.mark.parametrize(
     ("case", "way", "wrap"),
     [
-        *((case, _by_set_weights, lambda o: o) for case in KINDS),
-        (VR_LAMB, _by_loading, lambda o: o),
-        (VR_LAMB, _by_restoring, lambda o: o),
-        (VR_LAMB, _by_set_weights, dynamic),
-        (VR_LAMB, _by_restoring, dynamic),
+        *((case, by_set_weights, lambda o: o) for case in KINDS),
+        (VR_LAMB, by_loading, lambda o: o),
+        (VR_LAMB, by_restoring, lambda o: o),
+        (VR_LAMB, by_set_weights, dynamic),
+        (VR_LAMB, by_restoring, dynamic),
     ],
 )
 def test_pending_micro_steps_do_not_survive(case, way, wrap, tmp_path):
@@ -212,6 +168,11 @@ def test_pending_micro_steps_do_not_survive(case, way, wrap, tmp_path):
     run.update(gradients[2])
     never = TfKerasRun(case, 1, 3, wrap=wrap).updates([gradients[0], gradients[2]])
     assert_states_equal(never.state(), run.state())
+
+
+def test_a_checkpoint_without_accumulation_begins_an_update(tmp_path):
+    (lamb,) = [case for case in CASES if case.name == "lamb"]
+    assert_checkpoint_without_accumulation_begins(TfKerasRun, lamb, tmp_path)
 
 
 @pytest.mark.parametrize("other", ["stock", "ours"])
@@ -230,7 +191,7 @@ def test_state_of_another_optimizer_is_refused(other, tmp_path):
     with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: SNGM, "):
         own.load_own_variables(store)
     path = tf.train.Checkpoint(optimizer=one).save(str(tmp_path / "checkpoint"))
-    with pytest.raises(ValueError, match=r"nothing was restored.*Expected: SNGM"):
+    with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: SNGM"):
         tf.train.Checkpoint(optimizer=own).restore(path)
     assert own.iterations.numpy() == 3
 

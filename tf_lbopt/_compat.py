@@ -27,6 +27,8 @@ from tensorflow.python.eager import context, record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+from tensorflow.python.trackable.base import Trackable
+from tensorflow.python.trackable.python_state import PYTHON_STATE
 
 
 def per_replica(values: Sequence[Any]) -> Any:
@@ -318,14 +320,6 @@ def saved_name(store: Any) -> str | None:
     return getattr(getattr(store, "_h5_entry_group", None), "attrs", {}).get("name")
 
 
-def own_variables(optimizer: Any) -> list[Any]:
-    """An optimizer's own variables, without those of one inside; checkpoints have them by number.
-
-    The public list has both. Checked on Keras 3.15.1 and tf_keras 2.20.1.
-    """
-    return list(optimizer._variables)
-
-
 class CheckedBeforeRestoring:
     """Mix-in of an optimizer: told what a checkpoint has for it before any of it is restored.
 
@@ -334,29 +328,46 @@ class CheckedBeforeRestoring:
     TensorFlow 2.20.0.
     """
 
-    def check_checkpoint(self, children: set[str], shapes: list[tuple[int, ...]]) -> None:
+    def check_checkpoint(self, children: set[str]) -> None:
         """Raises if it can not be restored.
 
         Args:
             children: The names of what the saved optimizer had.
-            shapes: Of its variables, without the count of pending micro-steps.
         """
         raise NotImplementedError
 
     def _checkpoint_adapter(self, path: str) -> Any:
         position = sys._getframe(1).f_locals.get("checkpoint_position")
         if position is not None:
-            nodes = position.checkpoint.object_graph_proto.nodes
-            children = {child.local_name: child.node_id for child in position.object_proto.children}
-            numbered = nodes[children["_variables"]].children if "_variables" in children else ()
-            keys = [
-                nodes[child.node_id].attributes[0].checkpoint_key
-                for child in sorted(numbered, key=lambda child: int(child.local_name))
-                if child.node_id != children.get("_pending_micro_steps")
-            ]
-            shapes = [tuple(position.checkpoint.shape_map[key]) for key in keys]
-            self.check_checkpoint(set(children), shapes)
+            self.check_checkpoint({child.local_name for child in position.object_proto.children})
         return super()._checkpoint_adapter(path)  # type: ignore[misc]  # the framework's
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        children = super()._trackable_children(save_type, **kwargs)  # type: ignore[misc]
+        if save_type != "savedmodel":
+            return children
+        return {
+            name: _Written(child) if isinstance(child, tf.train.experimental.PythonState) else child
+            for name, child in children.items()
+        }
+
+
+class _Written(Trackable):
+    """Python state in a SavedModel: it is written, and whoever loads the model has no use for it.
+
+    Of the state itself TensorFlow would warn that it is not restored. Checked on TensorFlow 2.20.0.
+    """
+
+    def __init__(self, state: tf.train.experimental.PythonState):
+        self._state = state
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        # Not by its own method: a constant from outside of a traced function is one more object.
+        return {PYTHON_STATE: tf.constant(self._state.serialize(), tf.string)}
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> tf.Operation:
+        del restored_tensors
+        return tf.no_op()
 
 
 def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _SHOWN = 200
@@ -12,6 +12,18 @@ def shown(value: Any) -> str:
     """A value as error messages have it: its `repr`, on one line of limited length."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def listed(items: Iterable[Any], most: int = 10) -> str:
+    """Items as error messages have them: the first of them, and how many there are beyond.
+
+    Args:
+        items: What to name.
+        most: How many of them are named.
+    """
+    names = [str(item) for item in items]
+    beyond = len(names) - most
+    return ", ".join(names[:most]) + (f", … ({beyond} more)" if beyond > 0 else "")
 
 
 def real(

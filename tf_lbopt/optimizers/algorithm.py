@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt import _compat, _validation
+from tf_lbopt import _validation
 from tf_lbopt.distribution.accumulation import Accumulation, Turn
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
@@ -53,7 +53,7 @@ _NAMES_ELSEWHERE = {
 }
 
 
-class Algorithm(_compat.CheckedBeforeRestoring, abc.ABC):
+class Algorithm(saved_state.SavedState, abc.ABC):
     """Base of all algorithms.
 
     A constructor passes what it does not know on to `super().__init__(learning_rate, **kwargs)`.
@@ -121,8 +121,7 @@ class Algorithm(_compat.CheckedBeforeRestoring, abc.ABC):
         self._strategy = tf.distribute.get_strategy()
         if self.statistics or self.gradient_accumulation_steps:
             self._check_strategy()
-        self._kind = saved_state.Kind(self)
-        self.variables_before_build = 0
+        self._let_checkpoints_say_whose()
         self._slots: dict[str, list[Any]] = {}
         self._updates_at_end_of_fit = 0
         self._accumulation = (
@@ -223,7 +222,6 @@ class Algorithm(_compat.CheckedBeforeRestoring, abc.ABC):
             self._create_variables(variables)
 
     def _create_variables(self, variables: list[Any]) -> None:
-        self.variables_before_build = len(_compat.own_variables(self))
         self._build_framework(variables)
         self._slots = {name: [] for name in self.slot_names()}
         for variable in variables:
@@ -545,23 +543,6 @@ class Algorithm(_compat.CheckedBeforeRestoring, abc.ABC):
     def _replica_states(self) -> dict[str, ReplicaState]:
         """What differs from replica to replica, by the name under which it is saved."""
         return {} if self._accumulation is None else {"accumulation": self._accumulation}
-
-    def save_own_variables(self, store: Any) -> None:
-        """Keras saving: all variables and what is each replica's own."""
-        saved_state.save(self, store, self._replica_states())
-
-    def load_own_variables(self, store: Any) -> None:
-        """Keras loading, of what `save_own_variables` saved.
-
-        Raises:
-            ValueError: It is the state of another optimizer, or of one for other variables; nothing
-                is loaded then.
-        """
-        saved_state.load(self, store, self._replica_states())
-
-    def check_checkpoint(self, children: set[str], shapes: list[tuple[int, ...]]) -> None:
-        """Refuses the state of another optimizer; see `_compat.CheckedBeforeRestoring`."""
-        saved_state.check_checkpoint(self, children, shapes)
 
 
 class LayerwiseAlgorithm(Algorithm):

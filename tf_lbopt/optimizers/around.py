@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt import _compat, rules
+from tf_lbopt import _compat, _validation, rules
 from tf_lbopt.optimizers.algorithm import checked_new_learning_rate
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
@@ -34,25 +34,6 @@ def require_same_strategy(
             f"{type(outer).__name__}: call both constructors inside `with strategy.scope():`. "
             f"Received: a {type(inner).__name__} from outside of it"
         )
-
-
-def set_all_weights(optimizer: keras.optimizers.Optimizer, weights: Sequence[Any]) -> None:
-    """`set_weights` for all of an optimizer's `variables`, those of an inner one among them.
-
-    Raises:
-        ValueError: It is not built, or the number of weights or the shape of one is wrong.
-    """
-    variables = optimizer.variables
-    expected = [tuple(variable.shape) for variable in variables]
-    received = [tuple(np.shape(weight)) for weight in weights]
-    if not optimizer.built or received != expected:
-        raise ValueError(
-            "`weights` must have a value of the same shape for each of the `variables` of a built "
-            f"optimizer. Expected: shapes {expected}{'' if optimizer.built else ', and `build`'}. "
-            f"Received: {received}"
-        )
-    for variable, weight in zip(variables, weights, strict=True):
-        variable.assign(weight)
 
 
 def stock_update(
@@ -84,8 +65,8 @@ def stock_update(
     return rules.Update(tf.reduce_all(tf.stack(fits)), write)
 
 
-class AroundOptimizer(LargeBatchOptimizer):
-    """Has the learning rate and the weight decay of its ``inner_optimizer``, its first argument."""
+class WithInnerOptimizer:
+    """Mix-in of an optimizer around another: one learning rate, one list of variables."""
 
     inner_optimizer: keras.optimizers.Optimizer
 
@@ -98,13 +79,33 @@ class AroundOptimizer(LargeBatchOptimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all `variables`, the inner optimizer's among them.
+
+        Raises:
+            ValueError: It is not built, or the number of weights or the shape of one is wrong.
+        """
+        optimizer: Any = self
+        variables = optimizer.variables
+        expected = [tuple(variable.shape) for variable in variables]
+        received = [tuple(np.shape(weight)) for weight in weights]
+        if not optimizer.built or received != expected:
+            raise ValueError(
+                "`weights` must have a value of the same shape for each of the `variables` of a "
+                f"built optimizer. Expected: {len(expected)} of shapes "
+                f"{_validation.listed(expected)}{'' if optimizer.built else ', and `build`'}. "
+                f"Received: {len(received)} of shapes {_validation.listed(received)}"
+            )
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.assign(weight)
+
+
+class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
+    """Has the learning rate and the weight decay of its ``inner_optimizer``, its first argument."""
+
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Excludes variables from the inner optimizer's weight decay."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets all `variables`, the inner optimizer's among them."""
-        set_all_weights(self, weights)
 
     def rule(self) -> rules.Rule:
         """The inner optimizer's."""

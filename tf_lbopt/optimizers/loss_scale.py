@@ -13,10 +13,10 @@ from tf_lbopt.distribution.replicas import (
     replica_context_of,
     sum_over_replicas,
 )
-from tf_lbopt.optimizers import saved_state
-from tf_lbopt.optimizers.algorithm import build_at_first_call, checked_new_learning_rate
-from tf_lbopt.optimizers.around import require_same_strategy, set_all_weights
+from tf_lbopt.optimizers.algorithm import build_at_first_call
+from tf_lbopt.optimizers.around import WithInnerOptimizer, require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.saved_state import SavedState
 from tf_lbopt.statistics.sparse import divide
 
 # Beyond these a scale is no longer a scale: 0 and Inf would never be left again. And squares of
@@ -26,7 +26,7 @@ _GREATEST_SCALE = 2.0**40
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
-class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossScaleOptimizer):
     """Dynamic loss scaling for `mixed_float16`, right across replicas.
 
     The loss is multiplied by the scale and the gradients divided by it. A NaN or Inf on any one
@@ -100,6 +100,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             ),
             name=name,
         )
+        self._let_checkpoints_say_whose()
         self._strategy = tf.distribute.get_strategy()
         require_same_strategy(self, inner_optimizer, self._strategy)
         # Keras creates these two in `build` and scales the loss by a constant before: a custom
@@ -130,15 +131,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return self._own_skipped_updates
 
     @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's; what is assigned is checked, also around a stock optimizer."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
-
-    @property
     def iterations(self) -> keras.Variable:
         """The inner optimizer's (Keras's own class has counted apart before 3.9)."""
         return self.inner_optimizer.iterations
@@ -150,23 +142,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         with inside_scope(self._strategy):
             self.inner_optimizer.build(var_list)
             super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets all `variables`, the inner optimizer's among them."""
-        set_all_weights(self, weights)
-
-    def save_own_variables(self, store: Any) -> None:
-        """Keras saving: all variables."""
-        saved_state.save(self, store, {})
-
-    def load_own_variables(self, store: Any) -> None:
-        """Keras loading, of what `save_own_variables` saved.
-
-        Raises:
-            ValueError: It is the state of another optimizer, or of one for other variables; nothing
-                is loaded then.
-        """
-        saved_state.load(self, store, {})
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times the current scale, in float32 where the loss is of float16."""
