@@ -5,6 +5,7 @@ import fractions
 import importlib
 import inspect
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -17,6 +18,9 @@ from helpers_arguments import accepts, gradients_for, minimal_arguments, named_v
 import tf_lbopt
 import tf_lbopt.tf_keras
 from tf_lbopt import schedules
+from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.optimizers.algorithm import without_missing
+from tf_lbopt.optimizers.exclusion import Exclusion
 
 INFOS = tf_lbopt.list_optimizers()
 NAN = math.nan
@@ -414,6 +418,39 @@ def test_all_gradients_none(info):
     optimizer = info.cls(**minimal_arguments(info))
     with pytest.raises(ValueError, match=r"(?s)all of `grads` are None.*Received.*dense/kernel"):
         apply(optimizer, [None] * 3, variables)
+
+
+def _set_too_many_weights(variables):
+    optimizer = tf_lbopt.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build(variables)
+    optimizer.set_weights([0.0] * len(variables))
+
+
+def _leave_out_all_in_mid_accumulation(variables):
+    accumulation = Accumulation(tf.distribute.get_strategy(), 2)
+    accumulation.seen = tf.Variable(tf.ones([len(variables)]))
+    accumulation.note([], [v.path for v in variables], 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda variables: without_missing([1.0] + [None] * (len(variables) - 1), variables),
+        lambda variables: without_missing([None] * len(variables), variables),
+        lambda variables: Exclusion("a", [f"no{'p' * i}e" for i in range(500)]).build(variables),
+        _set_too_many_weights,
+        _leave_out_all_in_mid_accumulation,
+    ],
+    ids=["a gradient", "no gradient", "exclusions", "set_weights", "accumulation"],
+)
+def test_messages_name_a_few_of_many_variables(call):
+    variables = [keras.Variable([0.0], name=f"a_name_in_a_model_{i}") for i in range(500)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((UserWarning, ValueError, tf.errors.InvalidArgumentError)) as caught:
+            call(variables)
+    assert "more)" in str(caught.value)
+    assert len(str(caught.value)) < 1500
 
 
 @over_optimizers

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 
 import keras
 import numpy as np
@@ -505,6 +506,29 @@ def test_a_file_with_another_optimizer(make, received, tmp_path):
         np.testing.assert_array_equal(value, variable.numpy())
     for a, b in zip(original.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("way", ["model", "weights"])
+def test_a_fit_without_an_update_is_warned_of_after_loading(way, tmp_path):
+    """However many updates were made before."""
+    x, y = np.ones([16, 5], "float32"), np.ones([16, 1], "float32")
+    make = functools.partial(CASES[0], gradient_accumulation_steps=2)
+    model = _fitted(make, 1, 2, x, y)
+    if way == "model":
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        model.save_weights(tmp_path / "own.weights.h5")
+        loaded = _model(make())
+        loaded.fit(np.tile(x, [2, 1]), np.tile(y, [2, 1]), batch_size=8, verbose=0)
+        loaded.load_weights(tmp_path / "own.weights.h5")
+    assert loaded.optimizer.iterations.numpy() == 1
+    with pytest.warns(UserWarning, match="before an update was due"):
+        loaded.fit(x[:8], y[:8], batch_size=8, verbose=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*before an update was due")
+        loaded.fit(x[:8], y[:8], batch_size=8, verbose=0)
+    assert loaded.optimizer.iterations.numpy() == 2
 
 
 def test_a_model_that_was_not_trained_yet(tmp_path):

@@ -14,7 +14,6 @@ from tf_lbopt.optimizers.exclusion import tensorflow_variable
 _logger = logging.getLogger(__name__)
 
 _EXPECTED = "a regular expression over layer paths, a layer, or a list of these"
-_SHOWN = 10
 
 
 class FreezeLayers(keras.callbacks.Callback):
@@ -167,11 +166,10 @@ class FreezeLayers(keras.callbacks.Callback):
         missing = [entry for entry in self._entries if not _fitting(entry, inside)]
         if missing:
             paths = list(dict.fromkeys(_path(layer) for layer in inside if layer.weights))
-            shown = ", ".join(paths[:_SHOWN]) + (", …" if len(paths) > _SHOWN else "")
             raise ValueError(
-                f"FreezeLayers found no layer for {', '.join(map(_described, missing))} in the "
-                f"model {self.model.name!r}. Expected: {_EXPECTED}. Its layers with weights "
-                f"are: {shown}"
+                f"FreezeLayers found no layer for {_validation.listed(map(_described, missing))} "
+                f"in the model {self.model.name!r}. Expected: {_EXPECTED}. Its layers with weights "
+                f"are: {_validation.listed(paths)}"
             )
         outermost: dict[int, keras.layers.Layer] = {}
 
@@ -192,7 +190,7 @@ class FreezeLayers(keras.callbacks.Callback):
                 "FreezeLayers can only freeze layers that train, so that it can let them train "
                 "again. Set `layer.trainable = True` and compile the model before `fit`, or leave "
                 "them out. Received layers with trainable=False: "
-                f"{', '.join(map(_path, frozen))}"
+                f"{_validation.listed(map(_path, frozen))}"
             )
         variables = {
             id(tensorflow_variable(v)): v
@@ -202,7 +200,7 @@ class FreezeLayers(keras.callbacks.Callback):
         if not variables:
             raise ValueError(
                 "FreezeLayers has nothing to freeze: the layers have no trainable variables. "
-                f"Received: {', '.join(map(_path, self._matched))}"
+                f"Received: {_validation.listed(map(_path, self._matched))}"
             )
         optimizer = self.model.optimizer
         known = {id(tensorflow_variable(v)) for v in _compat.trained_variables(optimizer)}
@@ -211,12 +209,12 @@ class FreezeLayers(keras.callbacks.Callback):
             raise ValueError(
                 "FreezeLayers needs an optimizer that was built with the variables of the layers. "
                 "Compile the model with a new optimizer while all of them are trainable. "
-                f"Received {type(optimizer).__name__}, built without: {', '.join(unknown)}"
+                f"Received {type(optimizer).__name__}, built without: {_validation.listed(unknown)}"
             )
         if len(variables) == len(self.model.trainable_variables):
             raise ValueError(
                 "FreezeLayers must leave something to train. Received layers with all trainable "
-                f"variables of the model: {', '.join(map(_path, self._matched))}"
+                f"variables of the model: {_validation.listed(map(_path, self._matched))}"
             )
 
 

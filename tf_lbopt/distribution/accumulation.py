@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt import _compat
+from tf_lbopt import _compat, _validation
 from tf_lbopt.distribution.replica_state import ReplicaState
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
@@ -46,12 +46,13 @@ class Turn:
 class Accumulation(ReplicaState):
     """What each replica keeps of its gradients over the micro-steps of one update.
 
-    Where in the accumulation an optimizer is, one of its variables says: `micro_step`. What is in
-    the accumulators belongs to it only if they were filled in the same place, of which they keep a
-    note of their own; if not (the optimizer's state was set, by whatever means), or at micro-step
-    0, the accumulation begins, and what there was is overwritten.
+    `micro_step` counts the micro-steps made of the current update. It is one of the optimizer's
+    variables, so whoever sets the optimizer's state sets it too, but not the accumulators. These
+    have a note of their own, `filled`: the number of updates and of micro-steps after which they
+    were written. Where it differs from the optimizer's numbers, the state was set in between. Then
+    the next micro-step is the first of an update, and overwrites the accumulators.
 
-    Saved only in mid-accumulation: between updates there is nothing to store.
+    The accumulators are saved only in mid-accumulation. Between updates nothing in them is needed.
 
     Args:
         strategy: The strategy under which the variables live.
@@ -75,11 +76,13 @@ class Accumulation(ReplicaState):
         # How many micro-steps of the current update were made: one of the optimizer's variables.
         self.micro_step: tf.Variable
         # Made with the first accumulators: after how many updates, and micro-steps of the current
-        # one, they were as they are; how many micro-steps were live; and which of the optimizer's
-        # variables had a gradient in one of them.
+        # one, they were as they are; how many micro-steps were live; which of the optimizer's
+        # variables had a gradient in one of them; and how many updates ended since
+        # `take_finished`, which no loading of state changes.
         self.filled: tf.Variable
         self.live: tf.Variable
         self.seen: tf.Variable
+        self.finished: tf.Variable
         self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
 
     def prepare(
@@ -117,6 +120,7 @@ class Accumulation(ReplicaState):
                 self.filled = self._variable([0, 0], tf.TensorShape([2]), tf.int64)
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
                 self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
+                self.finished = self._variable(0, tf.TensorShape([]), tf.int64)
             for index, variable, gradient in missing:
                 sparse = isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
@@ -194,7 +198,8 @@ class Accumulation(ReplicaState):
                 [
                     "All micro-steps of an update must have gradients for the same variables: give "
                     "zeros, not None, where there is none. Expected: gradients for all that had "
-                    f"one earlier in this update. Received: none for {', '.join(absent.values())}"
+                    "one earlier in this update. Received: none for "
+                    f"{_validation.listed(absent.values())}"
                 ],
             )
         self.seen.assign(tf.maximum(seen, _ones_at(indices, len(paths))))
@@ -281,6 +286,13 @@ class Accumulation(ReplicaState):
     def finish(self) -> None:
         """Notes, on this replica, that an update was made or discarded: the next one begins."""
         self.micro_step.assign(tf.zeros_like(self.micro_step))
+        self.finished.assign(self.finished.read_value() + 1)
+
+    def take_finished(self) -> int:
+        """How many updates were made or discarded since the last call, or the first gradients."""
+        finished = int(self.finished.numpy())
+        self.finished.assign(0)
+        return finished
 
     def read(self, indices: Sequence[int]) -> OwnMoments:
         """This replica's moments."""

@@ -123,7 +123,6 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             self._check_strategy()
         self._let_checkpoints_say_whose()
         self._slots: dict[str, list[Any]] = {}
-        self._updates_at_end_of_fit = 0
         self._accumulation = (
             Accumulation(
                 self._strategy,
@@ -276,7 +275,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             Whether the gradients were finite; true before an update is due.
         """
         self._check_known(variables)
-        pairs = _without_missing(grads, variables)
+        pairs = without_missing(grads, variables)
         indices = [self._known_index(variable) for _, variable in pairs]
         journey = Journey(
             self._strategy,
@@ -426,17 +425,15 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         accumulation = self._accumulation
         if accumulation is None or not accumulation.accumulators:
             return
-        counters = (self._iterations, self.skipped_updates)
-        updates = sum(int(tensorflow_variable(counter).numpy()) for counter in counters)
+        updates = accumulation.take_finished()
         pending = int(accumulation.micro_step.numpy())
-        if pending and updates == self._updates_at_end_of_fit:
+        if pending and not updates:
             warnings.warn(
                 "`fit` ended before an update was due, and the weights are as they were: a batch "
                 f"is one micro-step, and {pending} of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps} are made. They are part of the next update.",
                 stacklevel=3,
             )
-        self._updates_at_end_of_fit = updates
 
     def _weights_and_averages(self) -> list[tuple[tf.Variable, tf.Variable]]:
         return [
@@ -704,17 +701,23 @@ def _check_averaging(kwargs: dict[str, Any]) -> None:
     )
 
 
-def _without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:
+def without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:
+    """The pairs of a gradient and its variable; warns of variables without one.
+
+    Raises:
+        ValueError: None has one.
+    """
     pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
     if not pairs:
         raise ValueError(
             "No gradients provided for any variable: all of `grads` are None. "
-            f"Received variables: {_validation.shown([path_of(v) for v in variables])}"
+            f"Received variables: {_validation.listed(map(path_of, variables))}"
         )
     missing = [path_of(v) for g, v in zip(grads, variables, strict=True) if g is None]
     if missing:
         warnings.warn(
-            f"Gradients do not exist for variables {missing}; they are left unchanged.",
+            f"Gradients do not exist for variables {_validation.listed(missing)}; they are left "
+            "unchanged.",
             stacklevel=5,
         )
     return pairs

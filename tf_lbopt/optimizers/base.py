@@ -44,10 +44,14 @@ _COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made
 
 
 @dataclasses.dataclass(frozen=True)
-class _Beyond:
-    """Of averages that are in their weights' place: what these have no room for, by index."""
+class _RoundingErrors:
+    """What averages lost by rounding when they were put into the place of half-precision weights.
 
-    parts: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
+    A class around the dictionary, because Keras and TensorFlow track a dictionary that is an
+    attribute of an optimizer, and would save what is in it.
+    """
+
+    by_index: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
 
 
 class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
@@ -84,7 +88,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     def _start(self, learning_rate: Any, **kwargs: Any) -> None:
         keras.optimizers.Optimizer.__init__(self, learning_rate, **kwargs)
         self._loss_scaled_from_outside = False
-        self._beyond = _Beyond()
+        self._rounding_errors = _RoundingErrors()
         if self.use_ema:
             _compat.let_optimizers_swap_averages()
 
@@ -240,21 +244,23 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         What an average in float32 has beyond the half precision of its weights is kept beside, and
         is there again after the next exchange.
         """
+        errors = self._rounding_errors.by_index
         with inside_scope(self._strategy):
             for index, (variable, average) in enumerate(self._weights_and_averages()):
                 weights = tf.identity(variable)
                 mean = tf.identity(average)
                 variable.assign(tf.cast(mean, variable.dtype))
-                average.assign(tf.cast(weights, average.dtype) + self._beyond.parts.pop(index, 0.0))
+                average.assign(tf.cast(weights, average.dtype) + errors.pop(index, 0.0))
                 if variable.dtype != average.dtype:
-                    self._beyond.parts[index] = mean - tf.cast(tf.identity(variable), mean.dtype)
+                    errors[index] = mean - tf.cast(tf.identity(variable), mean.dtype)
 
     def keep_averages(self) -> None:
         """Makes the weights, which are averages now, the averages; of the same callback."""
+        errors = self._rounding_errors.by_index
         with inside_scope(self._strategy):
             for index, (variable, average) in enumerate(self._weights_and_averages()):
                 weights = tf.cast(tf.identity(variable), average.dtype)
-                average.assign(weights + self._beyond.parts.pop(index, 0.0))
+                average.assign(weights + errors.pop(index, 0.0))
 
     # -- loss scaling from outside -----------------------------------------------------------------
 

@@ -199,7 +199,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         if missing:
             raise ValueError(
                 "CLARS(norm_estimator='per_example') needs norms for every variable that has a "
-                f"gradient. Received: none for {', '.join(path_of(v) for v in missing)}"
+                f"gradient. Received: none for {_validation.listed(map(path_of, missing))}"
             )
         # A replica's gradients arrive divided by the number of replicas, multiplied by the scale.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync

@@ -11,7 +11,6 @@ import tensorflow as tf
 from tf_lbopt import _validation
 
 _EXPECTED = "a list of variables or of regular expressions over the variable path"
-_SHOWN = 10
 
 
 def path_of(variable: Any) -> str:
@@ -132,8 +131,8 @@ class Exclusion:
         if in_vain:
             warnings.warn(
                 f"`{self._argument}` has entries that fit none of the trainable variables: "
-                f"{in_vain}. The variables are: {', '.join(paths[:_SHOWN])}"
-                f"{', …' if len(paths) > _SHOWN else ''}",
+                f"{_validation.listed(map(_validation.shown, in_vain))}. "
+                f"The variables are: {_validation.listed(paths)}",
                 stacklevel=2,
             )
         if self._entries:

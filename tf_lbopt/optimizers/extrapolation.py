@@ -356,7 +356,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         if not_moved:
             raise ValueError(
                 "`extrapolated` must be given all variables that are trained. "
-                f"Received gradients also of {', '.join(path_of(v) for v in not_moved)}"
+                f"Received gradients also of {_validation.listed(map(path_of, not_moved))}"
             )
         # A gradient may be a variable itself, which is about to change.
         grads = [tf.identity(g) if _is_variable(g) else g for g in grads]

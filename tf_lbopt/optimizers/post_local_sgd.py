@@ -24,7 +24,7 @@ from tf_lbopt.distribution.replicas import (
     replica_number,
     sum_over_replicas,
 )
-from tf_lbopt.optimizers.algorithm import _without_missing, build_at_first_call
+from tf_lbopt.optimizers.algorithm import build_at_first_call, without_missing
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy, stock_update
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
@@ -457,7 +457,7 @@ class PostLocalSGD(AroundOptimizer):
                 return self.inner_optimizer._send(grads, variables, loss_scale, after)
             return super()._send(grads, variables, loss_scale, after, summed)
         self._check_known(variables)
-        pairs = _without_missing(grads, variables)
+        pairs = without_missing(grads, variables)
         indices = [self._known_index(variable) for _, variable in pairs]
         replicas = self._strategy.num_replicas_in_sync
         own = [_own_gradient(g, tensorflow_variable(v), replicas) for g, v in pairs]

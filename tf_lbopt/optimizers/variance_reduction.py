@@ -34,6 +34,8 @@ class VarianceReduction(Algorithm):
     statistics = rules.VarianceReduced.statistics
 
     def __init__(self, *args: Any, gamma: float = 0.1, beta_3: float | None = None, **kwargs: Any):
+        # The common constructor checks what arrives there. But this one, and the base's, take
+        # arguments by name that the class may not have: VRSGD has neither `beta_3` nor `momentum`.
         self._check_names(kwargs if beta_3 is None else {"beta_3": beta_3, **kwargs})
         super().__init__(*args, **kwargs)
         self.gamma = _validation.real("gamma", gamma, low=0.0, low_open=True, high=1.0)
