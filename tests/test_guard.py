@@ -315,13 +315,29 @@ def test_squares_are_taken_of_what_the_rule_gets():
 
 
 @pytest.mark.parametrize("scale", [8.0, 64.0])
-def test_other_reasons_leave_the_loss_scale(scale):
-    optimizer = tf_lbopt.LossScaleOptimizer(tf_lbopt.LAMB(0.1), initial_scale=scale)
+@pytest.mark.parametrize("inner", [tf_lbopt.LAMB, keras.optimizers.Adam])
+def test_other_reasons_leave_the_loss_scale(inner, scale):
+    optimizer = tf_lbopt.LossScaleOptimizer(inner(0.1), initial_scale=scale)
     variable = keras.Variable(ONES)
-    for factor in (scale, 1e21, np.inf):
+    for factor in (scale, 1e21, np.inf, 1.0):
         optimizer.apply([tf.constant(ONES * np.float32(factor))], [variable])
     assert optimizer.dynamic_scale.numpy() == scale / 2
     assert optimizer.skipped_updates.numpy() == 2
+    assert optimizer.iterations.numpy() == 2
+    assert np.all(np.isfinite(variable.numpy()))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_rate_that_is_nan_is_discarded_around_a_stock_optimizer(replicas):
+    with strategy_of(replicas).scope():
+        inner = keras.optimizers.SGD(keras.optimizers.schedules.PolynomialDecay(float("nan"), 9))
+        optimizer = tf_lbopt.LossScaleOptimizer(inner, initial_scale=4.0)
+        variable = keras.Variable(ONES)
+    step = tf.function(lambda: optimizer.apply([tf.constant(ONES)], [variable]))
+    strategy_of(replicas).run(step)
+    np.testing.assert_array_equal(variable.numpy(), ONES)
+    assert optimizer.skipped_updates.numpy() == 1
+    assert optimizer.dynamic_scale.numpy() == 4.0
 
 
 LAYERWISE = {

@@ -58,11 +58,26 @@ def stock_update(
         _compat.keras_update(optimizer, gradients, variables)
         return []
 
+    return rules.Update(stock_squares_fit(norm_bounds, variables), write)
+
+
+def stock_squares_fit(
+    norm_bounds: Sequence[tf.Tensor], variables: Sequence[keras.Variable]
+) -> tf.Tensor:
+    """Whether the squares of gradients are finite in the dtype in which a stock optimizer has them.
+
+    Args:
+        norm_bounds: What the norms of the gradients do not exceed.
+        variables: Theirs.
+
+    Returns:
+        A boolean scalar.
+    """
     fits = [
         squares_fit([norm], tf.as_dtype(variable.dtype))
         for norm, variable in zip(norm_bounds, variables, strict=True)
     ]
-    return rules.Update(tf.reduce_all(tf.stack(fits)), write)
+    return tf.reduce_all(tf.stack(fits))
 
 
 class WithInnerOptimizer:

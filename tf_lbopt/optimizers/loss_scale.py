@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _validation
+from tf_lbopt import _compat, _validation
 from tf_lbopt.distribution.replicas import (
     inside_scope,
     on_each_replica,
@@ -14,9 +14,15 @@ from tf_lbopt.distribution.replicas import (
     sum_over_replicas,
 )
 from tf_lbopt.optimizers.algorithm import build_at_first_call
-from tf_lbopt.optimizers.around import WithInnerOptimizer, require_same_strategy
+from tf_lbopt.optimizers.around import (
+    WithInnerOptimizer,
+    require_same_strategy,
+    stock_squares_fit,
+)
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.saved_state import SavedState
+from tf_lbopt.rules.bounds import is_rate
+from tf_lbopt.rules.norms import all_finite, norms
 from tf_lbopt.statistics.sparse import divide
 
 # Beyond these a scale is no longer a scale: 0 and Inf would never be left again. And squares of
@@ -177,31 +183,54 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
 
     def _apply_stock(self, grads: list[Any], trainable_variables: Sequence[Any] | None) -> None:
         context = replica_context_of(self._strategy)
-        non_finite = tf.cast(tf.logical_not(_all_finite(grads)), tf.float32)
+        finite, sound = self._are_sound(grads, trainable_variables)
+        flags = tf.cast(tf.stack([~finite, ~sound]), tf.float32)
 
         def apply_inner(local_grads: list[Any]) -> None:
             scale = tf.convert_to_tensor(self.dynamic_scale)
             unscaled = [None if g is None else divide(g, scale) for g in local_grads]
             self.inner_optimizer.apply(unscaled, trainable_variables)
 
-        def cross_replica(strategy: tf.distribute.Strategy, flag: Any, values: list[Any]) -> None:
+        def cross_replica(strategy: tf.distribute.Strategy, flags: Any, values: list[Any]) -> None:
             anchor = self.dynamic_scale.value
-            total = sum_over_replicas(strategy, [flag], [anchor])[0]
-            finite = tf.equal(strategy.experimental_local_results(total)[0], 0.0)
+            total = sum_over_replicas(strategy, [flags], [anchor])[0]
+            finite, sound = tf.unstack(strategy.experimental_local_results(total)[0] == 0.0)
 
             def run() -> tf.Tensor:
                 strategy.extended.call_for_each_replica(apply_inner, args=(values,))
                 return tf.constant(True)
 
-            def adjust(finite_here: tf.Tensor) -> list[tf.Tensor]:
-                self._adjust_scale(finite_here)
-                self.skipped_updates.value.assign_add(tf.cast(~finite_here, tf.int64))
-                return [finite_here]
+            def adjust(finite: tf.Tensor, sound: tf.Tensor) -> list[tf.Tensor]:
+                self._adjust_scale(finite)
+                self.skipped_updates.value.assign_add(tf.cast(~sound, tf.int64))
+                return [sound]
 
-            tf.cond(finite, run, lambda: tf.constant(True))
-            on_each_replica(strategy, anchor, adjust, finite)
+            tf.cond(sound, run, lambda: tf.constant(True))
+            on_each_replica(strategy, anchor, adjust, finite, sound)
 
-        context.merge_call(cross_replica, args=(non_finite, grads))
+        context.merge_call(cross_replica, args=(flags, grads))
+
+    def _are_sound(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Whether this replica's gradients are finite, and whether an update can be made of them.
+
+        It can not where squares of what they sum up to could overflow, or without a learning rate.
+        """
+        variables = trainable_variables or _compat.trained_variables(self.inner_optimizer)
+        pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
+        if not pairs:
+            raise ValueError("No gradients provided for any variable: all of `grads` are None.")
+        local_norms = norms([gradient for gradient, _ in pairs])
+        finite = all_finite(local_norms)
+        factor = self._strategy.num_replicas_in_sync / tf.convert_to_tensor(self.dynamic_scale)
+        bounds = [
+            norm * tf.cast(factor, norm.dtype) * _repetitions(gradient, norm.dtype)
+            for norm, (gradient, _) in zip(local_norms, pairs, strict=True)
+        ]
+        fits = stock_squares_fit(bounds, [variable for _, variable in pairs])
+        rate = tf.convert_to_tensor(self.inner_optimizer.learning_rate)
+        return finite, finite & fits & is_rate(rate)
 
     def _adjust_scale(self, finite: tf.Tensor) -> None:
         """Halves or doubles this replica's copy of the scale."""
@@ -213,8 +242,8 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         counter.assign(tf.where(grow, tf.zeros_like(count), count))
 
 
-def _all_finite(grads: Sequence[Any]) -> tf.Tensor:
-    values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads if g is not None]
-    if not values:
-        raise ValueError("No gradients provided for any variable: all of `grads` are None.")
-    return tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values]))
+def _repetitions(gradient: Any, dtype: tf.DType) -> tf.Tensor:
+    """How much longer a gradient can be than its values, whose rows may belong to one index."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.ones([], dtype)
+    return tf.sqrt(tf.cast(tf.maximum(tf.size(gradient.indices), 1), dtype))
