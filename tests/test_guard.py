@@ -18,6 +18,7 @@ from harness import (
 )
 
 import tf_lbopt
+from tf_lbopt.rules.momentum import apply_delta
 
 
 def poisoned(sub_batches, index, value, layer=2):
@@ -282,7 +283,11 @@ SECOND_MOMENTS = {
 
 def update_eagerly(optimizer, variables, gradients):
     for _ in range(optimizer.gradient_accumulation_steps or 1):
-        with taking_gradients(optimizer, variables):
+        with (
+            optimizer.step(variables, local=False)
+            if isinstance(optimizer, tf_lbopt.PostLocalSGD)
+            else taking_gradients(optimizer, variables)
+        ):
             optimizer.apply([tf.constant(g) for g in gradients], variables)
 
 
@@ -290,7 +295,7 @@ def after(optimizer, steps, weights=ONES, dtype="float32"):
     """Weights, iterations and skipped updates after gradients times these factors."""
     variable = keras.Variable(weights, dtype=dtype)
     for factor in steps:
-        update_eagerly(optimizer, [variable], [ONES * np.float32(factor)])
+        update_eagerly(optimizer, [variable], [np.ones_like(weights) * np.float32(factor)])
     everything = [tf.convert_to_tensor(v) for v in (variable, *optimizer.variables)]
     assert all(np.isfinite(tf.cast(v, tf.float64)).all() for v in everything)
     counts = int(optimizer.iterations.numpy()), int(optimizer.skipped_updates.numpy())
@@ -304,6 +309,55 @@ def test_squares_that_overflow_discard_the_update(name):
     assert (updates, skipped) == (2, 1)
     np.testing.assert_array_equal(weights, after(make(), [1, 1])[0])
     assert after(make(), [1, 1e18, 1])[1:] == (3, 0)  # and others do not
+
+
+FORGETFUL = {
+    "lamb": lambda: tf_lbopt.LAMB(0.1, beta_1=0.95, beta_2=0.9, epsilon=1e-15),
+    "lamb without epsilon": lambda: tf_lbopt.LAMB(0.1, beta_1=0.95, beta_2=0.9, epsilon=0.0),
+    "lamb without memory": lambda: tf_lbopt.LAMB(0.1, beta_1=0.0, beta_2=0.0, epsilon=1e-15),
+    "extrap_adam": lambda: tf_lbopt.ExtrapAdam(0.1, beta_1=0.9, beta_2=0.0, epsilon=1e-32),
+}
+
+
+@pytest.mark.parametrize("size", [4, 1 << 14])
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_a_first_moment_that_outlives_the_second_discards_nothing(name, size):
+    weights, *counts = after(FORGETFUL[name](), [1, 1e15, 0, 1], np.ones(size, "float32"))
+    assert counts == [4, 0]
+    assert np.all(weights != 1)
+
+
+def test_an_epsilon_that_vanishes_in_the_kernel():
+    weights, *counts = after(tf_lbopt.LAMB(0.1, epsilon=1e-38), [0], np.ones(1 << 14, "float32"))
+    assert counts == [1, 0]
+    np.testing.assert_array_equal(weights, 1.0)
+
+
+def test_squares_that_vanish_leave_epsilon_alone():
+    optimizer = tf_lbopt.ExtrapAdam(5e29, epsilon=1e-30, extrapolation_rate=0.0)
+    assert after(optimizer, [3e-19])[1:] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: tf_lbopt.VarianceReduced(inner, gradient_accumulation_steps=2),
+        lambda inner: tf_lbopt.PostLocalSGD(inner, start=9, period=1),
+        lambda inner: tf_lbopt.LossScaleOptimizer(inner, initial_scale=1.0),
+    ],
+    ids=["variance_reduced", "post_local_sgd", "loss_scale"],
+)
+def test_around_a_stock_optimizer(wrap):
+    """Its squares are checked, in float16 one by one; its steps are not."""
+    layer = np.ones(16, "float16")
+    assert after(wrap(keras.optimizers.SGD(0.01)), [100], layer, "float16")[1:] == (1, 0)
+    assert after(wrap(keras.optimizers.SGD(0.01)), [300], layer, "float16")[1:] == (0, 1)
+    assert after(wrap(keras.optimizers.SGD(0.01)), [1e20])[1:] == (0, 1)
+
+    variable, optimizer = keras.Variable(ONES), wrap(keras.optimizers.SGD(1e38))
+    update_eagerly(optimizer, [variable], [10 * ONES])
+    assert np.all(np.isinf(variable.numpy()))
+    assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (1, 0)
 
 
 def test_squares_are_taken_of_what_the_rule_gets():
@@ -390,6 +444,25 @@ def test_decay_that_makes_weights_grow_ends_before_infinity(name):
     assert np.all(np.abs(weights) > 1e19)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kwargs: tf_lbopt.LAMB(0.9, **kwargs),
+        lambda **kwargs: tf_lbopt.LARS(0.9, trust_ratio_denominator="sum_of_norms", **kwargs),
+        lambda **kwargs: tf_lbopt.CLARS(0.9, **kwargs),
+    ],
+    ids=["lamb", "lars", "clars"],
+)
+def test_decay_at_the_rate_of_an_excluded_layer(make):
+    optimizer = make(
+        weight_decay=1.0, default_trust_ratio=1e5, exclude_from_layer_adaptation=[".*"]
+    )
+    weights, updates, skipped = after(optimizer, [0.0] * 8, weights=ONES * 1e20)
+    assert updates > 0
+    assert skipped > 0
+    assert np.all(np.abs(weights) > 1e19)
+
+
 @pytest.mark.parametrize("function", ["eager", "graph", "compiled"])
 def test_an_element_that_overflows_keeps_its_value(function):
     variable = keras.Variable(np.float32([60000.0, 1.0]), dtype="float16")
@@ -406,6 +479,21 @@ def test_an_element_that_overflows_keeps_its_value(function):
     assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (1, 1)
     step(tf.constant([1.0, -1.0]))
     assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (2, 1)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("dtype", "kept"), [("float16", True), ("bfloat16", False)])
+def test_only_float16_keeps_what_overflows(dtype, kept, sparse):
+    """In bfloat16 nothing does that `tf_lbopt.rules.bounds` lets through."""
+    large = float(tf.as_dtype(dtype).max)
+    variable = tf.Variable(tf.constant([[large], [large]], dtype))
+    direction = tf.constant([[0.0], [large]])
+    if sparse:
+        direction = tf.IndexedSlices(direction, tf.constant([0, 1]), tf.constant([2, 1]))
+    written = apply_delta(variable, direction, 0.5)
+    assert [bool(all_of_it) for all_of_it in written] == [False] * kept
+    expected = large if kept else np.inf
+    np.testing.assert_array_equal(tf.cast(variable, tf.float64), [[large], [expected]])
 
 
 def test_a_sparse_row_that_overflows_keeps_its_value():

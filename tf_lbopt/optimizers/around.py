@@ -13,7 +13,7 @@ from tf_lbopt.optimizers.algorithm import checked_new_learning_rate
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
-from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.rules.norms import Gradient, greatest
 
 
 def require_same_strategy(
@@ -45,7 +45,7 @@ def stock_update(
     """One update by a stock Keras optimizer, on the replica whose update context this is.
 
     What it does with the gradients is not known; it may keep their squares, in the dtype of the
-    variables.
+    variables. Only these are checked, not its steps.
 
     Args:
         optimizer: It.
@@ -58,25 +58,41 @@ def stock_update(
         _compat.keras_update(optimizer, gradients, variables)
         return []
 
-    return rules.Update(stock_squares_fit(norm_bounds, variables), write)
+    lengths = stock_lengths(gradients, norm_bounds, variables)
+    return rules.Update(stock_squares_fit(lengths, variables), write)
+
+
+def stock_lengths(
+    gradients: Sequence[Gradient],
+    norm_bounds: Sequence[tf.Tensor],
+    variables: Sequence[keras.Variable],
+) -> list[tf.Tensor]:
+    """What `stock_squares_fit` is to check: norms, or greatest elements where a norm says little.
+
+    In float16 the norm of a large layer is often beyond 255 where the squares of all elements fit.
+    """
+    return [
+        greatest(gradient) if tf.as_dtype(variable.dtype) == tf.float16 else norm
+        for gradient, norm, variable in zip(gradients, norm_bounds, variables, strict=True)
+    ]
 
 
 def stock_squares_fit(
-    norm_bounds: Sequence[tf.Tensor], variables: Sequence[keras.Variable]
+    lengths: Sequence[tf.Tensor], variables: Sequence[keras.Variable]
 ) -> tf.Tensor:
     """Whether the squares of gradients are finite in the dtype in which a stock optimizer has them.
 
     Args:
-        norm_bounds: What the norms of the gradients do not exceed.
+        lengths: See `stock_lengths`; or what these do not exceed.
         variables: Theirs.
 
     Returns:
         A boolean scalar.
     """
-    fits = [
-        squares_fit([norm], tf.as_dtype(variable.dtype))
-        for norm, variable in zip(norm_bounds, variables, strict=True)
-    ]
+    by_dtype: dict[tf.DType, list[tf.Tensor]] = {}
+    for length, variable in zip(lengths, variables, strict=True):
+        by_dtype.setdefault(tf.as_dtype(variable.dtype), []).append(length)
+    fits = [squares_fit(of_dtype, dtype) for dtype, of_dtype in by_dtype.items()]
     return tf.reduce_all(tf.stack(fits))
 
 

@@ -17,6 +17,7 @@ from tf_lbopt.optimizers.algorithm import build_at_first_call
 from tf_lbopt.optimizers.around import (
     WithInnerOptimizer,
     require_same_strategy,
+    stock_lengths,
     stock_squares_fit,
 )
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
@@ -224,11 +225,14 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         local_norms = norms([gradient for gradient, _ in pairs])
         finite = all_finite(local_norms)
         factor = self._strategy.num_replicas_in_sync / tf.convert_to_tensor(self.dynamic_scale)
+        gradients, variables = zip(*pairs, strict=True)
         bounds = [
-            norm * tf.cast(factor, norm.dtype) * _repetitions(gradient, norm.dtype)
-            for norm, (gradient, _) in zip(local_norms, pairs, strict=True)
+            length * tf.cast(factor, length.dtype) * _repetitions(gradient, length.dtype)
+            for length, gradient in zip(
+                stock_lengths(gradients, local_norms, variables), gradients, strict=True
+            )
         ]
-        fits = stock_squares_fit(bounds, [variable for _, variable in pairs])
+        fits = stock_squares_fit(bounds, variables)
         rate = tf.convert_to_tensor(self.inner_optimizer.learning_rate)
         return finite, finite & fits & is_rate(rate)
 
@@ -243,7 +247,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
 
 
 def _repetitions(gradient: Any, dtype: tf.DType) -> tf.Tensor:
-    """How much longer a gradient can be than its values, whose rows may belong to one index."""
+    """How much longer a gradient can be than its values: all rows may belong to one index."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.ones([], dtype)
-    return tf.sqrt(tf.cast(tf.maximum(tf.size(gradient.indices), 1), dtype))
+    return tf.cast(tf.maximum(tf.size(gradient.indices), 1), dtype)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tf_lbopt.rules.norms import norms, scalar
 from tf_lbopt.rules.rule import Layer, Step, Update
-from tf_lbopt.rules.sharing import scalars
+from tf_lbopt.rules.sharing import elementwise, scalars
 
 
 def greatest_step(dtype: tf.DType) -> float:
@@ -55,6 +55,10 @@ def squares_fit(layer_norms: Sequence[tf.Tensor], dtype: tf.DType | None = None)
 
     Returns:
         A boolean scalar.
+
+    Example:
+        >>> [bool(squares_fit([tf.constant(norm)])) for norm in (1e18, 1e20, float("nan"))]
+        [True, False, False]
     """
     return _all(
         {of: n <= _greatest_squared(dtype or of) for of, n in _by_dtype(layer_norms).items()}
@@ -73,6 +77,15 @@ def steps_fit(
 
     Returns:
         A boolean scalar.
+
+    Example:
+        >>> rates = [tf.constant(0.1), tf.constant(1e-39)]
+        >>> bool(steps_fit(rates, [tf.constant(1e30), tf.constant(1.0)]))
+        True
+        >>> bool(steps_fit(rates, [tf.constant(1e32), tf.constant(1.0)]))  # overflows
+        False
+        >>> bool(steps_fit(rates, [tf.constant(1.0), tf.constant(1e30)]))  # is lost
+        False
     """
     conditions = {}
     directions = _by_dtype(layer_norms)
@@ -85,32 +98,51 @@ def steps_fit(
     return _all(conditions)
 
 
-def decay_norms(
-    layers: Sequence[Layer], step: Step, weight_decay: float | None
-) -> dict[int, tf.Tensor]:
-    """What decay adds at most to the norm of a direction: λ ‖w‖, where it can do harm.
+def decayed_bounds(
+    layers: Sequence[Layer],
+    bounds: Sequence[tf.Tensor],
+    step: Step,
+    weight_decay: float | None,
+    adapted_norms: Sequence[tf.Tensor] | None = None,
+    ratio: float = 1.0,
+) -> list[tf.Tensor]:
+    """What the norms of directions with decay, d + λ w, do not exceed: bound + λ ‖w‖.
 
-    Up to η λ = 1 decay lets no weight grow. Norms of weights are computed beyond that only.
+    Up to η λ = 1 decay lets no weight grow, so that λ ‖w‖ may be left out. Norms that are not there
+    are computed beyond that only; and always with λ > 1, where λ w itself may overflow at any rate.
 
     Args:
-        layers: Those that decay.
+        layers: The layers.
+        bounds: For each layer what the norm of d does not exceed.
         step: Gives η.
         weight_decay: λ, or ``None``.
+        adapted_norms: ‖w‖ of the adapted layers, or ``None`` if they are not there.
+        ratio: What η is multiplied by in layers without.
 
     Returns:
-        By the layers' indices, 0 where decay does no harm.
+        A scalar for each layer.
     """
-    decayed = [layer for layer in layers if layer.decayed]
-    if not weight_decay or not decayed:
-        return {}
-    harmful = scalar(step.learning_rate, tf.float32) * min(weight_decay, 1.0) > 1.0
-    decay = scalars(decayed, weight_decay)
-    found = tf.cond(
-        tf.constant(True) if weight_decay > 1.0 else harmful,
-        lambda: [decay[n.dtype] * n for n in norms([layer.variable for layer in decayed])],
-        lambda: [tf.zeros([], layer.dtype) for layer in decayed],
+    if not weight_decay or not any(layer.decayed for layer in layers):
+        return list(bounds)
+    known = {}
+    if adapted_norms is not None:
+        adapted = [layer.index for layer in layers if layer.adapted]
+        known = dict(zip(adapted, adapted_norms, strict=True))
+    others = [layer for layer in layers if layer.decayed and layer.index not in known]
+    if others:
+        rate = scalar(step.learning_rate, tf.float32) * ratio
+        found = tf.cond(
+            tf.constant(True) if weight_decay > 1.0 else rate * weight_decay > 1.0,
+            lambda: norms([layer.variable for layer in others]),
+            lambda: [tf.zeros([], layer.dtype) for layer in others],
+        )
+        known |= zip((layer.index for layer in others), found, strict=True)
+    decay, zero = scalars(layers, weight_decay), scalars(layers, 0.0)
+    return elementwise(
+        lambda bound, norm: bound + decay[norm.dtype] * norm,
+        bounds,
+        [known[layer.index] if layer.decayed else zero[layer.dtype] for layer in layers],
     )
-    return dict(zip((layer.index for layer in decayed), found, strict=True))
 
 
 def write_if_sound(finite: tf.Tensor, update: Update) -> tf.Tensor:

@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import tensorflow as tf
 
-from tf_lbopt.rules.bounds import decay_norms, steps_fit
-from tf_lbopt.rules.momentum import apply_velocity
+from tf_lbopt.rules.bounds import decayed_bounds, steps_fit
+from tf_lbopt.rules.momentum import apply_velocities
 from tf_lbopt.rules.norms import norms
-from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, Update, decayed_gradients, dense
-from tf_lbopt.rules.sharing import scalars
+from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, Update, decayed_gradients
 from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
 
 
@@ -47,36 +46,18 @@ class CLARS(Rule):
             self.default_trust_ratio,
         )
         gradients = decayed_gradients(layers, self.weight_decay)
-        momentum = scalars(layers, self.momentum)
-        decay = decay_norms(
-            [layer for layer in layers if not layer.adapted], step, self.weight_decay
+        bounds = decayed_bounds(
+            layers,
+            [layer.norm_bound for layer in layers],
+            step,
+            self.weight_decay,
+            weight_norms,
+            self.default_trust_ratio,
         )
-        if self.weight_decay:
-            decay |= {
-                layer.index: self.weight_decay * norm
-                for layer, norm in zip(adapted, weight_norms, strict=True)
-                if layer.decayed
-            }
-
-        def write() -> list[tf.Tensor]:
-            written = []
-            for layer, gradient, rate in zip(layers, gradients, rates, strict=True):
-                written += apply_velocity(
-                    layer.variable,
-                    layer.slots.get("momentum"),
-                    dense(gradient),
-                    rate,
-                    momentum[layer.dtype],
-                    self.nesterov,
-                )
-            return written
-
-        sound = steps_fit(
-            rates,
-            [layer.norm_bound + decay.get(layer.index, 0.0) for layer in layers],
-            self.momentum,
+        return Update(
+            steps_fit(rates, bounds, self.momentum),
+            lambda: apply_velocities(layers, gradients, rates, self.momentum, self.nesterov),
         )
-        return Update(sound, write)
 
     def _ratio(self, weight_norms: tf.Tensor, mean_norms: tf.Tensor) -> tf.Tensor:
         ratio = trust_ratio(weight_norms, mean_norms, self.eta, self.default_trust_ratio)

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 import tensorflow as tf
 
-from tf_lbopt.rules.adam import adam_steps_fit, apply_adam_moments
-from tf_lbopt.rules.bounds import decay_norms
+from tf_lbopt.rules.adam import adam_steps_fit, apply_adam_moments, direction_limit, may_fuse
 from tf_lbopt.rules.momentum import apply_delta
 from tf_lbopt.rules.norms import norms
 from tf_lbopt.rules.rule import Layer, Rule, Step, Update, dense
@@ -33,8 +32,7 @@ class LAMB(Rule):
         first = running_means(layers, step, self.beta_1)
         second = running_means(layers, step, self.beta_2)
         epsilon = scalars(layers, self.epsilon)
-        weight_decay = self.weight_decay or 0.0
-        decay = scalars(layers, weight_decay)
+        decay = scalars(layers, self.weight_decay or 0.0)
         adapted = [layer for layer in layers if layer.adapted]
         weight_norms = norms([layer.variable for layer in adapted])
 
@@ -50,7 +48,8 @@ class LAMB(Rule):
                     decay[layer.dtype] * layer.weights()
                     if self.weight_decay and layer.decayed
                     else None,
-                    fused=self.epsilon > 0,
+                    limit=direction_limit(self.beta_1, self.beta_2),
+                    fused=may_fuse(self.epsilon),
                 )
                 for layer in layers
             ]
@@ -72,13 +71,12 @@ class LAMB(Rule):
                 written += apply_delta(layer.variable, direction, -rate)
             return written
 
-        # A step is η ‖w‖ long where it is adapted; and what decays must be finite.
-        others = decay_norms(
-            [layer for layer in layers if not layer.adapted], step, self.weight_decay
-        ) | {
-            layer.index: (1.0 + weight_decay) * norm
-            for layer, norm in zip(adapted, weight_norms, strict=True)
-        }
-        hyperparameters = self.beta_1, self.beta_2, self.epsilon
-        ratio = max(1.0, self.default_trust_ratio)
-        return Update(adam_steps_fit(layers, step, hyperparameters, others, ratio), write)
+        sound = adam_steps_fit(
+            layers,
+            step,
+            (self.beta_1, self.beta_2, self.epsilon),
+            self.weight_decay,
+            weight_norms,
+            max(1.0, self.default_trust_ratio),
+        )
+        return Update(sound, write)

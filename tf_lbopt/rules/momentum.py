@@ -7,9 +7,13 @@ written; one that overflows keeps its old value. In the other dtypes none does, 
 `tf_lbopt.rules.bounds`.
 """
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
-from tf_lbopt.rules.norms import compute_dtype, scalar
+from tf_lbopt.rules.norms import Gradient, compute_dtype, scalar
+from tf_lbopt.rules.rule import Layer, dense
+from tf_lbopt.rules.sharing import scalars
 
 _FUSED_DTYPES = (tf.float32, tf.float64)
 
@@ -87,6 +91,32 @@ def apply_velocity(
     )
 
 
+def apply_velocities(
+    layers: Sequence[Layer],
+    directions: Sequence[Gradient],
+    rates: Sequence[tf.Tensor],
+    momentum: float,
+    nesterov: bool,
+) -> list[tf.Tensor]:
+    """`apply_velocity` on all layers, with the slot "momentum" where there is one.
+
+    Without one a sparse direction touches its own rows only.
+    """
+    shared = scalars(layers, momentum)
+    written = []
+    for layer, direction, rate in zip(layers, directions, rates, strict=True):
+        slot = layer.slots.get("momentum")
+        written += apply_velocity(
+            layer.variable,
+            slot,
+            direction if slot is None else dense(direction),
+            rate,
+            shared[layer.dtype],
+            nesterov,
+        )
+    return written
+
+
 def apply_delta(variable, direction, scale) -> list[tf.Tensor]:
     """``w ← w + scale · direction``, in place; a sparse direction touches its own rows only."""
     dtype = compute_dtype(variable.dtype)
@@ -96,10 +126,9 @@ def apply_delta(variable, direction, scale) -> list[tf.Tensor]:
             variable.scatter_add(tf.IndexedSlices(rows, direction.indices))
             return []
         old = tf.gather(variable, direction.indices)
-        new = tf.cast(tf.cast(old, dtype) + rows, variable.dtype)
-        finite = tf.math.is_finite(new)
-        variable.scatter_update(tf.IndexedSlices(tf.where(finite, new, old), direction.indices))
-        return [tf.reduce_all(finite)]
+        new, written = _in_half_precision(tf.cast(old, dtype) + rows, old)
+        variable.scatter_update(tf.IndexedSlices(new, direction.indices))
+        return written
     if variable.dtype in _FUSED_DTYPES:
         tf.raw_ops.ResourceApplyGradientDescent(
             var=variable.handle, alpha=-scalar(scale, variable.dtype), delta=direction
@@ -121,10 +150,15 @@ def _assign_pure(step, variable, slot, direction, learning_rate, momentum, *args
 
 def assign_finite(variable, new) -> list[tf.Tensor]:
     """Writes values of the compute dtype; see the module on what is returned."""
-    new = tf.cast(new, variable.dtype)
-    if variable.dtype != tf.float16:
-        variable.assign(new)
-        return []
+    new, written = _in_half_precision(new, variable)
+    variable.assign(new)
+    return written
+
+
+def _in_half_precision(new, old):
+    """New values in the dtype of the old, which stay where a float16 one overflows; see above."""
+    new = tf.cast(new, old.dtype)
+    if old.dtype != tf.float16:
+        return new, []
     finite = tf.math.is_finite(new)
-    variable.assign(tf.where(finite, new, variable))
-    return [tf.reduce_all(finite)]
+    return tf.where(finite, new, old), [tf.reduce_all(finite)]

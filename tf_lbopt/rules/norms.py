@@ -94,6 +94,11 @@ def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
     )
 
 
+def greatest(tensor: Gradient) -> tf.Tensor:
+    """The greatest magnitude of an element, a scalar of the compute dtype; NaN if one is."""
+    return tf.reduce_max(tf.abs(_as_values(tensor)))
+
+
 def global_norm(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
     """The norm of all layers together, from the norms of each; of the widest dtype among them."""
     stacked = _stacked(layer_norms)

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import tensorflow as tf
-
-from tf_lbopt.rules.bounds import decay_norms, steps_fit
-from tf_lbopt.rules.momentum import apply_velocity
-from tf_lbopt.rules.rule import Layer, Rule, Step, Update, decayed_gradients, dense
+from tf_lbopt.rules.bounds import decayed_bounds, steps_fit
+from tf_lbopt.rules.momentum import apply_velocities
+from tf_lbopt.rules.rule import Layer, Rule, Step, Update, decayed_gradients
 from tf_lbopt.rules.sharing import scalars
 
 
@@ -27,27 +25,13 @@ class SGD(Rule):
 
     def update(self, layers: Sequence[Layer], step: Step) -> Update:
         """One update; see the class."""
-        rates = scalars(layers, step.learning_rate)
-        momentum = scalars(layers, self.momentum)
+        shared = scalars(layers, step.learning_rate)
+        rates = [shared[layer.dtype] for layer in layers]
         gradients = decayed_gradients(layers, self.weight_decay)
-        decay = decay_norms(layers, step, self.weight_decay)
-
-        def write() -> list[tf.Tensor]:
-            written = []
-            for layer, gradient in zip(layers, gradients, strict=True):
-                written += apply_velocity(
-                    layer.variable,
-                    layer.slots.get("momentum"),
-                    dense(gradient) if self.momentum else gradient,
-                    rates[layer.dtype],
-                    momentum[layer.dtype],
-                    self.nesterov,
-                )
-            return written
-
-        sound = steps_fit(
-            [rates[layer.dtype] for layer in layers],
-            [layer.norm_bound + decay.get(layer.index, 0.0) for layer in layers],
-            self.momentum,
+        bounds = decayed_bounds(
+            layers, [layer.norm_bound for layer in layers], step, self.weight_decay
         )
-        return Update(sound, write)
+        return Update(
+            steps_fit(rates, bounds, self.momentum),
+            lambda: apply_velocities(layers, gradients, rates, self.momentum, self.nesterov),
+        )

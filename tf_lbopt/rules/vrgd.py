@@ -62,8 +62,9 @@ class VarianceReduced(Rule):
         def write() -> list[tf.Tensor]:
             if self.observe is not None:
                 self.observe(layers, step)
-            for layer, p in zip(layers, means, strict=bool(means)):
-                layer.slots[GSNR_SLOT].assign(tf.cast(p, layer.slots[GSNR_SLOT].dtype))
+            if means:
+                for layer, p in zip(layers, means, strict=True):
+                    layer.slots[GSNR_SLOT].assign(tf.cast(p, layer.slots[GSNR_SLOT].dtype))
             return base.write()
 
         return write
