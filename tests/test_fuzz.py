@@ -34,14 +34,18 @@ ARGUMENTS = {
         "weight_decay": [None, 1e-2, 3.0],
         "trust_ratio_denominator": ["norm_of_sum", "sum_of_norms"],
     },
-    "lamb": {"beta_1": [0.5, 0.9], "beta_2": [0.9, 0.999], "weight_decay": [None, 1e-2, 3.0]},
+    "lamb": {
+        "beta_1": [0.5, 0.9],
+        "beta_2": [0.8, 0.9, 0.999],  # the first is less than 0.9²
+        "epsilon": [1e-6, 1e-15, 0.0],
+        "weight_decay": [None, 1e-2, 3.0],
+    },
     "clars": {"momentum": [0.0, 0.9], "nesterov": [False, True], "weight_decay": [None, 1e-2]},
     "vr_sgd": {"weight_decay": [None, 1e-2, 3.0]},
-    "vr_adam": {"beta_1": [0.5, 0.9], "beta_2": [0.9, 0.999], "weight_decay": [None, 1e-2, 3.0]},
 }
 ARGUMENTS["vr_momentum"] = {**ARGUMENTS["vr_sgd"], "momentum": [0.5], "nesterov": [False, True]}
 ARGUMENTS["extrap_sgd"] = {"momentum": [0.0, 0.9], "weight_decay": [None, 1e-2, 3.0]}
-ARGUMENTS["extrap_adam"] = ARGUMENTS["vr_adam"]
+ARGUMENTS["vr_adam"] = ARGUMENTS["extrap_adam"] = ARGUMENTS["lamb"]
 ARGUMENTS["vr_lars"], ARGUMENTS["vr_lamb"] = ARGUMENTS["lars"], ARGUMENTS["lamb"]
 
 
@@ -154,12 +158,13 @@ def is_moderate(configuration, number, before):
 def is_referred(configuration):
     """Whether the reference computes the same to rounding."""
     return (
-        configuration.wrapper != "around stock"
-        and configuration.dtype in ("float32", "float64")
+        configuration.dtype in ("float32", "float64")
         and not any("clip" in key for key in configuration.arguments)
-        # GSNR is made of squares, which vanish; so do rates that are no more finite.
+        # Squares vanish, of which GSNR and second moments are made; so do rates that are no more
+        # finite.
         and not (
-            configuration.name.startswith("vr_") and min(configuration.magnitudes) < MODERATE**-1
+            (configuration.name.startswith("vr_") or configuration.arguments.get("epsilon") == 0)
+            and min(configuration.magnitudes) < MODERATE**-1
         )
         and not (max(configuration.rates) > 1e6 and min(configuration.magnitudes) < 1e-6)
     )
@@ -172,6 +177,8 @@ def expected(configuration, made):
     gradients = configuration.gradients()
     if configuration.name == "extrap_sgd":
         arguments["nesterov"] = False
+    if configuration.wrapper == "around stock":
+        arguments["beta_3"] = None
     return reference(
         configuration.name,
         configuration.weights,
@@ -179,6 +186,12 @@ def expected(configuration, made):
         learning_rate=rates.__getitem__,
         **arguments,
     )
+
+
+def test_enough_is_referred():
+    referred = [c for c in map(draw, range(CONFIGURATIONS)) if is_referred(c)]
+    assert len(referred) > 100
+    assert {c.wrapper for c in referred} == {"none", "tf_keras", "loss scale", "around stock"}
 
 
 @pytest.mark.long
