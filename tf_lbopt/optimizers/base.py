@@ -61,7 +61,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     clipping after the reduction, accumulation under every strategy, schedules and `iterations`
     by update, repeated sparse indices merged, and an update with a non-finite value on any replica
     in any micro-step discarded as a whole; so is one that would write such values (a learning rate
-    that is NaN or negative, squares of gradients or steps that overflow). `skipped_updates`, an
+    that is NaN or negative, squares of gradients or steps that overflow; of the steps of a stock
+    optimizer inside a wrapper nothing is known). `skipped_updates`, an
     integer variable saved with the state, counts the discarded ones, and those of which a float16
     weight that overflowed kept its old value.
 

@@ -52,7 +52,8 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
 
     Around an optimizer of this package the wrapper works under gradient accumulation too: the
     scale changes between updates, never within one. Around a stock Keras optimizer it guards
-    every call.
+    every call, against gradients that are not finite or whose squares overflow and a learning rate
+    that is none; not against steps that overflow.
 
     Args:
         inner_optimizer: The optimizer to wrap. Its `loss_scale_factor` is cleared.

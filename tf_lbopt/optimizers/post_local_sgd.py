@@ -91,7 +91,9 @@ class PostLocalSGD(AroundOptimizer):
     local phase the replica that has it leaves out its step, while `iterations` goes on; it is
     counted in `skipped_updates` when weights are averaged. A replica whose weights have become
     NaN or Inf (by an update that overflows) goes back to the last average, without momentum, and
-    counts as one more.
+    counts as one more. Squares of gradients that overflow and a learning rate that is none (NaN,
+    negative) count as gradients that are not finite. Around a stock optimizer a step that overflows
+    is made: in the first phase, and on a single replica, it leaves Inf or NaN in the weights.
 
     How this differs from other implementations: the authors' own keeps each replica's momentum
     from the first update on, before the switch too (here the first phase has the one momentum of

@@ -39,6 +39,10 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
     Learning rate, schedule and weight decay are the inner optimizer's; accumulation, clipping, the
     average of the weights and the loss scale are given here.
 
+    Around an optimizer that is not of this package an update is discarded for what is known of it:
+    gradients that are not finite or whose squares overflow, and a learning rate that is none. A
+    step of its that overflows is made, and leaves Inf or NaN in the weights.
+
     Args:
         inner_optimizer: A Keras optimizer, stock or of this package, not yet built.
         {gsnr_arguments}
