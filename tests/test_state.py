@@ -260,6 +260,25 @@ def test_a_count_that_belongs_to_other_accumulators():
     )
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda optimizer: optimizer,
+        tf_lbopt.LossScaleOptimizer,
+    ],
+    ids=["plain", "loss_scale"],
+)
+def test_set_weights_at_the_same_place_drops_what_is_pending(wrap):
+    """Where as many updates and micro-steps were made as before, too."""
+    optimizer = wrap(tf_lbopt.SNGM(0.1, gradient_accumulation_steps=3))
+    w = keras.Variable([0.0])
+    optimizer.apply([tf.constant([500.0])], [w])
+    optimizer.set_weights([v.numpy() for v in optimizer.variables])
+    for _ in range(3):
+        optimizer.apply([tf.constant([-1.0])], [w])
+    np.testing.assert_allclose(w.numpy(), [0.1])
+
+
 def test_an_error_in_a_micro_step_leaves_nothing_of_it():
     """On one replica of two, after the other has added its gradient."""
     run = Run(CASES[0], 2, 2)

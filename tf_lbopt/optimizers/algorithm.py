@@ -537,6 +537,16 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         )
         return config
 
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all `variables`. Gradients that are accumulated belong to the former ones."""
+        super().set_weights(weights)  # type: ignore[misc]  # the framework's
+        self.drop_accumulated()
+
+    def drop_accumulated(self) -> None:
+        """Makes the next micro-step the first of an update."""
+        if self._accumulation is not None and self._accumulation.accumulators:
+            self._accumulation.reset()
+
     def _replica_states(self) -> dict[str, ReplicaState]:
         """What differs from replica to replica, by the name under which it is saved."""
         return {} if self._accumulation is None else {"accumulation": self._accumulation}

@@ -129,13 +129,20 @@ class WithInnerOptimizer:
             )
         for variable, weight in zip(variables, weights, strict=True):
             variable.assign(weight)
+        for own in (self, self.inner_optimizer):
+            if isinstance(own, LargeBatchOptimizer):
+                own.drop_accumulated()
 
 
 class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
     """Has the learning rate and the weight decay of its ``inner_optimizer``, its first argument."""
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """Excludes variables from the inner optimizer's weight decay."""
+        """Excludes variables from the inner optimizer's weight decay.
+
+        Keras's own optimizers do not keep this in their configuration: call it again for a model
+        that was loaded.
+        """
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def rule(self) -> rules.Rule:
