@@ -62,9 +62,9 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     by update, repeated sparse indices merged, and an update with a non-finite value on any replica
     in any micro-step discarded as a whole; so is one that would write such values (a learning rate
     that is NaN or negative, squares of gradients or steps that overflow; of the steps of a stock
-    optimizer inside a wrapper nothing is known). `skipped_updates`, an
-    integer variable saved with the state, counts the discarded ones, and those of which a float16
-    weight that overflowed kept its old value.
+    optimizer inside a wrapper nothing is known). `skipped_updates`, an integer variable saved with
+    the state, counts the discarded ones, and those of which a float16 weight that overflowed kept
+    its old value.
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable
