@@ -91,6 +91,7 @@ def test_slots_are_what_the_optimizer_creates(info):
     before = {id(v) for v in optimizer.variables}
     optimizer.build(variables)
     created = [v for v in optimizer.variables if id(v) not in before]
+    created = [v for v in created if v.name != "pending_micro_steps"]  # a counter
     per_variable = [v for v in created if tuple(v.shape) == tuple(variables[0].shape)]
     assert len(per_variable) == len(info.slots)
     assert sorted(v.name for v in created) == sorted(
