@@ -438,7 +438,13 @@ def test_state_of_another_optimizer_is_refused(name):
     other = _built(OTHERS[name][1])
     other.iterations.assign(3)
     before = [v.numpy() for v in other.variables]
-    with pytest.raises(ValueError, match=r"nothing of it was loaded.*Expected: .* variables of"):
+    message = r"nothing of it was loaded.*Expected: .* variables of"
+    warns = name.startswith("more variables")  # of the same class: as Keras does
+    with (
+        pytest.warns(UserWarning, match=message)
+        if warns
+        else pytest.raises(ValueError, match=message)
+    ):
         other.load_own_variables(store)
     for value, variable in zip(before, other.variables, strict=True):
         np.testing.assert_array_equal(value, variable.numpy())

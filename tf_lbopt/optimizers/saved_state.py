@@ -54,8 +54,8 @@ class SavedState(_compat.CheckedBeforeRestoring):
         """Keras loading, of what `save_own_variables` saved.
 
         Raises:
-            ValueError: It is the state of another optimizer, or of one for other variables; nothing
-                is loaded then.
+            ValueError: It is the state of another optimizer, or of one for other shapes; nothing
+                is loaded then. With fewer or more variables it is a warning.
         """
         arrays = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118  # no mapping
         kind = json.loads(arrays[_KIND].tobytes()) if _KIND in arrays else {}
@@ -64,9 +64,11 @@ class SavedState(_compat.CheckedBeforeRestoring):
             self, kind.get("class") or _compat.saved_name(store), [array.shape for array in found]
         )
         if problem:
-            # Keras takes a model's weights from a file before its optimizer has variables, or had
-            # any.
-            if arrays and self.built and kind.get("built", True):  # type: ignore[attr-defined]
+            # As Keras does: a model's weights are good without the state of its optimizer, which
+            # had no variables yet, or others, because a layer was trained that is frozen now.
+            own = kind.get("class") == _kind_of(self) and len(found) != len(_numbered(self))
+            built = self.built and kind.get("built", True)  # type: ignore[attr-defined]
+            if arrays and built and not own:
                 raise ValueError(problem)
             warnings.warn(problem, stacklevel=2)
             return
