@@ -201,7 +201,7 @@ def test_papers(info):
     identified = number.group(1) if number else info.paper.split(", ")[0]
     assert len(identified) > 9
     assert identified in references
-    assert re.search(r"Algorithm \d|section \d", info.paper)
+    assert re.search(r"Algorithm \d|section \d|eq\. \d", info.paper)
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULE_NAMES if inspect.isfunction(PUBLIC[n])])

@@ -168,7 +168,12 @@ class Journey:
             if factor is not None and local:
                 local = [clipping.scale(local[0], tf.cast(factor, local[0].dtype)), *local[1:]]
             part = turn.number % accumulation.parts
-            return [accumulation.add(self.indices, local, local_norms, count, part)]
+            # Not what it returns, the output of a condition: for one that other devices wait for,
+            # TensorFlow 2.20 may make two nodes of one name ("is not unique").
+            with tf.control_dependencies(
+                [accumulation.add(self.indices, local, local_norms, count, part)]
+            ):
+                return [tf.constant(True)]
 
         def last() -> tf.Tensor:
             return self._reduce_and_update(strategy, None, None)
