@@ -135,7 +135,11 @@ def test_under_the_wrapper_that_keras_adds(case, micro_steps, where):
     before = run.state()
     run.update(poisoned(scaled[1], where, np.inf))
     after = run.state()
-    assert_states_equal(before, after)
+    # It looks at replica 0 only. What it sees there never reaches the optimizer inside: that
+    # micro-step does not count, the ones before it wait for the next.
+    pending = {key for key in after if "pending_micro_steps" in key and where == 2}
+    assert [after.pop(key) for key in pending] == [1] * len(pending)
+    assert_states_equal({key: before[key] for key in after}, after)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # warned of once
         run.update(scaled[0])
