@@ -34,6 +34,35 @@ tf.data.Dataset._apply_debug_options = _prepared_without_autotuning(
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test with `quick` marks, what none of them names is `long` (see docs/testing.md)."""
+    some_are_quick: dict[str, bool] = {}
+    for item in items:
+        marks = list(item.iter_markers("quick"))
+        if not marks:
+            continue
+        is_quick = any(_has(item.callspec.params, mark.kwargs) for mark in marks)
+        if not is_quick:
+            item.add_marker(pytest.mark.long)
+        test = item.nodeid.split("[")[0]
+        some_are_quick[test] = some_are_quick.get(test, False) or is_quick
+    never = [test for test, is_quick in some_are_quick.items() if not is_quick]
+    if never and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"`quick` names no parametrization of {', '.join(never)}")
+
+
+def _has(parameters: dict[str, object], chosen: dict[str, object]) -> bool:
+    """Whether every parameter named has the value given, or the name, or one of several."""
+    for key, values in chosen.items():
+        values = values if isinstance(values, tuple) else (values,)
+        parameter = parameters[key]
+        name = getattr(parameter, "name", getattr(parameter, "__name__", parameter))
+        if parameter not in values and name not in values:
+            return False
+    return True
+
+
 @functools.cache
 def strategy_of(replicas: int) -> tf.distribute.Strategy:
     """The process's strategy for a number of replicas: 1 (none at all), 2, 4 or 8."""

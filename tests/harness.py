@@ -46,6 +46,9 @@ ARGUMENTS = {
     "extrap_sgd": {"learning_rate": 0.1, "weight_decay": 0.01},
     "extrap_adam": {"learning_rate": 0.05, "weight_decay": 0.01},
 }
+# What `make test` runs of a product over all optimizers: one without statistics of sub-batches, one
+# with their variance, one with the mean of their norms, one with gradients from beside the weights.
+KINDS = ("lamb", "vr_lamb", "clars", "extrap_sgd")
 CASES = [Case(info.name, info.cls, ARGUMENTS[info.name]) for info in tf_lbopt.list_optimizers()]
 
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from harness import ARGUMENTS, Case, Run
+from harness import ARGUMENTS, KINDS, Case, Run
 
 import tf_lbopt
 import tf_lbopt.tf_keras
@@ -17,9 +17,8 @@ CASES = [
     Case(name, getattr(tf_lbopt.tf_keras, KERAS_CLASSES[name].__name__), ARGUMENTS[name])
     for name in NAMES
 ]
-# What all have in common is tested on one of each kind: without statistics, with either of them,
-# and with gradients from beside the weights.
-KINDS = [case for case in CASES if case.name in ("lars", "vr_lamb", "clars", "extrap_sgd")]
+# What all have in common is tested on one of each kind.
+KIND_CASES = [case for case in CASES if case.name in KINDS]
 KERAS_CASES = {name: Case(name, KERAS_CLASSES[name], ARGUMENTS[name]) for name in NAMES}
 
 

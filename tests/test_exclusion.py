@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from harness import taking_gradients
+from harness import KINDS, taking_gradients
 from helpers_arguments import (
     accepts,
     gradients_for,
@@ -87,6 +87,8 @@ def _in_keras_way(optimizer, var_list=None, var_names=None):
 @over_optimizers
 @pytest.mark.parametrize("way", WAYS)
 @COPIES
+@pytest.mark.quick(info="lamb")
+@pytest.mark.quick(info=KINDS, way=("regex", "keras both"), copy="copy_by_json")
 def test_all_ways_act_the_same_on_the_weights(info, way, copy):
     variables, others, more = named_variables(), named_variables(), named_variables()
     optimizer = copy(WAYS[way](info.cls, arguments_of(info), variables))
@@ -98,6 +100,7 @@ def test_all_ways_act_the_same_on_the_weights(info, way, copy):
 
 @over_optimizers
 @COPIES
+@pytest.mark.quick(copy="copy_by_json")
 def test_everything_excluded_is_no_decay(info, copy):
     variables, others = named_variables(), named_variables()
     optimizer = copy(info.cls(**arguments_of(info), exclude_from_weight_decay=[".*"]))

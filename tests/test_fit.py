@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
-from harness import CASES, Run, needs_sub_batches, taking_gradients
+from harness import CASES, KINDS, Run, needs_sub_batches, taking_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import sngm
@@ -52,19 +52,21 @@ def _model(normalized=False):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("micro_steps", [None, 2])
+@pytest.mark.quick(case=KINDS, micro_steps=2)
 def test_fit_learns_on_two_replicas(case, micro_steps):
-    x, y = _data()
+    x, y = _data(256)
     with strategy_of(2).scope():
         model = _model()
         model.compile(
             optimizer=optimizer_for(case, gradient_accumulation_steps=micro_steps), loss="mse"
         )
-    history = model.fit(x, y, batch_size=16, epochs=12, verbose=0).history["loss"]
+    history = model.fit(x, y, batch_size=16, epochs=3, verbose=0).history["loss"]
     assert history[-1] < 0.6 * history[0]
-    assert model.optimizer.iterations.numpy() == 12 * (2 if micro_steps else 4)
+    assert model.optimizer.iterations.numpy() == 3 * (8 if micro_steps else 16)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=("sngm", *KINDS))
 def test_replicas_and_micro_steps_are_the_same_through_fit(case):
     """2 × 4, 4 × 2 and 8 × 1 (for one optimizer) train the same model."""
     if hasattr(case.cls, "extrapolated"):
@@ -132,16 +134,17 @@ def test_kinds_of_learning_rates(rate):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=KINDS)
 def test_short_last_batch_leaves_replicas_empty(case):
-    """70 rows at 16 on 4 replicas: the last batch has 6 and one replica gets none."""
-    x, y = _data(70)
-    with strategy_of(4).scope():
+    """65 rows at 8 on 2 replicas: the last batch has 1 and one replica gets none."""
+    x, y = _data(65)
+    with strategy_of(2).scope():
         model = _model()
         model.compile(optimizer=optimizer_for(case), loss="mse")
-    history = model.fit(x, y, batch_size=16, epochs=6, verbose=0).history["loss"]
+    history = model.fit(x, y, batch_size=8, epochs=3, verbose=0).history["loss"]
     assert history[-1] < history[0]
     assert model.optimizer.skipped_updates.numpy() == 0
-    assert model.optimizer.iterations.numpy() == 30
+    assert model.optimizer.iterations.numpy() == 27
 
 
 def test_short_last_batch_with_batch_normalization_is_skipped():
@@ -159,19 +162,21 @@ def test_short_last_batch_with_batch_normalization_is_skipped():
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=KINDS)
 def test_mixed_bfloat16(case):
     keras.config.set_dtype_policy("mixed_bfloat16")
-    x, y = _data()
+    x, y = _data(256)
     with strategy_of(2).scope():
         model = _model()
         model.compile(optimizer=optimizer_for(case), loss="mse")
-    history = model.fit(x, y, batch_size=16, epochs=10, verbose=0).history["loss"]
+    history = model.fit(x, y, batch_size=16, epochs=3, verbose=0).history["loss"]
     assert history[-1] < 0.7 * history[0]
     assert all(v.dtype == "float32" for v in model.trainable_variables)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("micro_steps", [None, 2])
+@pytest.mark.quick(case=KINDS, micro_steps=2)
 def test_jit_compiled_fit_on_one_device(case, micro_steps):
     if micro_steps is None and needs_sub_batches(case):
         pytest.skip("needs at least two sub-batches")
@@ -190,10 +195,11 @@ def test_jit_compiled_fit_on_one_device(case, micro_steps):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=KINDS)
 def test_embedding_model_through_fit(case):
     """Sparse gradients from `fit`, on two replicas with accumulation."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 20, size=(64, 6))
+    tokens = rng.integers(0, 20, size=(256, 6))
     y = (tokens < 10).mean(axis=1, keepdims=True).astype("float32")
     with strategy_of(2).scope():
         model = keras.Sequential(
@@ -208,7 +214,7 @@ def test_embedding_model_through_fit(case):
             optimizer=optimizer_for(case, gradient_accumulation_steps=2, clipnorm=1.0),
             loss="mse",
         )
-    history = model.fit(tokens, y, batch_size=16, epochs=8, verbose=0).history["loss"]
+    history = model.fit(tokens, y, batch_size=16, epochs=2, verbose=0).history["loss"]
     assert history[-1] < history[0]
 
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from conftest import strategy_of
 from harness import (
     CASES,
+    KINDS,
     Run,
     assert_replicas_identical,
     assert_states_equal,
@@ -40,6 +41,8 @@ def poisoned(sub_batches, index, value, layer=2):
         (2, 2, 2, np.nan),  # replica 0, micro-step 1
     ],
 )
+@pytest.mark.quick(case=KINDS, replicas=2)
+@pytest.mark.quick(case="lamb")
 def test_skips_the_whole_update(case, replicas, micro_steps, where, value):
     good = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
     run = Run(case, replicas, micro_steps, use_ema=True).update(good[0])
@@ -59,6 +62,8 @@ def test_skips_the_whole_update(case, replicas, micro_steps, where, value):
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "where"), [(1, 1, 0), (1, 2, 0), (4, 1, 3), (2, 2, 1), (2, 2, 2)]
 )
+@pytest.mark.quick(case=KINDS, replicas=2, where=1)
+@pytest.mark.quick(case="lamb")
 def test_loss_scale_halves_wherever_it_overflows(case, replicas, micro_steps, where):
     def wrap(optimizer):
         return tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=64.0, dynamic_growth_steps=2)
@@ -117,6 +122,8 @@ def test_loss_scale_around_a_stock_optimizer(replicas):
     "case", [case for case in CASES if not hasattr(case.cls, "extrapolated")], ids=repr
 )
 @pytest.mark.parametrize(("micro_steps", "where"), [(1, 1), (1, 0), (2, 1), (2, 2)])
+@pytest.mark.quick(case=KINDS, micro_steps=2)
+@pytest.mark.quick(case="lamb")
 def test_under_the_wrapper_that_keras_adds(case, micro_steps, where):
     """Weights, slots and iterations are safe; its scale may not be, and a warning says so."""
     good = sub_batch_gradients(2, sub_batches=2 * micro_steps)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from harness import CASES, SPLITS, Run, initial_weights, sub_batch_gradients
+from harness import CASES, KINDS, SPLITS, Run, initial_weights, sub_batch_gradients
 from references import reference
 
 import tf_lbopt
@@ -19,6 +19,8 @@ def assert_close(got, expected, **tolerance):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+@pytest.mark.quick(case=KINDS)
+@pytest.mark.quick(replicas=2)
 def test_equals_the_reference_on_every_split(case, replicas, micro_steps):
     gradients = sub_batch_gradients(6)
     run = Run(case, replicas, micro_steps).updates(gradients)
@@ -143,6 +145,7 @@ def test_the_denominators_differ_under_weight_decay(name):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_schedules_count_updates(case, replicas, micro_steps):
     schedule = tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 6, warmup_steps=2, power=2.0)
     gradients = sub_batch_gradients(7, sub_batches=4)
@@ -172,6 +175,7 @@ def _clip(layers, clipnorm=None, clipvalue=None, global_clipnorm=None):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda c: next(iter(c)))
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_clips_the_mean_gradient(case, clip, replicas, micro_steps):
     # Every replica's own gradient is far beyond the limit, so clipping them first would show.
     gradients = sub_batch_gradients(4, sub_batches=4)
@@ -190,6 +194,7 @@ def test_clips_the_mean_gradient(case, clip, replicas, micro_steps):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_loss_scale_factor_is_taken_out_again(case, replicas, micro_steps):
     gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
     scaled = [[[g * np.float32(1024) for g in ls] for ls in update] for update in gradients]
@@ -200,6 +205,7 @@ def test_loss_scale_factor_is_taken_out_again(case, replicas, micro_steps):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+@pytest.mark.quick(case=KINDS)
 def test_tiny_and_huge_gradients(case, scale):
     """Squares of these underflow or overflow in float32."""
     gradients = sub_batch_gradients(3, sub_batches=2)
@@ -214,6 +220,7 @@ def test_tiny_and_huge_gradients(case, scale):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=KINDS)
 def test_zero_gradients_do_no_harm(case):
     gradients = [[[np.zeros_like(w) for w in initial_weights()]] * 2] * 2
     run = Run(case, 2).updates(gradients)
@@ -225,6 +232,7 @@ def test_zero_gradients_do_no_harm(case):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_other_dtypes(case, dtype, replicas, micro_steps):
     gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)
     run = Run(case, replicas, micro_steps, dtype=dtype)

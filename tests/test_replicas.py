@@ -1,7 +1,6 @@
 """What holds on every replica: equal bits, sparse as dense, one packed reduction, no retracing."""
 
 import contextlib
-import itertools
 import json
 import pathlib
 import subprocess
@@ -14,12 +13,12 @@ import tensorflow as tf
 from conftest import strategy_of
 from harness import (
     CASES,
+    KINDS,
     Run,
     assert_replicas_identical,
     graph_nodes,
     initial_weights,
     sub_batch_gradients,
-    taking_gradients,
 )
 
 import tf_lbopt
@@ -27,6 +26,7 @@ import tf_lbopt
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 2), (4, 1), (8, 1)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_replicas_stay_bit_identical(case, replicas, micro_steps):
     shapes = [(130, 140), (7,)]  # one beyond the size where norms take the other branch
     gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps, shapes=shapes)
@@ -49,6 +49,8 @@ def _dense(slices):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (1, 3), (4, 1), (2, 2)])
 @pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.5}, {"clipvalue": 0.1}], ids=str)
+@pytest.mark.quick(case=KINDS, replicas=2)
+@pytest.mark.quick(case="lamb")
 def test_sparse_equals_dense(case, replicas, micro_steps, extra):
     """Over five updates, with repeated indices in one replica and between replicas."""
     if extra and (replicas, micro_steps) != (4, 1):
@@ -70,13 +72,21 @@ def test_sparse_equals_dense(case, replicas, micro_steps, extra):
     assert np.abs(one.weights()[0] - weights[0]).max() > 1e-3
 
 
+class MissingRun(Run):
+    """Variable 1 has no gradient."""
+
+    def _apply(self, gradients):
+        self.optimizer.apply([gradients[0], None, gradients[2]], self.variables)
+
+
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_missing_gradients_leave_the_variable_alone(case, replicas, micro_steps):
     gradients = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
-    run = Run(case, replicas, micro_steps)
+    run = MissingRun(case, replicas, micro_steps)
     with pytest.warns(UserWarning, match="layer_1"):
-        _updates_with_missing(run, [[[g, None, h] for g, _, h in update] for update in gradients])
+        run.updates(gradients)
     np.testing.assert_array_equal(run.weights()[1], initial_weights()[1])
     reference = Run(
         case, replicas, micro_steps, weights=[initial_weights()[0], initial_weights()[2]]
@@ -85,36 +95,9 @@ def test_missing_gradients_leave_the_variable_alone(case, replicas, micro_steps)
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
-def _updates_with_missing(run, updates):
-    for sub_batches, m in itertools.product(updates, range(run.micro_steps)):
-        part = sub_batches[m * run.replicas : (m + 1) * run.replicas]
-        present = [[tf.constant(g) for g in layers if g is not None] for layers in part]
-        if run.replicas == 1:
-            values = present[0]
-        else:
-            values = [
-                run.strategy.experimental_distribute_values_from_function(
-                    lambda c, layer=layer, present=present: present[c.replica_id_in_sync_group][
-                        layer
-                    ]
-                )
-                for layer in range(2)
-            ]
-
-        @tf.function
-        def step(values, run=run):
-            def replica_step(local):
-                first, last = (g / run.replicas for g in local)
-                with taking_gradients(run.inner, run.variables):
-                    run.optimizer.apply([first, None, last], run.variables)
-
-            run.strategy.run(replica_step, args=(values,))
-
-        step(values)
-
-
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_no_retracing(case, replicas, micro_steps):
     run = Run(case, replicas, micro_steps, learning_rate=0.1)
     run.updates(sub_batch_gradients(2, sub_batches=replicas * micro_steps))
@@ -126,6 +109,7 @@ def test_no_retracing(case, replicas, micro_steps):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.quick(case=KINDS)
 def test_one_packed_reduction_per_update(case, micro_steps):
     run = Run(case, 2, micro_steps)
     gradients = sub_batch_gradients(1, sub_batches=2)[0]
@@ -143,6 +127,7 @@ def test_one_packed_reduction_per_update(case, micro_steps):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.quick(case=KINDS, micro_steps=2)
 def test_unbuilt_in_a_replica_context(case, micro_steps):
     """A custom loop that never calls `build`: the variables are made in the first trace."""
     gradients = sub_batch_gradients(3, sub_batches=2 * micro_steps)
@@ -176,6 +161,7 @@ def test_a_layer_that_is_trained_later(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=KINDS)
 def test_eager(case):
     gradients = sub_batch_gradients(2, sub_batches=4)
     eager = Run(case, 2, 2, function=lambda f: f).updates(gradients)
@@ -186,6 +172,8 @@ def test_eager(case):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.quick(case=KINDS, micro_steps=2)
+@pytest.mark.quick(case="lamb")
 def test_jit_compiled_on_one_device(case, micro_steps):
     gradients = sub_batch_gradients(3, sub_batches=micro_steps)
     jit = Run(case, 1, micro_steps, function=lambda f: tf.function(f, jit_compile=True))
@@ -196,6 +184,7 @@ def test_jit_compiled_on_one_device(case, micro_steps):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=KINDS)
 def test_jit_compiled_sparse_gradients(case):
     rng = np.random.default_rng(0)
     weights = initial_weights([(6, 3), (4,)])
@@ -307,6 +296,7 @@ def test_one_tensor_for_all_replicas_is_summed_too(function):
 @pytest.mark.parametrize(
     "shape", [None, [6, 3], tf.constant([6, 3])], ids=["none", "list", "tensor"]
 )
+@pytest.mark.quick(case=KINDS)
 def test_sparse_gradients_with_any_shape_argument(case, shape):
     weights = initial_weights([(6, 3)])
     slices = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([1, 1]), shape)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
-from harness import CASES, Run, assert_states_equal, initial_weights, sub_batch_gradients
+from harness import CASES, KINDS, Run, assert_states_equal, initial_weights, sub_batch_gradients
 from harness_state import (
     assert_checkpoint_without_accumulation_begins,
     by_assignment,
@@ -89,6 +89,8 @@ SAVERS = [by_checkpoint, by_own_variables]
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "save_after"), [(1, 1, 20), (2, 1, 20), (1, 3, 62), (2, 2, 41)]
 )
+@pytest.mark.quick(case=KINDS, replicas=2, micro_steps=2)
+@pytest.mark.quick(case="lamb")
 def test_lockstep_after_loading(case, save, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
     _lockstep(case, replicas, micro_steps, save_after, save, tmp_path)
@@ -167,8 +169,7 @@ def test_between_updates_nothing_is_stored_for_the_accumulators(caplog):
 
 
 WAYS = [by_set_weights, by_assignment, by_loading, by_restoring]
-# Without statistics, with either of them, and with gradients from beside the weights.
-KINDS = [case for case in CASES if case.name in ("sngm", "vr_lamb", "clars", "extrap_sgd")]
+KIND_CASES = [case for case in CASES if case.name in KINDS]
 
 
 def assert_pending_micro_steps_are_gone(run, remember, folder, gradients, made=1):
@@ -191,7 +192,9 @@ def assert_pending_micro_steps_are_gone(run, remember, folder, gradients, made=1
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("case", KINDS, ids=repr)
+@pytest.mark.parametrize("case", KIND_CASES, ids=repr)
+@pytest.mark.quick(case="vr_lamb")
+@pytest.mark.quick(way="by_set_weights")
 def test_pending_micro_steps_do_not_survive(case, way, tmp_path):
     replicas = 2 if case.name == "vr_lamb" else 1
     gradients = sub_batch_gradients(3, sub_batches=3 * replicas)
@@ -318,6 +321,7 @@ def _model(optimizer):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(case=KINDS, replicas=2)
 def test_keras_file_in_mid_accumulation(case, replicas, tmp_path):
     """`model.save` after 5 batches with 2 micro-steps per update; the file goes on where it was."""
     rng = np.random.default_rng(0)
@@ -349,7 +353,7 @@ def _fitted(optimizer, replicas, batches, x, y):
 
 
 SHARDED = {
-    **{case.name: functools.partial(case, gradient_accumulation_steps=2) for case in KINDS},
+    **{case.name: functools.partial(case, gradient_accumulation_steps=2) for case in KIND_CASES},
     "sub-batches": lambda: tf_lbopt.ExtrapSGD(0.1, sub_batches=2, gradient_accumulation_steps=2),
     "variance reduced": lambda: tf_lbopt.VarianceReduced(
         keras.optimizers.Adam(0.1), gradient_accumulation_steps=2
@@ -362,6 +366,7 @@ SHARDED = {
 
 
 @pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.quick(name=("vr_lamb", "extrap_sgd", "loss scale", "post-local"))
 def test_shards_in_mid_accumulation(name, tmp_path):
     """Shards as large as the largest array: what belongs to one optimizer is in several."""
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 from conftest import strategy_of
 from harness import (
+    KINDS,
     Run,
     assert_replicas_identical,
     assert_states_equal,
@@ -17,7 +18,7 @@ from harness import (
     sub_batch_gradients,
     taking_gradients,
 )
-from harness_tf_keras import CASES, KERAS_CASES, KINDS, NAMES, TfKerasRun, dynamic, fixed
+from harness_tf_keras import CASES, KERAS_CASES, KIND_CASES, NAMES, TfKerasRun, dynamic, fixed
 from references import reference
 
 import tf_lbopt
@@ -26,7 +27,7 @@ import tf_lbopt.tf_keras
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 SPLITS = [(1, 1), (2, 2), (4, 1), (1, 4)]
 over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
-over_kinds = pytest.mark.parametrize("case", KINDS, ids=repr)
+over_kinds = pytest.mark.parametrize("case", KIND_CASES, ids=repr)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,8 @@ def test_names_arguments_and_documentation(case):
 
 @over_cases
 @pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+@pytest.mark.quick(case=KINDS, replicas=2)
+@pytest.mark.quick(case="lamb")
 def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps):
     """Weights and everything that is kept for them, over several updates."""
     extra = {"clipnorm": 0.3, "use_ema": True} if micro_steps > 1 else {}
@@ -137,7 +140,11 @@ def test_clips_the_mean_gradient(case):
 
 @pytest.mark.parametrize(
     ("case", "framework"),
-    [*((case, "tf_keras") for case in KINDS), (KINDS[0], "keras"), (KINDS[0], "callable")],
+    [
+        *((case, "tf_keras") for case in KIND_CASES),
+        (KIND_CASES[0], "keras"),
+        (KIND_CASES[0], "callable"),
+    ],
     ids=str,
 )
 def test_schedules_count_updates(case, framework):
@@ -334,6 +341,8 @@ WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
         (2, 2, 1, -np.inf),  # replica 1, micro-step 0
     ],
 )
+@pytest.mark.quick(replicas=2, micro_steps=2)
+@pytest.mark.quick(case="lamb")
 def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, value):
     if wrapper == "fixed" and (replicas, micro_steps) != (2, 2):
         pytest.skip("a fixed scale does not look at the gradients")
@@ -358,11 +367,13 @@ def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, val
     ("case", "wrapper", "replicas", "micro_steps"),
     [
         *((case, "dynamic", 2, 2) for case in CASES),
-        *((case, "dynamic", 1, 2) for case in KINDS),
-        *((case, "fixed", 2, 1) for case in KINDS),
+        *((case, "dynamic", 1, 2) for case in KIND_CASES),
+        *((case, "fixed", 2, 1) for case in KIND_CASES),
     ],
     ids=str,
 )
+@pytest.mark.quick(case=KINDS, replicas=2, micro_steps=2)
+@pytest.mark.quick(case="vr_lamb")
 def test_statistics_are_used_under_a_loss_scale(case, wrapper, replicas, micro_steps):
     """Weights equal those of the rule on sub-batches, not those of its base on their mean."""
     gradients = sub_batch_gradients(4, sub_batches=replicas * micro_steps)

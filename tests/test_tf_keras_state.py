@@ -23,14 +23,14 @@ from harness_state import (
     by_set_weights,
     checkpoint_of,
 )
-from harness_tf_keras import CASES, KINDS, TfKerasRun, dynamic, fixed
+from harness_tf_keras import CASES, KIND_CASES, TfKerasRun, dynamic, fixed
 
 import tf_lbopt
 import tf_lbopt.tf_keras
 
 pytestmark = pytest.mark.usefixtures("determinism")
 over_cases = pytest.mark.parametrize("case", CASES, ids=repr)
-over_kinds = pytest.mark.parametrize("case", KINDS, ids=repr)
+over_kinds = pytest.mark.parametrize("case", KIND_CASES, ids=repr)
 (VR_LAMB,) = [case for case in CASES if case.name == "vr_lamb"]
 
 
@@ -108,6 +108,8 @@ def test_serialization_with_a_schedule(case, schedule):
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "save_after"), [(2, 1, 4), (1, 3, 8), (2, 2, 5)]
 )
+@pytest.mark.quick(replicas=2, micro_steps=2)
+@pytest.mark.quick(case="vr_lamb", save="by_checkpoint")
 def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
     if (replicas, micro_steps) != (2, 2) and (case is not VR_LAMB or save is by_own_variables):
@@ -150,7 +152,7 @@ def test_restore_before_build(wrap, tmp_path):
 @pytest.mark.parametrize(
     ("case", "way", "wrap"),
     [
-        *((case, by_set_weights, lambda o: o) for case in KINDS),
+        *((case, by_set_weights, lambda o: o) for case in KIND_CASES),
         (VR_LAMB, by_loading, lambda o: o),
         (VR_LAMB, by_restoring, lambda o: o),
         (VR_LAMB, by_set_weights, dynamic),
@@ -240,12 +242,12 @@ def _saved_and_loaded(case, replicas, wrap, file, batches):
 @pytest.mark.parametrize(
     ("case", "replicas", "wrap", "file", "batches"),
     [
-        *((case, 2, lambda o: o, "model.keras", 5) for case in KINDS),
+        *((case, 2, lambda o: o, "model.keras", 5) for case in KIND_CASES),
         (VR_LAMB, 1, lambda o: o, "model.keras", 5),
         (VR_LAMB, 2, dynamic, "model.keras", 5),
         (VR_LAMB, 2, lambda o: o, "model.h5", 4),
     ],
-    ids=[*(case.name for case in KINDS), "one replica", "loss scale", "h5"],
+    ids=[*(case.name for case in KIND_CASES), "one replica", "loss scale", "h5"],
 )
 def test_saved_model(case, replicas, wrap, file, batches, tmp_path):
     """It goes on where it was; after 5 batches that is the middle of an update of two.
@@ -393,7 +395,7 @@ RATES = {"lars": 0.5, "clars": 0.5, "sngm": 0.05, "vr_sgd": 0.05, "vr_lars": 0.5
 @over_cases
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_fit_learns(case, replicas):
-    if replicas == 2 and case not in KINDS:
+    if replicas == 2 and case not in KIND_CASES:
         pytest.skip("`fit` under a strategy does not depend on the rule")
     x, y = _data(64)
     with strategy_of(replicas).scope():

@@ -44,6 +44,8 @@ def test_the_table_has_what_keras_ships():
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("beta_3", [None, 0.5])
+@pytest.mark.quick(replicas=2, beta_3=None)
+@pytest.mark.quick(name="Nadam")
 def test_every_keras_optimizer_sees_the_weighted_gradient(name, replicas, micro_steps, beta_3):
     """Against the stock optimizer, on one device, given r ḡ from NumPy."""
     if beta_3 is not None and (replicas, micro_steps) != (2, 2):
@@ -107,6 +109,8 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.3}], ids=str)
+@pytest.mark.quick(extra={})
+@pytest.mark.quick(name="vr_lamb")
 def test_equals_the_named_ones(name, extra):
     named, wrapped = PAIRS[name]
     gradients = sub_batch_gradients(5, sub_batches=4)

@@ -188,6 +188,7 @@ def test_r_does_not_depend_on_a_common_scale(replicas, micro_steps):
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 7), (8, 8), (1, 64)])
 @pytest.mark.parametrize("scale", [2.0**-59, 2.0**59], ids=["least", "greatest"])
+@pytest.mark.quick(replicas=1)
 def test_r_at_the_ends_of_its_range(replicas, micro_steps, scale):
     # Deviations from a running mean can be smaller than those from the mean; their squares, below
     # 1.2e-38, are flushed to 0. What is promised of σ² is a thousandth.
@@ -443,6 +444,7 @@ TWIN_OF = {"nesterov": "vr_momentum", "adamw": "vr_adam"}
 
 @pytest.mark.parametrize("name", KERAS_TWINS)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (1, 2)])
+@pytest.mark.quick(replicas=1)
 def test_gamma_one_is_keras(name, replicas, micro_steps):
     theirs, arguments, own = KERAS_TWINS[name]
     make = BY_NAME[TWIN_OF.get(name, name)].cls
@@ -501,6 +503,8 @@ def check_against_reference(case, replicas, micro_steps, gradients):
     ],
     ids=str,
 )
+@pytest.mark.quick(case=("vr_sgd", "vr_lamb"), replicas=2)
+@pytest.mark.quick(case="vr_adam")
 def test_empty_sub_batches_are_left_out(case, replicas, micro_steps):
     empty = EMPTY[replicas, micro_steps]
     full = sub_batch_gradients(len(empty), replicas * micro_steps)
@@ -517,6 +521,7 @@ def test_empty_sub_batches_are_left_out(case, replicas, micro_steps):
 
 @over_vr
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (1, 2)])
+@pytest.mark.quick(case=("vr_sgd", "vr_lamb"))
 def test_an_update_without_any_gradient(case, replicas, micro_steps):
     """Momentum, moments, decay and r's mean act as for any dead element; the updates after too."""
     empty = [[], [(d % replicas, d // replicas) for d in range(2)], [], []]
@@ -587,6 +592,7 @@ def twins(names, shift=0, dtype="int64"):
     ("replicas", "micro_steps", "dtype"),
     [(4, 1, "int64"), (2, 2, "int32"), (1, 4, "int64")],
 )
+@pytest.mark.quick(replicas=2)
 def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, dtype):
     """Two updates, so that the rows of one are gone by the next."""
     weights = [np.zeros((ROWS, WIDTH), np.float32)] * len(INDEX_SETS)
@@ -612,6 +618,8 @@ def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, 
     [*((case, 4, 1) for case in VR_CASES), (BY_NAME["vr_sgd"], 1, 4), (BY_NAME["vr_adam"], 2, 2)],
     ids=str,
 )
+@pytest.mark.quick(case="vr_lamb")
+@pytest.mark.quick(replicas=1)
 def test_sparse_weights_equal_those_of_the_dense_twin(case, replicas, micro_steps):
     names = ["repeated within", "own rows each", "none on the second"]
     weights = initial_weights([(ROWS, WIDTH)] * 3)
@@ -756,6 +764,7 @@ def test_the_ends_of_the_intervals_are_accepted(case):
 
 
 @pytest.mark.parametrize("make", [*VR_CASES, None], ids=str)
+@pytest.mark.quick(make=("vr_sgd", None))
 def test_few_sub_batches_are_warned_of_once(make, recwarn):
     if make is None:
         make = lambda **k: tf_lbopt.VarianceReduced(keras.optimizers.SGD(0.1), **k)  # noqa: E731
