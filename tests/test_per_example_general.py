@@ -329,25 +329,58 @@ def test_loss_that_reads_a_variable(caplog):
     assert "kernel (read outside its layer)" in lines(caplog)[0]
 
 
+class Noise(Scale):
+    """Draws random numbers that nobody can draw again, but notes them."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.drawn = self.add_weight(shape=(BATCH, shape[-1]), trainable=False, name="drawn")
+        self.again = False
+
+    def call(self, inputs):
+        if not self.again:
+            self.drawn.assign(tf.random.uniform(tf.shape(inputs)))
+        return inputs * self.factors * self.drawn
+
+
 @MODES
-@pytest.mark.parametrize("kind", ["random", "coupled"])
-def test_layer_that_can_not_be_repeated_unnoticed(kind, graph):
-    """An error, not a wrong number."""
-
-    class Careless(Scale):
-        def call(self, inputs):
-            outputs = inputs * self.factors
-            if kind == "random":
-                return outputs * tf.random.uniform(tf.shape(outputs))
-            return outputs - tf.reduce_mean(outputs, axis=0)
-
-    model = sequential(L.Dense(3), Careless(), L.Dense(2), inputs=(4,))
+def test_layer_with_random_numbers_of_its_own(graph):
+    model = sequential(L.Dense(3), Noise(), L.Dense(2), inputs=(4,))
+    x, y = normal(BATCH, 4), normal(BATCH, 2, seed=2)
     function = per_example_gradient_norms
     if graph:
         function = tf.function(function, autograph=False)
     for subset_size in (None, 2):
-        with pytest.raises(tf.errors.InvalidArgumentError, match="do not add up"):
-            function(model, normal(BATCH, 4), normal(BATCH, 2), "mse", subset_size=subset_size)
+        norms, _ = function(model, x, y, "mse", subset_size=subset_size)
+        model.layers[1].again = True
+        expected = whole_batch(model, x, y, lambda y, z: (y - z) ** 2)
+        model.layers[1].again = False
+        assert_norms(norms, [rows[:subset_size] for rows in norms_of(expected)])
+
+
+class Centered(Scale):
+    """Couples the examples: takes the mean of the batch from each of them."""
+
+    def call(self, inputs):
+        outputs = inputs * self.factors
+        return outputs - keras.ops.mean(outputs, axis=0)
+
+
+@MODES
+def test_layer_that_couples_the_examples(graph):
+    """An example contributes by way of its own row of what the layer returns."""
+    model = sequential(Centered(), inputs=(4,))
+    x, y = normal(BATCH, 4), normal(BATCH, 4, seed=2)
+    (factors,) = (v.numpy() for v in model.trainable_variables)
+    centered = x.numpy() - x.numpy().mean(axis=0)
+    expected = 2 / 4 * (centered * factors - y.numpy()) * centered
+    function = per_example_gradient_norms
+    if graph:
+        function = tf.function(function, autograph=False)
+    for subset_size in (None, 2):
+        norms, gradients = function(model, x, y, "mse", subset_size=subset_size)
+        assert_norms(norms, [norms_of([expected])[0][:subset_size]])
+        np.testing.assert_allclose(gradients[0], expected.mean(axis=0), rtol=1e-5)
 
 
 def test_variable_that_the_loss_does_not_depend_on():

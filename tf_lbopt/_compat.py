@@ -221,27 +221,26 @@ def inside_control_flow_of(graph: tf.Graph) -> bool:
     return current is graph
 
 
-def keras_mask(tensor: Any) -> Any:
-    """The mask that Keras attached to a tensor, or `None`. Checked on Keras 3.15.1."""
-    return get_keras_mask(tensor)
+def copies(tensor: tf.Tensor, with_logits: bool) -> list[tf.Tensor]:
+    """A copy of what a layer returned, with what Keras attached to it, and one of its logits.
 
+    Keras attaches masks, and to the result of a softmax or sigmoid the logits, from which the
+    crossentropies then take the loss and its gradient. Checked on Keras 3.15.1.
 
-def attach_mask(tensor: Any, mask: Any) -> None:
-    """Attaches a mask to a tensor, as Keras does. Checked on Keras 3.15.1."""
-    set_keras_mask(tensor, mask)
+    Args:
+        tensor: The tensor.
+        with_logits: Whether the copy is to have logits, too.
 
-
-def logits_of(tensor: Any) -> Any:
-    """What Keras attached to a softmax or sigmoid for the crossentropies, or `None`.
-
-    These then take the loss, and its gradient, from there. Checked on Keras 3.15.1.
+    Returns:
+        The copy and, if it has logits, these.
     """
-    return getattr(tensor, "_keras_logits", None)
-
-
-def attach_logits(tensor: Any, logits: Any) -> None:
-    """Attaches logits to a tensor, as Keras does. Checked on Keras 3.15.1."""
-    tensor._keras_logits = logits
+    copy = tf.identity(tensor)
+    set_keras_mask(copy, get_keras_mask(tensor))
+    logits = getattr(tensor, "_keras_logits", None)
+    if logits is None or not with_logits:
+        return [copy]
+    copy._keras_logits = tf.identity(logits)
+    return [copy, copy._keras_logits]
 
 
 def as_loss(identifier: Any) -> keras.losses.Loss:

@@ -1,7 +1,7 @@
-"""From a recording to gradients and norms: which variable takes which way."""
+"""From a recording to gradients and norms, by the rules of layers or one example at a time."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -9,29 +9,38 @@ import tensorflow as tf
 from tf_lbopt import _compat
 from tf_lbopt.per_example.chunks import squares_and_sum
 from tf_lbopt.per_example.contributions import Contribution, PerExample, combined
-from tf_lbopt.per_example.general import (
-    NotReplayableError,
-    Replay,
-    has_rows,
-    squares_by_backward_passes,
-    squares_by_replay,
-)
 from tf_lbopt.per_example.recording import Use
-from tf_lbopt.per_example.registry import LayerCall, LayerRule
+from tf_lbopt.per_example.registry import LayerCall
 from tf_lbopt.rules.norms import Gradient, compute_dtype
+from tf_lbopt.statistics.sparse import merge_repeated_indices
 
-# Of the sum of the examples' norms: what the sum of replayed gradients may differ from the batch's.
-_TOLERANCE = 1e-3
-_HALF_PRECISION_TOLERANCE = 5e-2
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """From where a backward pass starts, and where it ends.
+
+    Attributes:
+        outputs: Tensors with one row per example.
+        gradients: Of the losses with respect to them.
+        reads: Pairs of a variable's index and what was read in its place.
+    """
+
+    outputs: Sequence[tf.Tensor]
+    gradients: Sequence[tf.Tensor]
+    reads: Sequence[tuple[int, tf.Tensor]]
+
+    def ending_at(self, indices: set[int]) -> "_Pass":
+        """The pass for some variables."""
+        return dataclasses.replace(self, reads=[read for read in self.reads if read[0] in indices])
 
 
 class Backward:
     """One backward pass over a recorded forward pass, and the norms from it.
 
-    A variable takes the fastest of three ways that is exact for it: the rules of all layer calls
-    that read it; repeating, one example at a time, the calls that have no rule; or a backward pass
-    through the whole batch for each example, if it is read outside any layer's call or by a call
-    that can not be repeated.
+    The norms of a variable are those of the rules, if all layer calls that read it have one that
+    applies. Otherwise they take a backward pass for each example, through the calls that read the
+    variable; if it is read outside any layer's call, or by one whose outputs do not have one row
+    per example, from the losses on.
 
     Args:
         variables: The variables of the recording.
@@ -42,7 +51,7 @@ class Backward:
 
     Attributes:
         gradients: Of the sum of the losses, one per variable; `None` where there is none.
-        without_rule: Names of what had to take the second or third way, after `norms`.
+        without_rule: Names of what no rule covers, after `norms`.
     """
 
     def __init__(
@@ -69,11 +78,12 @@ class Backward:
         self.gradients = self._totals(of_stored, of_reads)
         self.without_rule: list[str] = []
         self._read_outside = {i for i, gradient in enumerate(of_stored) if gradient is not None}
-        self._live = [
-            (use, gradients)
-            for use, gradients in zip(uses, of_outputs, strict=True)
-            if any(gradient is not None for gradient in gradients)
-        ]
+        self._live = []
+        for use, given in zip(uses, of_outputs, strict=True):
+            pairs = [pair for pair in zip(use.outputs, given, strict=True) if pair[1] is not None]
+            if pairs:
+                outputs, gradients = zip(*pairs, strict=True)
+                self._live.append((use, _Pass(outputs, gradients, list(use.reads.items()))))
 
     def gradients_of(self, loss: tf.Tensor) -> list[Gradient | None]:
         """The gradients of another loss of the same forward pass, one per variable."""
@@ -85,61 +95,82 @@ class Backward:
         Replaces `gradients` where the norms give them as well, so that what the tape would do for
         them need not be run.
         """
-        parts, replays = self._by_way()
-        squares = self._replayed(parts, replays)
-        squares |= self._by_backward_passes()
+        parts, passes = self._parts_and_passes()
+        squares = self._one_at_a_time(passes)
         before: list[tf.Tensor] = []
-        for index in self._as_gradients_arrive(set(parts) - set(squares)):
+        for index in self._in_backward_order(set(parts) - set(squares)):
             # In a graph nothing else would keep several layers from taking their memory at once.
             with tf.control_dependencies(before):
                 before = self._by_rules(index, parts[index])
             squares[index] = before[0]
         return [self._norms(index, squares.get(index)) for index in range(len(self._variables))]
 
-    # -- which way ---------------------------------------------------------------------------------
-
-    def _by_way(self) -> tuple[dict[int, list[Contribution]], list[Replay]]:
-        """What the rules contribute to each variable, and the calls to repeat."""
+    def _parts_and_passes(self) -> tuple[dict[int, list[Contribution]], list[_Pass]]:
+        """What the rules contribute to each variable, and the passes for what they do not cover."""
         parts: dict[int, list[Contribution]] = {}
-        replays: list[Replay] = []
-        self._whole_batch = set(self._read_outside)
+        passes: list[_Pass] = []
+        from_losses, from_outputs = set(self._read_outside), set[int]()
         for index in self._read_outside:
             self.without_rule.append(f"{self._variables[index].path} (read outside its layer)")
-        for use, gradients in self._live:
+        for use, whole in self._live:
+            covered: dict[int, Contribution] = {}
+            rows = use.rows is not False and all(has_rows(o, self._batch) for o in whole.outputs)
+            if rows:
+                whole = self._with_rows(use, whole)
+                passes.append(whole)
+                covered = self._contributions(use, whole.gradients[0])
             if use.registration is None:
                 self.without_rule.append(_name(use))
-                try:
-                    replays.append(Replay(use, gradients, self._batch))
-                except NotReplayableError:
-                    self._whole_batch.update(use.reads)
-                continue
-            contributions = self._contributions(use, use.registration.rule, gradients[0])
             for index in use.reads:
-                if index in contributions:
-                    parts.setdefault(index, []).append(contributions[index])
+                if index in covered:
+                    parts.setdefault(index, []).append(covered[index])
+                elif use.registration is None:
+                    (from_outputs if rows else from_losses).add(index)
                 else:
                     self.without_rule.append(f"{self._variables[index].path} in {_name(use)}")
-                    self._whole_batch.add(index)
-        return parts, replays
+                    # An activation may have read it, past the output that the rule is given.
+                    activation = use.registration.activation is not None
+                    (from_outputs if rows and not activation else from_losses).add(index)
+        from_outputs -= from_losses
+        passes = [one.ending_at(from_outputs) for one in passes]
+        reads = [read for _, whole in self._live for read in whole.reads]
+        reads += enumerate(self._stored)
+        losses = _Pass([self._losses], [tf.ones_like(self._losses)], reads)
+        passes.append(losses.ending_at(from_losses))
+        return parts, [one for one in passes if one.reads]
 
-    def _contributions(
-        self, use: Use, rule: LayerRule, gradient: tf.Tensor
-    ) -> dict[int, Contribution]:
-        """What the rule says of the variables that the call read; nothing if it does not apply."""
-        (output,) = use.outputs
-        if use.rows is False or not has_rows(output, self._batch):
+    def _with_rows(self, use: Use, whole: _Pass) -> _Pass:
+        """Checks, if it can not be told before, that the outputs have as many rows as the batch."""
+        if self._batch is not None and all(o.shape[0] is not None for o in whole.outputs):
+            return whole
+        checks = [
+            tf.debugging.assert_equal(
+                tf.shape(output)[0],
+                tf.shape(self._losses)[0],
+                message=f"The layer {use.layer.name} does not have one row per example. "
+                "Per-example gradient norms need the batch as the first axis everywhere, or a "
+                "batch size that is known when the function is traced (drop_remainder=True).",
+            )
+            for output in whole.outputs
+        ]
+        with tf.control_dependencies(checks):
+            gradients = [tf.identity(gradient) for gradient in whole.gradients]
+        return dataclasses.replace(whole, gradients=gradients)
+
+    # -- by rules ----------------------------------------------------------------------------------
+
+    def _contributions(self, use: Use, gradient: tf.Tensor) -> dict[int, Contribution]:
+        """What the rule says of the variables that the call read; nothing if none applies."""
+        if use.registration is None:
             return {}
-        if self._batch is None or output.shape[0] is None:
-            with tf.control_dependencies([self._check_rows(use, output)]):
-                gradient = tf.identity(gradient)
         # What a rule makes of the inputs would else be made, and held, from the forward pass on.
         with tf.control_dependencies([gradient]):
             args, kwargs = keras.tree.map_structure(
                 lambda x: tf.identity(x) if isinstance(x, tf.Tensor) else x,
                 (use.args, dict(use.kwargs)),
             )
-        call = LayerCall(use.layer, args, kwargs, output, gradient, use.prepared)
-        pairs = rule(call)
+        call = LayerCall(use.layer, args, kwargs, use.outputs[0], gradient, use.prepared)
+        pairs = use.registration.rule(call)
         if pairs is NotImplemented:
             return {}
         contributions = {}
@@ -154,15 +185,6 @@ class Backward:
                 contributions[index] = contribution
         return contributions
 
-    def _check_rows(self, use: Use, output: tf.Tensor) -> Any:
-        return tf.debugging.assert_equal(
-            tf.shape(output)[0],
-            tf.shape(self._losses)[0],
-            message=f"The layer {use.layer.name} does not have one row per example. Per-example "
-            "gradient norms need the batch as the first axis everywhere, or a batch size that is "
-            "known when the function is traced (drop_remainder=True).",
-        )
-
     def _check_shape(self, use: Use, variable: keras.Variable, value: tf.Tensor) -> None:
         if not value.shape.is_compatible_with([self._batch, *variable.shape]):
             raise ValueError(
@@ -171,9 +193,7 @@ class Backward:
                 f"Received a tensor of shape {value.shape.as_list()}"
             )
 
-    # -- the three ways ----------------------------------------------------------------------------
-
-    def _as_gradients_arrive(self, indices: set[int]) -> list[int]:
+    def _in_backward_order(self, indices: set[int]) -> list[int]:
         """Some variables in the order in which the backward pass is done with their uses."""
         first = {i: n for n, (use, _) in reversed(list(enumerate(self._live))) for i in use.reads}
         return sorted(indices, key=lambda index: first[index], reverse=True)
@@ -187,105 +207,38 @@ class Backward:
         self.gradients[index] = tf.cast(total, self._stored[index].dtype)
         return [squares, total]
 
-    def _replayed(
-        self, parts: dict[int, list[Contribution]], replays: list[Replay]
-    ) -> dict[int, tf.Tensor]:
-        while True:
-            replays = [replay for replay in replays if set(replay.use.reads) - self._whole_batch]
-            indices = {i for replay in replays for i in replay.use.reads} - self._whole_batch
-            if not indices:
-                return {}
-            contributions = {i: combined(parts[i]) for i in indices if i in parts}
-            try:
-                squares, sums = squares_by_replay(
-                    replays, contributions, self._variables, sorted(indices), self._examples()
-                )
-                break
-            except NotReplayableError:
-                for replay in replays:
-                    if replay.failed:
-                        self._whole_batch.update(replay.use.reads)
-                replays = [replay for replay in replays if not replay.failed]
-        expected = self._expected_sums()
-        for index in squares:
-            squares[index] = self._checked(index, squares[index], sums[index], expected[index])
-        return squares
+    # -- one example at a time ---------------------------------------------------------------------
 
-    def _by_backward_passes(self) -> dict[int, tf.Tensor]:
-        indices = sorted(self._whole_batch)
+    def _one_at_a_time(self, passes: Sequence[_Pass]) -> dict[int, tf.Tensor]:
+        """Squared norms from passes in which only the gradients of one example's rows are left."""
+        indices = sorted({index for one in passes for index, _ in one.reads})
         if not indices:
             return {}
-        stored = [self._stored[index] for index in indices]
-        reads = [
-            [use.reads[index] for use, _ in self._live if index in use.reads] for index in indices
-        ]
+        dtypes = [compute_dtype(self._stored[index].dtype) for index in indices]
 
-        def backward(example: tf.Tensor) -> list[Gradient | None]:
-            one_hot = tf.one_hot(example, tf.shape(self._losses)[0], dtype=self._losses.dtype)
-            of_stored, of_reads = self._tape.gradient(
-                self._losses, (stored, reads), output_gradients=one_hot
-            )
-            return [added([a, *b]) for a, b in zip(of_stored, of_reads, strict=True)]
-
-        dtypes = [compute_dtype(variable.dtype) for variable in stored]
-        squares = squares_by_backward_passes(backward, dtypes, self._examples())
-        return dict(zip(indices, squares, strict=True))
-
-    # -- checking what was repeated ----------------------------------------------------------------
-
-    def _expected_sums(self) -> list[Gradient | None]:
-        """What the gradients of the examples, or of those in the subset, add up to."""
-        if self._subset is None:
-            return self.gradients
-        within = tf.range(tf.shape(self._losses)[0]) < self._subset
-        totals: list[list[Any]] = [[] for _ in self._variables]
-        for use, gradients in self._live:
-            pairs = [
-                (output, _masked(gradient, within))
-                for output, gradient in zip(use.outputs, gradients, strict=True)
-                if gradient is not None and has_rows(output, self._batch)
+        def squares_of(example: tf.Tensor) -> list[tf.Tensor]:
+            own = tf.range(tf.shape(self._losses)[0]) == example
+            parts: dict[int, list[Gradient | None]] = {index: [] for index in indices}
+            for one in passes:
+                received = self._tape.gradient(
+                    one.outputs,
+                    [read for _, read in one.reads],
+                    output_gradients=[_masked(gradient, own) for gradient in one.gradients],
+                )
+                for (index, _), gradient in zip(one.reads, received, strict=True):
+                    parts[index].append(gradient)
+            return [
+                _square(added(parts[index]), dtype)
+                for index, dtype in zip(indices, dtypes, strict=True)
             ]
-            own = self._tape.gradient(
-                [output for output, _ in pairs],
-                list(use.reads.values()),
-                output_gradients=[gradient for _, gradient in pairs],
-            )
-            for index, gradient in zip(use.reads, own, strict=True):
-                totals[index].append(gradient)
-        return [added(total) for total in totals]
 
-    def _checked(
-        self, index: int, squares: tf.Tensor, total: tf.Tensor, expected: Gradient | None
-    ) -> tf.Tensor:
-        """The squares, if the gradients add up to that of the batch."""
-        dtype = total.dtype
-        if expected is None:
-            expected = tf.zeros_like(total)
-        difference = total - tf.cast(tf.convert_to_tensor(expected), dtype)
-        half = any(
-            tensor.dtype.size < 4
-            for use, _ in self._live
-            if index in use.reads
-            for tensor in use.outputs
+        squares = tf.map_fn(
+            squares_of,
+            tf.range(self._examples()),
+            parallel_iterations=1,
+            fn_output_signature=dtypes,
         )
-        tolerance = tf.cast(_HALF_PRECISION_TOLERANCE if half else _TOLERANCE, dtype)
-        bound = tolerance * tf.reduce_sum(tf.sqrt(squares))
-        # Not finite on either side is for the caller to find, not for this check.
-        wrong = tf.norm(difference) > bound
-        check = tf.debugging.Assert(
-            tf.logical_not(wrong),
-            [
-                "The per-example gradients of "
-                f"{self._variables[index].path} do not add up to the gradient of the batch: some "
-                "layer that reads it gives another result for a single example than within the "
-                "batch (it couples examples, or draws random numbers other than by a "
-                "keras.random.SeedGenerator). Give that layer a rule by "
-                "tf_lbopt.per_example.register_layer."
-            ],
-        )
-        with tf.control_dependencies([] if check is None else [check]):
-            # Under XLA, which leaves assertions out.
-            return tf.where(wrong, tf.cast(float("nan"), dtype), squares)
+        return dict(zip(indices, squares, strict=True))
 
     # -- odds and ends -----------------------------------------------------------------------------
 
@@ -304,14 +257,21 @@ class Backward:
         return [list(use.reads.values()) for use in self._uses]
 
     def _totals(
-        self, of_stored: Sequence[Any], of_reads: Sequence[Sequence[Any]]
+        self,
+        of_stored: Sequence[Gradient | None],
+        of_reads: Sequence[Sequence[Gradient | None]],
     ) -> list[Gradient | None]:
-        """For each variable the sum over all ways."""
-        gradients: list[list[Any]] = [[gradient] for gradient in of_stored]
+        """For each variable the sum over all its uses."""
+        gradients = [[gradient] for gradient in of_stored]
         for use, own in zip(self._uses, of_reads, strict=True):
             for index, gradient in zip(use.reads, own, strict=True):
                 gradients[index].append(gradient)
         return [added(several) for several in gradients]
+
+
+def has_rows(tensor: tf.Tensor, batch: int | None) -> bool:
+    """Whether the first axis of a tensor is the batch, as far as static shapes tell."""
+    return bool(tensor.shape.rank) and tensor.shape[0] in (None, batch)
 
 
 def added(gradients: Iterable[Gradient | None]) -> Gradient | None:
@@ -328,9 +288,17 @@ def added(gradients: Iterable[Gradient | None]) -> Gradient | None:
     return tf.add_n([tf.convert_to_tensor(gradient) for gradient in several])
 
 
-def _masked(gradient: tf.Tensor, within: tf.Tensor) -> tf.Tensor:
+def _masked(gradient: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     shape = [-1] + [1] * (gradient.shape.rank - 1)
-    return gradient * tf.cast(tf.reshape(within, shape), gradient.dtype)
+    return tf.where(tf.reshape(rows, shape), gradient, tf.zeros_like(gradient))
+
+
+def _square(gradient: Gradient | None, dtype: tf.DType) -> tf.Tensor:
+    if gradient is None:
+        return tf.zeros([], dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        gradient = merge_repeated_indices(gradient).values
+    return tf.reduce_sum(tf.square(tf.cast(gradient, dtype)))
 
 
 def _name(use: Use) -> str:

@@ -32,8 +32,9 @@ def per_example_gradient_norms(
     trainable variables k, and (1/B) Σ_i ∇_k f_i, exactly and from the same backward pass: the
     ingredients of CLARS, whose N_k is the mean of the norms. Layers that have a rule, most of
     Keras's, cost little more than the gradient alone, with never more than 16 MiB (or one example)
-    of per-example gradients at a time; other layers and variables that are read outside their layer
-    are exact too, but slow, and are named once in a warning of the logger ``tf_lbopt.per_example``.
+    of per-example gradients at a time. Other layers, and variables that are read outside their
+    layer, take a backward pass for each example, which is exact too, but slow; they are named once
+    in a warning of the logger ``tf_lbopt.per_example``.
     Variables that are used several times get the norm of the sum.
 
     What f_i is:
@@ -44,11 +45,11 @@ def per_example_gradient_norms(
     - without weight regularizers, activity regularizers and ``add_loss``: they are neither in the
       norms nor in the gradients here (`PerExampleTape.gradient` has ``extra_loss`` for them);
     - where examples are coupled, as by batch normalization in training form, ∇f_i would also count
-      what example i does to the others' normalization. For variables with a rule (or repeated, see
-      `PerExampleTape`) the norms are then those of g_i, what example i contributes to the gradient
-      of the whole batch by way of its own rows: the gradients with respect to the variable if every
-      example had a copy of its own. Σ_i g_i = B · (the gradient returned), always; without coupling
-      g_i = ∇f_i. A variable that is read outside its layer gets ‖∇f_i‖ in any case.
+      what example i does to the others' normalization. The norms are then those of g_i, what
+      example i contributes to the gradient of the whole batch by way of its own rows of what the
+      layers that read the variable return. Σ_i g_i = B · (the gradient returned), always; without
+      coupling g_i = ∇f_i. A variable that is read outside any layer, or by one whose outputs do
+      not have one row per example, gets ‖∇f_i‖ in any case.
 
     Dropout uses the same mask for norms and gradient. As in any call with ``training=True``, the
     states of dropout and batch normalization move on; with ``micro_batch_size`` each slice is

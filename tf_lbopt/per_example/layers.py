@@ -19,7 +19,7 @@ from tf_lbopt.per_example.contributions import (
 )
 from tf_lbopt.per_example.patches import shifts, unfold
 from tf_lbopt.per_example.registry import LayerCall, register_layer
-from tf_lbopt.per_example.view import View
+from tf_lbopt.per_example.view import with_attributes
 from tf_lbopt.rules.norms import compute_dtype
 
 Contributions = list[tuple[Any, tf.Tensor | Contribution]]
@@ -310,7 +310,7 @@ def _again(call: LayerCall, replaced: Mapping[str, Any], dtype: tf.DType) -> tf.
     """What the call returns with some of the layer's attributes replaced; changes no state."""
     inputs = tf.cast(call.inputs, dtype)
     with keras.StatelessScope(initialize_variables=False):
-        return View(call.layer, replaced).call(inputs, *call.args[1:], **call.kwargs)
+        return with_attributes(call.layer, replaced).call(inputs, *call.args[1:], **call.kwargs)
 
 
 def _bias(call: LayerCall) -> Contributions:

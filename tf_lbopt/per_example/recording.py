@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.per_example.registry import Registration, registration_of
-from tf_lbopt.per_example.view import View
+from tf_lbopt.per_example.view import with_attributes
 
 
 @dataclasses.dataclass
@@ -29,7 +29,6 @@ class Use:
         prepared: What the registration's ``prepare`` returned.
         shapes: Of the tensors that the call returned.
         rows: Whether the first axis of the outputs is the batch, `None` where it can not be told.
-        inclusive: Whether ``reads`` has what the layers called by this one read, too.
     """
 
     layer: keras.layers.Layer
@@ -41,7 +40,6 @@ class Use:
     prepared: Any = None
     shapes: list[tf.TensorShape] = dataclasses.field(default_factory=list)
     rows: bool | None = None
-    inclusive: bool = False
 
 
 class Recording:
@@ -79,14 +77,14 @@ class Recording:
     def _call(self, original: Any, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
         if (
             not isinstance(layer, keras.layers.Layer)
-            or not self._at_home()
+            or not self._in_own_graph()
             or _has_symbolic(args, kwargs)
             # A rule answers for all that its layer calls.
             or (self._stack and self._stack[-1].registration is not None)
         ):
             return original(layer, *args, **kwargs)
         registration = registration_of(layer) if _compat.calls_its_call(layer) else None
-        use = Use(layer, args, kwargs, registration, inclusive=registration is not None)
+        use = Use(layer, args, kwargs, registration)
         self.calls.append(use)
         if not self._stack:
             self.outermost.append(use)
@@ -116,7 +114,7 @@ class Recording:
             use.outputs.append(outputs)
             return activation(outputs)
 
-        view = View(use.layer, {name: applied}, lambda variable: _tensor(variable))
+        view = with_attributes(use.layer, {name: applied})
         outputs = view.call(*use.args, **use.kwargs)
         if len(use.outputs) != 1:  # the activation is not applied last, or not once
             use.registration, use.outputs = None, []
@@ -127,7 +125,7 @@ class Recording:
         if index is None or not self._stack:
             return None
         use = self._stack[-1]
-        if not self._at_home():
+        if not self._in_own_graph():
             # A loop body or branch may use tensors of the graph around it. What a tf.function
             # captures may outlive this pass, so it reads the variable itself.
             if self._graph is None or not _compat.inside_control_flow_of(self._graph):
@@ -145,80 +143,28 @@ class Recording:
             use.reads[index] = copy
         return use.reads[index]
 
-    def _at_home(self) -> bool:
+    def _in_own_graph(self) -> bool:
         return _current_graph() is self._graph
 
 
-@contextlib.contextmanager
-def replaying(use: Use, reads: Mapping[int, tf.Tensor]) -> Iterator[None]:
-    """Within it, a call of the layer of ``use`` reads ``reads``, by ``id`` of the variable.
-
-    What was read in the recording by the layers that it calls is not replaced, unless
-    ``use.inclusive``.
-    """
-    graph = _current_graph()
-    depth = 0
-
-    def call(original: Any, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
-        nonlocal depth
-        if not isinstance(layer, keras.layers.Layer) or _current_graph() is not graph:
-            return original(layer, *args, **kwargs)
-        depth += 1
-        try:
-            return original(layer, *args, **kwargs)
-        finally:
-            depth -= 1
-
-    def read(variable: keras.Variable) -> tf.Tensor | None:
-        return reads.get(id(variable)) if depth == 1 or use.inclusive else None
-
-    with _compat.layer_hooks(call, read):
-        yield
-
-
-def output_tensors(structure: Any) -> list[Any]:
-    """What a call returned, flattened, with the logits that Keras hides in a softmax."""
-    tensors = []
-    for tensor in keras.tree.flatten(structure):
-        tensors.append(tensor)
-        logits = _compat.logits_of(tensor)
-        if logits is not None:
-            tensors.append(logits)
-    return tensors
-
-
 def _marked(use: Use, outputs: Any) -> Any:
-    """The outputs as tensors that nothing inside the call has used."""
-    if use.registration is not None:
-        if isinstance(outputs, tf.Tensor):
-            marked = tf.identity(outputs)
-            _compat.attach_mask(marked, _compat.keras_mask(outputs))
-            use.outputs = [marked]
-            return marked
+    """The outputs as tensors that nothing inside the call has used; ``use`` is told of them."""
+    if not isinstance(outputs, tf.Tensor):
         use.registration = None
 
     def mark(tensor: Any) -> Any:
         if not isinstance(tensor, tf.Tensor):
             return tensor
-        marked = tf.identity(tensor)
-        _compat.attach_mask(marked, _compat.keras_mask(tensor))
-        logits = _compat.logits_of(tensor)
-        if logits is not None:
-            _compat.attach_logits(marked, tf.identity(logits))
-        return marked
+        # A rule is for what the layer returns; logits apart from it would pass it by.
+        copies = _compat.copies(tensor, with_logits=use.registration is None)
+        use.outputs += copies
+        return copies[0]
 
-    outputs = keras.tree.map_structure(mark, outputs)
-    use.outputs = output_tensors(outputs)
-    return outputs
+    return keras.tree.map_structure(mark, outputs)
 
 
 def _current_graph() -> tf.Graph | None:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-def _tensor(variable: keras.Variable) -> Any:
-    """A trainable variable as the tensor to read; another as it is, since it may be assigned."""
-    return tf.convert_to_tensor(variable) if variable.trainable else variable
 
 
 def _has_symbolic(args: Any, kwargs: Any) -> bool:

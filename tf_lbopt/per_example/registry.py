@@ -66,14 +66,13 @@ def register_layer(
     that the call read, those of sublayers included, with what this call adds to the gradient of
     each example's loss, a tensor [batch, *shape of the variable]. The layer must treat the examples
     of a batch, its first axis, independently and return a single tensor. A variable that is missing
-    from the result takes the most general way; a rule that returns `NotImplemented` declines the
+    from the result takes the general way; a rule that returns `NotImplemented` declines the
     call.
 
     Args:
         layer_class: A subclass of ``keras.layers.Layer``.
         activation: Name of an attribute with an element-wise activation that ``call`` applies last,
-            if it applies one. The rule is then given the gradient before the activation. The
-            ``call`` of such a layer can not use ``super()``.
+            if it applies one. The rule is then given the gradient before the activation.
         prepare: Called as ``prepare(layer, args, kwargs)`` right after ``layer.call``, for what
             depends on state that may have changed when the rule runs; the rule finds the result in
             ``LayerCall.prepared``.

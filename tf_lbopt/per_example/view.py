@@ -1,46 +1,35 @@
 """A layer as it is, but for some attributes."""
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import types
+from collections.abc import Mapping
 
 import keras
 
 
-class View:
-    """Stands in for ``self`` in a layer's methods, with some attributes replaced.
+def with_attributes(
+    layer: keras.layers.Layer, replaced: Mapping[str, object]
+) -> keras.layers.Layer:
+    """An object for the ``self`` of a layer's methods, with some attributes of another value.
 
     A layer belongs to all replicas' threads at once, so its attributes can not be changed for the
-    time of one call. Methods and properties that are reached through the view see the view.
+    time of one call. All other attributes are the layer's own: what a method writes stays with it.
 
     Args:
         layer: The layer.
-        replaced: Attributes that the view has instead of the layer's.
-        read: Applied to every variable found among the layer's attributes.
+        replaced: Attributes that the object has instead of the layer's.
+
+    Returns:
+        An object of a subclass of the layer's class.
     """
+    cls: type = type(layer)
 
-    def __init__(
-        self,
-        layer: keras.layers.Layer,
-        replaced: Mapping[str, Any],
-        read: Callable[[keras.Variable], Any] = lambda variable: variable,
-    ):
-        object.__setattr__(self, "_viewed", (layer, dict(replaced), read))
+    def constant(value: object) -> property:
+        return property(lambda _: value)
 
-    def __getattr__(self, name: str) -> Any:
-        layer, replaced, read = object.__getattribute__(self, "_viewed")
-        if name in replaced:
-            return replaced[name]
-        attribute = inspect.getattr_static(type(layer), name, None)
-        if name not in vars(layer) and hasattr(attribute, "__get__"):
-            return attribute.__get__(self, type(layer))
-        value = getattr(layer, name)
-        return read(value) if isinstance(value, keras.Variable) else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._viewed[0], name, value)
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's ``call``, of the view."""
-        layer = self._viewed[0]
-        return type(layer).call(self, *args, **kwargs)
+    # Properties come before what is in an object's dictionary, which the two share.
+    properties = {name: constant(value) for name, value in replaced.items()}
+    view: keras.layers.Layer = object.__new__(
+        types.new_class(cls.__name__, (cls,), {}, lambda n: n.update(properties))
+    )
+    object.__setattr__(view, "__dict__", vars(layer))
+    return view
