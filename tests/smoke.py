@@ -262,7 +262,8 @@ def norms_of_single_examples() -> None:
 @check
 def callbacks_and_schedules() -> None:
     """They are told of updates, under Keras's own trainer."""
-    schedule = tf_lbopt.schedules.WarmupPolynomialDecay(1.0, decay_steps=8, warmup_steps=2)
+    decay = keras.optimizers.schedules.PolynomialDecay(1.0, 8, end_learning_rate=0.0)
+    schedule = tf_lbopt.schedules.Warmup(decay, steps=2)
     model = model_of()
     model.compile(tf_lbopt.VRLARS(schedule, gradient_accumulation_steps=2), loss="mse")
     ours = tf_lbopt.callbacks

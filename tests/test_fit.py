@@ -93,7 +93,7 @@ def test_replicas_and_micro_steps_are_the_same_through_fit(case):
 
 
 @pytest.mark.parametrize("make", [tf_lbopt.LARS, legacy.LARS, tf_lbopt.ExtrapSGD])
-@pytest.mark.parametrize("rate", [lambda: 0.1, tf_lbopt.schedules.WarmupCosineDecay(0.1, 5)])
+@pytest.mark.parametrize("rate", [lambda: 0.1, tf_lbopt.schedules.Warmup(0.1, 5)])
 def test_a_rate_that_is_a_function_can_not_be_reduced(make, rate):
     """As Keras says of a schedule; under a callable it has an AttributeError."""
     optimizer = make(rate)
@@ -122,7 +122,7 @@ def test_reduce_lr_on_plateau_through_wrappers():
 
 @pytest.mark.parametrize(
     "rate",
-    [0.1, tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 10), lambda: 0.1],
+    [0.1, tf_lbopt.schedules.Warmup(0.1, 0), lambda: 0.1],
     ids=["float", "schedule", "callable"],
 )
 def test_kinds_of_learning_rates(rate):
@@ -220,7 +220,7 @@ def test_embedding_model_through_fit(case):
 
 def _minimize(case, loss, start, updates, rate):
     variable = keras.Variable(np.asarray(start, "float32"))
-    schedule = tf_lbopt.schedules.WarmupPolynomialDecay(rate, updates)
+    schedule = keras.optimizers.schedules.PolynomialDecay(rate, updates, 0.0)
     micro_steps = 2 if needs_sub_batches(case) else None
     optimizer = optimizer_for(case, learning_rate=schedule, gradient_accumulation_steps=micro_steps)
 

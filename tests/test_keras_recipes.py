@@ -32,8 +32,6 @@ from official_recipes.common.interruption import Interrupted
 from official_recipes.common.keras_optimizers import (
     SGD,
     InverseSqrtDecay,
-    LinearWarmup,
-    StepDecay,
     known_optimizers,
     make_optimizer,
     make_schedule,
@@ -192,14 +190,8 @@ def test_schedules():
         assert rates(scaled, [3]) == [expected]
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        LinearWarmup(StepDecay(0.1, (3, 5), 0.5), 2, 0.01),
-        InverseSqrtDecay(0.1, 3),
-    ],
-)
-def test_schedules_are_serialized(made):
+def test_schedules_are_serialized():
+    made = InverseSqrtDecay(0.1, 3)
     text = json.dumps(keras.saving.serialize_keras_object(made))
     again = keras.saving.deserialize_keras_object(json.loads(text))
     assert rates(again, range(9)) == rates(made, range(9))

@@ -147,7 +147,8 @@ def test_the_denominators_differ_under_weight_decay(name):
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(4, 1), (2, 2), (1, 4)])
 @pytest.mark.quick(case=KINDS, replicas=2)
 def test_schedules_count_updates(case, replicas, micro_steps):
-    schedule = tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 6, warmup_steps=2, power=2.0)
+    decay = keras.optimizers.schedules.PolynomialDecay(0.1, 6, end_learning_rate=0.0, power=2.0)
+    schedule = tf_lbopt.schedules.Warmup(decay, steps=2)
     gradients = sub_batch_gradients(7, sub_batches=4)
     run = Run(case, replicas, micro_steps, learning_rate=schedule).updates(gradients)
 

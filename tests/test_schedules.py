@@ -11,33 +11,38 @@ import tensorflow as tf
 import tf_lbopt
 from tf_lbopt import schedules
 
-POLYNOMIAL = [
-    {"initial_learning_rate": 1.6, "decay_steps": 40, "warmup_steps": 0, "power": 1.1},
-    {"initial_learning_rate": 0.3, "decay_steps": 7, "warmup_steps": 5, "power": 2.0},
-    {
-        "initial_learning_rate": 0.5, "decay_steps": 1, "warmup_steps": 1, "power": 0.5,
-        "end_learning_rate": 0.1,
-    },
-    {
-        "initial_learning_rate": 0.01, "decay_steps": 10, "warmup_steps": 3,
-        "end_learning_rate": 0.2, "power": 1.0,
-    },
-    {"initial_learning_rate": 0.0, "decay_steps": 10, "warmup_steps": 3, "power": 1.0},
-]  # fmt: skip
-COSINE = [
-    {"initial_learning_rate": 1.6, "decay_steps": 40, "warmup_steps": 0},
-    {"initial_learning_rate": 0.3, "decay_steps": 7, "warmup_steps": 5, "alpha": 0.1},
-    {"initial_learning_rate": 0.5, "decay_steps": 1, "warmup_steps": 1, "alpha": 1.0},
+keras_schedules = keras.optimizers.schedules
+AFTER = {
+    "constant": (0.4, lambda t: 0.4),
+    "zero": (0, lambda t: 0.0),
+    "polynomial": (
+        keras_schedules.PolynomialDecay(1.6, 7, end_learning_rate=0.1, power=1.1),
+        lambda t: 0.1 + 1.5 * (1 - min(t / 7, 1)) ** 1.1,
+    ),
+    "cosine": (
+        keras_schedules.CosineDecay(0.3, 4, alpha=0.1),
+        lambda t: 0.3 * (0.9 * (1 + math.cos(math.pi * min(t / 4, 1))) / 2 + 0.1),
+    ),
+    "steps": (
+        keras_schedules.PiecewiseConstantDecay([2], [0.5, 0.05]),
+        lambda t: [0.5, 0.05][t > 2],
+    ),
+    "warm-up": (schedules.Warmup(0.7, 2), lambda t: 0.7 * min(t / 2, 1)),
+}
+WARMUPS = [
+    {"steps": 0},
+    {"steps": 1},
+    {"steps": 5},
+    {"steps": 3, "start": 0.2},
+    {"steps": 4, "start": 2.0},
+    {"steps": 0, "start": 2.0},
 ]
-CASES = [
-    pytest.param(cls, arguments, id=f"{cls.__name__}{number}")
-    for cls, table in (
-        (schedules.WarmupPolynomialDecay, POLYNOMIAL),
-        (schedules.WarmupCosineDecay, COSINE),
-    )
-    for number, arguments in enumerate(table)
-]
-over_cases = pytest.mark.parametrize(("cls", "arguments"), CASES)
+over_cases = pytest.mark.parametrize(
+    ("after", "arguments"),
+    [(after, arguments) for after in AFTER for arguments in WARMUPS],
+    ids=str,
+)
+STEPS = [*range(14), 1000, 10**6]
 
 
 @pytest.fixture(autouse=True)
@@ -45,93 +50,70 @@ def _fresh_keras_state():
     """In place of the costly one for all tests: nothing here leaves global state behind."""
 
 
-def formula(cls, arguments, step):
-    rate, warmup = arguments["initial_learning_rate"], arguments["warmup_steps"]
-    if step < warmup:
-        return rate * step / warmup
-    share = min((step - warmup) / arguments["decay_steps"], 1.0)
-    if cls is schedules.WarmupCosineDecay:
-        alpha = arguments.get("alpha", 0.0)
-        return rate * ((1 - alpha) * (1 + math.cos(math.pi * share)) / 2 + alpha)
-    end = arguments.get("end_learning_rate", 0.0)
-    return (rate - end) * (1 - share) ** arguments["power"] + end
-
-
-def steps_of(arguments):
-    warmup, end = arguments["warmup_steps"], arguments["warmup_steps"] + arguments["decay_steps"]
-    return sorted({0, 1, 2, 3, warmup, warmup + 1, end - 1, end, end + 1, 10 * end, 10**6})
+def formula(after, step, steps, start=0.0):
+    rate = AFTER[after][1]
+    if step >= steps:
+        return rate(step - steps)
+    return start + (rate(0) - start) * step / steps
 
 
 @over_cases
-def test_values(cls, arguments):
-    schedule = cls(**arguments)
-    for step in steps_of(arguments):
-        expected = formula(cls, arguments, step)
+def test_values(after, arguments):
+    schedule = schedules.Warmup(AFTER[after][0], **arguments)
+    for step in STEPS:
+        expected = formula(after, step, **arguments)
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5, abs=1e-7), step
 
 
 @over_cases
-def test_joints(cls, arguments):
-    schedule = cls(**arguments)
-    rate, warmup = arguments["initial_learning_rate"], arguments["warmup_steps"]
-    last = arguments.get("end_learning_rate", arguments.get("alpha", 0.0) * rate)
-    assert float(schedule(warmup)) == pytest.approx(rate, rel=1e-6, abs=1e-8)
-    for beyond in (0, 1, 1000):
-        step = warmup + arguments["decay_steps"] + beyond
-        assert float(schedule(step)) == pytest.approx(last, rel=1e-6, abs=1e-7)
-    assert float(schedule(0)) == (0.0 if warmup else pytest.approx(rate))
-
-
-@over_cases
 @pytest.mark.parametrize("dtype", [tf.int64, tf.int32, tf.float32])
-def test_inside_a_function(cls, arguments, dtype):
-    schedule = cls(**arguments)
-    steps = steps_of(arguments)
+def test_inside_a_function(after, arguments, dtype):
+    schedule = schedules.Warmup(AFTER[after][0], **arguments)
     traced = tf.function(schedule, input_signature=[tf.TensorSpec([], dtype)])
-    got = [traced(tf.constant(step, dtype)) for step in steps]
+    got = [traced(tf.constant(step, dtype)) for step in STEPS]
     assert all(rate.shape == () and rate.dtype == tf.float32 for rate in got)
-    expected = [formula(cls, arguments, step) for step in steps]
+    expected = [formula(after, step, **arguments) for step in STEPS]
     np.testing.assert_allclose([float(rate) for rate in got], expected, rtol=1e-5, atol=1e-7)
 
 
 @over_cases
-def test_round_trips(cls, arguments):
-    schedule = cls(**arguments, name="rate")
+def test_after_the_warmup_every_bit_is_the_schedules(after, arguments):
+    decay = AFTER[after][0]
+    schedule = schedules.Warmup(decay, **arguments)
+    for step in range(14):
+        expected = decay(step) if callable(decay) else tf.constant(decay, tf.float32)
+        assert float(schedule(step + arguments["steps"])) == float(expected)
+
+
+@over_cases
+def test_round_trips(after, arguments):
+    schedule = schedules.Warmup(AFTER[after][0], **arguments, name="rate")
     config = schedule.get_config()
     assert config["name"] == "rate"
-    for name, value in arguments.items():
-        assert config[name] == value
+    assert config["steps"] == arguments["steps"]
+    assert config["start"] == arguments.get("start", 0.0)
     text = json.dumps(keras.saving.serialize_keras_object(schedule))
     for again in (
-        cls.from_config(json.loads(json.dumps(config))),
+        schedules.Warmup.from_config(json.loads(json.dumps(config))),
         keras.saving.deserialize_keras_object(json.loads(text)),
-        keras.optimizers.schedules.deserialize(json.loads(text)),
+        keras_schedules.deserialize(json.loads(text)),
     ):
-        assert type(again) is cls
+        assert type(again) is schedules.Warmup
         assert again.get_config() == config
-        for step in steps_of(arguments):
+        for step in STEPS:
             assert float(again(step)) == float(schedule(step))
-
-
-def test_defaults():
-    polynomial = schedules.WarmupPolynomialDecay(0.8, 4)
-    np.testing.assert_allclose(
-        [float(polynomial(t)) for t in range(6)], [0.8, 0.6, 0.4, 0.2, 0, 0], atol=1e-7
-    )
-    cosine = schedules.WarmupCosineDecay(0.8, 2)
-    np.testing.assert_allclose([float(cosine(t)) for t in range(4)], [0.8, 0.4, 0, 0], atol=1e-7)
 
 
 @pytest.mark.parametrize("info", tf_lbopt.list_optimizers(), ids=lambda info: info.name)
 def test_in_an_optimizers_configuration(info):
-    schedule = schedules.WarmupPolynomialDecay(0.8, 10, warmup_steps=4, power=2.0)
+    schedule = schedules.Warmup(AFTER["polynomial"][0], steps=4)
     optimizer = info.cls(learning_rate=schedule)
     text = json.dumps(keras.saving.serialize_keras_object(optimizer))
     again = keras.saving.deserialize_keras_object(json.loads(text))
     for step in (0, 3, 4, 9, 14):
         for one in (optimizer, again):
             one.iterations.assign(step)
-            expected = formula(type(schedule), schedule.get_config(), step)
+            expected = formula("polynomial", step, steps=4)
             assert float(one.learning_rate) == pytest.approx(expected, abs=1e-7)
 
 

@@ -48,7 +48,7 @@ def test_config_round_trip(case):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_serialization_with_a_schedule(case):
-    schedule = tf_lbopt.schedules.WarmupCosineDecay(0.3, 10, warmup_steps=2, alpha=0.1)
+    schedule = tf_lbopt.schedules.Warmup(keras.optimizers.schedules.CosineDecay(0.3, 10), 2)
     for wrap in (lambda o: o, lambda o: tf_lbopt.LossScaleOptimizer(o, 4.0, 7)):
         optimizer = wrap(case(learning_rate=schedule))
         text = json.dumps(keras.saving.serialize_keras_object(optimizer))

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -151,7 +152,9 @@ def test_schedules_count_updates(case, framework):
     if framework == "callable":
         schedule = expected_rate = lambda *step: 0.03
     elif framework == "keras":
-        schedule = tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 6, warmup_steps=2)
+        schedule = tf_lbopt.schedules.Warmup(
+            keras.optimizers.schedules.PolynomialDecay(0.1, 6, 0.0), 2
+        )
         expected_rate = lambda t: 0.1 * t / 2 if t < 2 else 0.1 * (1 - (t - 2) / 6)  # noqa: E731
     else:
         schedule = tf_keras.optimizers.schedules.PolynomialDecay(0.1, 5, 0.0)

@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -70,7 +71,7 @@ def test_config_round_trip(case):
 
 SCHEDULES = [
     tf_keras.optimizers.schedules.CosineDecay(0.3, 10),
-    tf_lbopt.schedules.WarmupCosineDecay(0.3, 10, warmup_steps=2, alpha=0.1),
+    tf_lbopt.schedules.Warmup(keras.optimizers.schedules.CosineDecay(0.3, 10, alpha=0.1), 2),
 ]
 
 

@@ -136,7 +136,7 @@ def test_skips_everywhere(name):
 
 
 def test_learning_rate_is_the_inner_ones():
-    schedule = tf_lbopt.schedules.WarmupPolynomialDecay(0.1, 4)
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 4, 0.0)
     gradients = sub_batch_gradients(4, sub_batches=2)
     one = Run(lambda **k: tf_lbopt.VarianceReduced(keras.optimizers.SGD(schedule), **k), 2).updates(
         gradients

@@ -5,6 +5,7 @@ Under the optimizers of this package a schedule's step is an update, whatever
 """
 
 import math
+import numbers
 from typing import Any
 
 import keras
@@ -13,138 +14,77 @@ from keras import ops
 from tf_lbopt import _validation
 
 
-class _Warmup(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up from 0, then a decay that a subclass defines over its own progress."""
-
-    def __init__(
-        self,
-        initial_learning_rate: float,
-        decay_steps: int,
-        warmup_steps: int,
-        name: str | None,
-    ):
-        super().__init__()
-        self.initial_learning_rate = _validation.real(
-            "initial_learning_rate", initial_learning_rate, low=0.0
-        )
-        self.decay_steps = _validation.integer("decay_steps", decay_steps, low=1)
-        self.warmup_steps = _validation.integer("warmup_steps", warmup_steps, low=0)
-        self.name = name
-
-    def _decayed(self, progress: Any) -> Any:
-        raise AssertionError("defined by each schedule")
-
-    def __call__(self, step: Any) -> Any:
-        """The learning rate of the update with this number, counted from 0."""
-        step = ops.cast(step, "float32")
-        progress = ops.clip((step - self.warmup_steps) / self.decay_steps, 0.0, 1.0)
-        decayed = self._decayed(progress)
-        if not self.warmup_steps:
-            return decayed
-        warming = self.initial_learning_rate * step / self.warmup_steps
-        return ops.where(step < self.warmup_steps, warming, decayed)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal schedule, for Keras serialization."""
-        return {
-            "initial_learning_rate": self.initial_learning_rate,
-            "decay_steps": self.decay_steps,
-            "warmup_steps": self.warmup_steps,
-            "name": self.name,
-        }
-
-
 @keras.saving.register_keras_serializable(package="tf_lbopt")
-class WarmupPolynomialDecay(_Warmup):
-    """Linear warm-up, then polynomial decay.
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up, then any schedule.
 
-    With t counted from 0 and W warm-up steps: η t / W for t < W, then
-    ``(η − end) (1 − (t − W)/T)^power + end`` with T = `decay_steps`, and ``end`` ever after.
+    With t counted from 0, W warm-up steps and a schedule η: ``start + (η(0) − start) t / W`` for
+    t < W, then ``η(t − W)``.
 
     Args:
-        initial_learning_rate: η ≥ 0, the rate at the end of the warm-up.
-        decay_steps: T ≥ 1, in updates, counted after the warm-up.
-        warmup_steps: W ≥ 0, in updates. Defaults to 0.
-        power: > 0. Defaults to 1.0; the SNGM paper has 1.1 (CIFAR-10) and 2 (ImageNet).
-        end_learning_rate: ≥ 0. Defaults to 0.0.
+        schedule: η, a `keras.optimizers.schedules.LearningRateSchedule`, whose own steps begin
+            with the end of the warm-up, or a constant rate ≥ 0.
+        steps: W ≥ 0, in updates.
+        start: The rate of the first update, ≥ 0. Defaults to 0.0.
         name: Optional name.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range.
 
     Example:
-        >>> schedule = WarmupPolynomialDecay(1.0, decay_steps=4, warmup_steps=2)
+        >>> decay = keras.optimizers.schedules.PolynomialDecay(1.0, 4, end_learning_rate=0.0)
+        >>> schedule = Warmup(decay, steps=2)
         >>> [float(schedule(t)) for t in range(8)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
 
     def __init__(
         self,
-        initial_learning_rate: float,
-        decay_steps: int,
-        warmup_steps: int = 0,
-        power: float = 1.0,
-        end_learning_rate: float = 0.0,
+        schedule: keras.optimizers.schedules.LearningRateSchedule | float,
+        steps: int,
+        start: float = 0.0,
         name: str | None = None,
     ):
-        super().__init__(initial_learning_rate, decay_steps, warmup_steps, name)
-        self.power = _validation.real("power", power, low=0.0, low_open=True)
-        self.end_learning_rate = _validation.real("end_learning_rate", end_learning_rate, low=0.0)
+        super().__init__()
+        if isinstance(schedule, numbers.Real):
+            schedule = _validation.real("schedule", schedule, low=0.0)
+        elif not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            raise TypeError(
+                "`schedule` must be a keras.optimizers.schedules.LearningRateSchedule or a real "
+                f"number >= 0. Received: schedule={_validation.shown(schedule)} "
+                f"(of type {type(schedule).__name__})"
+            )
+        self.schedule = schedule
+        self.steps = _validation.integer("steps", steps, low=0)
+        self.start = _validation.real("start", start, low=0.0)
+        self.name = name
 
-    def _decayed(self, progress: Any) -> Any:
-        span = self.initial_learning_rate - self.end_learning_rate
-        return span * ops.power(1.0 - progress, self.power) + self.end_learning_rate
+    def __call__(self, step: Any) -> Any:
+        """The learning rate of the update with this number, counted from 0."""
+        step = ops.convert_to_tensor(step)
+        rate = self.schedule
+        if callable(rate):
+            rate = rate(ops.maximum(step - self.steps, 0))
+        rate = ops.convert_to_tensor(rate)
+        if not self.steps:
+            return rate
+        warming = self.start + (rate - self.start) * ops.cast(step, rate.dtype) / self.steps
+        return ops.where(step < self.steps, warming, rate)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal schedule, for Keras serialization."""
         return {
-            **super().get_config(),
-            "power": self.power,
-            "end_learning_rate": self.end_learning_rate,
+            "schedule": keras.saving.serialize_keras_object(self.schedule),
+            "steps": self.steps,
+            "start": self.start,
+            "name": self.name,
         }
 
-
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-class WarmupCosineDecay(_Warmup):
-    """Linear warm-up, then cosine decay.
-
-    With t counted from 0 and W warm-up steps: η t / W for t < W, then
-    ``η ((1 − α) (1 + cos(π (t − W)/T))/2 + α)`` with T = `decay_steps`, and ``α η`` ever after.
-
-    Args:
-        initial_learning_rate: η ≥ 0, the rate at the end of the warm-up.
-        decay_steps: T ≥ 1, in updates, counted after the warm-up.
-        warmup_steps: W ≥ 0, in updates. Defaults to 0.
-        alpha: α in [0, 1], the last rate as a share of η. Defaults to 0.0.
-        name: Optional name.
-
-    Raises:
-        TypeError, ValueError: An argument is of the wrong type or outside its range.
-
-    Example:
-        >>> schedule = WarmupCosineDecay(1.0, decay_steps=4, warmup_steps=2)
-        >>> [round(float(schedule(t)), 4) for t in (0, 1, 2, 4, 6, 7)]
-        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
-    """
-
-    def __init__(
-        self,
-        initial_learning_rate: float,
-        decay_steps: int,
-        warmup_steps: int = 0,
-        alpha: float = 0.0,
-        name: str | None = None,
-    ):
-        super().__init__(initial_learning_rate, decay_steps, warmup_steps, name)
-        self.alpha = _validation.real("alpha", alpha, low=0.0, high=1.0)
-
-    def _decayed(self, progress: Any) -> Any:
-        cosine = 0.5 * (1.0 + ops.cos(math.pi * progress))
-        return self.initial_learning_rate * ((1.0 - self.alpha) * cosine + self.alpha)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal schedule, for Keras serialization."""
-        return {**super().get_config(), "alpha": self.alpha}
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Warmup":
+        """The schedule that `get_config` describes."""
+        schedule = keras.saving.deserialize_keras_object(config["schedule"])
+        return cls(**{**config, "schedule": schedule})
 
 
 def linear_scaling(base_learning_rate: float, base_batch_size: int, batch_size: int) -> float:

@@ -7,17 +7,11 @@ import math
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 import tf_lbopt
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.keras_options import ScheduleOptions, TrainingOptions
-from tf_lbopt.schedules import (
-    WarmupCosineDecay,
-    WarmupPolynomialDecay,
-    linear_scaling,
-    sqrt_scaling,
-)
+from tf_lbopt.schedules import Warmup, linear_scaling, sqrt_scaling
 
 _PACKAGE = "official_recipes"
 
@@ -50,86 +44,6 @@ class SGD(keras.optimizers.SGD):
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer."""
         return {**super().get_config(), "coupled_weight_decay": self.coupled_weight_decay}
-
-
-@keras.saving.register_keras_serializable(package=_PACKAGE)
-class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear rise to a schedule's first rate, then that schedule.
-
-    Args:
-        after: The schedule after the warm-up; its step 0 is the warm-up's end.
-        warmup_steps: W ≥ 0, in updates.
-        start: The rate of update 0.
-    """
-
-    def __init__(
-        self,
-        after: keras.optimizers.schedules.LearningRateSchedule,
-        warmup_steps: int,
-        start: float = 0.0,
-    ):
-        super().__init__()
-        self.after = after
-        self.warmup_steps = warmup_steps
-        self.start = start
-
-    def __call__(self, step: Any) -> Any:
-        """The learning rate of the update with this number, counted from 0."""
-        step = keras.ops.cast(step, "float32")
-        rate = self.after(keras.ops.maximum(step - self.warmup_steps, 0.0))
-        if not self.warmup_steps:
-            return rate
-        share = keras.ops.minimum(step / self.warmup_steps, 1.0)
-        return keras.ops.where(
-            step < self.warmup_steps, self.start + share * (self.after(0.0) - self.start), rate
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal schedule."""
-        return {
-            "after": keras.saving.serialize_keras_object(self.after),
-            "warmup_steps": self.warmup_steps,
-            "start": self.start,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> LinearWarmup:
-        """Makes an equal schedule."""
-        after = keras.saving.deserialize_keras_object(config["after"])
-        return cls(**{**config, "after": after})
-
-
-@keras.saving.register_keras_serializable(package=_PACKAGE)
-class StepDecay(keras.optimizers.schedules.LearningRateSchedule):
-    """A rate that is multiplied by a factor at each boundary.
-
-    Args:
-        learning_rate: The first rate.
-        boundaries: Rising numbers of updates.
-        factor: By which the rate drops.
-    """
-
-    def __init__(self, learning_rate: float, boundaries: tuple[int, ...], factor: float):
-        super().__init__()
-        self.learning_rate = learning_rate
-        self.boundaries = tuple(boundaries)
-        self.factor = factor
-
-    def __call__(self, step: Any) -> Any:
-        """The learning rate of the update with this number, counted from 0."""
-        step = keras.ops.cast(step, "float32")
-        passed = keras.ops.sum(
-            keras.ops.cast(step >= tf.constant(self.boundaries, tf.float32), "float32")
-        )
-        return self.learning_rate * keras.ops.power(self.factor, passed)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal schedule."""
-        return {
-            "learning_rate": self.learning_rate,
-            "boundaries": list(self.boundaries),
-            "factor": self.factor,
-        }
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
@@ -173,17 +87,20 @@ def make_schedule(
         rule = linear_scaling if options.scaling == "linear" else sqrt_scaling
         rate = rule(rate, options.base_batch_size, batch_size)
     rest = max(1, updates_per_epoch * epochs - warmup)
+    schedules = keras.optimizers.schedules
+    after: Any = rate
     if options.kind == "polynomial":
-        after = WarmupPolynomialDecay(rate, decay_steps=rest, power=options.power)
+        after = schedules.PolynomialDecay(rate, rest, end_learning_rate=0.0, power=options.power)
     elif options.kind == "cosine":
-        after = WarmupCosineDecay(rate, decay_steps=rest)
+        after = schedules.CosineDecay(rate, rest)
     elif options.kind == "inverse_sqrt":
         after = InverseSqrtDecay(rate, max(1, warmup))
-    else:
-        # Boundaries are epochs from the start of the run.
-        boundaries = [round(b * updates_per_epoch) - warmup for b in options.boundaries]
-        after = StepDecay(rate, tuple(boundaries), options.factor)
-    return LinearWarmup(after, warmup, options.warmup_start) if warmup else after
+    elif options.kind == "step":
+        # Boundaries are epochs from the start of the run; to Keras, the last steps of a rate.
+        ends = [round(epoch * updates_per_epoch) - warmup - 1 for epoch in options.boundaries]
+        rates = [rate * options.factor**number for number in range(len(ends) + 1)]
+        after = schedules.PiecewiseConstantDecay(ends, rates)
+    return Warmup(after, warmup, options.warmup_start)
 
 
 # Arguments that every optimizer takes, also where its signature says **kwargs.

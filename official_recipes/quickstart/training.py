@@ -16,7 +16,7 @@ import tf_lbopt
 from official_recipes.common.image_data import ImageData
 from official_recipes.common.input_pipeline import without_autotuning
 from official_recipes.quickstart import settings
-from tf_lbopt.schedules import WarmupPolynomialDecay
+from tf_lbopt.schedules import Warmup
 
 _STOCK_OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "momentum": lambda learning_rate: keras.optimizers.SGD(learning_rate, momentum=0.9),
@@ -168,12 +168,10 @@ class Trainer:
         keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
         keras.utils.set_random_seed(run.seed)
         warmup = round(total * run.warmup_fraction)
-        schedule = WarmupPolynomialDecay(
-            run.learning_rate,
-            decay_steps=total - warmup,
-            warmup_steps=warmup,
-            power=settings.DECAY_POWER,
+        decay = keras.optimizers.schedules.PolynomialDecay(
+            run.learning_rate, total - warmup, end_learning_rate=0.0, power=settings.DECAY_POWER
         )
+        schedule = Warmup(decay, warmup)
         with self._strategy.scope():
             model = build_model(data)
             model.set_weights(self._initial_weights)
