@@ -34,6 +34,25 @@ tf.data.Dataset._apply_debug_options = _prepared_without_autotuning(
 )
 
 
+QUICK = "not long"  # what `make test` gives as `-m`
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # It takes a third of the time of a short run. Where the numbers are at stake it stays on, by
+    # the fixture below.
+    if config.option.markexpr == QUICK:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+@pytest.fixture(scope="module")
+def graph_optimizer():
+    """TensorFlow's optimizer of graphs, which `make test` does without elsewhere."""
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+    yield
+    tf.config.optimizer.set_experimental_options(before)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test with `quick` marks, what none of them names is `long` (see docs/testing.md)."""

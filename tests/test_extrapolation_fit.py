@@ -42,6 +42,8 @@ class Seen(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("noise", ["past_gradient", "stochastic_noise"])
+@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=1, noise="past_gradient")
 def test_fit_equals_the_reference_after_every_update(replicas, sub_batches, noise):
     points = replicas * sub_batches
     data = batches(6, ROWS * points)
@@ -278,6 +280,8 @@ def _by_store(one, other, tmp_path):
 @pytest.mark.parametrize("save", [_by_checkpoint, _by_store])
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("stop", [3, 4], ids=["between updates", "mid-accumulation"])
+@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=1, save="_by_checkpoint")
 def test_resumes_in_lockstep(save, replicas, sub_batches, stop, tmp_path):
     def make():
         return tf_lbopt.ExtrapSGD(

@@ -21,6 +21,8 @@ from harness import (
 import tf_lbopt
 from tf_lbopt.rules.momentum import apply_delta
 
+pytestmark = pytest.mark.usefixtures("graph_optimizer")
+
 
 def poisoned(sub_batches, index, value, layer=2):
     copies = [[g.copy() for g in layers] for layers in sub_batches]

@@ -16,6 +16,8 @@ from tf_lbopt.statistics.sparse import divide, merge_repeated_indices
 
 LARGE = 20_000  # above the size from which one pass is tried first
 
+pytestmark = pytest.mark.usefixtures("graph_optimizer")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_keras_state():

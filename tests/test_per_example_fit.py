@@ -176,12 +176,12 @@ class Stack(tf_lbopt.PerExampleNormsModel, keras.Sequential):
 @pytest.mark.parametrize("make", [Net, lambda: Stack([keras.Input([4]), keras.layers.Dense(3)])])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_kinds_of_models_learn(make, replicas):
-    x, y, _ = batches(1, 64)
+    x, y, _ = batches(1, 256)
     with strategy_of(replicas).scope():
         model = make()
         optimizer = tf_lbopt.CLARS(0.5, eta=0.05, norm_estimator="per_example")
         model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
-    history = model.fit(x[0], y[0], batch_size=16, epochs=10, verbose=0).history
+    history = model.fit(x[0], y[0], batch_size=16, epochs=3, verbose=0).history
     assert history["loss"][-1] < 0.9 * history["loss"][0]
     assert history["mae"][-1] < history["mae"][0]
 
@@ -264,6 +264,8 @@ def one_step_of_clars(stock, x, y, sample_weight):
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.quick(replicas=1, weighted=True)
+@pytest.mark.quick(way="names and weights")
 def test_ways_to_compile(way, weighted, replicas):
     structure, compiled, labels = COMPILED[way]
     (x,), (y,), (weights,) = batches(1)
@@ -497,6 +499,7 @@ np.save(sys.argv[1] + ".npy", y)
 
 
 @pytest.mark.parametrize("kind", ["functional", "sequential", "subclassed"])
+@pytest.mark.quick(kind=("functional", "subclassed"))
 def test_plain_model_for_inference(kind, tmp_path):
     """As the docstring says; loaded where nobody imports this package."""
     model = exported(kind)

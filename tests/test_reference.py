@@ -11,6 +11,8 @@ import tf_lbopt
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
+pytestmark = pytest.mark.usefixtures("graph_optimizer")
+
 
 def assert_close(got, expected, **tolerance):
     for a, b in zip(got, expected, strict=True):

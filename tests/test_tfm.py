@@ -75,6 +75,7 @@ def test_config_has_the_arguments_and_defaults_of_the_class(key):
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("experiment", ["resnet_imagenet", "bert/pretraining"])
+@pytest.mark.quick(experiment="resnet_imagenet")
 def test_stock_experiments_take_every_optimizer(key, experiment):
     prefix = "trainer.optimizer_config.optimizer"
     unset = (
@@ -278,6 +279,8 @@ def _train(params, replicas, batches, build=True):
         ("extrap_sgd", 2),
     ],
 )
+@pytest.mark.quick(kind="sgd")
+@pytest.mark.quick(kind=("vr_lars", "clars", "extrap_sgd"), replicas=2)
 def test_sub_batches_are_as_good_as_replicas(kind, replicas):
     expected, metrics, loss, _ = _train(_experiment(kind), 4, _batches())
     params = _experiment(kind, sub_batches=4 // replicas)
@@ -291,6 +294,7 @@ def test_sub_batches_are_as_good_as_replicas(kind, replicas):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("kind", ["vr_lars", "extrap_sgd"])
+@pytest.mark.quick(replicas=2)
 def test_the_update_is_traced_once(kind, replicas, monkeypatch):
     """Not with every part, of which only the last one can have an update."""
     cls, traced = tf_lbopt.tfm.REGISTRATIONS[kind].cls, []
@@ -381,6 +385,8 @@ def test_statistics_see_the_parts():
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("sub_batches", [1, 2])
+@pytest.mark.quick(replicas=2, sub_batches=2)
+@pytest.mark.quick(replicas=1, sub_batches=1)
 def test_extrapolated_sgd_takes_its_gradients_elsewhere(replicas, sub_batches):
     """As a loop that takes the points by hand; without the past gradients it comes elsewhere."""
     k = replicas * sub_batches
@@ -458,6 +464,7 @@ def test_an_extrapolated_optimizer_with_other_parts_than_the_task_is_refused(sub
 
 @pytest.mark.parametrize("kind", ["adam", "vr_lars", "extrap_sgd"])
 @pytest.mark.parametrize("scale", ["dynamic", 8.0])
+@pytest.mark.quick(scale="dynamic")
 def test_with_loss_scaling(kind, scale):
     def params(sub_batches):
         params = _experiment(kind, sub_batches)
@@ -626,8 +633,8 @@ def _sentences(steps=2, size=8):
     ("kind", "scale_loss"),
     [
         ("sgd", True),
-        ("sgd", False),
-        ("lbopt_lars", False),
+        pytest.param("sgd", False, marks=pytest.mark.long),
+        pytest.param("lbopt_lars", False, marks=pytest.mark.long),
         pytest.param("extrap_sgd", False, marks=pytest.mark.long),
         pytest.param("vr_lamb", False, marks=pytest.mark.long),
     ],

@@ -83,6 +83,7 @@ def _name(value):
     return getattr(value, "name", None) or value.__name__
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("run", "case"), OTHERS, ids=_name)
 def test_traces(run, case):
     for micro_steps in (1, 2):
@@ -357,7 +358,7 @@ def _sentences(params):
 @pytest.mark.parametrize(
     ("program", "config", "batch", "kind", "sub_batches"),
     [
-        pytest.param(resnet50, SMALL_RESNET, _images, "sngm", 1, id="resnet-sngm"),
+        pytest.param(resnet50, SMALL_RESNET, _images, "sngm", 1, id="resnet-sngm", marks=LONG),
         pytest.param(bert, SMALL_BERT, _sentences, "vr_lamb", 1, id="bert-vr_lamb"),
         pytest.param(resnet50, SMALL_RESNET, _images, "vr_lars", 2, id="resnet-vr", marks=LONG),
         pytest.param(resnet50, SMALL_RESNET, _images, "clars", 1, id="resnet-clars", marks=LONG),
