@@ -1,16 +1,15 @@
 """Looking at VRGD's signal-to-noise ratios."""
 
-import math
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tf_lbopt import _validation
+from tf_lbopt.callbacks.epoch_numbers import EpochNumbers
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction
 
 
-class GradientSignalToNoise(keras.callbacks.Callback):
+class GradientSignalToNoise(EpochNumbers):
     """Logs every layer's gradient signal-to-noise ratio under a VRGD optimizer.
 
     For each trainable variable, at the end of every epoch, from the latest summary:
@@ -46,10 +45,8 @@ class GradientSignalToNoise(keras.callbacks.Callback):
     """
 
     def __init__(self, every: int = 10, log_dir: str | None = None):
-        super().__init__()
+        super().__init__(log_dir)
         self.every = _validation.integer("every", every, low=1)
-        self.log_dir = log_dir
-        self._writer: Any = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Makes the optimizer keep summaries."""
@@ -64,32 +61,21 @@ class GradientSignalToNoise(keras.callbacks.Callback):
             optimizer.build(self.model.trainable_variables)
         optimizer.watch_gsnr(self.every)
         self.model.make_train_function(force=True)
-        if self.log_dir is not None:
-            self._writer = tf.summary.create_file_writer(str(self.log_dir))
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes the latest summaries."""
-        numbers = {
-            f"gsnr/{path}/{name}": value
-            for path, summary in self._optimizer().gsnr_summaries().items()
-            for name, value in summary.items()
-        }
-        if logs is not None:
-            logs.update(numbers)
-        if self._writer is not None:
-            with self._writer.as_default(step=epoch):
-                for name, value in numbers.items():
-                    if math.isfinite(value):
-                        tf.summary.scalar(name, value)
-                self._writer.flush()
+        super().on_train_begin(logs)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Makes it stop."""
         self._optimizer().unwatch_gsnr()
         self.model.make_train_function(force=True)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        super().on_train_end(logs)
+
+    def numbers(self) -> dict[str, float]:
+        """The latest summaries."""
+        return {
+            f"gsnr/{path}/{name}": value
+            for path, summary in self._optimizer().gsnr_summaries().items()
+            for name, value in summary.items()
+        }
 
     def _optimizer(self) -> VarianceReduction:
         optimizer = self.model.optimizer

@@ -1,6 +1,5 @@
 """Looking at how much a layer's gradient varies from example to example."""
 
-import math
 from typing import Any
 
 import keras
@@ -8,11 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
+from tf_lbopt.callbacks.epoch_numbers import EpochNumbers
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.per_example import per_example_gradient_norms
 
 
-class GradientVarianceFactor(keras.callbacks.Callback):
+class GradientVarianceFactor(EpochNumbers):
     """Logs every layer's gradient variance factor, the quantity behind CLARS and warm-up.
 
         M_k = (1/n) Σ ‖∇_k f_i(w)‖²  /  ‖(1/n) Σ ∇_k f_i(w)‖²
@@ -69,92 +69,76 @@ class GradientVarianceFactor(keras.callbacks.Callback):
         every: int = 1,
         log_dir: str | None = None,
     ):
-        super().__init__()
+        super().__init__(log_dir)
         self.batch_size = _validation.integer("batch_size", batch_size, low=1)
         self.every = _validation.integer("every", every, low=1)
-        self.log_dir = log_dir
         self.loss = loss
-        self._data = keras.tree.map_structure(np.asarray, (x, y))
-        if sample_weight is not None:
-            self._data = (*self._data, np.asarray(sample_weight))
+        data = (x, y) if sample_weight is None else (x, y, sample_weight)
+        self._data = keras.tree.map_structure(np.asarray, data)
         sizes = {len(leaf) for leaf in keras.tree.flatten(self._data)}
-        if len(sizes) != 1 or not sizes.isdisjoint({0}):
+        if len(sizes) != 1 or 0 in sizes:
             raise ValueError(
                 "`x`, `y` and `sample_weight` must have the same number of examples, at least 1. "
                 f"Received: {sorted(sizes)}"
             )
         (self._examples,) = sizes
-        self._writer: Any = None
         self._measure: Any = None
         self._measured: list[int] = []  # the variables that `_measure` was made for
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Looks for the loss."""
-        loss = getattr(self.model, "loss", None) if self.loss is None else self.loss
+        loss = self._loss()
         if loss is None or isinstance(loss, (list, tuple, dict)):
             raise ValueError(
                 "GradientVarianceFactor needs one loss: give `loss`, a callable of labels and "
-                f"predictions that returns [batch] values. Received: a model compiled with "
+                "predictions that returns [batch] values. Received: a model compiled with "
                 f"{_validation.shown(loss)}"
             )
         self._measure = None
-        if self.log_dir is not None:
-            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+        super().on_train_begin(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures, and writes what it finds."""
-        if (epoch + 1) % self.every:
-            return
-        numbers = {
-            f"variance_factor/{path_of(variable)}": factor
-            for variable, factor in zip(self.model.trainable_variables, self.factors(), strict=True)
-        }
-        if logs is not None:
-            logs.update(numbers)
-        if self._writer is not None:
-            with self._writer.as_default(step=epoch):
-                for name, value in numbers.items():
-                    if math.isfinite(value):
-                        tf.summary.scalar(name, value)
-                self._writer.flush()
+        if (epoch + 1) % self.every == 0:
+            super().on_epoch_end(epoch, logs)
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Closes the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    def numbers(self) -> dict[str, float]:
+        """M_k of the model as it is, by the path of each trainable variable."""
+        paths = map(path_of, self.model.trainable_variables)
+        named = zip(paths, self.factors(), strict=True)
+        return {f"variance_factor/{path}": factor for path, factor in named}
 
     def factors(self) -> list[float]:
         """M_k of the model as it is, in the order of its trainable variables."""
-        model = self.model
-        loss = model.loss if self.loss is None else self.loss
-        variables = model.trainable_variables
+        variables = [id(variable) for variable in self.model.trainable_variables]
         # Anew for every training, and when other callbacks freeze layers in between.
-        if self._measure is None or self._measured != [id(v) for v in variables]:
-
-            @tf.function(reduce_retracing=True)
-            def measure(*data: Any) -> Any:
-                norms, gradients = per_example_gradient_norms(
-                    model, data[0], data[1], loss, *data[2:], training=False
-                )
-                dense = [
-                    tf.zeros(v.shape) if g is None else tf.convert_to_tensor(g)
-                    for g, v in zip(gradients, variables, strict=True)
-                ]
-                return [tf.reduce_sum(tf.cast(n, tf.float64) ** 2) for n in norms], dense
-
-            self._measure, self._measured = measure, [id(v) for v in variables]
-        squares = np.zeros(len(variables))
-        means = [np.zeros(v.shape) for v in variables]
+        if self._measure is None or self._measured != variables:
+            self._measure = tf.function(self._squares_and_gradients, reduce_retracing=True)
+            self._measured = variables
+        squares, means = np.zeros(len(variables)), [0.0] * len(variables)
         for start in range(0, self._examples, self.batch_size):
+            rows = slice(start, start + self.batch_size)
             batch = keras.tree.map_structure(
-                lambda leaf, start=start: tf.constant(leaf[start : start + self.batch_size]),
-                self._data,
+                lambda leaf, rows=rows: tf.constant(leaf[rows]), self._data
             )
-            own_squares, gradients = self._measure(*batch)
-            count = len(keras.tree.flatten(batch)[0])
-            squares += np.array([float(s) for s in own_squares]) / self._examples
-            for mean, gradient in zip(means, gradients, strict=True):
-                mean += gradient.numpy().astype(float) * (count / self._examples)
+            share = min(self.batch_size, self._examples - start) / self._examples
+            sums, gradients = self._measure(*batch)
+            squares += np.array([float(value) for value in sums]) / self._examples
+            for number, gradient in enumerate(gradients):
+                means[number] += gradient.numpy().astype(float) * share
         with np.errstate(divide="ignore", invalid="ignore"):
             return [float(s / np.sum(m**2)) for s, m in zip(squares, means, strict=True)]
+
+    def _squares_and_gradients(self, x: Any, y: Any, weight: Any = None) -> Any:
+        """For each variable, the sum of the squared norms of a batch and the mean gradient."""
+        norms, gradients = per_example_gradient_norms(
+            self.model, x, y, self._loss(), weight, training=False
+        )
+        dense = [
+            tf.zeros(variable.shape) if gradient is None else tf.convert_to_tensor(gradient)
+            for gradient, variable in zip(gradients, self.model.trainable_variables, strict=True)
+        ]
+        return [tf.reduce_sum(tf.cast(n, tf.float64) ** 2) for n in norms], dense
+
+    def _loss(self) -> Any:
+        return getattr(self.model, "loss", None) if self.loss is None else self.loss

@@ -46,25 +46,23 @@ class SkippedUpdates(keras.callbacks.Callback):
         self.max_consecutive = _validation.integer(
             "max_consecutive", max_consecutive, low=1, optional=True
         )
-        self._updates: dict[int, int] = {}
-        self._skipped_at_last_update: dict[int, int] = {}
-        self._last_scale: float | None = None
+        # For each optimizer, how many it had made and skipped at its last update.
+        self._last: dict[int, tuple[int, int]] = {}
+        self._scale = math.inf
         self._halvings = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Starts counting from the optimizer's present state."""
-        self._last_scale, self._halvings = None, 0
-        counts = self._counts()
-        self._updates = {key: updates for key, (updates, _) in counts.items()}
-        self._skipped_at_last_update = {key: skipped for key, (_, skipped) in counts.items()}
+        self._scale, self._halvings = math.inf, 0
+        self._last = self._counts()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops the training when the limit is reached."""
         for key, (updates, skipped) in self._counts().items():
             skipped += self._halvings
-            if updates != self._updates.get(key, 0):
-                self._updates[key], self._skipped_at_last_update[key] = updates, skipped
-            consecutive = skipped - self._skipped_at_last_update.get(key, 0)
+            if updates != self._last.setdefault(key, (0, 0))[0]:
+                self._last[key] = updates, skipped
+            consecutive = skipped - self._last[key][1]
             if self.max_consecutive is not None and consecutive >= self.max_consecutive:
                 _logger.error(
                     "Training stopped: the last %d updates were all skipped for NaN, Inf or "
@@ -76,8 +74,8 @@ class SkippedUpdates(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the total to the logs."""
         if logs is not None:
-            total = sum(skipped for _, skipped in self._counts().values())
-            logs["skipped_updates"] = total + self._halvings
+            skipped = sum(skipped for _, skipped in self._counts().values())
+            logs["skipped_updates"] = skipped + self._halvings
 
     def _counts(self) -> dict[int, tuple[int, int]]:
         """Updates that each optimizer made and skipped: a `MultiOptimizer` has several."""
@@ -91,21 +89,16 @@ class SkippedUpdates(keras.callbacks.Callback):
                 f"around another). Received: {type(outer).__name__}"
             )
         if not hasattr(outer, "skipped_updates") and hasattr(outer, "dynamic_scale"):
-            self._watch_scale(float(outer.dynamic_scale.numpy()))
+            # What Keras's LossScaleOptimizer discards never reaches the optimizer inside; all that
+            # can be seen of it is that the scale was halved.
+            scale, before = float(outer.dynamic_scale.numpy()), self._scale
+            if 0 < scale < before < math.inf:
+                self._halvings += round(math.log2(before / scale))
+            self._scale = scale
         return {
-            id(optimizer): (
-                int(optimizer.iterations.numpy()),
-                int(optimizer.skipped_updates.numpy()),
-            )
-            for optimizer in optimizers
+            id(one): (int(one.iterations.numpy()), int(one.skipped_updates.numpy()))
+            for one in optimizers
         }
-
-    def _watch_scale(self, scale: float) -> None:
-        # What Keras's LossScaleOptimizer discards never reaches the optimizer inside; all that can
-        # be seen of it is that the scale was halved.
-        if self._last_scale is not None and 0 < scale < self._last_scale:
-            self._halvings += round(math.log2(self._last_scale / scale))
-        self._last_scale = scale
 
 
 def _counting(optimizer: Any) -> list[Any]:
