@@ -106,6 +106,11 @@ def test_layer(name, no_general_way):
     assert_exact(model, x, normal(*model(x).shape, seed=2))
 
 
+def test_convolution_that_keras_compiles(no_general_way):
+    model = sequential(L.Conv2D(6, 3, groups=2), inputs=(6, 5, 4))
+    assert_exact(model, normal(BATCH, 6, 5, 4), normal(BATCH, 4, 3, 6, seed=2), graph=True)
+
+
 @pytest.mark.parametrize("dtype", ["int32", "float32"])
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4)])
 def test_embedding(shape, dtype, no_general_way):
@@ -196,8 +201,8 @@ def test_layer_with_low_rank_adapters():
 
 
 @pytest.mark.parametrize("budget", [1, 700])
-@pytest.mark.parametrize("batch", [5, None])
-def test_parts_of_the_batch(budget, batch, monkeypatch, no_general_way):
+@pytest.mark.parametrize(("batch", "jit_compile"), [(5, False), (None, False), (5, True)])
+def test_parts_of_the_batch(budget, batch, jit_compile, monkeypatch, no_general_way):
     """The batch in parts of one, or of some with a rest, in the while loop of a graph."""
     monkeypatch.setattr(f"{squares_and_sum.__module__}.BUDGET", budget)
     model = sequential(
@@ -207,6 +212,7 @@ def test_parts_of_the_batch(budget, batch, monkeypatch, no_general_way):
 
     @tf.function(
         autograph=False,
+        jit_compile=jit_compile,
         input_signature=[tf.TensorSpec((batch, 5, 4, 3)), tf.TensorSpec((batch, 20, 3))],
     )
     def function(x, y):

@@ -1,7 +1,7 @@
 """Norms of the gradients of single examples, exact and without the gradients themselves."""
 
 from tf_lbopt.per_example import layers
-from tf_lbopt.per_example.contributions import Contribution, OuterProducts, PerExample
+from tf_lbopt.per_example.contributions import Contribution, OuterProducts
 from tf_lbopt.per_example.function import per_example_gradient_norms
 from tf_lbopt.per_example.losses import example_losses
 from tf_lbopt.per_example.model import PerExampleNormsModel
@@ -12,7 +12,6 @@ __all__ = [
     "Contribution",
     "LayerCall",
     "OuterProducts",
-    "PerExample",
     "PerExampleNormsModel",
     "PerExampleTape",
     "example_losses",

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.per_example.chunks import squares_and_sum
-from tf_lbopt.per_example.contributions import Contribution, PerExample, combined
+from tf_lbopt.per_example.contributions import Contribution, known_size
 from tf_lbopt.per_example.recording import Use
 from tf_lbopt.per_example.registry import LayerCall
 from tf_lbopt.rules.norms import Gradient, compute_dtype
@@ -178,11 +178,11 @@ class Backward:
             index = self._index.get(id(variable))
             if index not in use.reads:
                 continue
-            contribution = value if isinstance(value, Contribution) else PerExample(value)
-            if isinstance(contribution, PerExample):
-                self._check_shape(use, variable, contribution.tensors[0])
-            if all(has_rows(tensor, self._batch) for tensor in contribution.tensors):
-                contributions[index] = contribution
+            if not isinstance(value, Contribution):
+                self._check_shape(use, variable, value)
+                value = Contribution((value,), lambda own: own, known_size(variable.shape))
+            if all(has_rows(tensor, self._batch) for tensor in value.tensors):
+                contributions[index] = value
         return contributions
 
     def _check_shape(self, use: Use, variable: keras.Variable, value: tf.Tensor) -> None:
@@ -199,13 +199,11 @@ class Backward:
         return sorted(indices, key=lambda index: first[index], reverse=True)
 
     def _by_rules(self, index: int, parts: list[Contribution]) -> list[tf.Tensor]:
-        squares, total = squares_and_sum(
-            combined(parts), self._variables[index].shape, self._subset
-        )
-        if total is None:
-            return [squares]
-        self.gradients[index] = tf.cast(total, self._stored[index].dtype)
-        return [squares, total]
+        whole = parts[0].plus(parts[1:]) if len(parts) > 1 else parts[0]
+        squares, *total = squares_and_sum(whole, self._variables[index].shape, self._subset)
+        if total:
+            self.gradients[index] = tf.cast(total[0], self._stored[index].dtype)
+        return [squares, *total]
 
     # -- one example at a time ---------------------------------------------------------------------
 

@@ -1,122 +1,138 @@
 """The rules for Keras's own layers."""
 
+import itertools
 import math
 import string
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt.per_example.contributions import (
-    Computed,
     Contribution,
     OuterProducts,
-    PerExample,
     Rows,
     batch_size,
     known_size,
+    wide,
 )
-from tf_lbopt.per_example.patches import shifts, unfold
 from tf_lbopt.per_example.registry import LayerCall, register_layer
 from tf_lbopt.per_example.view import with_attributes
-from tf_lbopt.rules.norms import compute_dtype
 
-Contributions = list[tuple[Any, tf.Tensor | Contribution]]
+Contributions: TypeAlias = list[tuple[keras.Variable, tf.Tensor | Contribution]]
 
 
 @register_layer(keras.layers.Dense, activation="activation")
 def dense(call: LayerCall) -> Contributions:
     """Products over all axes between the first and the last."""
-    kernel = call.layer.kernel
-    if not isinstance(kernel, keras.Variable):  # LoRA
-        return NotImplemented
-    inputs, gradient = call.inputs, call.output_gradient
-    rows, columns = inputs.shape[-1], gradient.shape[-1]
-    positions = inputs.shape[1:-1].num_elements()
-
-    def factors(*tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        left, right = tensors
-        batch = batch_size(left)
-        return tf.reshape(left, [batch, 1, -1, rows]), tf.reshape(right, [batch, 1, -1, columns])
-
-    product = OuterProducts(
-        (inputs, gradient),
-        factors,
-        lambda products: products[:, 0],
-        groups=1,
-        positions=positions,
-        rows=rows,
-        columns=columns,
-    )
-    return [(kernel, product), *_bias(call)]
+    return _einsum(call, "...x,xy->...y")
 
 
 @register_layer(keras.layers.EinsumDense, activation="activation")
 def einsum_dense(call: LayerCall) -> Contributions:
     """Products over the axes that the kernel does not have."""
-    kernel = call.layer.kernel
-    inputs, gradient = call.inputs, call.output_gradient
-    labels = _einsum_labels(call.layer.equation, inputs.shape.rank)
-    if labels is None or not isinstance(kernel, keras.Variable):
+    return _einsum(call, call.layer.equation)
+
+
+def _einsum(call: LayerCall, equation: str) -> Contributions:
+    kernel, inputs = call.layer.kernel, call.inputs
+    labels = _einsum_labels(equation, inputs.shape.rank)
+    if labels is None or not isinstance(kernel, keras.Variable):  # LoRA
         return NotImplemented
     of_input, of_kernel, of_output = labels
-    batch = of_input[0]
-    in_kernel, in_input, in_output = set(of_kernel), set(of_input), set(of_output)
     unusual = (
         any(len(set(axes)) < len(axes) for axes in labels)
-        or of_output[0] != batch
-        or batch in in_kernel
-        or not in_kernel <= in_input | in_output
+        or of_output[0] != of_input[0]
+        or of_input[0] in of_kernel
+        or not set(of_kernel) <= set(of_input + of_output)
     )
     if unusual:
         return NotImplemented
-    groups = [axis for axis in of_kernel if axis in in_input and axis in in_output]
-    rows = [axis for axis in of_kernel if axis not in in_output]
-    columns = [axis for axis in of_kernel if axis not in in_input]
-    positions = [axis for axis in of_input[1:] if axis in in_output and axis not in in_kernel]
-    summed = [i for i, axis in enumerate(of_input) if axis not in in_output | in_kernel]
     sizes = dict(zip(of_kernel, kernel.shape, strict=True))
+    product = _product(kernel, (inputs, call.output_gradient), of_input, of_output, sizes)
+    return [(kernel, product), *_bias(call)]
+
+
+def _einsum_labels(equation: str, rank: int) -> tuple[str, str, str] | None:
+    """The axes of input, kernel and output, an ellipsis written out."""
+    operands, _, output = equation.replace(" ", "").partition("->")
+    first, _, kernel = operands.partition(",")
+    unused = "".join(letter for letter in string.ascii_letters if letter not in equation)
+    rest = unused[: rank - len(first.replace("...", ""))]
+    first, output = first.replace("...", rest), output.replace("...", rest)
+    if not output or len(first) != rank or "." in first + kernel + output:
+        return None
+    return first, kernel, output
+
+
+def _product(
+    kernel: keras.Variable,
+    tensors: Sequence[tf.Tensor],
+    left: str,
+    right: str,
+    sizes: Mapping[str, int],
+    factors: Callable[..., Sequence[tf.Tensor]] = lambda *tensors: tensors,
+    made: int = 0,
+) -> OuterProducts:
+    """The einsum ``left,right->kernel`` of each example.
+
+    Args:
+        kernel: The variable.
+        tensors: Inputs and output gradients of the layer.
+        left: Axes of the first factor, beginning with the batch.
+        right: Axes of the second factor.
+        sizes: Of the kernel's axes, in their order.
+        factors: Makes the factors of slices of the tensors, which they are by default.
+        made: How many numbers per example these are, if they are not the tensors.
+    """
+    batch = left[0]
+    groups = [axis for axis in sizes if axis in left and axis in right]
+    rows = [axis for axis in sizes if axis not in right]
+    columns = [axis for axis in sizes if axis not in left]
+    positions = [axis for axis in left[1:] if axis in right and axis not in sizes]
+    summed = [i for i, axis in enumerate(left) if axis not in right and axis not in sizes]
+    kept = [axis for i, axis in enumerate(left) if i not in summed]
+    orders = [batch, *groups, *positions, *rows], [batch, *groups, *positions, *columns]
+    written = [*groups, *rows, *columns]
 
     def size(axes: Sequence[str]) -> int:
         return math.prod(sizes[axis] for axis in axes)
 
-    def factors(*tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        left, right = tensors
-        left_axes = of_input
+    def folded(*given: tf.Tensor) -> list[tf.Tensor]:
+        first, second = factors(*given)
         if summed:
-            left = tf.reduce_sum(left, axis=summed)
-            left_axes = [axis for i, axis in enumerate(of_input) if i not in summed]
-        return (
-            _folded(left, left_axes, [batch, *groups, *positions, *rows], size(groups), size(rows)),
-            _folded(
-                right,
-                of_output,
-                [batch, *groups, *positions, *columns],
-                size(groups),
-                size(columns),
-            ),
-        )
-
-    made = [*groups, *rows, *columns]
-    order = [0] + [1 + made.index(axis) for axis in of_kernel]
+            first = tf.reduce_sum(first, axis=summed)
+        first, second = _in_order(first, kept, orders[0]), _in_order(second, right, orders[1])
+        return [
+            tf.reshape(factor, [batch_size(factor), size(groups), -1, size(last)])
+            for factor, last in ((first, rows), (second, columns))
+        ]
 
     def arrange(products: tf.Tensor) -> tf.Tensor:
-        split = tf.reshape(products, [batch_size(products), *(sizes[axis] for axis in made)])
-        return _transposed(split, order)
+        if written != list(sizes):
+            split = tf.reshape(products, [-1, *(sizes[axis] for axis in written)])
+            products = _in_order(split, [batch, *written], [batch, *sizes])
+        return tf.reshape(products, [-1, *kernel.shape])
 
-    static = [inputs.shape[of_input.index(axis)] for axis in positions]
-    product = OuterProducts(
-        (inputs, gradient),
-        factors,
+    for tensor, axes, order in zip(tensors, (left, right), orders, strict=True):
+        made += 0 if list(axes) == order else known_size(tensor.shape[1:])
+    static = [tensors[1].shape[right.index(axis)] for axis in positions]
+    return OuterProducts(
+        tensors,
+        folded,
         arrange,
         groups=size(groups),
         positions=None if None in static else math.prod(static),
         rows=size(rows),
         columns=size(columns),
-        made=known_size(inputs.shape[1:]) + known_size(gradient.shape[1:]),
+        made=made,
     )
-    return [(kernel, product), *_bias(call)]
+
+
+def _in_order(tensor: tf.Tensor, axes: Sequence[str], wanted: Sequence[str]) -> tf.Tensor:
+    order = [axes.index(axis) for axis in wanted]
+    return tensor if order == sorted(order) else tf.transpose(tensor, order)
 
 
 def convolution(call: LayerCall) -> Contributions:
@@ -125,93 +141,116 @@ def convolution(call: LayerCall) -> Contributions:
     kernel = layer.kernel
     if not isinstance(kernel, keras.Variable):  # LoRA
         return NotImplemented
-    inputs, gradient = _channels_last(call)
-    channels, filters, groups = inputs.shape[-1], gradient.shape[-1], layer.groups
-    outputs = _spatial(gradient)
-    taps = math.prod(layer.kernel_size)
-    positions = gradient.shape[1:-1].num_elements()
+    images, gradient = _channels_last(call)
+    channels, filters = images.shape[-1] // layer.groups, gradient.shape[-1] // layer.groups
+    taps, outputs = math.prod(layer.kernel_size), _spatial(gradient)
     pointwise = taps == 1 and math.prod(layer.strides) == 1
+    sizes = {"t": taps, "c": channels, "g": layer.groups, "f": filters}
+    if layer.groups == 1:
+        del sizes["g"]
 
-    def factors(*tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        images, right = tensors
-        batch = batch_size(images)
-        if pointwise:
-            left = images
-        else:
-            left = unfold(
-                images,
-                layer.kernel_size,
-                layer.strides,
-                layer.dilation_rate,
-                layer.padding,
-                outputs,
+    def factors(images: tf.Tensor, gradient: tf.Tensor) -> list[tf.Tensor]:
+        patches = images if pointwise else tf.stack(_shifts(layer, images, outputs), axis=-2)
+        return [
+            tf.reshape(
+                tensor,
+                [batch_size(tensor), *outputs, *(sizes[axis] for axis in axes if axis in sizes)],
             )
-        if groups == 1:
-            return (
-                tf.reshape(left, [batch, 1, -1, taps * channels]),
-                tf.reshape(right, [batch, 1, -1, filters]),
-            )
-        left = tf.reshape(left, [batch, -1, taps, groups, channels // groups])
-        left = tf.transpose(left, [0, 3, 1, 2, 4])
-        right = tf.reshape(right, [batch, -1, groups, filters // groups])
-        return (
-            tf.reshape(left, [batch, groups, -1, taps * channels // groups]),
-            tf.transpose(right, [0, 2, 1, 3]),
-        )
+            for tensor, axes in ((patches, "tgc"), (gradient, "gf"))
+        ]
 
-    def arrange(products: tf.Tensor) -> tf.Tensor:
-        products = _transposed(products, [0, 2, 1, 3]) if groups > 1 else products
-        return tf.reshape(
-            products, [batch_size(products), *layer.kernel_size, channels // groups, filters]
-        )
-
-    product = OuterProducts(
-        (inputs, gradient),
-        factors,
-        arrange,
-        groups=groups,
-        positions=positions,
-        rows=taps * channels // groups,
-        columns=filters // groups,
-        made=0 if pointwise else (positions or 1) * taps * channels,
+    positions = "xyz"[: len(outputs)]
+    left, right = (
+        "b" + positions + "".join(axis for axis in axes if axis in sizes) for axes in ("tgc", "gf")
     )
+    made = 0 if pointwise else known_size(gradient.shape[1:-1]) * taps * images.shape[-1]
+    product = _product(kernel, (images, gradient), left, right, sizes, factors, made)
     return [(kernel, product), *_bias(call)]
 
 
 def depthwise_convolution(call: LayerCall) -> Contributions:
     """One product per channel and element of the kernel."""
     layer = call.layer
-    inputs, gradient = _channels_last(call)
-    channels, multiplier = inputs.shape[-1], layer.depth_multiplier
+    images, gradient = _channels_last(call)
     outputs = _spatial(gradient)
-    axes = list(range(1, inputs.shape.rank - 1))
 
-    def function(*tensors: tf.Tensor) -> tf.Tensor:
-        images, right = (tf.cast(tensor, compute_dtype(tensor.dtype)) for tensor in tensors)
-        right = tf.reshape(right, [batch_size(right), *outputs, channels, multiplier])
+    def function(images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+        shape = [batch_size(gradient), *outputs, images.shape[-1], layer.depth_multiplier]
+        gradient = tf.reshape(wide(gradient), shape)
+        axes = list(range(1, images.shape.rank - 1))
         taps = [
-            tf.reduce_sum(shifted[..., None] * right, axis=axes)
-            for shifted in shifts(
-                images,
-                layer.kernel_size,
-                layer.strides,
-                layer.dilation_rate,
-                layer.padding,
-                outputs,
-            )
+            tf.reduce_sum(shifted[..., None] * gradient, axis=axes)
+            for shifted in _shifts(layer, wide(images), outputs)
         ]
-        return tf.reshape(
-            tf.stack(taps, axis=1), [batch_size(right), *layer.kernel_size, channels, multiplier]
-        )
+        return tf.reshape(tf.stack(taps, axis=1), [-1, *layer.kernel.shape])
 
-    floats = known_size(inputs.shape[1:]) + known_size(gradient.shape[1:])
-    return [(layer.kernel, Computed((inputs, gradient), function, floats)), *_bias(call)]
+    numbers = known_size(images.shape[1:]) + known_size(gradient.shape[1:])
+    return [(layer.kernel, Contribution((images, gradient), function, numbers)), *_bias(call)]
 
 
 for _layer in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D):
     register_layer(_layer, activation="activation")(convolution)
 for _layer in (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D):
     register_layer(_layer, activation="activation")(depthwise_convolution)
+
+
+def _channels_last(call: LayerCall) -> list[tf.Tensor]:
+    tensors = [call.inputs, call.output_gradient]
+    if call.layer.data_format == "channels_last":
+        return tensors
+    rank = call.output.shape.rank
+    return [tf.transpose(tensor, [0, *range(2, rank), 1]) for tensor in tensors]
+
+
+def _spatial(tensor: tf.Tensor) -> list[int | tf.Tensor]:
+    """Sizes of all axes but the first and the last."""
+    static = tensor.shape[1:-1].as_list()
+    dynamic = tf.shape(tensor)
+    return [dynamic[1 + d] if size is None else size for d, size in enumerate(static)]
+
+
+def _shifts(
+    layer: keras.layers.Layer, images: tf.Tensor, outputs: Sequence[int | tf.Tensor]
+) -> list[tf.Tensor]:
+    """For each element of a convolution's kernel, in order, what it is multiplied with.
+
+    Args:
+        layer: The convolution, in any number of spatial dimensions.
+        images: [batch, *spatial, channels].
+        outputs: The spatial sizes of its output.
+
+    Returns:
+        Tensors [batch, *outputs, channels].
+    """
+    spans = [
+        (size - 1) * dilation
+        for size, dilation in zip(layer.kernel_size, layer.dilation_rate, strict=True)
+    ]
+    if layer.padding == "causal":
+        images = tf.pad(images, [[0, 0], *([span, 0] for span in spans), [0, 0]])
+    elif layer.padding == "same":
+        margins = []
+        for length, span, stride, out in zip(
+            _spatial(images), spans, layer.strides, outputs, strict=True
+        ):
+            missing = (out - 1) * stride + span + 1 - length
+            missing = max(missing, 0) if isinstance(missing, int) else tf.maximum(missing, 0)
+            margins.append([missing // 2, missing - missing // 2])
+        images = tf.pad(images, [[0, 0], *margins, [0, 0]])
+    return [
+        images[
+            (
+                slice(None),
+                *(
+                    slice(tap * dilation, tap * dilation + (out - 1) * stride + 1, stride)
+                    for tap, dilation, stride, out in zip(
+                        taps, layer.dilation_rate, layer.strides, outputs, strict=True
+                    )
+                ),
+            )
+        ]
+        for taps in itertools.product(*map(range, layer.kernel_size))
+    ]
 
 
 @register_layer(keras.layers.Embedding)
@@ -228,19 +267,19 @@ def embedding(call: LayerCall) -> Contributions:
 
 
 def _statistics(
-    layer: keras.layers.BatchNormalization, args: Any, kwargs: Mapping[str, Any]
+    layer: keras.layers.BatchNormalization,
+    args: Sequence[tf.Tensor],
+    kwargs: Mapping[str, tf.Tensor | bool | None],
 ) -> tuple[tf.Tensor, tf.Tensor] | None:
     """Mean and variance that a batch normalization uses, or `None` where they are not simple.
 
     Those of the batch are computed as in the layer, so that a graph computes them once.
     """
-    inputs = args[0] if args else kwargs["inputs"]
-    inputs = tf.cast(inputs, compute_dtype(inputs.dtype))
+    inputs = wide(args[0] if args else kwargs["inputs"])
     if not (kwargs.get("training") and layer.trainable):
-        return tuple(
-            tf.cast(tf.convert_to_tensor(statistic), inputs.dtype)
-            for statistic in (layer.moving_mean, layer.moving_variance)
-        )
+        moving = (layer.moving_mean, layer.moving_variance)
+        mean, variance = (tf.cast(tf.convert_to_tensor(v), inputs.dtype) for v in moving)
+        return mean, variance
     if kwargs.get("mask") is not None or layer.synchronized or layer.renorm:
         return None
     axes = [axis for axis in range(inputs.shape.rank) if axis != layer.axis % inputs.shape.rank]
@@ -259,58 +298,53 @@ def normalization(call: LayerCall) -> Contributions:
     layer = call.layer
     if getattr(layer, "renorm", False) or getattr(layer, "rms_scaling", False):
         return NotImplemented
-    rank = call.output.shape.rank
-    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    axes = sorted(axis % rank for axis in axes)
-    if 0 in axes:
-        return NotImplemented
-    others = [axis for axis in range(1, rank) if axis not in axes]
-    dtype = compute_dtype(call.output_gradient.dtype)
-    gradient = tf.cast(call.output_gradient, dtype)
-    contributions = []
-    if layer.beta is not None:
-        contributions.append((layer.beta, tf.reduce_sum(gradient, axis=others)))
-    if layer.gamma is not None:
-        if call.prepared is None:
-            without = {"gamma": None, "beta": None, "scale": False, "center": False}
-            normalized = _again(call, {**without, "compute_dtype": dtype.name}, dtype)
-            scaled = tf.reduce_sum(gradient * normalized, axis=others)
-        else:
-            mean, variance = call.prepared
-            shape = [1] * rank
-            shape[axes[0]] = -1
-            centered = tf.cast(call.inputs, dtype) - tf.reshape(mean, shape)
-            scaled = tf.reduce_sum(gradient * centered, axis=others)
-            scaled *= tf.math.rsqrt(variance + layer.epsilon)
-        contributions.append((layer.gamma, scaled))
-    return contributions
+    return _scale_and_shift(call, layer.gamma, layer.beta)
 
 
 def rms_normalization(call: LayerCall) -> Contributions:
     """Scale of normalized inputs."""
-    layer = call.layer
-    rank = call.output.shape.rank
-    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    if layer.scale is None or layer.scale.shape.rank != len(axes):
-        return NotImplemented
-    others = sorted(set(range(1, rank)) - {axis % rank for axis in axes})
-    if len(others) + len(axes) != rank - 1 or list(axes) != sorted(axes):
-        return NotImplemented
-    dtype = compute_dtype(call.output_gradient.dtype)
-    normalized = _again(call, {"scale": None}, dtype)
-    gradient = tf.cast(call.output_gradient, dtype)
-    return [(layer.scale, tf.reduce_sum(gradient * normalized, axis=others))]
+    return _scale_and_shift(call, call.layer.scale, None)
 
 
 if hasattr(keras.layers, "RMSNormalization"):  # Keras 3.9
     register_layer(keras.layers.RMSNormalization)(rms_normalization)
 
 
-def _again(call: LayerCall, replaced: Mapping[str, Any], dtype: tf.DType) -> tf.Tensor:
-    """What the call returns with some of the layer's attributes replaced; changes no state."""
-    inputs = tf.cast(call.inputs, dtype)
-    with keras.StatelessScope(initialize_variables=False):
-        return with_attributes(call.layer, replaced).call(inputs, *call.args[1:], **call.kwargs)
+def _scale_and_shift(
+    call: LayerCall, scale: keras.Variable | None, shift: keras.Variable | None
+) -> Contributions:
+    layer, rank = call.layer, call.output.shape.rank
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    axes = [axis % rank for axis in axes]
+    if 0 in axes or axes != sorted(set(axes)):
+        return NotImplemented
+    others = [axis for axis in range(1, rank) if axis not in axes]
+    gradient = wide(call.output_gradient)
+    inputs = tf.cast(call.inputs, gradient.dtype)
+    contributions: Contributions = []
+    if shift is not None:
+        contributions.append((shift, tf.reduce_sum(gradient, axis=others)))
+    if scale is None:
+        return contributions
+    if call.prepared is not None:
+        mean, variance = call.prepared
+        shape = [1] * rank
+        shape[axes[0]] = -1
+        centered = inputs - tf.reshape(mean, shape)
+        scaled = tf.reduce_sum(gradient * centered, axis=others)
+        scaled *= tf.math.rsqrt(variance + layer.epsilon)
+    else:
+        plain = with_attributes(
+            layer,
+            {
+                **dict.fromkeys(["gamma", "beta", "scale", "center"], lambda: None),
+                "compute_dtype": lambda: gradient.dtype.name,
+            },
+        )
+        with keras.StatelessScope(initialize_variables=False):  # changes no state
+            normalized = plain.call(inputs, *call.args[1:], **call.kwargs)
+        scaled = tf.reduce_sum(gradient * normalized, axis=others)
+    return [*contributions, (scale, scaled)]
 
 
 def _bias(call: LayerCall) -> Contributions:
@@ -318,8 +352,7 @@ def _bias(call: LayerCall) -> Contributions:
     bias = call.layer.bias
     if bias is None:
         return []
-    gradient = call.output_gradient
-    dtype = compute_dtype(gradient.dtype)
+    gradient = wide(call.output_gradient)
     shape = bias.shape.as_list()
     if getattr(call.layer, "data_format", None) == "channels_first":
         axes = list(range(2, gradient.shape.rank))
@@ -328,49 +361,5 @@ def _bias(call: LayerCall) -> Contributions:
         if extra < 1:
             return []
         axes = [*range(1, extra), *(extra + d for d, size in enumerate(shape) if size == 1)]
-    summed = tf.reduce_sum(tf.cast(gradient, dtype), axis=axes)
-    return [(bias, PerExample(tf.reshape(summed, [batch_size(gradient), *shape])))]
-
-
-def _channels_last(call: LayerCall) -> tuple[tf.Tensor, tf.Tensor]:
-    tensors = call.inputs, call.output_gradient
-    if call.layer.data_format == "channels_last":
-        return tensors
-    rank = call.output.shape.rank
-    first, last = (tf.transpose(tensor, [0, *range(2, rank), 1]) for tensor in tensors)
-    return first, last
-
-
-def _spatial(tensor: tf.Tensor) -> list[int | tf.Tensor]:
-    """Sizes of all axes but the first and the last."""
-    static = tensor.shape[1:-1].as_list()
-    dynamic = tf.shape(tensor)
-    return [dynamic[1 + d] if size is None else size for d, size in enumerate(static)]
-
-
-def _einsum_labels(equation: str, rank: int) -> tuple[list[str], list[str], list[str]] | None:
-    """The axes of input, kernel and output, an ellipsis written out."""
-    operands, _, output = equation.replace(" ", "").partition("->")
-    first, _, kernel = operands.partition(",")
-    if "." in kernel or not output:
-        return None
-    missing = rank - len(first.replace("...", ""))
-    unused = [letter for letter in string.ascii_letters if letter not in equation]
-    if "..." in first:
-        rest = "".join(unused[:missing])
-        first, output = first.replace("...", rest), output.replace("...", rest)
-    if len(first) != rank or "." in output:
-        return None
-    return list(first), list(kernel), list(output)
-
-
-def _folded(
-    tensor: tf.Tensor, axes: Sequence[str], wanted: Sequence[str], groups: int, last: int
-) -> tf.Tensor:
-    """[batch, groups, positions, rows or columns] of a tensor with labelled axes."""
-    tensor = _transposed(tensor, [axes.index(axis) for axis in wanted])
-    return tf.reshape(tensor, [batch_size(tensor), groups, -1, last])
-
-
-def _transposed(tensor: tf.Tensor, order: Sequence[int]) -> tf.Tensor:
-    return tensor if list(order) == sorted(order) else tf.transpose(tensor, order)
+    summed = tf.reduce_sum(gradient, axis=axes)
+    return [(bias, tf.reshape(summed, [batch_size(gradient), *shape]))]

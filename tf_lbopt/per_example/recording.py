@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,13 @@ class Recording:
             use.outputs.append(outputs)
             return activation(outputs)
 
-        view = with_attributes(use.layer, {name: applied})
+        # Keras convolves in a function of its own in places: what that reads is a tensor already.
+        tensors = {
+            attribute: functools.partial(tf.convert_to_tensor, value)
+            for attribute, value in vars(use.layer).items()
+            if isinstance(value, keras.Variable) and value.trainable
+        }
+        view = with_attributes(use.layer, {**tensors, name: lambda: applied})
         outputs = view.call(*use.args, **use.kwargs)
         if len(use.outputs) != 1:  # the activation is not applied last, or not once
             use.registration, use.outputs = None, []
