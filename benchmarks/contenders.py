@@ -109,7 +109,7 @@ def update_function(
 
 def weighting_function(gradient_sets: Sequence[Sequence[tf.Tensor]]) -> Any:
     """The step of VRGD from sub-batch statistics to r ḡ, for all layers, as a concrete function."""
-    from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments, clipped_gsnr
+    from tf_lbopt.rules.gsnr import SubBatchStatistics, clipped_gsnr
 
     # As of eight sub-batches; of two, the ratio of mean and variance has no mean itself.
     means = gradient_sets[0]
@@ -120,12 +120,8 @@ def weighting_function(gradient_sets: Sequence[Sequence[tf.Tensor]]) -> Any:
 
     @tf.function(autograph=False)
     def weight() -> list[tf.Tensor]:
-        sub_batches = SubBatches(tf.constant(8.0), factor=tf.constant(1.0))
-        moments = [
-            SubBatchMoments(mean, deviation, sub_batches)
-            for mean, deviation in zip(means, deviations, strict=True)
-        ]
-        return [mean * r for mean, r in zip(means, clipped_gsnr(moments, 0.1), strict=True)]
+        statistics = SubBatchStatistics(means, deviations, tf.constant(8.0), tf.constant(1.0))
+        return [mean * r for mean, r in zip(means, clipped_gsnr(statistics, 0.1), strict=True)]
 
     return weight.get_concrete_function()
 

@@ -18,7 +18,7 @@ from helpers_arguments import accepts, gradients_for, minimal_arguments, named_v
 import tf_lbopt
 import tf_lbopt.tf_keras
 from tf_lbopt import schedules
-from tf_lbopt.distribution.accumulation import Accumulation
+from tf_lbopt.aggregation.accumulation import Accumulation
 from tf_lbopt.optimizers.algorithm import without_missing
 from tf_lbopt.optimizers.exclusion import Exclusion
 

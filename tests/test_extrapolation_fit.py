@@ -8,7 +8,7 @@ from conftest import strategy_of
 from test_extrapolation import ARGUMENTS, ROWS, Loop, assert_close, batches, initial, reference
 
 import tf_lbopt
-from tf_lbopt.distribution.sub_batches import split
+from tf_lbopt.aggregation.sub_batches import split
 
 
 def model_of(optimizer, replicas=1, model_class=keras.Model, dtype=None, **compile_arguments):

@@ -7,17 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 import tensorflow as tf
-
-from tf_lbopt.rules.adam import adam, apply_adam_moments
-from tf_lbopt.rules.momentum import (
-    apply_delta,
-    apply_heavy_ball,
-    apply_velocity,
-    heavy_ball,
-    velocity,
-)
+from tf_lbopt import _compat
+from tf_lbopt.rules.moments import RunningMean, adam
+from tf_lbopt.rules.momentum import heavy_ball, velocity
 from tf_lbopt.rules.norms import compute_dtype
-from tf_lbopt.rules.running_mean import RunningMean
+from tf_lbopt.rules.writer import Writer
 
 SHAPE = (7, 5)
 STEPS = 5
@@ -30,6 +24,31 @@ MODES = pytest.mark.parametrize("mode", ["eager", "function", "compiled"])
 @pytest.fixture(autouse=True)
 def _fresh_keras_state():
     """In place of the costly one for all tests: nothing here leaves global state behind."""
+
+
+def writer():
+    return Writer(tf.constant(True) if _compat.in_xla_context() else None)
+
+
+def apply_heavy_ball(variable, slot, d, rate, momentum):
+    """By `Writer.heavy_ball`, of numbers in the dtype of the direction."""
+    writer().heavy_ball(variable, slot, d, tf.cast(rate, d.dtype), tf.constant(momentum, d.dtype))
+
+
+def apply_velocity(variable, slot, d, rate, momentum, nesterov=False):
+    rate, momentum = tf.cast(rate, d.dtype), tf.constant(momentum, d.dtype)
+    writer().velocity(variable, slot, d, rate, momentum, nesterov)
+
+
+def apply_delta(variable, d, factor):
+    writer().add(variable, d, tf.cast(factor, d.dtype))
+
+
+def apply_adam_moments(m, v, gradient, first, second, epsilon, offset=None):
+    epsilon_tensor = tf.constant(epsilon, gradient.dtype)
+    return writer().adam(
+        m, v, gradient, first, second, epsilon_tensor, offset, least_epsilon=epsilon
+    )
 
 
 def in_mode(mode, function):

@@ -63,7 +63,7 @@ def test_config_has_the_arguments_and_defaults_of_the_class(key):
         for name, parameter in inspect.signature(row.cls).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD and name not in ("args", "learning_rate")
     }
-    arguments.pop("norm_estimator", None)  # tf-models has no road for norms by example
+    arguments.pop("norm_estimator", None)  # tf-models has no way to norms by example
     arguments.pop("sub_batches", None)  # it is the task's
     config = row.config().as_dict()
     for name in ("name", "clipnorm", "clipvalue", "global_clipnorm"):
@@ -300,9 +300,9 @@ def test_the_update_is_traced_once(kind, replicas, monkeypatch):
     cls, traced = tf_lbopt.tfm.REGISTRATIONS[kind].cls, []
     update = cls._update_on_replica
 
-    def counted(self, arrival):
-        traced.append(arrival)
-        return update(self, arrival)
+    def counted(self, *arguments):
+        traced.append(arguments)
+        return update(self, *arguments)
 
     monkeypatch.setattr(cls, "_update_on_replica", counted)
     *_, optimizer = _train(_experiment(kind, sub_batches=4), replicas, _batches())

@@ -21,7 +21,7 @@ from references import BETA_3, gsnr, reference
 import tf_lbopt
 from tf_lbopt import rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
-from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments, clipped_gsnr
+from tf_lbopt.rules.gsnr import SubBatchStatistics, clipped_gsnr
 from tf_lbopt.rules.rule import Rule, Update
 
 GAMMA = 0.1
@@ -30,7 +30,7 @@ over_vr = pytest.mark.parametrize("case", VR_CASES, ids=repr)
 BY_NAME = {case.name: case for case in CASES}
 
 
-# -- the variance, as the road computes it ---------------------------------------------------------
+# -- the variance, as the pipeline computes it -----------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,31 +39,31 @@ class _Record(Rule):
 
     statistics: ClassVar[tuple[str, ...]] = ("variance",)
 
-    def update(self, layers, step):
-        return Update(tf.constant(True), lambda: self._write(layers))
+    def update(self, parameters, step):
+        return Update(tf.constant(True), lambda writer: self._write(parameters))
 
-    def _write(self, layers):
-        for layer in layers:
-            moments = layer.moments
-            sparse = isinstance(moments.mean, tf.IndexedSlices)
-            mean = moments.mean.values if sparse else moments.mean
+    def _write(self, parameters):
+        statistics = parameters.statistics
+        ratios = clipped_gsnr(statistics, GAMMA)
+        for index, (mean, deviations) in enumerate(
+            zip(statistics.means, statistics.deviations, strict=True)
+        ):
+            sparse = isinstance(mean, tf.IndexedSlices)
+            means, dtype = mean.values if sparse else mean, mean.dtype
             values = {
-                "mean": mean * tf.cast(moments.sub_batches.factor, mean.dtype),
-                "variance": moments.deviations
-                * tf.cast(tf.math.reciprocal_no_nan(moments.sub_batches.live), mean.dtype),
-                "r": clipped_gsnr([moments], GAMMA)[0],
-                "count": tf.cast(tf.fill(tf.shape(mean), moments.sub_batches.live), layer.dtype),
+                "mean": means * tf.cast(statistics.factor, dtype),
+                "variance": deviations * tf.cast(tf.math.reciprocal_no_nan(statistics.live), dtype),
+                "r": ratios[index],
+                "count": tf.cast(tf.fill(tf.shape(means), statistics.live), dtype),
             }
             for name, value in values.items():
                 if sparse:
                     elsewhere = tf.fill(
-                        layer.variable.shape, tf.constant(GAMMA if name == "r" else 0, value.dtype)
+                        parameters.variables[index].shape,
+                        tf.constant(GAMMA if name == "r" else 0, value.dtype),
                     )
-                    value = tf.tensor_scatter_nd_update(
-                        elsewhere, moments.mean.indices[:, None], value
-                    )
-                layer.slots[name].assign(value)
-        return []
+                    value = tf.tensor_scatter_nd_update(elsewhere, mean.indices[:, None], value)
+                parameters.slots[name][index].assign(value)
 
 
 class Recorder(LargeBatchOptimizer):
@@ -243,12 +243,13 @@ def r_of(gradients, gamma=GAMMA, factor=1.0):
     """`clipped_gsnr` with exact moments."""
     exact = gradients.astype(np.float64)
     dtype = gradients.dtype
-    moments = SubBatchMoments(
-        tf.constant(exact.mean(axis=0), dtype),
-        tf.constant(factor**2 * len(exact) * exact.var(axis=0), dtype),
-        SubBatches(tf.constant(float(len(exact))), tf.constant(factor)),
+    statistics = SubBatchStatistics(
+        [tf.constant(exact.mean(axis=0), dtype)],
+        [tf.constant(factor**2 * len(exact) * exact.var(axis=0), dtype)],
+        tf.constant(float(len(exact))),
+        tf.constant(factor),
     )
-    return clipped_gsnr([moments], gamma)[0].numpy()
+    return clipped_gsnr(statistics, gamma)[0].numpy()
 
 
 def expected_specials(names):
@@ -314,22 +315,22 @@ def test_gamma_one_is_one_everywhere(size):
 @pytest.mark.parametrize("size", [7, LARGE])
 def test_without_two_live_sub_batches_nothing_is_weighted(count, size):
     total = np.random.default_rng(0).normal(size=size).astype("float32") * count
-    moments = SubBatchMoments(
-        tf.constant(total), tf.zeros(size), SubBatches(tf.constant(count), tf.constant(1.0))
+    statistics = SubBatchStatistics(
+        [tf.constant(total)], [tf.zeros(size)], tf.constant(count), tf.constant(1.0)
     )
     expected = 1.0 if count else GAMMA  # nothing at all is live: every element is dead
-    (r,) = clipped_gsnr([moments], GAMMA)
+    (r,) = clipped_gsnr(statistics, GAMMA)
     np.testing.assert_allclose(r, expected, rtol=1e-6)
 
 
-ROAD_LAYERS = ["dead", "agreeing", "zero mean", "dead and agreeing", "everything"]
+SPECIAL_LAYERS = ["dead", "agreeing", "zero mean", "dead and agreeing", "everything"]
 
 
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "weight_decay"), [(4, 1, 0.01), (2, 2, None), (1, 4, 0.01)]
 )
-def test_special_elements_through_the_road(replicas, micro_steps, weight_decay):
-    update = [special_gradients(SPECIAL[name], seed=3) for name in ROAD_LAYERS]
+def test_special_elements_through_the_pipeline(replicas, micro_steps, weight_decay):
+    update = [special_gradients(SPECIAL[name], seed=3) for name in SPECIAL_LAYERS]
     update.append(special_gradients(["usual", "dead"], LARGE, seed=4))
     update.append(np.array([[2.0], [1.0], [0.5], [4.0]], np.float32))
     weights = [w + 1.0 for w in initial_weights([g.shape[1:] for g in update])]
@@ -350,7 +351,7 @@ def test_special_elements_through_the_road(replicas, micro_steps, weight_decay):
 
 
 class _Plain(LargeBatchOptimizer):
-    """A rule without any weighting, on the same road."""
+    """A rule without any weighting, through the same pipeline."""
 
     def __init__(self, rule, learning_rate, **kwargs):
         super().__init__(learning_rate, **kwargs)

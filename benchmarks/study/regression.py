@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments, clipped_gsnr
+from tf_lbopt.rules.gsnr import SubBatchStatistics, clipped_gsnr
 
 TRUE_WEIGHTS = tuple(float(i) for i in range(1, 11))
 INPUTS = ("normal", "uniform")
@@ -68,8 +68,9 @@ def _updates(
             r = tf.ones_like(mean)
             if reduced:
                 deviations = tf.reduce_sum(tf.square(gradients - mean), 0)
-                live = SubBatches(tf.constant(float(sub_batches)), factor=tf.constant(1.0))
-                (r,) = clipped_gsnr([SubBatchMoments(mean, deviations, live)], gamma)
+                live = tf.constant(float(sub_batches))
+                statistics = SubBatchStatistics([mean], [deviations], live, tf.constant(1.0))
+                (r,) = clipped_gsnr(statistics, gamma)
             w -= rate * r * mean
             weights = weights.write(step + 1, w)
             ratios = ratios.write(step, r)

@@ -1,7 +1,7 @@
 """What every optimizer is before it belongs to a framework.
 
-What an optimizer computes is its rule (`tf_lbopt.rules`), how gradients reach it is the road
-(`tf_lbopt.distribution`). An algorithm here has the arguments, their checks, the slots, `rule` and
+What an optimizer computes is its rule (`tf_lbopt.rules`); how gradients reach it is the pipeline
+(`tf_lbopt.aggregation`). An algorithm here has the arguments, their checks, the slots, `rule` and
 the configuration; it becomes an optimizer when it is combined with an adapter, which knows the
 variables, the constructor and the saving of one framework:
 
@@ -12,6 +12,7 @@ variables, the constructor and the saving of one framework:
 import abc
 import contextlib
 import difflib
+import functools
 import inspect
 import numbers
 import warnings
@@ -21,19 +22,27 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt import _validation
-from tf_lbopt.distribution.accumulation import Accumulation, Turn
-from tf_lbopt.distribution.replica_state import ReplicaState
-from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas, replica_number
-from tf_lbopt.distribution.road import Arrival, Clip, Destination, Journey
+from tf_lbopt import _compat, _validation
+from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
+from tf_lbopt.aggregation.pipeline import Pipeline, Sums, prepared
+from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.aggregation.replicas import (
+    inside_scope,
+    once_for_all_replicas,
+    replica_context_of,
+    replica_number,
+)
+from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
 from tf_lbopt.optimizers import saved_state
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
-from tf_lbopt.rules.bounds import is_rate
-from tf_lbopt.rules.norms import Gradient
-from tf_lbopt.rules.rule import Layer, Rule, Step, Update
-from tf_lbopt.rules.sharing import scalars
+from tf_lbopt.rules.bounds import is_rate, squares_fit
+from tf_lbopt.rules.clip import clip, scale
+from tf_lbopt.rules.gsnr import SubBatchStatistics
+from tf_lbopt.rules.norms import Gradient, all_finite, norms
+from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step
+from tf_lbopt.rules.writer import Writer
 
-_turns: dict[tuple[int, int], Turn] = {}
+_micro_steps: dict[tuple[int, int], MicroStep] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
 
 
@@ -254,15 +263,15 @@ class Algorithm(saved_state.SavedState, abc.ABC):
 
     # -- the update --------------------------------------------------------------------------------
 
-    def _send(
+    def _prepared_update(
         self,
         grads: Sequence[Any],
         variables: Sequence[Any],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
-    ) -> tf.Tensor:
-        """Sends this replica's gradients along the road.
+    ) -> Callable[[], tf.Tensor]:
+        """Prepares the update by this replica's gradients.
 
         Args:
             grads: One per variable: dense, ``tf.IndexedSlices`` or ``None``.
@@ -272,44 +281,197 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             summed: Whether the gradients are sums over the replicas already.
 
         Returns:
-            Whether the gradients were finite; true before an update is due.
+            What makes the update, or adds to the accumulators, when all replicas call it. It
+            returns whether the gradients were finite; true before an update is due.
+
+        Raises:
+            ValueError: Not called in a replica context of the optimizer's strategy.
         """
-        self._check_known(variables)
+        known = [self._known_index(variable) for variable in variables]
         pairs = without_missing(grads, variables)
-        indices = [self._known_index(variable) for _, variable in pairs]
-        journey = Journey(
-            self._strategy,
-            indices,
-            [tensorflow_variable(self._trainable_variables[index]) for index in indices],
-            Destination(
-                update=self._update_on_replica,
-                count=self._count_on_replica,
-                prepare=self._read_learning_rate,
-                statistics=self.statistics,
-                loss_scale=loss_scale,
-                after=after,
-            ),
-            anchor=tensorflow_variable(self._iterations),
-            clip=Clip(self.clipnorm, self.clipvalue, self.global_clipnorm),
-            turn=self._turn(),
+        if len(pairs) < len(known):
+            known = [self._known_index(variable) for _, variable in pairs]
+        context = replica_context_of(self._strategy)
+        targets = [tensorflow_variable(self._trainable_variables[index]) for index in known]
+        pipeline = Pipeline(
+            strategy=self._strategy,
+            indices=known,
+            variables=targets,
             paths=[
-                path_of(variable) if getattr(variable, "trainable", True) else None
-                for variable in self._trainable_variables
+                path_of(v) if getattr(v, "trainable", True) else None
+                for v in self._trainable_variables
             ],
+            anchor=tensorflow_variable(self._iterations),
+            statistics=self.statistics,
+            micro_step=self._micro_step(),
             accumulation=self._accumulation,
             summed=summed,
+            prepare=self._read_learning_rate,
+            update=functools.partial(self._update_on_replica, known, loss_scale, after),
         )
-        return journey.travel(
-            [gradient for gradient, _ in pairs],
-            self._gradient_norms([variable for _, variable in pairs], loss_scale),
+        own = [prepared(pair[0], target) for pair, target in zip(pairs, targets, strict=True)]
+        own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
+        return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
+
+    def _update_on_replica(
+        self,
+        indices: Sequence[int],
+        loss_scale: Callable[[], tf.Tensor] | None,
+        after: Callable[[tf.Tensor], None] | None,
+        anchor: tf.Variable,
+        learning_rate: tf.Tensor,
+        sums: Sums,
+    ) -> list[tf.Tensor]:
+        """The update on one replica: tensors and variables, no communication.
+
+        Compiled by XLA it has no condition: what is written is ``where(sound, new, old)``.
+        """
+        del anchor
+        totals = [merge_repeated_indices(total) for total in sums.totals]
+        total_norms = norms(totals)
+        finite = all_finite(total_norms)
+        if sums.norms is not None:  # others may have computed these
+            finite &= all_finite(sums.norms)
+
+        # The mean gradient of the loss itself: without the loss scale, over all micro-steps.
+        divisor = scaled_by = None if loss_scale is None else loss_scale()
+        if self._accumulation is not None:
+            steps = tf.constant(self._accumulation.steps, tf.float32)
+            divisor = steps if scaled_by is None else steps * scaled_by
+        means, mean_norms = totals, total_norms
+        if divisor is not None:
+            means = [divide(total, divisor) for total in totals]
+            mean_norms = total_norms / tf.cast(divisor, total_norms.dtype)
+        gradients, gradient_norms = clip(
+            means, mean_norms, self.clipnorm, self.clipvalue, self.global_clipnorm
         )
+        sound = finite & is_rate(learning_rate)
+        statistics = None
+        if sums.deviations is not None:
+            # The deviations contain the loss scale; and the mean that makes the update counts a
+            # sub-batch without gradients as zero, that from which they deviate leaves it out.
+            factor = self._replicas() * tf.math.reciprocal_no_nan(sums.live)
+            factor = factor if divisor is None else factor * divisor
+            statistics = SubBatchStatistics(means, sums.deviations, sums.live, factor)
+            unit = tf.cast(tf.maximum(factor, 1.0), mean_norms.dtype)
+            sound &= squares_fit(mean_norms * unit, [gradient.dtype for gradient in gradients])
+        variables = [self._trainable_variables[index] for index in indices]
+        parameters = Parameters(
+            indices=indices,
+            variables=[tensorflow_variable(variable) for variable in variables],
+            gradients=gradients,
+            gradient_norms=gradient_norms,
+            norm_bounds=gradient_norms,
+            slots=self._slots_of(indices),
+            decayed=[self.decays(variable) for variable in variables],
+            adapted=[self.adapts(variable) for variable in variables],
+            statistics=statistics,
+            mean_norms=self._mean_norms(sums, mean_norms, scaled_by),
+        )
+        step = Step(learning_rate, tf.convert_to_tensor(self._iterations))
+        update = self.rule().update(parameters, step)
+        sound &= update.sound
+
+        def write(where: tf.Tensor | None = None) -> tf.Tensor:
+            writer = Writer(where)
+            update.write(writer)
+            self._write_beyond_rule(writer, parameters, means, self._own_means(sums, divisor))
+            return writer.complete()
+
+        if _compat.in_xla_context():
+            complete = write(sound)
+        else:
+            complete = tf.cond(sound, write, lambda: tf.constant(False))
+        skipped = tensorflow_variable(self.skipped_updates)
+        skipped.assign_add(tf.cast(~complete, skipped.dtype))
+        if self._accumulation is not None:
+            self._accumulation.finish()
+        if after is not None:
+            after(finite)
+        return [finite]
+
+    def _mean_norms(
+        self, sums: Sums, norms_of_means: tf.Tensor, scaled_by: tf.Tensor | None
+    ) -> tf.Tensor | None:
+        """[n], the means over the live sub-batches of the norms of the loss's own gradients."""
+        if MEAN_NORM not in self.statistics:
+            return None
+        if sums.norms is None:
+            return norms_of_means
+        factor = self._replicas() * tf.math.reciprocal_no_nan(sums.live)
+        factor = factor if scaled_by is None else factor / scaled_by
+        return tf.cast(sums.norms * tf.cast(factor, sums.norms.dtype), norms_of_means.dtype)
+
+    def _own_means(self, sums: Sums, divisor: tf.Tensor | None) -> list[list[Gradient]]:
+        """Of each of this replica's own sub-batches the mean gradient: of its own loss."""
+        parts = 1 if self._accumulation is None else self._accumulation.parts
+        factor = float(self._replicas() * parts)
+        if divisor is None and factor == 1.0:
+            return list(sums.own)
+        factor = factor if divisor is None else factor / divisor
+        return [
+            [scale(merge_repeated_indices(g), tf.cast(factor, g.dtype)) for g in of_part]
+            for of_part in sums.own
+        ]
+
+    def _replicas(self) -> int:
+        return tf.distribute.get_strategy().num_replicas_in_sync
+
+    def _write_beyond_rule(
+        self,
+        writer: Writer,
+        parameters: Parameters,
+        means: list[Gradient],
+        own: list[list[Gradient]],
+    ) -> None:
+        """Writes constrained weights, their averages and the count of updates.
+
+        Args:
+            writer: By which the rule has written.
+            parameters: What it was given.
+            means: The mean gradients before clipping.
+            own: For each of this replica's sub-batches its own, where they are asked for.
+        """
+        del means, own
+        for index in parameters.indices:
+            self._constrain(writer, index, tensorflow_variable(self._trainable_variables[index]))
+        if self.use_ema:
+            self._average(writer)
+        iterations = tensorflow_variable(self._iterations)
+        writer.assign(iterations, iterations + 1)
+
+    def _constrain(self, writer: Writer, index: int, target: tf.Variable) -> None:
+        """Applies a variable's constraint to what holds its weights."""
+        constraint = getattr(self._trainable_variables[index], "constraint", None)
+        if constraint is not None:
+            writer.assign(target, constraint(tf.convert_to_tensor(target)))
+
+    def _average(self, writer: Writer) -> None:
+        count = tf.convert_to_tensor(self._iterations)
+        due: tf.Tensor | None = None
+        if self.ema_overwrite_frequency:
+            due = tf.cast(count + 1, tf.int32) % self.ema_overwrite_frequency == 0
+        for variable, average in self._weights_and_averages():
+            dtype = average.dtype
+            old = tf.where(count == 0, tf.zeros([], dtype), tf.constant(self.ema_momentum, dtype))
+            mean = old * average + (1 - old) * tf.cast(variable, dtype)
+            writer.assign(average, mean)
+            if due is not None:
+                weights = tf.convert_to_tensor(variable)
+                writer.assign(variable, tf.where(due, tf.cast(mean, weights.dtype), weights))
+
+    def _slots_of(self, indices: Sequence[int]) -> dict[str, list[tf.Variable]]:
+        return {
+            name: [tensorflow_variable(slots[index]) for index in indices]
+            for name, slots in self._slots.items()
+        }
 
     @contextlib.contextmanager
     def micro_step(self, number: int) -> Iterator[None]:
         """Within this block, on a replica, gradients are those of this micro-step of an update.
 
-        For a training step that takes all micro-steps of an update in turn: the update is traced
-        once, with the last of them. Without this block each could be the last.
+        For a training step that takes all micro-steps of an update: the update is traced once, with
+        the last of them. Without this block each could be the last.
 
         Args:
             number: From 0 to `gradient_accumulation_steps` - 1.
@@ -323,33 +485,29 @@ class Algorithm(saved_state.SavedState, abc.ABC):
                 f"`number` must be from 0 to {steps - 1}, as gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}. Received: number={number!r}"
             )
-        if self._turn() != Turn():
+        if self._micro_step() != MicroStep():
             raise ValueError(
                 "`micro_step` must be the outermost block: the parts of a micro-step are within "
                 f"it. Received: micro_step({number}) within another block"
             )
-        with self._taking(Turn(number, steps)):
+        with self._in_micro_step(MicroStep(number, steps)):
             yield
 
     @contextlib.contextmanager
-    def _taking(self, turn: Turn) -> Iterator[None]:
-        """Within this block gradients are those of this turn, in that of the block around it."""
+    def _in_micro_step(self, micro_step: MicroStep) -> Iterator[None]:
+        """Within this block gradients are those of this one, in that of the block around it."""
         key = id(self), replica_number()
-        outer = _turns.get(key)
-        _turns[key] = turn.within(outer or Turn())
+        outer = _micro_steps.get(key)
+        _micro_steps[key] = micro_step.within(outer or MicroStep())
         try:
             yield
         finally:
-            del _turns[key]
+            del _micro_steps[key]
             if outer is not None:
-                _turns[key] = outer
+                _micro_steps[key] = outer
 
-    def _turn(self) -> Turn:
-        return _turns.get((id(self), replica_number()), Turn())
-
-    def _check_known(self, variables: Sequence[Any]) -> None:
-        for variable in variables:
-            self._known_index(variable)
+    def _micro_step(self) -> MicroStep:
+        return _micro_steps.get((id(self), replica_number()), MicroStep())
 
     def _known_index(self, variable: Any) -> int:
         index = self._index_of(variable)
@@ -362,63 +520,13 @@ class Algorithm(saved_state.SavedState, abc.ABC):
 
     def _gradient_norms(
         self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
-    ) -> Sequence[tf.Tensor] | None:
-        """What stands for the norms of this replica's gradients in the mean norm, in their units.
+    ) -> tf.Tensor | None:
+        """[n], what stands for the norms of this replica's gradients in the mean norm.
 
-        `None` for the norms themselves.
+        In the units of the gradients; `None` for the norms themselves.
         """
         del variables, loss_scale
         return None
-
-    def _update_on_replica(self, arrival: Arrival) -> Update:
-        layers = [
-            Layer(
-                index=index,
-                variable=tensorflow_variable(self._trainable_variables[index]),
-                gradient=gradient,
-                gradient_norm=norm,
-                norm_bound=norm,
-                slots=self._slots_of(index),
-                decayed=self.decays(self._trainable_variables[index]),
-                adapted=self.adapts(self._trainable_variables[index]),
-                moments=moments,
-                mean_norm=mean_norm,
-            )
-            for index, gradient, norm, moments, mean_norm in zip(
-                arrival.indices,
-                arrival.gradients,
-                arrival.norms,
-                arrival.moments,
-                arrival.mean_norms,
-                strict=True,
-            )
-        ]
-        step = Step(arrival.prepared, tf.convert_to_tensor(self._iterations))
-        update = self.rule().update(layers, step)
-
-        def write() -> list[tf.Tensor]:
-            written = update.write()
-            for index in arrival.indices:
-                self._constrain(index, tensorflow_variable(self._trainable_variables[index]))
-            if self.use_ema:
-                self._average_on_replica()
-            tensorflow_variable(self._iterations).assign_add(1)
-            return written
-
-        return Update(update.sound & is_rate(step.learning_rate), write)
-
-    def _constrain(self, index: int, target: tf.Variable) -> None:
-        """Applies a variable's constraint to what holds its weights."""
-        constraint = getattr(self._trainable_variables[index], "constraint", None)
-        if constraint is not None:
-            target.assign(constraint(tf.convert_to_tensor(target)))
-
-    def _slots_of(self, index: int) -> dict[str, tf.Variable]:
-        return {name: tensorflow_variable(slots[index]) for name, slots in self._slots.items()}
-
-    def _count_on_replica(self, written: tf.Tensor) -> None:
-        counter = tensorflow_variable(self.skipped_updates)
-        counter.assign_add(tf.cast(~written, counter.dtype))
 
     def _warn_of_no_update(self) -> None:
         """Warns at the end of a `fit` all of whose batches are still in the accumulators."""
@@ -449,26 +557,6 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         with inside_scope(self._strategy):
             for variable, average in (pairs[self._known_index(v)] for v in variables):
                 variable.assign(tf.cast(tf.convert_to_tensor(average), variable.dtype))
-
-    def _average_on_replica(self) -> None:
-        iterations = tf.convert_to_tensor(self._iterations)
-        pairs = self._weights_and_averages()
-        momentum = {
-            dtype: tf.where(iterations == 0, tf.zeros([], dtype), later)
-            for dtype, later in scalars([a for _, a in pairs], self.ema_momentum).items()
-        }
-        for variable, average in pairs:
-            old = momentum[average.dtype]
-            average.assign(old * average + (1 - old) * tf.cast(variable, average.dtype))
-        if self.ema_overwrite_frequency:
-
-            def overwrite() -> tf.Tensor:
-                for variable, average in pairs:
-                    variable.assign(tf.cast(average, variable.dtype))
-                return tf.constant(True)
-
-            due = tf.cast(iterations + 1, tf.int32) % self.ema_overwrite_frequency == 0
-            tf.cond(due, overwrite, lambda: tf.constant(True))
 
     # -- exclusions --------------------------------------------------------------------------------
 
@@ -728,6 +816,6 @@ def without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tupl
         warnings.warn(
             f"Gradients do not exist for variables {_validation.listed(missing)}; they are left "
             "unchanged.",
-            stacklevel=5,
+            stacklevel=4,
         )
     return pairs

@@ -13,7 +13,8 @@ from tf_lbopt.optimizers.algorithm import checked_new_learning_rate
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
-from tf_lbopt.rules.norms import Gradient, greatest
+from tf_lbopt.rules.norms import Gradient, values_of
+from tf_lbopt.rules.writer import Writer
 
 
 def require_same_strategy(
@@ -39,7 +40,7 @@ def require_same_strategy(
 def stock_update(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Gradient],
-    norm_bounds: Sequence[tf.Tensor],
+    norm_bounds: tf.Tensor,
     variables: Sequence[keras.Variable],
 ) -> rules.Update:
     """One update by a stock Keras optimizer, on the replica whose update context this is.
@@ -50,50 +51,51 @@ def stock_update(
     Args:
         optimizer: It.
         gradients: Finite.
-        norm_bounds: What their norms do not exceed.
+        norm_bounds: [n], what their norms do not exceed.
         variables: Theirs.
     """
 
-    def write() -> list[tf.Tensor]:
-        _compat.keras_update(optimizer, gradients, variables)
-        return []
+    def write(writer: Writer) -> None:
+        written = [tensorflow_variable(v) for v in (*variables, *optimizer.variables)]
+        with writer.restoring(written):
+            _compat.keras_update(optimizer, gradients, variables)
 
-    lengths = stock_lengths(gradients, norm_bounds, variables)
-    return rules.Update(stock_squares_fit(lengths, variables), write)
-
-
-def stock_lengths(
-    gradients: Sequence[Gradient],
-    norm_bounds: Sequence[tf.Tensor],
-    variables: Sequence[keras.Variable],
-) -> list[tf.Tensor]:
-    """What `stock_squares_fit` is to check: norms, or greatest elements where a norm says little.
-
-    In float16 the norm of a large layer is often beyond 255 where the squares of all elements fit.
-    """
-    return [
-        greatest(gradient) if tf.as_dtype(variable.dtype) == tf.float16 else norm
-        for gradient, norm, variable in zip(gradients, norm_bounds, variables, strict=True)
-    ]
+    return rules.Update(stock_squares_fit(gradients, norm_bounds, variables), write)
 
 
 def stock_squares_fit(
-    lengths: Sequence[tf.Tensor], variables: Sequence[keras.Variable]
+    gradients: Sequence[Gradient],
+    norm_bounds: tf.Tensor,
+    variables: Sequence[keras.Variable],
+    longer: Sequence[tf.Tensor] | float = 1.0,
 ) -> tf.Tensor:
     """Whether the squares of gradients are finite in the dtype in which a stock optimizer has them.
 
+    In float16 the norm of a large variable is often beyond 255 where the squares of all elements
+    fit: there the greatest element is looked at.
+
     Args:
-        lengths: See `stock_lengths`; or what these do not exceed.
+        gradients: One for each variable.
+        norm_bounds: [n], what their norms do not exceed.
         variables: Theirs.
+        longer: [n] or a number, how much longer than these the gradients of the update can be.
 
     Returns:
         A boolean scalar.
     """
-    by_dtype: dict[tf.DType, list[tf.Tensor]] = {}
-    for length, variable in zip(lengths, variables, strict=True):
-        by_dtype.setdefault(tf.as_dtype(variable.dtype), []).append(length)
-    fits = [squares_fit(of_dtype, dtype) for dtype, of_dtype in by_dtype.items()]
-    return tf.reduce_all(tf.stack(fits))
+    dtypes = [tf.as_dtype(variable.dtype) for variable in variables]
+    if tf.float16 in dtypes:
+        norm_bounds = tf.stack(
+            [
+                tf.cast(tf.reduce_max(tf.abs(values_of(gradient))), norm.dtype)
+                if dtype == tf.float16
+                else norm
+                for gradient, norm, dtype in zip(
+                    gradients, tf.unstack(norm_bounds, num=len(dtypes)), dtypes, strict=True
+                )
+            ]
+        )
+    return squares_fit(norm_bounds * longer, dtypes)
 
 
 class WithInnerOptimizer:
@@ -168,12 +170,12 @@ class _Stock(rules.Rule):
 
     wrapper: AroundOptimizer
 
-    def update(self, layers: Sequence[rules.Layer], step: rules.Step) -> rules.Update:
+    def update(self, parameters: rules.Parameters, step: rules.Step) -> rules.Update:
         """One update by Keras's own code."""
         del step
         return stock_update(
             self.wrapper.inner_optimizer,
-            [layer.gradient for layer in layers],
-            [layer.norm_bound for layer in layers],
-            [self.wrapper._trainable_variables[layer.index] for layer in layers],
+            parameters.gradients,
+            parameters.norm_bounds,
+            [self.wrapper._trainable_variables[index] for index in parameters.indices],
         )

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.distribution.replicas import inside_scope
+from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import (
     Algorithm,
     build_at_first_call,
@@ -191,26 +191,39 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             ValueError: No gradients at all, unknown variables, or called in the cross-replica
                 context.
         """
-        self.apply_scaled(grads, trainable_variables)
+        update = self._checked_update(grads, trainable_variables)
+        if update is not None:
+            update()
 
     def apply_scaled(
         self,
         grads: Sequence[Any],
-        trainable_variables: Sequence[Any] | None = None,
-        loss_scale: Callable[[], tf.Tensor] | None = None,
-        after: Callable[[tf.Tensor], None] | None = None,
+        trainable_variables: Sequence[Any] | None,
+        loss_scale: Callable[[], tf.Tensor],
+        after: Callable[[tf.Tensor], None],
     ) -> None:
         """`apply` for gradients of a scaled loss. See `tf_lbopt.LossScaleOptimizer`.
 
         Args:
             grads: As in `apply`, but multiplied by the loss scale.
             trainable_variables: As in `apply`.
-            loss_scale: Reads the scale, on each replica; default `loss_scale_factor`.
+            loss_scale: Reads the scale, on each replica.
             after: Told on each replica, once per update, whether it was finite.
         """
+        update = self._checked_update(grads, trainable_variables, loss_scale, after)
+        if update is not None:
+            update()
+
+    def _checked_update(
+        self,
+        grads: Sequence[Any],
+        trainable_variables: Sequence[Any] | None,
+        loss_scale: Callable[[], tf.Tensor] | None = None,
+        after: Callable[[tf.Tensor], None] | None = None,
+    ) -> Callable[[], tf.Tensor] | None:
         grads = list(grads)
         if not grads:
-            return
+            return None
         given = build_at_first_call(self, trainable_variables, "trainable_variables")
         variables = list(self._trainable_variables) if given is None else given
         if len(grads) != len(variables):
@@ -221,7 +234,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         self._warn_of_foreign_loss_scaling()
         if loss_scale is None and self.loss_scale_factor is not None:
             loss_scale = self._constant_loss_scale
-        self._send(grads, variables, loss_scale, after)
+        return self._prepared_update(grads, variables, loss_scale, after)
 
     def _constant_loss_scale(self) -> tf.Tensor:
         return tf.constant(self.loss_scale_factor, tf.float32)

@@ -8,10 +8,11 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation, rules
-from tf_lbopt.distribution.replicas import replica_number
+from tf_lbopt.aggregation.replicas import replica_number
 from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.rules.norms import widest
 
 NORM_ESTIMATORS = ("sub_batch", "per_example")
 
@@ -121,7 +122,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         """The algorithm with the current hyper-parameters."""
         return rules.CLARS(
             momentum=self.momentum,
-            eta=self.eta,
+            trust_coefficient=self.eta,
             max_trust_ratio=self.max_trust_ratio,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
@@ -184,7 +185,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
 
     def _gradient_norms(
         self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
-    ) -> Sequence[tf.Tensor] | None:
+    ) -> tf.Tensor | None:
         if self.norm_estimator != "per_example":
             return None
         given = _given.get((id(self), replica_number()))
@@ -205,7 +206,8 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         scale = 1.0 if loss_scale is None else loss_scale()
         own = [given[self._var_key(variable)] for variable in variables]
-        return [norm * tf.cast(scale / replicas, norm.dtype) for norm in own]
+        dtype = widest([norm.dtype for norm in own])
+        return tf.stack([tf.cast(n, dtype) for n in own]) * tf.cast(scale / replicas, dtype)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

@@ -11,10 +11,9 @@ from tf_lbopt.optimizers.base import with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
-from tf_lbopt.rules.adam import preconditioned
 from tf_lbopt.rules.extrapolation import apply_extrapolation
+from tf_lbopt.rules.moments import RunningMean, preconditioned
 from tf_lbopt.rules.norms import compute_dtype
-from tf_lbopt.rules.running_mean import RunningMean
 
 
 class ExtrapAdamAlgorithm(Extrapolation):
@@ -93,7 +92,7 @@ class ExtrapAdamAlgorithm(Extrapolation):
         dtype = compute_dtype(variable.dtype)
         noise = preconditioned(
             tf.convert_to_tensor(past),
-            tf.cast(self._slots_of(index)["velocity"], dtype),
+            tf.cast(self._slots_of([index])["velocity"][0], dtype),
             RunningMean(
                 tf.constant(self.beta_2, dtype),
                 tf.cast(tf.convert_to_tensor(self._iterations), dtype),

@@ -164,7 +164,7 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
     def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
         """Moves one variable to ``x − γ̂ ζ + β v``, in place, on a replica."""
         variable = tensorflow_variable(self._trainable_variables[index])
-        velocity = self._slots_of(index).get("momentum") if self.nesterov else None
+        (velocity,) = self._slots_of([index]).get("momentum", [None]) if self.nesterov else [None]
         noise = self._random_noise(index, point) if past is None else tf.convert_to_tensor(past)
         apply_extrapolation(variable, velocity, noise, rate, self.momentum)
 

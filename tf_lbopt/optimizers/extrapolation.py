@@ -20,16 +20,16 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.distribution.accumulation import Accumulation, Turn
-from tf_lbopt.distribution.replica_state import ReplicaState
-from tf_lbopt.distribution.replicas import on_each_replica, replica_number
-from tf_lbopt.distribution.road import Arrival
-from tf_lbopt.distribution.sub_batches import split
+from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
+from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.aggregation.replicas import on_each_replica, replica_number
+from tf_lbopt.aggregation.sparse import merge_repeated_indices
+from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
-from tf_lbopt.rules.norms import compute_dtype
-from tf_lbopt.rules.rule import OWN_GRADIENT, Update, dense
-from tf_lbopt.statistics.sparse import merge_repeated_indices
+from tf_lbopt.rules.norms import Gradient, compute_dtype
+from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, dense
+from tf_lbopt.rules.writer import Writer
 
 _logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         key = id(self), replica_number()
         _active[key] = active
         try:
-            with self._taking(Turn(sub_batch, self.sub_batches)):
+            with self._in_micro_step(MicroStep(sub_batch, self.sub_batches)):
                 yield
         except BaseException:
             if tf.executing_eagerly():
@@ -243,7 +243,8 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             )
         given = build_at_first_call(self, variables, "variables")
         variables = list(self._trainable_variables) if given is None else given
-        self._check_known(variables)
+        for variable in variables:
+            self._known_index(variable)
         return variables
 
     def _in_replica(self, cross_replicas: Callable[..., None], *args: Any) -> None:
@@ -328,14 +329,14 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
 
     # -- the update --------------------------------------------------------------------------------
 
-    def _send(
+    def _prepared_update(
         self,
         grads: Sequence[Any],
         variables: Sequence[Any],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
-    ) -> tf.Tensor:
+    ) -> Callable[[], tf.Tensor]:
         active = self._block()
         self._check_wrapper()
         if active is None or active.applied:
@@ -363,28 +364,25 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         moved = [v for v in self._trainable_variables if self._var_key(v) in active.keys]
         self._in_replica(self._return, moved)
         active.applied = True
-        return super()._send(grads, variables, loss_scale, after, summed)
+        return super()._prepared_update(grads, variables, loss_scale, after, summed)
 
     def _block(self) -> _Active | None:
         return _active.get((id(self), replica_number()))
 
-    def _update_on_replica(self, arrival: Arrival) -> Update:
-        update = super()._update_on_replica(arrival)
-        past = self._past
-        if past is None:
-            return update
-
-        def write() -> list[tf.Tensor]:
-            written = update.write()
-            for part, own_gradients in enumerate(arrival.own):
-                for index, own, mean in zip(
-                    arrival.indices, own_gradients, arrival.means, strict=True
-                ):
-                    own = dense(merge_repeated_indices(own))
-                    past.variables[part, index].assign(self.past_of(own, dense(mean)))
-            return written
-
-        return Update(update.sound, write)
+    def _write_beyond_rule(
+        self,
+        writer: Writer,
+        parameters: Parameters,
+        means: list[Gradient],
+        own: list[list[Gradient]],
+    ) -> None:
+        super()._write_beyond_rule(writer, parameters, means, own)
+        if self._past is None:
+            return
+        for part, own_gradients in enumerate(own):
+            for index, gradient, mean in zip(parameters.indices, own_gradients, means, strict=True):
+                past = self.past_of(dense(merge_repeated_indices(gradient)), dense(mean))
+                writer.assign(self._past.variables[part, index], past)
 
     def prepare_model(self, model: Any, data: Any) -> None:
         """Makes sure that a model has variables to be moved, and finds out what its layers are.

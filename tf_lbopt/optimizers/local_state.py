@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.distribution.replica_state import ReplicaState, header_of
+from tf_lbopt.aggregation.replica_state import ReplicaState, header_of
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 
 _logger = logging.getLogger(__name__)

@@ -7,24 +7,23 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.distribution.replicas import (
+from tf_lbopt.aggregation.replicas import (
     inside_scope,
     on_each_replica,
     replica_context_of,
     sum_over_replicas,
 )
+from tf_lbopt.aggregation.sparse import divide
 from tf_lbopt.optimizers.algorithm import build_at_first_call
 from tf_lbopt.optimizers.around import (
     WithInnerOptimizer,
     require_same_strategy,
-    stock_lengths,
     stock_squares_fit,
 )
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.saved_state import SavedState
 from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.norms import all_finite, norms
-from tf_lbopt.statistics.sparse import divide
 
 # Beyond these a scale is no longer a scale: 0 and Inf would never be left again. And squares of
 # gradients in its units, which VRGD takes, must be neither.
@@ -227,13 +226,9 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         finite = all_finite(local_norms)
         factor = self._strategy.num_replicas_in_sync / tf.convert_to_tensor(self.dynamic_scale)
         gradients, variables = zip(*pairs, strict=True)
-        bounds = [
-            length * tf.cast(factor, length.dtype) * _repetitions(gradient, length.dtype)
-            for length, gradient in zip(
-                stock_lengths(gradients, local_norms, variables), gradients, strict=True
-            )
-        ]
-        fits = stock_squares_fit(bounds, variables)
+        longer = tf.stack([_repetitions(g, local_norms.dtype) for g in gradients])
+        longer *= tf.cast(factor, longer.dtype)
+        fits = stock_squares_fit(gradients, local_norms, variables, longer)
         rate = tf.convert_to_tensor(self.inner_optimizer.learning_rate)
         return finite, finite & fits & is_rate(rate)
 

@@ -16,8 +16,8 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.distribution.replica_state import ReplicaState
-from tf_lbopt.distribution.replicas import (
+from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.aggregation.replicas import (
     bundle,
     on_each_replica,
     replica_context_of,
@@ -29,10 +29,11 @@ from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy, s
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.local_state import LocalState, count_of
-from tf_lbopt.rules.bounds import is_rate, write_if_sound
+from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import OWN_GRADIENT, Layer, Step, Update
+from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, Step, Update
+from tf_lbopt.rules.writer import Writer
 
 # What a local step can not do, or not without mixing up the replicas.
 _REFUSED = (
@@ -437,7 +438,7 @@ class PostLocalSGD(AroundOptimizer):
 
     # -- the update --------------------------------------------------------------------------------
 
-    def _send(
+    def _prepared_update(
         self,
         grads: Sequence[Any],
         variables: Sequence[Any],
@@ -456,14 +457,15 @@ class PostLocalSGD(AroundOptimizer):
         block.applied = True
         if not block.local:
             if isinstance(self.inner_optimizer, ExtrapSGD):
-                return self.inner_optimizer._send(grads, variables, loss_scale, after)
-            return super()._send(grads, variables, loss_scale, after, summed)
-        self._check_known(variables)
+                return self.inner_optimizer._prepared_update(grads, variables, loss_scale, after)
+            return super()._prepared_update(grads, variables, loss_scale, after, summed)
+        for variable in variables:
+            self._known_index(variable)
         pairs = without_missing(grads, variables)
         indices = [self._known_index(variable) for _, variable in pairs]
         replicas = self._strategy.num_replicas_in_sync
         own = [_own_gradient(g, tensorflow_variable(v), replicas) for g, v in pairs]
-        return self._merge(
+        return lambda: self._merge(
             lambda strategy, *gradients: self._update_locally(strategy, indices, gradients), *own
         )
 
@@ -477,7 +479,7 @@ class PostLocalSGD(AroundOptimizer):
             inner = self.inner_optimizer
             if isinstance(inner, ExtrapSGD) and inner.nesterov:
                 for index, target in enumerate(targets):
-                    velocity = inner._slots_of(index).get("momentum")
+                    (velocity,) = inner._slots_of([index]).get("momentum", [None])
                     apply_extrapolation(target, velocity, None, 0.0, inner.momentum)
             return [tf.constant(True)]
 
@@ -497,17 +499,29 @@ class PostLocalSGD(AroundOptimizer):
         self, strategy: tf.distribute.Strategy, indices: Sequence[int], gradients: Sequence[Any]
     ) -> tf.Tensor:
         anchor = tensorflow_variable(self._iterations)
-        gradient_norms = on_each_replica(strategy, anchor, lambda *local: norms(local), *gradients)
-        everywhere = [norm for of_replicas in gradient_norms for norm in of_replicas]
+        gradient_norms = on_each_replica(
+            strategy, anchor, lambda *local: [norms(local)], *gradients
+        )
+        everywhere = list(gradient_norms[0])
         rate = self._read_learning_rate()
 
         def update(rate: tf.Tensor, *local: tf.Tensor) -> list[tf.Tensor]:
-            own, own_norms = local[: len(indices)], local[len(indices) :]
+            *own, own_norms = local
             # Not before all replicas have their gradients: an error in one leaves all as they are.
             with tf.control_dependencies(everywhere):
                 finite = all_finite(own_norms)
             computed = self._local_update(indices, own, own_norms, rate)
-            written = write_if_sound(finite, computed)
+            sound = finite & computed.sound
+
+            def write(where: tf.Tensor | None = None) -> tf.Tensor:
+                writer = Writer(where)
+                computed.write(writer)
+                return writer.complete()
+
+            if _compat.in_xla_context():
+                written = write(sound)
+            else:
+                written = tf.cond(sound, write, lambda: tf.constant(False))
             self._local.skipped.assign_add(tf.cast(~written, tf.int64))
             with tf.control_dependencies([written]):
                 back = self._put_back()
@@ -525,7 +539,7 @@ class PostLocalSGD(AroundOptimizer):
         self,
         indices: Sequence[int],
         gradients: Sequence[tf.Tensor],
-        gradient_norms: Sequence[tf.Tensor],
+        gradient_norms: tf.Tensor,
         rate: tf.Tensor,
     ) -> Update:
         """One step of a replica, whose model variables are at the point of the gradient."""
@@ -535,36 +549,32 @@ class PostLocalSGD(AroundOptimizer):
             targets = [tensorflow_variable(variable) for variable in variables]
             stock = stock_update(inner, gradients, gradient_norms, variables)
 
-            def write() -> list[tf.Tensor]:
-                written = stock.write()
+            def write(writer: Writer) -> None:
+                stock.write(writer)
                 for index, target in zip(indices, targets, strict=True):
-                    self._constrain(index, target)
-                    self._local.weights[index].assign(target.read_value())
-                return written
+                    self._constrain(writer, index, target)
+                    writer.assign(self._local.weights[index], target.read_value())
 
             return Update(stock.sound & is_rate(rate), write)
-        layers = [
-            Layer(
-                index=index,
-                variable=self._local.weights[index],
-                gradient=gradient,
-                gradient_norm=norm,
-                norm_bound=norm,
-                slots=inner._slots_of(index),
-                decayed=inner.decays(self._trainable_variables[index]),
-                adapted=inner.adapts(self._trainable_variables[index]),
-            )
-            for index, gradient, norm in zip(indices, gradients, gradient_norms, strict=True)
-        ]
-        update = inner.rule().update(layers, Step(rate, tf.convert_to_tensor(self._iterations)))
+        variables = [self._trainable_variables[index] for index in indices]
+        parameters = Parameters(
+            indices=indices,
+            variables=[self._local.weights[index] for index in indices],
+            gradients=gradients,
+            gradient_norms=gradient_norms,
+            norm_bounds=gradient_norms,
+            slots=inner._slots_of(indices),
+            decayed=[inner.decays(variable) for variable in variables],
+            adapted=[inner.adapts(variable) for variable in variables],
+        )
+        update = inner.rule().update(parameters, Step(rate, tf.convert_to_tensor(self._iterations)))
 
-        def write_layers() -> list[tf.Tensor]:
-            written = update.write()
+        def write_parameters(writer: Writer) -> None:
+            update.write(writer)
             for index in indices:
-                self._constrain(index, self._local.weights[index])
-            return written
+                self._constrain(writer, index, self._local.weights[index])
 
-        return Update(update.sound & is_rate(rate), write_layers)
+        return Update(update.sound & is_rate(rate), write_parameters)
 
     # -- averaging ---------------------------------------------------------------------------------
 
@@ -603,7 +613,7 @@ class PostLocalSGD(AroundOptimizer):
                 mean = total / strategy.num_replicas_in_sync
                 variable.assign(tf.cast(mean, variable.dtype))
             for index, target in enumerate(targets):
-                self._constrain(index, target)
+                self._constrain(Writer(), index, target)
             counter = tensorflow_variable(self.skipped_updates)
             counter.assign_add(tf.cast(skipped, counter.dtype))
             state.begin_period()

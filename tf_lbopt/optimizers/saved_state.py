@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.distribution.replica_state import ReplicaState
+from tf_lbopt.aggregation.replica_state import ReplicaState
 
 # In a Keras file.
 _KIND = "kind"

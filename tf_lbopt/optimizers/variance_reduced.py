@@ -7,13 +7,12 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.distribution.replicas import inside_scope
-from tf_lbopt.distribution.road import Arrival
+from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
-from tf_lbopt.rules.rule import Update
+from tf_lbopt.rules.writer import Writer
 
 # What belongs to the road and not to the algorithm is given to the wrapper, once.
 _OURS = (
@@ -100,10 +99,10 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         with inside_scope(self._strategy):
             self.inner_optimizer.build(list(variables))
 
-    def _slots_of(self, index: int) -> dict[str, tf.Variable]:
-        slots = super()._slots_of(index)
+    def _slots_of(self, indices: Sequence[int]) -> dict[str, list[tf.Variable]]:
+        slots = super()._slots_of(indices)
         if isinstance(self.inner_optimizer, LargeBatchOptimizer):
-            slots |= self.inner_optimizer._slots_of(index)
+            slots |= self.inner_optimizer._slots_of(indices)
         return slots
 
     def decays(self, variable: Any) -> bool:
@@ -116,15 +115,10 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         inner = self.inner_optimizer
         return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
 
-    def _update_on_replica(self, arrival: Arrival) -> Update:
-        update = super()._update_on_replica(arrival)
-
-        def write() -> list[tf.Tensor]:
-            written = update.write()
-            tensorflow_variable(self.inner_optimizer._iterations).assign_add(1)
-            return written
-
-        return Update(update.sound, write)
+    def _write_beyond_rule(self, writer: Writer, *args: Any) -> None:
+        super()._write_beyond_rule(writer, *args)
+        iterations = tensorflow_variable(self.inner_optimizer._iterations)
+        writer.assign(iterations, iterations + 1)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

@@ -2,13 +2,13 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tf_lbopt import _validation, rules
-from tf_lbopt.distribution.replicas import inside_scope
+from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.gsnr import SUMMARY, summarize
@@ -31,7 +31,7 @@ class VarianceReduction(Algorithm):
         ValueError: With the first gradients, if there is only one sub-batch.
     """
 
-    statistics = rules.VarianceReduced.statistics
+    statistics = rules.VRGD.statistics
 
     def __init__(self, *args: Any, gamma: float = 0.1, beta_3: float | None = None, **kwargs: Any):
         # The common constructor checks what arrives there. But this one, and the base's, take
@@ -47,7 +47,7 @@ class VarianceReduction(Algorithm):
 
     def rule(self) -> rules.Rule:
         """The base's algorithm behind the weighting."""
-        return rules.VarianceReduced(
+        return rules.VRGD(
             self._base_rule(),
             gamma=self.gamma,
             beta_3=self.beta_3,
@@ -103,7 +103,7 @@ class VarianceReduction(Algorithm):
         """The base's slots, and r's running mean if there is one."""
         return super().slot_names() + (() if self.beta_3 is None else (GSNR_SLOT,))
 
-    def _send(self, *args: Any, **kwargs: Any) -> tf.Tensor:
+    def _prepared_update(self, *args: Any, **kwargs: Any) -> Callable[[], tf.Tensor]:
         # Not in `build`: a model that was trained on several replicas is loaded on one, too.
         sub_batches = self._strategy.num_replicas_in_sync * (self.gradient_accumulation_steps or 1)
         if sub_batches < 2:
@@ -123,7 +123,7 @@ class VarianceReduction(Algorithm):
                 "is the base optimizer with a smaller step. See `tf_lbopt.VRSGD`.",
                 stacklevel=2,
             )
-        return super()._send(*args, **kwargs)
+        return super()._prepared_update(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
@@ -139,11 +139,13 @@ class _Watch:
     every: int
     gamma: float
 
-    def observe(self, layers: Sequence[rules.Layer], step: rules.Step) -> None:
+    def observe(self, parameters: rules.Parameters, step: rules.Step) -> None:
+        statistics = parameters.statistics
+        assert statistics is not None
+
         def write() -> tf.Tensor:
-            rows = [summarize(layer.moments, self.gamma) for layer in layers if layer.moments]
-            indices = tf.constant([layer.index for layer in layers if layer.moments])
-            self.numbers.scatter_update(tf.IndexedSlices(tf.stack(rows), indices))
+            rows = summarize(statistics, self.gamma)
+            self.numbers.scatter_update(tf.IndexedSlices(rows, tf.constant(parameters.indices)))
             return tf.constant(True)
 
         due = tf.cast(step.index, tf.int32) % self.every == 0  # XLA emulates 64 bits on a TPU

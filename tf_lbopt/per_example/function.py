@@ -8,11 +8,11 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
+from tf_lbopt.aggregation.sparse import divide
 from tf_lbopt.per_example.backward import added
 from tf_lbopt.per_example.losses import example_losses
 from tf_lbopt.per_example.tape import PerExampleTape
 from tf_lbopt.rules.norms import Gradient
-from tf_lbopt.statistics.sparse import divide
 
 
 @tf.autograph.experimental.do_not_convert

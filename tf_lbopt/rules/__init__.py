@@ -2,13 +2,12 @@
 
 from tf_lbopt.rules.adam import Adam
 from tf_lbopt.rules.clars import CLARS
-from tf_lbopt.rules.gsnr import SubBatches, SubBatchMoments
 from tf_lbopt.rules.lamb import LAMB
 from tf_lbopt.rules.lars import LARS
-from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Layer, Rule, Step, Update
+from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Parameters, Rule, Step, Update
 from tf_lbopt.rules.sgd import SGD
 from tf_lbopt.rules.sngm import SNGM
-from tf_lbopt.rules.vrgd import VarianceReduced
+from tf_lbopt.rules.vrgd import VRGD
 
 __all__ = [
     "CLARS",
@@ -19,12 +18,10 @@ __all__ = [
     "SGD",
     "SNGM",
     "VARIANCE",
+    "VRGD",
     "Adam",
-    "Layer",
+    "Parameters",
     "Rule",
     "Step",
-    "SubBatchMoments",
-    "SubBatches",
     "Update",
-    "VarianceReduced",
 ]

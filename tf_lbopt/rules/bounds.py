@@ -1,18 +1,17 @@
 """Bounds below which nothing that an update writes overflows.
 
 An update is judged before anything is written, by a few numbers that are there anyway: norms, rates
-and ratios. All are written so that NaN is beyond every bound.
+and ratios, a number for each variable. All comparisons are such that NaN is beyond every bound.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.rules.norms import norms, scalar
-from tf_lbopt.rules.rule import Layer, Step, Update
-from tf_lbopt.rules.sharing import elementwise, scalars
+from tf_lbopt import _compat
+from tf_lbopt.rules.rule import Parameters, Step
 
 
 def greatest_step(dtype: tf.DType) -> float:
@@ -25,138 +24,112 @@ def greatest_step(dtype: tf.DType) -> float:
     return float(limits.max * limits.eps / 8)
 
 
+def greatest_squared(dtype: tf.DType) -> float:
+    """A norm up to this has a finite square: a little less than the square root of the greatest."""
+    return 0.999 * math.sqrt(dtype.max)
+
+
+def _tiny(dtype: tf.DType) -> float:
+    return float(np.finfo(dtype.as_numpy_dtype).tiny)
+
+
 def is_rate(learning_rate: tf.Tensor) -> tf.Tensor:
     """Whether a number is a learning rate: finite and not negative; a boolean scalar."""
     return (learning_rate >= 0) & (learning_rate <= learning_rate.dtype.max)
 
 
-def _greatest_squared(dtype: tf.DType) -> float:
-    # A little less than the square root, for a norm that is a rounding too small.
-    return 0.999 * math.sqrt(dtype.max)
+def _each(limit: Callable[[tf.DType], float], dtypes: Sequence[tf.DType]) -> np.ndarray | float:
+    """A limit for each variable, or one for all if it is the same."""
+    limits = [limit(dtype) for dtype in dtypes]
+    return limits[0] if len(set(limits)) == 1 else np.array(limits)
 
 
-def _all(conditions: dict[tf.DType, tf.Tensor]) -> tf.Tensor:
-    return tf.reduce_all(tf.stack([tf.reduce_all(c) for c in conditions.values()]))
-
-
-def _by_dtype(numbers: Sequence[tf.Tensor]) -> dict[tf.DType, tf.Tensor]:
-    groups: dict[tf.DType, list[tf.Tensor]] = {}
-    for number in numbers:
-        groups.setdefault(number.dtype, []).append(number)
-    return {dtype: tf.stack(group) for dtype, group in groups.items()}
-
-
-def squares_fit(layer_norms: Sequence[tf.Tensor], dtype: tf.DType | None = None) -> tf.Tensor:
-    """Whether the sum of the squares of every layer is finite.
+def squares_fit(lengths: tf.Tensor, dtypes: Sequence[tf.DType]) -> tf.Tensor:
+    """Whether the sum of the squares of every variable's gradient is finite.
 
     Args:
-        layer_norms: A norm for each layer, or a bound of it.
-        dtype: Of the squares; that of the norms by default.
+        lengths: [n], norms or bounds of them.
+        dtypes: Of the squares, one for each or one for all.
 
     Returns:
         A boolean scalar.
 
     Example:
-        >>> [bool(squares_fit([tf.constant(norm)])) for norm in (1e18, 1e20, float("nan"))]
+        >>> [bool(squares_fit(tf.constant([x]), [tf.float32])) for x in (1e18, 1e20, float("nan"))]
         [True, False, False]
     """
-    return _all(
-        {of: n <= _greatest_squared(dtype or of) for of, n in _by_dtype(layer_norms).items()}
-    )
+    return tf.reduce_all(lengths <= _each(greatest_squared, dtypes))
 
 
 def steps_fit(
-    rates: Sequence[tf.Tensor], layer_norms: Sequence[tf.Tensor], momentum: float = 0.0
+    rates: tf.Tensor, lengths: tf.Tensor, dtypes: Sequence[tf.DType], momentum: float = 0.0
 ) -> tf.Tensor:
-    """Whether the steps of all layers can be made: none overflows, none is lost in denormals.
+    """Whether all steps can be made: none overflows, none is lost in denormals.
 
     Args:
-        rates: For each layer what its direction is multiplied by.
-        layer_norms: For each layer the norm of its direction, or a bound of it.
+        rates: [n] or a scalar, what the directions are multiplied by.
+        lengths: [n] or a scalar, the norms of the directions, or bounds of them.
+        dtypes: Of the n variables.
         momentum: β; a velocity is up to 1 / (1−β) times as long as a step.
 
     Returns:
         A boolean scalar.
 
     Example:
-        >>> rates = [tf.constant(0.1), tf.constant(1e-39)]
-        >>> bool(steps_fit(rates, [tf.constant(1e30), tf.constant(1.0)]))
-        True
-        >>> bool(steps_fit(rates, [tf.constant(1e32), tf.constant(1.0)]))  # overflows
-        False
-        >>> bool(steps_fit(rates, [tf.constant(1.0), tf.constant(1e30)]))  # is lost
+        >>> def fit(rate, length):
+        ...     return bool(steps_fit(tf.constant([rate]), tf.constant([length]), [tf.float32]))
+        >>> fit(0.1, 1e30), fit(0.1, 1e32)  # this overflows
+        (True, False)
+        >>> fit(1e-39, 1e30)  # is lost
         False
     """
-    conditions = {}
-    directions = _by_dtype(layer_norms)
-    for dtype, rate in _by_dtype(rates).items():
-        direction = directions[dtype]
-        short = rate * direction <= (1.0 - momentum) * greatest_step(dtype)
-        # The rate for a very long direction may be no normal number, which is as good as 0.
-        tiny = np.finfo(dtype.as_numpy_dtype).tiny
-        conditions[dtype] = short & ((rate >= tiny) | (direction <= _greatest_squared(dtype)))
-    return _all(conditions)
+    short = rates * lengths <= (1.0 - momentum) * _each(greatest_step, dtypes)
+    # The rate for a very long direction may be no normal number, which is as good as 0.
+    kept = (rates >= _each(_tiny, dtypes)) | (lengths <= _each(greatest_squared, dtypes))
+    return tf.reduce_all(short & kept)
 
 
-def decayed_bounds(
-    layers: Sequence[Layer],
-    bounds: Sequence[tf.Tensor],
+def with_decay(
+    parameters: Parameters,
+    lengths: tf.Tensor | float,
     step: Step,
     weight_decay: float | None,
-    adapted_norms: Sequence[tf.Tensor] | None = None,
+    weight_norms: tf.Tensor | None = None,
     ratio: float = 1.0,
-) -> list[tf.Tensor]:
+) -> tf.Tensor | float:
     """What the norms of directions with decay, d + λ w, do not exceed: bound + λ ‖w‖.
 
     Up to η λ = 1 decay lets no weight grow, so that λ ‖w‖ may be left out. Norms that are not there
-    are computed beyond that only; and always with λ > 1, where λ w itself may overflow at any rate.
+    matter beyond that only; and always with λ > 1, where λ w itself may overflow at any rate.
 
     Args:
-        layers: The layers.
-        bounds: For each layer what the norm of d does not exceed.
+        parameters: The variables.
+        lengths: [n], what the norms of d do not exceed.
         step: Gives η.
         weight_decay: λ, or ``None``.
-        adapted_norms: ‖w‖ of the adapted layers, or ``None`` if they are not there.
-        ratio: What η is multiplied by in layers without.
+        weight_norms: [n], ‖w‖ of the adapted variables, or ``None`` if they are not there.
+        ratio: What η is multiplied by for the others.
 
     Returns:
-        A scalar for each layer.
+        [n].
     """
-    if not weight_decay or not any(layer.decayed for layer in layers):
-        return list(bounds)
-    known = {}
-    if adapted_norms is not None:
-        adapted = [layer.index for layer in layers if layer.adapted]
-        known = dict(zip(adapted, adapted_norms, strict=True))
-    others = [layer for layer in layers if layer.decayed and layer.index not in known]
-    if others:
-        rate = scalar(step.learning_rate, tf.float32) * ratio
-        found = tf.cond(
-            tf.constant(True) if weight_decay > 1.0 else rate * weight_decay > 1.0,
-            lambda: norms([layer.variable for layer in others]),
-            lambda: [tf.zeros([], layer.dtype) for layer in others],
-        )
-        known |= zip((layer.index for layer in others), found, strict=True)
-    decay, zero = scalars(layers, weight_decay), scalars(layers, 0.0)
-    return elementwise(
-        lambda bound, norm: bound + decay[norm.dtype] * norm,
-        bounds,
-        [known[layer.index] if layer.decayed else zero[layer.dtype] for layer in layers],
-    )
+    decayed = np.array(parameters.decayed)
+    if not weight_decay or not decayed.any():
+        return lengths
+    known = np.array(parameters.adapted) & (weight_norms is not None)
+    missing = decayed & ~known
+    total = tf.zeros(decayed.shape, parameters.dtype)
+    if known.any():
+        total = tf.where(decayed & known, weight_norms, total)
+    if missing.any():
 
+        def others() -> tf.Tensor:
+            return parameters.norms_of(parameters.variables, missing.tolist())
 
-def write_if_sound(finite: tf.Tensor, update: Update) -> tf.Tensor:
-    """Writes an update of finite gradients if it is sound.
-
-    Args:
-        finite: Whether the gradients are finite, a boolean scalar.
-        update: What a rule computed of them.
-
-    Returns:
-        Whether all of it was written, a boolean scalar.
-    """
-
-    def write() -> tf.Tensor:
-        return tf.reduce_all(tf.stack([tf.constant(True), *update.write()]))
-
-    return tf.cond(finite & update.sound, write, lambda: tf.constant(False))
+        if weight_decay > 1.0 or _compat.in_xla_context():
+            found = others()
+        else:
+            strong = tf.cast(step.learning_rate, tf.float32) * ratio * weight_decay > 1.0
+            found = tf.cond(strong, others, lambda: tf.zeros_like(total))
+        total += found
+    return lengths + weight_decay * total

@@ -1,16 +1,14 @@
 """Complete layer-wise adaptive rate scaling."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import tensorflow as tf
 
-from tf_lbopt.rules.bounds import decayed_bounds, steps_fit
-from tf_lbopt.rules.momentum import apply_velocities
-from tf_lbopt.rules.norms import norms
-from tf_lbopt.rules.rule import MEAN_NORM, Layer, Rule, Step, Update, decayed_gradients
-from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
+from tf_lbopt.rules.bounds import with_decay
+from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step, Update, decayed_gradients
+from tf_lbopt.rules.sgd import velocity_update
+from tf_lbopt.rules.trust_ratio import trust_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,45 +25,27 @@ class CLARS(Rule):
     statistics: ClassVar[tuple[str, ...]] = (MEAN_NORM,)
 
     momentum: float
-    eta: float
+    trust_coefficient: float
     max_trust_ratio: float | None = None
     weight_decay: float | None = None
     nesterov: bool = True
     default_trust_ratio: float = 1.0
 
-    def update(self, layers: Sequence[Layer], step: Step) -> Update:
+    def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
-        adapted = [layer for layer in layers if layer.adapted]
-        weight_norms = norms([layer.variable for layer in adapted])
-        rates = layerwise_rates(
-            layers,
-            step,
-            self._ratio,
-            weight_norms,
-            [_mean_norm(layer) for layer in adapted],
-            self.default_trust_ratio,
+        assert parameters.mean_norms is not None, "`statistics` declares them"
+        weight_norms, default = parameters.weight_norms(), self.default_trust_ratio
+        ratios = trust_ratio(weight_norms, parameters.mean_norms, self.trust_coefficient, default)
+        if self.max_trust_ratio is not None:
+            bounded = tf.minimum(ratios, tf.constant(self.max_trust_ratio, ratios.dtype))
+            ratios = tf.where(list(parameters.adapted), bounded, ratios)
+        return velocity_update(
+            parameters,
+            decayed_gradients(parameters, self.weight_decay),
+            step.rates(ratios),
+            with_decay(
+                parameters, parameters.norm_bounds, step, self.weight_decay, weight_norms, default
+            ),
+            self.momentum,
+            self.nesterov,
         )
-        gradients = decayed_gradients(layers, self.weight_decay)
-        bounds = decayed_bounds(
-            layers,
-            [layer.norm_bound for layer in layers],
-            step,
-            self.weight_decay,
-            weight_norms,
-            self.default_trust_ratio,
-        )
-        return Update(
-            steps_fit(rates, bounds, self.momentum),
-            lambda: apply_velocities(layers, gradients, rates, self.momentum, self.nesterov),
-        )
-
-    def _ratio(self, weight_norms: tf.Tensor, mean_norms: tf.Tensor) -> tf.Tensor:
-        ratio = trust_ratio(weight_norms, mean_norms, self.eta, self.default_trust_ratio)
-        if self.max_trust_ratio is None:
-            return ratio
-        return tf.minimum(ratio, tf.constant(self.max_trust_ratio, ratio.dtype))
-
-
-def _mean_norm(layer: Layer) -> tf.Tensor:
-    assert layer.mean_norm is not None, "the road provides what `statistics` declares"
-    return layer.mean_norm

@@ -4,42 +4,43 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_lbopt.rules.norms import Gradient, global_norm
+from tf_lbopt.rules.norms import Gradient, global_norm, norms
 
 
 def clip(
     gradients: Sequence[Gradient],
-    layer_norms: Sequence[tf.Tensor],
+    gradient_norms: tf.Tensor,
     clipnorm: float | None = None,
     clipvalue: float | None = None,
     global_clipnorm: float | None = None,
-) -> tuple[list[Gradient], list[tf.Tensor] | None]:
-    """Clips the mean gradient.
+) -> tuple[list[Gradient], tf.Tensor]:
+    """Clips the mean gradients.
 
     Args:
-        gradients: One per layer, sparse ones without repeated indices.
-        layer_norms: Their norms.
-        clipnorm: Greatest norm of one layer.
+        gradients: One per variable, sparse ones without repeated indices.
+        gradient_norms: [n], their norms.
+        clipnorm: Greatest norm of one variable's.
         clipvalue: Greatest magnitude of one element.
-        global_clipnorm: Greatest norm of all layers together.
+        global_clipnorm: Greatest norm of all together.
 
     Returns:
-        The clipped gradients and their norms; ``None`` for the norms where they must be computed
-        anew (after ``clipvalue``).
+        The clipped gradients and their norms.
     """
     if clipvalue is not None:
-        return [_clip_elements(g, clipvalue) for g in gradients], None
+        clipped = [tf.clip_by_value(gradient, -clipvalue, clipvalue) for gradient in gradients]
+        return clipped, norms(clipped)
     if clipnorm is not None:
-        factors = [_shrink(n, clipnorm) for n in layer_norms]
+        factors = _shrink(gradient_norms, clipnorm)
     elif global_clipnorm is not None:
-        factor = _shrink(global_norm(layer_norms), global_clipnorm)
-        factors = [tf.cast(factor, n.dtype) for n in layer_norms]
+        factor = _shrink(global_norm(gradient_norms), global_clipnorm)
+        factors = tf.fill(gradient_norms.shape, factor)
     else:
-        return list(gradients), list(layer_norms)
-    return (
-        [scale(g, factor) for g, factor in zip(gradients, factors, strict=True)],
-        [n * factor for n, factor in zip(layer_norms, factors, strict=True)],
-    )
+        return list(gradients), gradient_norms
+    clipped = [
+        scale(gradient, tf.cast(factor, gradient.dtype))
+        for gradient, factor in zip(gradients, tf.unstack(factors, num=len(gradients)), strict=True)
+    ]
+    return clipped, gradient_norms * factors
 
 
 def scale(gradient: Gradient, factor: tf.Tensor) -> Gradient:
@@ -54,7 +55,3 @@ def scale(gradient: Gradient, factor: tf.Tensor) -> Gradient:
 def _shrink(norm: tf.Tensor, limit: float) -> tf.Tensor:
     limit = tf.constant(limit, norm.dtype)
     return limit / tf.maximum(norm, limit)
-
-
-def _clip_elements(gradient: Gradient, limit: float) -> Gradient:
-    return tf.clip_by_value(gradient, -limit, limit)

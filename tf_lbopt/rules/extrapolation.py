@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_lbopt.rules.momentum import apply_delta
-from tf_lbopt.rules.norms import compute_dtype, scalar
+from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.rules.writer import Writer
 
 
 def extrapolate(weights, velocity, noise, rate, momentum):
@@ -35,15 +35,17 @@ def extrapolate(weights, velocity, noise, rate, momentum):
 def apply_extrapolation(variable, velocity, noise, rate, momentum) -> None:
     """`extrapolate` on a variable, in place; ``velocity`` is a variable or ``None``."""
     dtype = compute_dtype(variable.dtype)
+    rate = tf.cast(rate, dtype)
     if dtype != variable.dtype:  # one rounding to half precision, not two
         slot = None if velocity is None else tf.cast(velocity, dtype)
-        moved = extrapolate(tf.cast(variable, dtype), slot, noise, scalar(rate, dtype), momentum)
+        moved = extrapolate(tf.cast(variable, dtype), slot, noise, rate, momentum)
         variable.assign(tf.cast(moved, variable.dtype))
         return
+    writer = Writer()
     if noise is not None:
-        apply_delta(variable, noise, -scalar(rate, dtype))
+        writer.add(variable, noise, -rate)
     if velocity is not None:
-        apply_delta(variable, tf.convert_to_tensor(velocity), scalar(momentum, dtype))
+        writer.add(variable, tf.convert_to_tensor(velocity), tf.constant(momentum, dtype))
 
 
 def filter_axes(rank: int, kind: str = "kernel") -> list[int]:

@@ -1,82 +1,54 @@
 """Layer-wise adaptive moments for batch training."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import ClassVar
 
-import tensorflow as tf
-
-from tf_lbopt.rules.adam import adam_steps_fit, apply_adam_moments, direction_limit, may_fuse
-from tf_lbopt.rules.momentum import apply_delta
-from tf_lbopt.rules.norms import norms
-from tf_lbopt.rules.rule import Layer, Rule, Step, Update, dense
-from tf_lbopt.rules.running_mean import running_means
-from tf_lbopt.rules.sharing import scalars
-from tf_lbopt.rules.trust_ratio import layerwise_rates, trust_ratio
+from tf_lbopt.rules.adam import AdamMoments
+from tf_lbopt.rules.rule import Parameters, Step, Update, dense
+from tf_lbopt.rules.trust_ratio import trust_ratio
+from tf_lbopt.rules.writer import Writer
 
 
 @dataclasses.dataclass(frozen=True)
-class LAMB(Rule):
+class LAMB(AdamMoments):
     """LAMB: ``r = m̂ / (√v̂ + ε) + λ w``, ``w ← w − η ρ r`` with ``ρ = ‖w‖ / ‖r‖``."""
 
-    slots: ClassVar[tuple[str, ...]] = ("momentum", "velocity")
-
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    weight_decay: float | None = None
     default_trust_ratio: float = 1.0
 
-    def update(self, layers: Sequence[Layer], step: Step) -> Update:
+    def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
-        first = running_means(layers, step, self.beta_1)
-        second = running_means(layers, step, self.beta_2)
-        epsilon = scalars(layers, self.epsilon)
-        decay = scalars(layers, self.weight_decay or 0.0)
-        adapted = [layer for layer in layers if layer.adapted]
-        weight_norms = norms([layer.variable for layer in adapted])
+        means = self.running_means(parameters, step)
+        epsilon = parameters.constants(self.epsilon)
+        decay = parameters.constants(self.weight_decay or 0.0)
+        weight_norms = parameters.weight_norms()
 
-        def write() -> list[tf.Tensor]:
-            directions = [
-                apply_adam_moments(
-                    layer.slots["momentum"],
-                    layer.slots["velocity"],
-                    dense(layer.gradient),
-                    first[layer.dtype],
-                    second[layer.dtype],
-                    epsilon[layer.dtype],
-                    decay[layer.dtype] * layer.weights()
-                    if self.weight_decay and layer.decayed
-                    else None,
-                    limit=direction_limit(self.beta_1, self.beta_2),
-                    fused=may_fuse(self.epsilon),
+        def write(writer: Writer) -> None:
+            directions = []
+            for index, (w, gradient) in enumerate(
+                zip(parameters.weights(), parameters.gradients, strict=True)
+            ):
+                decayed = self.weight_decay and parameters.decayed[index]
+                directions.append(
+                    writer.adam(
+                        parameters.slots["momentum"][index],
+                        parameters.slots["velocity"][index],
+                        dense(gradient),
+                        *means[w.dtype],
+                        epsilon[w.dtype],
+                        offset=decay[w.dtype] * w if decayed else None,
+                        limit=self.direction_limit,
+                        least_epsilon=self.epsilon,
+                    )
                 )
-                for layer in layers
-            ]
-            direction_norms = norms(
-                [d for d, layer in zip(directions, layers, strict=True) if layer.adapted]
-            )
-            rates = layerwise_rates(
-                layers,
-                step,
-                lambda weight_norm, norm: trust_ratio(
-                    weight_norm, norm, default=self.default_trust_ratio
-                ),
+            ratios = trust_ratio(
                 weight_norms,
-                direction_norms,
-                self.default_trust_ratio,
+                parameters.norms_of(directions, parameters.adapted),
+                default=self.default_trust_ratio,
             )
-            written = []
-            for layer, direction, rate in zip(layers, directions, rates, strict=True):
-                written += apply_delta(layer.variable, direction, -rate)
-            return written
+            rates = parameters.split(step.rates(ratios))
+            for variable, direction, rate in zip(
+                parameters.variables, directions, rates, strict=True
+            ):
+                writer.add(variable, direction, -rate)
 
-        sound = adam_steps_fit(
-            layers,
-            step,
-            (self.beta_1, self.beta_2, self.epsilon),
-            self.weight_decay,
-            weight_norms,
-            max(1.0, self.default_trust_ratio),
-        )
-        return Update(sound, write)
+        ratio = max(1.0, self.default_trust_ratio)
+        return Update(self.steps_fit(parameters, step, weight_norms, ratio), write)

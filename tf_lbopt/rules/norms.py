@@ -1,8 +1,9 @@
 """Euclidean norms that neither underflow nor overflow where the result itself is representable.
 
 Squares of float32 numbers below 1e-19 vanish and above 1e19 overflow, so the usual
-``sqrt(sum(x**2))`` silently turns a small gradient into "no gradient". Here the usual one-pass form
-is taken where it is exact, and a second pass over scaled elements is made where it is not.
+``sqrt(sum(x**2))`` silently turns a small gradient into "no gradient". Here the usual form is taken
+where it is exact, and one of scaled elements where it is not: in a graph by a second pass that is
+rarely made, compiled by XLA by three sums in one pass.
 """
 
 import dataclasses
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import tensorflow as tf
+
+from tf_lbopt import _compat
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
@@ -42,11 +45,9 @@ def compute_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype.size < 4 else dtype
 
 
-def scalar(value: tf.Tensor | float, dtype: tf.DType) -> tf.Tensor:
-    """A number as a tensor of ``dtype``, without passing a Python float through float32."""
-    if isinstance(value, (int, float)):
-        return tf.constant(value, dtype)
-    return tf.cast(value, dtype)
+def widest(dtypes: Sequence[tf.DType]) -> tf.DType:
+    """The widest of the dtypes that arithmetic is done in; float32 if there are none."""
+    return tf.float64 if tf.float64 in dtypes else tf.float32
 
 
 def norm(tensor: Gradient) -> tf.Tensor:
@@ -69,59 +70,60 @@ def norm(tensor: Gradient) -> tf.Tensor:
     return norms([tensor])[0]
 
 
-def norms(tensors: Sequence[Gradient]) -> list[tf.Tensor]:
-    """Euclidean norms of several tensors, each as `norm` defines it, in one go."""
-    values = [_as_values(tensor) for tensor in tensors]
+def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
+    """Euclidean norms of n tensors, each as `norm` defines it: [n], of the widest dtype."""
+    values = [values_of(tensor) for tensor in tensors]
     groups: dict[tuple[tf.DType, bool], list[int]] = {}
     for index, value in enumerate(values):
         size = value.shape.num_elements()
         groups.setdefault((value.dtype, size is None or size > _SMALL), []).append(index)
-    results: dict[int, tf.Tensor] = {}
-    for group in groups.values():
-        of_group = _norms_of_alike([values[index] for index in group])
-        results.update(zip(group, tf.unstack(of_group, num=len(group)), strict=True))
-    return [results[index] for index in range(len(values))]
+    dtype = widest([value.dtype for value in values])
+    parts = [tf.cast(_norms_of_alike([values[i] for i in g]), dtype) for g in groups.values()]
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return tf.zeros([0], dtype)
+    order = [index for group in groups.values() for index in group]
+    return tf.gather(tf.concat(parts, 0), sorted(range(len(order)), key=order.__getitem__))
 
 
-def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
-    """Norms of tensors of one dtype; all are computed once more if one of them needs it."""
-    squares = _sums_of_squares(values)
-    factors = _factors(squares)
-    return tf.cond(
-        tf.reduce_all(tf.equal(factors, 1.0)),
-        lambda: tf.sqrt(squares),
-        lambda: _scaled_norms(values, factors),
-    )
+def values_of(tensor: Gradient) -> tf.Tensor:
+    """The elements, in the compute dtype; of a sparse tensor its values."""
+    values = tensor.values if isinstance(tensor, tf.IndexedSlices) else tf.convert_to_tensor(tensor)
+    return tf.cast(values, compute_dtype(values.dtype))
 
 
-def greatest(tensor: Gradient) -> tf.Tensor:
-    """The greatest magnitude of an element, a scalar of the compute dtype; NaN if one is."""
-    return tf.reduce_max(tf.abs(_as_values(tensor)))
+def global_norm(norms_of_all: tf.Tensor) -> tf.Tensor:
+    """The norm of several tensors together, from the [n] norms of each: a scalar."""
+    squares = _sums_of_squares([norms_of_all])
+    return _scaled_norms([norms_of_all], _factors(squares))[0]
 
 
-def global_norm(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
-    """The norm of all layers together, from the norms of each; of the widest dtype among them."""
-    stacked = _stacked(layer_norms)
-    factors = _factors(_sums_of_squares([stacked]))
-    return _scaled_norms([stacked], factors)[0]
-
-
-def all_finite(layer_norms: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Whether every element of every layer is finite, a boolean scalar.
+def all_finite(norms_of_all: tf.Tensor) -> tf.Tensor:
+    """Whether every element of every tensor is finite, from their norms: a boolean scalar.
 
     A norm is finite exactly if all elements are (and the norm itself does not overflow).
     """
-    return tf.reduce_all(tf.math.is_finite(_stacked(layer_norms)))
+    return tf.reduce_all(tf.math.is_finite(norms_of_all))
 
 
-def _stacked(numbers: Sequence[tf.Tensor]) -> tf.Tensor:
-    widest = max((number.dtype for number in numbers), key=lambda dtype: dtype.size)
-    return tf.stack([tf.cast(number, widest) for number in numbers])
-
-
-def _as_values(tensor: Gradient) -> tf.Tensor:
-    values = tensor.values if isinstance(tensor, tf.IndexedSlices) else tf.convert_to_tensor(tensor)
-    return tf.cast(values, compute_dtype(values.dtype))
+def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
+    """Norms of tensors of one dtype; in a graph all are computed again if one of them needs it."""
+    squares = _sums_of_squares(values)
+    factors = _factors(squares)
+    usual = tf.sqrt(squares)
+    if not _compat.in_xla_context():
+        return tf.cond(
+            tf.reduce_all(tf.equal(factors, 1.0)),
+            lambda: usual,
+            lambda: _scaled_norms(values, factors),
+        )
+    up = _RANGES[squares.dtype].factor
+    enlarged, reduced = (
+        _scaled_norms(values, tf.fill(factors.shape, tf.constant(f, factors.dtype)))
+        for f in (up, 1 / up)
+    )
+    return tf.where(factors == 1.0, usual, tf.where(factors > 1.0, enlarged, reduced))
 
 
 def _sums_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:

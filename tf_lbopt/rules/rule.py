@@ -2,71 +2,114 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.rules.gsnr import SubBatchMoments
-from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
-from tf_lbopt.rules.sharing import scalars
+from tf_lbopt.rules.gsnr import SubBatchStatistics
+from tf_lbopt.rules.norms import Gradient, norms, widest
+from tf_lbopt.rules.trust_ratio import finite
+from tf_lbopt.rules.writer import Writer
 
 VARIANCE = "variance"
-"""The statistic that `Layer.moments` gives."""
+"""The statistic that `Parameters.statistics` gives."""
 
 MEAN_NORM = "mean_norm"
-"""The statistic that `Layer.mean_norm` gives."""
+"""The statistic that `Parameters.mean_norms` gives."""
 
 OWN_GRADIENT = "own_gradient"
 """The statistic that gives a replica its own gradients beside their mean."""
 
 
-@dataclasses.dataclass
-class Layer:
-    """One trainable variable, as a rule sees it on one replica.
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The trainable variables of one update, as a rule sees them on one replica.
+
+    Every list has an entry, every vector an element for each variable. Vectors are of the widest
+    dtype that arithmetic on the variables is done in.
 
     Attributes:
-        index: The number of the variable, as the optimizer counts them.
-        variable: The weights; a rule writes the new ones into it.
-        gradient: The mean gradient over the global batch, finite, clipped, of the compute dtype;
-            dense, or ``tf.IndexedSlices`` without repeated indices.
-        gradient_norm: Its Euclidean norm, or ``None`` where nobody has computed it.
-        norm_bound: What its norm does not exceed; where the gradient has been weighted element by
-            element, the norm before that.
-        slots: The rule's state for this variable, by slot name.
+        indices: The numbers of the variables, as the optimizer counts them.
+        variables: The weights; a rule writes the new ones into them.
+        gradients: The mean gradients over the global batch, clipped, each of the compute dtype of
+            its variable; dense, or ``tf.IndexedSlices`` without repeated indices.
+        gradient_norms: [n], their norms, or ``None`` where nobody has computed them.
+        norm_bounds: [n], what their norms do not exceed; of a gradient that has been weighted
+            element by element, the norm before that.
+        slots: The rule's state, by slot name.
         decayed: Whether weight decay applies.
         adapted: Whether layer-wise adaptation (a trust ratio) applies.
-        moments: What the gradients were over the sub-batches, before any clipping; ``None`` if the
-            rule does not declare the statistic `VARIANCE`.
-        mean_norm: N, the mean over the sub-batches (or over the examples) of the norms of their
-            unclipped gradients, a scalar of the compute dtype; ``None`` if the rule does not
-            declare the statistic `MEAN_NORM`.
+        statistics: What the gradients were over the sub-batches, before any clipping; ``None`` if
+            the rule does not declare `VARIANCE`.
+        mean_norms: [n], N, the mean over the sub-batches (or over the examples) of the norms of
+            their unclipped gradients; ``None`` if the rule does not declare `MEAN_NORM`.
     """
 
-    index: int
-    variable: tf.Variable
-    gradient: Gradient
-    gradient_norm: tf.Tensor | None
-    norm_bound: tf.Tensor
-    slots: Mapping[str, tf.Variable]
-    decayed: bool = True
-    adapted: bool = True
-    moments: SubBatchMoments | None = None
-    mean_norm: tf.Tensor | None = None
+    indices: Sequence[int]
+    variables: Sequence[tf.Variable]
+    gradients: Sequence[Gradient]
+    gradient_norms: tf.Tensor | None
+    norm_bounds: tf.Tensor
+    slots: Mapping[str, Sequence[tf.Variable]]
+    decayed: Sequence[bool]
+    adapted: Sequence[bool]
+    statistics: SubBatchStatistics | None = None
+    mean_norms: tf.Tensor | None = None
+
+    @functools.cached_property
+    def dtypes(self) -> list[tf.DType]:
+        """The dtypes that arithmetic on the variables is done in."""
+        return [gradient.dtype for gradient in self.gradients]
 
     @property
     def dtype(self) -> tf.DType:
-        """The dtype that arithmetic on this layer is done in."""
-        return compute_dtype(self.variable.dtype)
+        """The widest of them."""
+        return widest(self.dtypes)
 
-    def weights(self) -> tf.Tensor:
-        """The current weights, in the compute dtype."""
-        return tf.cast(self.variable, self.dtype)
+    def constants(self, value: float) -> dict[tf.DType, tf.Tensor]:
+        """A number, as one tensor for each of the dtypes."""
+        return {dtype: tf.constant(value, dtype) for dtype in dict.fromkeys(self.dtypes)}
+
+    def split(self, numbers: tf.Tensor) -> list[tf.Tensor]:
+        """One scalar for each variable, in its dtype, of a vector or of a scalar for all."""
+        if numbers.shape.rank == 0:
+            shared = {dtype: tf.cast(numbers, dtype) for dtype in dict.fromkeys(self.dtypes)}
+            return [shared[dtype] for dtype in self.dtypes]
+        scalars = tf.unstack(numbers, num=len(self.dtypes))
+        return [tf.cast(s, dtype) for s, dtype in zip(scalars, self.dtypes, strict=True)]
+
+    def weights(self) -> list[tf.Tensor]:
+        """The current weights, in the compute dtypes."""
+        return [tf.cast(v, dtype) for v, dtype in zip(self.variables, self.dtypes, strict=True)]
+
+    def norms_of(self, tensors: Sequence[Gradient], chosen: Sequence[bool]) -> tf.Tensor:
+        """[n], the norms of those that are chosen, 0 for the others."""
+        found = norms([t for t, wanted in zip(tensors, chosen, strict=True) if wanted])
+        if all(chosen):
+            return found
+        return tf.scatter_nd(np.flatnonzero(chosen)[:, None], found, [len(chosen)])
+
+    def weight_norms(self) -> tf.Tensor:
+        """[n], the norms of the weights of adapted variables, 0 for the others."""
+        return self.norms_of(self.variables, self.adapted)
+
+    def own_norms(self) -> tf.Tensor:
+        """[n], the norms of the gradients."""
+        return norms(self.gradients) if self.gradient_norms is None else self.gradient_norms
+
+    def norms_with_decay(self, decayed: Sequence[Gradient]) -> tf.Tensor:
+        """[n], the norms of `decayed_gradients`; those that do not decay are known, or may be."""
+        if self.gradient_norms is None:
+            return norms(decayed)
+        return tf.where(self.decayed, self.norms_of(decayed, self.decayed), self.gradient_norms)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is common to all layers of one update.
+    """What is common to all variables of one update.
 
     Attributes:
         learning_rate: η, a float scalar.
@@ -76,6 +119,14 @@ class Step:
     learning_rate: tf.Tensor
     index: tf.Tensor
 
+    def numbers(self, parameters: Parameters) -> dict[tf.DType, tf.Tensor]:
+        """The number of this update, from 1, in each of the dtypes."""
+        return {dtype: tf.cast(self.index + 1, dtype) for dtype in dict.fromkeys(parameters.dtypes)}
+
+    def rates(self, ratios: tf.Tensor) -> tf.Tensor:
+        """[n], η times the trust ratios."""
+        return finite(tf.cast(self.learning_rate, ratios.dtype) * ratios)
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -84,12 +135,11 @@ class Update:
     Attributes:
         sound: Whether norms, rates and ratios are such that all that it writes is finite; a boolean
             scalar.
-        write: Writes new weights and slots. Returns booleans, where single elements can still
-            overflow: whether all were written, or some have kept their old value.
+        write: Writes new weights and slots by a `Writer`.
     """
 
     sound: tf.Tensor
-    write: Callable[[], list[tf.Tensor]]
+    write: Callable[[Writer], None]
 
 
 class Rule(abc.ABC):
@@ -102,8 +152,12 @@ class Rule(abc.ABC):
     """What it must know of the sub-batches beyond their mean gradient."""
 
     @abc.abstractmethod
-    def update(self, layers: Sequence[Layer], step: Step) -> Update:
+    def update(self, parameters: Parameters, step: Step) -> Update:
         """Computes one update, up to what is decided from norms."""
+
+    def slot_names(self) -> tuple[str, ...]:
+        """The slots that it keeps with its hyper-parameters: no momentum where that is 0."""
+        return () if getattr(self, "momentum", None) == 0.0 else self.slots
 
 
 def dense(gradient: Gradient) -> tf.Tensor:
@@ -121,38 +175,14 @@ def dense(gradient: Gradient) -> tf.Tensor:
     )
 
 
-def decayed_gradients(layers: Sequence[Layer], weight_decay: float | None) -> list[Gradient]:
-    """``g + λ w``, dense, for every layer that decays; for the others ``g`` as it is."""
+def decayed_gradients(parameters: Parameters, weight_decay: float | None) -> list[Gradient]:
+    """``g + λ w``, dense, for every variable that decays; for the others ``g`` as it is."""
     if not weight_decay:
-        return [layer.gradient for layer in layers]
-    decay = scalars(layers, weight_decay)
+        return list(parameters.gradients)
+    decay = parameters.constants(weight_decay)
     return [
-        dense(layer.gradient) + decay[layer.dtype] * layer.weights()
-        if layer.decayed
-        else layer.gradient
-        for layer in layers
+        dense(g) + decay[g.dtype] * w if decayed else g
+        for g, w, decayed in zip(
+            parameters.gradients, parameters.weights(), parameters.decayed, strict=True
+        )
     ]
-
-
-def coupled_weight_decay(
-    layers: Sequence[Layer], weight_decay: float | None, also: Sequence[Gradient] = ()
-) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-    """``g + λ w`` for every layer that decays (else ``g``), with its norm.
-
-    Args:
-        layers: The layers.
-        weight_decay: λ, or ``None``.
-        also: Tensors whose norms are wanted too; norms are computed in one go.
-
-    Returns:
-        The dense gradients, their norms, and the norms of ``also``.
-    """
-    gradients = [dense(gradient) for gradient in decayed_gradients(layers, weight_decay)]
-    gradient_norms = [
-        None if weight_decay and layer.decayed else layer.gradient_norm for layer in layers
-    ]
-    missing = [index for index, norm in enumerate(gradient_norms) if norm is None]
-    found = norms([*(gradients[index] for index in missing), *also])
-    for index, norm in zip(missing, found[: len(missing)], strict=True):
-        gradient_norms[index] = norm
-    return gradients, gradient_norms, found[len(missing) :]

@@ -1,16 +1,14 @@
 """Stochastic normalized gradient descent with momentum."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
 import tensorflow as tf
 
 from tf_lbopt.rules.bounds import steps_fit
-from tf_lbopt.rules.momentum import apply_heavy_ball
 from tf_lbopt.rules.norms import global_norm
-from tf_lbopt.rules.rule import Layer, Rule, Step, Update, coupled_weight_decay
-from tf_lbopt.rules.sharing import scalars
+from tf_lbopt.rules.rule import Parameters, Rule, Step, Update, decayed_gradients, dense
+from tf_lbopt.rules.writer import Writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,27 +20,25 @@ class SNGM(Rule):
     momentum: float
     weight_decay: float | None = None
 
-    def update(self, layers: Sequence[Layer], step: Step) -> Update:
+    def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
-        gradients, layer_norms, _ = coupled_weight_decay(layers, self.weight_decay)
-        norm = scalars(layers, global_norm(layer_norms))
-        momentum = scalars(layers, self.momentum)
-        rates = scalars(layers, step.learning_rate)
+        gradients = [dense(g) for g in decayed_gradients(parameters, self.weight_decay)]
+        if self.weight_decay:
+            norm = global_norm(parameters.norms_with_decay(gradients))
+        else:
+            norm = global_norm(parameters.own_norms())
         # Not multiplied by 1/‖g‖, which is no normal number where ‖g‖ is very great.
-        divisors = {d: tf.where(n > 0, n, tf.ones_like(n)) for d, n in norm.items()}
+        divisor = tf.where(norm > 0, norm, tf.ones_like(norm))
+        divisors, rates = parameters.split(divisor), parameters.split(step.learning_rate)
 
-        def write() -> list[tf.Tensor]:
-            written = []
-            for layer, gradient in zip(layers, gradients, strict=True):
-                written += apply_heavy_ball(
-                    layer.variable,
-                    layer.slots.get("momentum"),
-                    gradient / divisors[layer.dtype],
-                    step.learning_rate,
-                    momentum[layer.dtype],
-                )
-            return written
+        def write(writer: Writer) -> None:
+            momentum = parameters.constants(self.momentum)
+            buffers = parameters.slots.get("momentum", [None] * len(gradients))
+            for variable, buffer, gradient, by, rate in zip(
+                parameters.variables, buffers, gradients, divisors, rates, strict=True
+            ):
+                writer.heavy_ball(variable, buffer, gradient / by, rate, momentum[by.dtype])
 
         # The norm of g/‖g‖: 1, or 0, or NaN.
-        lengths = [n / divisors[dtype] for dtype, n in norm.items()]
-        return Update(steps_fit(list(rates.values()), lengths, self.momentum), write)
+        rate = tf.cast(step.learning_rate, norm.dtype)
+        return Update(steps_fit(rate, norm / divisor, parameters.dtypes, self.momentum), write)

@@ -1,11 +1,6 @@
-"""The layer-wise trust ratio of LARS and LAMB."""
-
-from collections.abc import Callable, Sequence
+"""The layer-wise trust ratio of LARS, CLARS and LAMB."""
 
 import tensorflow as tf
-
-from tf_lbopt.rules.rule import Layer, Step
-from tf_lbopt.rules.sharing import elementwise, scalars
 
 
 def trust_ratio(
@@ -17,7 +12,7 @@ def trust_ratio(
     """``coefficient · ‖w‖ / ‖update‖``, `default` where either norm is 0; finite at any rate.
 
     Args:
-        weight_norm: The norm of one layer's weights, a scalar; or a vector of several layers'.
+        weight_norm: The norm of one variable's weights, a scalar; or a vector of several ones'.
         update_norm: Of the same shape and dtype, the norm of what is about to be subtracted.
         coefficient: LARS's trust coefficient; LAMB has 1.
         default: The ratio where there is none.
@@ -36,40 +31,10 @@ def trust_ratio(
         1.0
     """
     defined = (weight_norm > 0) & (update_norm > 0)
-    ratio = _finite(coefficient * tf.math.divide_no_nan(weight_norm, update_norm))
+    ratio = finite(coefficient * tf.math.divide_no_nan(weight_norm, update_norm))
     return tf.where(defined, ratio, tf.constant(default, ratio.dtype))
 
 
-def _finite(rates: tf.Tensor) -> tf.Tensor:
-    # Of an update of 1e-38 and less a rate can overflow, and ∞ · 0 is NaN.
+def finite(rates: tf.Tensor) -> tf.Tensor:
+    """Ratios or rates; of an update of 1e-38 and less they can overflow, and ∞ · 0 is NaN."""
     return tf.minimum(rates, rates.dtype.max)
-
-
-def layerwise_rates(
-    layers: Sequence[Layer],
-    step: Step,
-    ratio: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    weight_norms: Sequence[tf.Tensor],
-    update_norms: Sequence[tf.Tensor],
-    default: float = 1.0,
-) -> list[tf.Tensor]:
-    """The learning rate of each layer: η times its ratio, or the default if it is not adapted.
-
-    Args:
-        layers: The layers.
-        step: Gives η.
-        ratio: The trust ratio as a function of vectors of weight norms and update norms.
-        weight_norms: Of the adapted layers.
-        update_norms: Of the adapted layers.
-        default: The ratio of the other layers.
-    """
-    rates = scalars(layers, step.learning_rate)
-    adapted = elementwise(
-        lambda weight_norm, update_norm: _finite(
-            rates[weight_norm.dtype] * ratio(weight_norm, update_norm)
-        ),
-        weight_norms,
-        update_norms,
-    )
-    of_adapted = iter(adapted)
-    return [next(of_adapted) if layer.adapted else default * rates[layer.dtype] for layer in layers]

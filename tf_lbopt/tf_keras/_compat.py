@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 from tensorflow.python.trackable.data_structures import NoDependency
 
-from tf_lbopt.distribution.replicas import inside_scope, once_for_all_replicas
+from tf_lbopt.aggregation.replicas import inside_scope, once_for_all_replicas
 
 _LOSS_SCALE = "loss_scale"
 

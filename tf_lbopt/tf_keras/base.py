@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_keras
 
 from tf_lbopt import _validation
-from tf_lbopt.distribution.replicas import once_for_all_replicas
+from tf_lbopt.aggregation.replicas import once_for_all_replicas
 from tf_lbopt.optimizers.algorithm import (
     Algorithm,
     checked_new_learning_rate,
@@ -276,7 +276,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
                 "experimental_aggregate_gradients=False) on "
                 f"{self._strategy.num_replicas_in_sync} replicas"
             )
-        return self._send(grads, variables, after=self._take_back_step, summed=summed)
+        return self._prepared_update(grads, variables, after=self._take_back_step, summed=summed)()
 
     def _take_back_step(self, finite: tf.Tensor) -> None:
         # Where this wrapper finds a NaN it counts a step, which is none here; taken back before.

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_lbopt.distribution.sub_batches import split
+from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.rules.clip import scale

@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection
 
 import tensorflow as tf
 
-from tf_lbopt.rules.momentum import apply_delta
+from tf_lbopt import _compat
+from tf_lbopt.aggregation.sparse import merge_repeated_indices, rows_at
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
-from tf_lbopt.rules.sharing import scalars
-from tf_lbopt.statistics.sparse import merge_repeated_indices, rows_at
+from tf_lbopt.rules.writer import Writer
 
 MakeVariable = Callable[..., tf.Variable]
 
@@ -28,7 +28,7 @@ _LARGE = 1 << 12
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnMoments:
+class ReplicaStatistics:
     """One replica's gradients over the micro-steps of an update.
 
     Attributes:
@@ -90,7 +90,7 @@ class DenseAccumulator:
         if self._replicas > 1:
             full *= self._replicas
         squares = tf.math.squared_difference(full, mean)
-        apply_delta(self.deviations, squares, of_squares)
+        Writer().add(self.deviations, squares, of_squares)
 
     def begin(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Overwrites what there is by the first micro-step, in place. Arguments as `add`."""
@@ -247,7 +247,7 @@ def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Te
 
 
 def shares_of_deviations(
-    own: OwnMoments, totals: list[Gradient], live: tf.Tensor, replicas: int
+    own: ReplicaStatistics, totals: list[Gradient], live: tf.Tensor, replicas: int
 ) -> list[tf.Tensor]:
     """What a replica contributes to the squared deviations of all sub-batches from their mean.
 
@@ -268,22 +268,9 @@ def shares_of_deviations(
     """
     if replicas == 1 and own.deviations is not None:
         return own.deviations
-    return tf.cond(
-        own.live > 0,
-        lambda: _shares(own, totals, live, replicas),
-        lambda: [
-            tf.zeros_like(total.values if isinstance(total, tf.IndexedSlices) else total)
-            for total in totals
-        ],
-    )
-
-
-def _shares(
-    own: OwnMoments, totals: list[Gradient], live: tf.Tensor, replicas: int
-) -> list[tf.Tensor]:
-    counts = scalars(totals, own.live)
-    to_own_mean = {dtype: replicas / count for dtype, count in counts.items()}
-    to_mean = {dtype: replicas / count for dtype, count in scalars(totals, live).items()}
+    # Both factors are 0 on a replica that has nothing: so are its shares.
+    to_own_mean = tf.math.divide_no_nan(float(replicas), own.live)
+    to_mean = tf.where(own.live > 0, replicas / live, 0.0)
     shares = []
     for index, total in enumerate(totals):
         values, all_values = own.totals[index], total
@@ -294,11 +281,14 @@ def _shares(
             values = rows_at(own_rows, own.totals[index].values, total.indices)
             if deviations is not None:
                 deviations = rows_at(own_rows, deviations, total.indices)
+        dtype = total.dtype
         squares = tf.math.squared_difference(
-            values * to_own_mean[total.dtype], all_values * to_mean[total.dtype]
+            values * tf.cast(to_own_mean, dtype), all_values * tf.cast(to_mean, dtype)
         )
         # Without deviations: one gradient, n_d = 1.
-        shares.append(squares if deviations is None else deviations + squares * counts[total.dtype])
+        if deviations is not None:
+            squares = deviations + squares * tf.cast(own.live, dtype)
+        shares.append(squares)
     return shares
 
 
@@ -311,6 +301,8 @@ def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     found = _any_nonzero(small)
     if not rest:
         return found
+    if _compat.in_xla_context():
+        return found | _any_nonzero(rest)
     # One condition for all that is large: tracing one takes longer than looking at small tensors.
     return tf.cond(found, lambda: tf.constant(True), lambda: _any_nonzero(rest))
 

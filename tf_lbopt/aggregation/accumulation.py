@@ -9,38 +9,37 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.distribution.replica_state import ReplicaState
-from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
-from tf_lbopt.rules.sharing import scalars
-from tf_lbopt.statistics.accumulators import (
+from tf_lbopt.aggregation.accumulators import (
     DenseAccumulator,
-    OwnMoments,
+    ReplicaStatistics,
     SparseAccumulator,
     any_nonzero,
     deviation_weights,
 )
-from tf_lbopt.statistics.sparse import merge_repeated_indices
+from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.aggregation.sparse import merge_repeated_indices
+from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
+from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class MicroStep:
     """Which of several micro-steps a call is, as far as tracing knows.
 
     Attributes:
         number: From 0 to ``of`` - 1.
-        of: How many are taken in turn by the training step that is traced; the number of
+        of: How many the training step that is traced takes, one after the other; the number of
             micro-steps of an update is a multiple of it.
     """
 
     number: int = 0
     of: int = 1
 
-    def within(self, outer: "Turn") -> "Turn":
+    def within(self, outer: "MicroStep") -> "MicroStep":
         """This one as a part of another."""
-        return Turn(outer.number * self.of + self.number, outer.of * self.of)
+        return MicroStep(outer.number * self.of + self.number, outer.of * self.of)
 
 
 class Accumulation(ReplicaState):
@@ -58,8 +57,8 @@ class Accumulation(ReplicaState):
         strategy: The strategy under which the variables live.
         steps: Micro-steps per update.
         statistics: What is followed beside the sum of the gradients.
-        parts: Sub-batches that each replica takes in turn, with sums of their own; ``steps`` counts
-            them all.
+        parts: Sub-batches that each replica takes one after the other, with sums of their own;
+            ``steps`` counts them all.
     """
 
     def __init__(
@@ -142,25 +141,25 @@ class Accumulation(ReplicaState):
             value, shape=shape, dtype=dtype, trainable=False, name="gradient_accumulator"
         )
 
-    def position(self, turn: Turn, updates: tf.Variable) -> int | tf.Tensor:
+    def position(self, micro_step: MicroStep, updates: tf.Variable) -> int | tf.Tensor:
         """How many micro-steps of the current update are in the accumulators.
 
         To be called in the cross-replica context.
 
         Args:
-            turn: Which micro-step is being traced.
+            micro_step: Which one is being traced.
             updates: Counts the optimizer's updates.
         """
-        if turn.of == self.steps:
-            return turn.number
+        if micro_step.of == self.steps:
+            return micro_step.number
         # In int32: XLA emulates the division of longer ones on TPU.
         count = tf.cast(self.micro_step, tf.int32)
-        if turn.number > 0:  # the turn's first looked at what follows
+        if micro_step.number > 0:  # the first of these looked at what follows
             return count
         here = tf.stack([tf.convert_to_tensor(updates), tf.convert_to_tensor(self.micro_step)])
         belongs = tf.reduce_all(tf.equal(here, self.filled))
-        if turn.of > 1:  # an error may have left the first of an earlier turn
-            belongs &= count % turn.of == 0
+        if micro_step.of > 1:  # an error may have left the first of earlier ones
+            belongs &= count % micro_step.of == 0
         return tf.where(belongs, count, 0)
 
     def note(
@@ -209,7 +208,7 @@ class Accumulation(ReplicaState):
         self,
         indices: Sequence[int],
         gradients: Sequence[Gradient],
-        gradient_norms: Sequence[tf.Tensor] | None,
+        gradient_norms: tf.Tensor | None,
         count: int | tf.Tensor,
         part: int = 0,
     ) -> tf.Tensor:
@@ -218,9 +217,9 @@ class Accumulation(ReplicaState):
         Args:
             indices: Of the variables.
             gradients: One each.
-            gradient_norms: What stands for their norms; ``None`` for these themselves.
+            gradient_norms: [n], what stands for their norms; ``None`` for these themselves.
             count: The `position`; the first micro-step (of each part) overwrites.
-            part: Which of the sub-batches taken in turn this is.
+            part: Which of the replica's sub-batches this is.
 
         Returns:
             What is there when all is added.
@@ -230,7 +229,9 @@ class Accumulation(ReplicaState):
         if gradient_norms is None and MEAN_NORM in self.statistics:
             gradients = [merge_repeated_indices(gradient) for gradient in gradients]
             gradient_norms = norms(gradients)
-        own_norms = gradient_norms or [None] * len(indices)
+        own_norms: Sequence[tf.Tensor | None] = [None] * len(indices)
+        if gradient_norms is not None:
+            own_norms = tf.unstack(gradient_norms, num=len(indices))
         accumulators = [self.accumulators[part, index] for index in indices]
         before = tf.where(tf.equal(count, 0), 0.0, self.live.read_value())
 
@@ -245,8 +246,8 @@ class Accumulation(ReplicaState):
         def deviate() -> tf.Tensor:
             replicas = self._strategy.num_replicas_in_sync
             weights = {
-                dtype: deviation_weights(count, replicas)
-                for dtype, count in scalars(gradients, before).items()
+                dtype: deviation_weights(tf.cast(before, dtype), replicas)
+                for dtype in {gradient.dtype for gradient in gradients}
             }
             for accumulator, gradient in zip(accumulators, gradients, strict=True):
                 accumulator.deviate(gradient, weights[gradient.dtype])
@@ -294,31 +295,34 @@ class Accumulation(ReplicaState):
         self.finished.assign(0)
         return finished
 
-    def read(self, indices: Sequence[int]) -> OwnMoments:
-        """This replica's moments."""
+    def read(self, indices: Sequence[int]) -> ReplicaStatistics:
+        """This replica's sums and deviations."""
         # `read_value` and not a conversion: its result bears the replica's device, without which
         # the reduction does not pack it with the others.
         count = self.live.read_value()
         if self.parts > 1:
             parts = [self.read_part(indices, part) for part in range(self.parts)]
-            return OwnMoments([_sum(of_all) for of_all in zip(*parts, strict=True)], None, count)
+            return ReplicaStatistics(
+                [_sum(of_all) for of_all in zip(*parts, strict=True)], None, count
+            )
         pairs = [self.accumulators[0, index].read(count) for index in indices]
         followed = VARIANCE in self.statistics
-        return OwnMoments(
+        return ReplicaStatistics(
             [total for total, _ in pairs],
             [deviations for _, deviations in pairs] if followed else None,
             count,
         )
 
     def read_part(self, indices: Sequence[int], part: int) -> list[Gradient]:
-        """This replica's sums over one of the sub-batches that it takes in turn."""
+        """This replica's sums over one of its sub-batches."""
         count = self.live.read_value()
         return [self.accumulators[part, index].read(count)[0] for index in indices]
 
-    def read_norms(self, indices: Sequence[int]) -> list[tf.Tensor]:
-        """This replica's sums of the gradients' norms."""
-        sums = [self.accumulators[0, index].norm_sum for index in indices]
-        return [norm_sum.read_value() for norm_sum in sums if norm_sum is not None]
+    def read_norms(self, indices: Sequence[int]) -> tf.Tensor:
+        """[n], this replica's sums of the gradients' norms."""
+        sums: list[Any] = [self.accumulators[0, index].norm_sum for index in indices]
+        dtype = widest([norm_sum.dtype for norm_sum in sums])
+        return tf.stack([tf.cast(norm_sum.read_value(), dtype) for norm_sum in sums])
 
     def variables(self) -> list[tf.Variable]:
         """What is kept for the trainable variables."""

@@ -1,5 +1,6 @@
 """Running code on every replica from outside, and summing over replicas."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -32,13 +33,18 @@ def on_each_replica(
     Returns:
         For each tensor that ``fn`` returns, the tuple of the local replicas' values.
     """
+    return each_replica(strategy, anchor)(lambda _, *local_args: fn(*local_args), args=args)
+
+
+def each_replica(
+    strategy: tf.distribute.Strategy, anchor: tf.Variable
+) -> Callable[..., list[tuple[tf.Tensor, ...]]]:
+    """`on_each_replica` as a function of ``fn`` and ``args``; ``fn`` is given ``anchor`` first."""
     if _compat.in_tpu_replica():
         # This is the only replica that is traced, and its variables read and write its own copies;
         # TPU's `update` would return one tuple around the whole list.
-        return [(value,) for value in fn(*args)]
-    return strategy.extended.update(
-        anchor, lambda _, *local_args: fn(*local_args), args=args, group=False
-    )
+        return lambda fn, args: [(value,) for value in fn(anchor, *args)]
+    return functools.partial(strategy.extended.update, anchor, group=False)
 
 
 def replica_context_of(strategy: tf.distribute.Strategy) -> tf.distribute.ReplicaContext:

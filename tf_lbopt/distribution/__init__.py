@@ -1,1 +1,0 @@
-"""The only room that knows `tf.distribute`: the road of one update."""

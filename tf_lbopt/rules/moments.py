@@ -1,0 +1,84 @@
+"""Exponential running means with bias correction, and what Adam makes of two of them."""
+
+import tensorflow as tf
+
+
+class RunningMean:
+    """``x ← β x + (1−β) y`` from 0, and ``x̂ = x / (1−βᵗ)``, in one update.
+
+    What depends on β and t alone is computed once, for all variables that are updated with it.
+
+    Args:
+        beta: β in [0, 1), a scalar of the dtype of the arithmetic.
+        step: t, the number of the update, from 1, of the same dtype.
+
+    Example:
+        >>> mean = RunningMean(0.5, step=1)
+        >>> x = mean.updated(0.0, 8.0)
+        >>> x, mean.corrected(x)
+        (4.0, 8.0)
+    """
+
+    def __init__(self, beta: tf.Tensor, step: tf.Tensor):
+        self.beta = beta
+        self.rest = 1.0 - beta
+        self.power = beta**step
+        self.correction = 1.0 - self.power
+
+    def updated(self, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        """``β x + (1−β) y``."""
+        return self.beta * x + self.rest * y
+
+    def corrected(self, x: tf.Tensor) -> tf.Tensor:
+        """``x / (1−βᵗ)``."""
+        return x / self.correction
+
+
+def adam(
+    m: tf.Tensor,
+    v: tf.Tensor,
+    gradient: tf.Tensor,
+    first: RunningMean,
+    second: RunningMean,
+    epsilon: tf.Tensor | float,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Adam's moments after a gradient, and the bias-corrected direction.
+
+    ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``, direction ``m̂ / (√v̂ + ε)`` with
+    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``.
+
+    Args:
+        m: First moment.
+        v: Second moment.
+        gradient: g, of the same shape.
+        first: The running mean of β₁.
+        second: That of β₂.
+        epsilon: ε, outside the square root and after bias correction.
+
+    Returns:
+        ``(m, v, direction)``; a direction of 0 where v and ε are 0.
+
+    References:
+        Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
+    """
+    m = first.updated(m, gradient)
+    v = second.updated(v, gradient * gradient)
+    root = tf.sqrt(second.corrected(v))
+    return m, v, tf.math.divide_no_nan(first.corrected(m), root + epsilon)
+
+
+def preconditioned(
+    gradient: tf.Tensor, v: tf.Tensor, second: RunningMean, epsilon: float
+) -> tf.Tensor:
+    """``g √(1−β₂ᵗ) / (√v + ε)``: a gradient in Adam's units, by the second moment as it stands.
+
+    Args:
+        gradient: g.
+        v: Second moment, of the same shape.
+        second: The running mean of β₂, t being how many gradients v has seen.
+        epsilon: ε, before the bias correction, as in Keras.
+
+    Returns:
+        A tensor of the same shape; 0 where g is 0 (with ε = 0 too).
+    """
+    return tf.math.divide_no_nan(gradient * tf.sqrt(second.correction), tf.sqrt(v) + epsilon)
