@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from tf_lbopt import _compat
 from tf_lbopt.rules.moments import RunningMean, adam
 from tf_lbopt.rules.momentum import heavy_ball, velocity

@@ -31,7 +31,7 @@ from tf_lbopt.aggregation.replicas import (
 )
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.rules.clip import scale
-from tf_lbopt.rules.norms import Gradient, compute_dtype, norms
+from tf_lbopt.rules.norms import Gradient, norms
 from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, dense
 
 
@@ -192,7 +192,7 @@ class Pipeline:
         )
 
     def _summed(self, values: list[Any], destinations: Sequence[tf.Variable]) -> list[Any]:
-        if self.summed:
+        if self.summed or self.strategy.num_replicas_in_sync == 1:
             return list(values)
         return sum_over_replicas(self.strategy, values, destinations)
 
@@ -247,7 +247,7 @@ class Pipeline:
         return sum_over_replicas(self.strategy, bundle(parts), self.variables)
 
 
-def prepared(gradient: Gradient, variable: tf.Variable) -> Gradient:
+def prepared(gradient: Gradient, variable: tf.Variable, dtype: tf.DType) -> Gradient:
     """The gradient in the dtype of the arithmetic, as an object of this replica's own.
 
     `merge_call` takes an object that all replicas share (a captured constant) for a value without
@@ -255,7 +255,6 @@ def prepared(gradient: Gradient, variable: tf.Variable) -> Gradient:
     may be anything like a shape; here it is the variable's. Under XLA, where to look for repeated
     indices takes longer than the whole table, it becomes dense.
     """
-    dtype = compute_dtype(variable.dtype)
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.identity(tf.cast(gradient, dtype))
     slices = tf.IndexedSlices(

@@ -11,6 +11,7 @@ variables, the constructor and the saving of one framework:
 
 import abc
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -38,7 +39,7 @@ from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow
 from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
-from tf_lbopt.rules.norms import Gradient, all_finite, norms
+from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step
 from tf_lbopt.rules.writer import Writer
 
@@ -60,6 +61,24 @@ _NAMES_ELSEWHERE = {
     "wd": ("weight_decay",),
     "weight_decay_rate": ("weight_decay",),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """What updates need of what an optimizer was built with.
+
+    A class of its own, so that Keras and TensorFlow do not track what is in it a second time.
+    """
+
+    variables: Sequence[Any]
+    targets: list[tf.Variable]
+    dtypes: list[tf.DType]
+    paths: list[str]
+    slots: dict[str, list[tf.Variable]]
+    decayed: list[bool]
+    adapted: list[bool]
+    iterations: tf.Variable
+    skipped_updates: tf.Variable
 
 
 class Algorithm(saved_state.SavedState, abc.ABC):
@@ -132,6 +151,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             self._check_strategy()
         self._let_checkpoints_say_whose()
         self._slots: dict[str, list[Any]] = {}
+        self._bound_to: _Bound | None = None
         self._accumulation = (
             Accumulation(
                 self._strategy,
@@ -228,6 +248,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             self._check_trainable(variable)
         with inside_scope(self._strategy):
             self._create_variables(variables)
+        self._bound()
 
     def _create_variables(self, variables: list[Any]) -> None:
         self._build_framework(variables)
@@ -287,34 +308,54 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         Raises:
             ValueError: Not called in a replica context of the optimizer's strategy.
         """
-        known = [self._known_index(variable) for variable in variables]
+        known = self._known_indices(variables)
         pairs = without_missing(grads, variables)
         if len(pairs) < len(known):
-            known = [self._known_index(variable) for _, variable in pairs]
+            known = self._known_indices([variable for _, variable in pairs])
         context = replica_context_of(self._strategy)
-        targets = [tensorflow_variable(self._trainable_variables[index]) for index in known]
+        bound = self._bound()
         pipeline = Pipeline(
             strategy=self._strategy,
             indices=known,
-            variables=targets,
+            variables=[bound.targets[index] for index in known],
             paths=[
-                path_of(v) if getattr(v, "trainable", True) else None
-                for v in self._trainable_variables
+                path if getattr(variable, "trainable", True) else None
+                for path, variable in zip(bound.paths, self._trainable_variables, strict=True)
             ],
-            anchor=tensorflow_variable(self._iterations),
+            anchor=bound.iterations,
             statistics=self.statistics,
             micro_step=self._micro_step(),
             accumulation=self._accumulation,
             summed=summed,
             prepare=self._read_learning_rate,
-            update=functools.partial(self._update_on_replica, known, loss_scale, after),
+            update=functools.partial(self._update_on_replica, bound, known, loss_scale, after),
         )
-        own = [prepared(pair[0], target) for pair, target in zip(pairs, targets, strict=True)]
+        own = [
+            prepared(gradient, bound.targets[index], bound.dtypes[index])
+            for (gradient, _), index in zip(pairs, known, strict=True)
+        ]
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
 
+    def _bound(self) -> "_Bound":
+        variables = self._trainable_variables
+        if self._bound_to is None or self._bound_to.variables is not variables:
+            self._bound_to = _Bound(
+                variables,
+                [tensorflow_variable(variable) for variable in variables],
+                [compute_dtype(variable.dtype) for variable in variables],
+                [path_of(variable) for variable in variables],
+                self._slots_of(range(len(variables))),
+                [self.decays(variable) for variable in variables],
+                [self.adapts(variable) for variable in variables],
+                tensorflow_variable(self._iterations),
+                tensorflow_variable(self.skipped_updates),
+            )
+        return self._bound_to
+
     def _update_on_replica(
         self,
+        bound: "_Bound",
         indices: Sequence[int],
         loss_scale: Callable[[], tf.Tensor] | None,
         after: Callable[[tf.Tensor], None] | None,
@@ -327,7 +368,10 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         Compiled by XLA it has no condition: what is written is ``where(sound, new, old)``.
         """
         del anchor
-        totals = [merge_repeated_indices(total) for total in sums.totals]
+        totals = [
+            merge_repeated_indices(total) if isinstance(total, tf.IndexedSlices) else total
+            for total in sums.totals
+        ]
         total_norms = norms(totals)
         finite = all_finite(total_norms)
         if sums.norms is not None:  # others may have computed these
@@ -355,20 +399,19 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             statistics = SubBatchStatistics(means, sums.deviations, sums.live, factor)
             unit = tf.cast(tf.maximum(factor, 1.0), mean_norms.dtype)
             sound &= squares_fit(mean_norms * unit, [gradient.dtype for gradient in gradients])
-        variables = [self._trainable_variables[index] for index in indices]
         parameters = Parameters(
             indices=indices,
-            variables=[tensorflow_variable(variable) for variable in variables],
+            variables=[bound.targets[index] for index in indices],
             gradients=gradients,
             gradient_norms=gradient_norms,
             norm_bounds=gradient_norms,
-            slots=self._slots_of(indices),
-            decayed=[self.decays(variable) for variable in variables],
-            adapted=[self.adapts(variable) for variable in variables],
+            slots={name: [of[index] for index in indices] for name, of in bound.slots.items()},
+            decayed=[bound.decayed[index] for index in indices],
+            adapted=[bound.adapted[index] for index in indices],
             statistics=statistics,
             mean_norms=self._mean_norms(sums, mean_norms, scaled_by),
         )
-        step = Step(learning_rate, tf.convert_to_tensor(self._iterations))
+        step = Step(learning_rate, tf.convert_to_tensor(bound.iterations))
         update = self.rule().update(parameters, step)
         sound &= update.sound
 
@@ -382,8 +425,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             complete = write(sound)
         else:
             complete = tf.cond(sound, write, lambda: tf.constant(False))
-        skipped = tensorflow_variable(self.skipped_updates)
-        skipped.assign_add(tf.cast(~complete, skipped.dtype))
+        bound.skipped_updates.assign_add(tf.cast(~complete, tf.int64))
         if self._accumulation is not None:
             self._accumulation.finish()
         if after is not None:
@@ -433,28 +475,34 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             own: For each of this replica's sub-batches its own, where they are asked for.
         """
         del means, own
-        for index in parameters.indices:
-            self._constrain(writer, index, tensorflow_variable(self._trainable_variables[index]))
+        self._constrain(writer, parameters.indices, parameters.variables)
         if self.use_ema:
             self._average(writer)
         iterations = tensorflow_variable(self._iterations)
         writer.assign(iterations, iterations + 1)
 
-    def _constrain(self, writer: Writer, index: int, target: tf.Variable) -> None:
-        """Applies a variable's constraint to what holds its weights."""
-        constraint = getattr(self._trainable_variables[index], "constraint", None)
-        if constraint is not None:
-            writer.assign(target, constraint(tf.convert_to_tensor(target)))
+    def _constrain(
+        self, writer: Writer, indices: Sequence[int], targets: Sequence[tf.Variable]
+    ) -> None:
+        """Applies the variables' constraints to what holds their weights."""
+        for index, target in zip(indices, targets, strict=True):
+            constraint = getattr(self._trainable_variables[index], "constraint", None)
+            if constraint is not None:
+                writer.assign(target, constraint(tf.convert_to_tensor(target)))
 
     def _average(self, writer: Writer) -> None:
         count = tf.convert_to_tensor(self._iterations)
         due: tf.Tensor | None = None
         if self.ema_overwrite_frequency:
             due = tf.cast(count + 1, tf.int32) % self.ema_overwrite_frequency == 0
-        for variable, average in self._weights_and_averages():
-            dtype = average.dtype
-            old = tf.where(count == 0, tf.zeros([], dtype), tf.constant(self.ema_momentum, dtype))
-            mean = old * average + (1 - old) * tf.cast(variable, dtype)
+        pairs = self._weights_and_averages()
+        momentum = {
+            dtype: tf.where(count == 0, tf.zeros([], dtype), tf.constant(self.ema_momentum, dtype))
+            for dtype in {average.dtype for _, average in pairs}
+        }
+        for variable, average in pairs:
+            old = momentum[average.dtype]
+            mean = old * average + (1 - old) * tf.cast(variable, average.dtype)
             writer.assign(average, mean)
             if due is not None:
                 weights = tf.convert_to_tensor(variable)
@@ -509,14 +557,17 @@ class Algorithm(saved_state.SavedState, abc.ABC):
     def _micro_step(self) -> MicroStep:
         return _micro_steps.get((id(self), replica_number()), MicroStep())
 
-    def _known_index(self, variable: Any) -> int:
-        index = self._index_of(variable)
-        if index is None:
-            raise ValueError(
-                f"Unknown variable: {path_of(variable)}. {type(self).__name__} can only be "
-                "called for the variables it was built with; create a new optimizer for others."
-            )
-        return index
+    def _known_indices(self, variables: Sequence[Any]) -> list[int]:
+        indices = []
+        for variable in variables:
+            index = self._index_of(variable)
+            if index is None:
+                raise ValueError(
+                    f"Unknown variable: {path_of(variable)}. {type(self).__name__} can only be "
+                    "called for the variables it was built with; create a new optimizer for others."
+                )
+            indices.append(index)
+        return indices
 
     def _gradient_norms(
         self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
@@ -555,7 +606,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         """Puts their averages into the place of these variables, outside of replicas."""
         pairs = self._weights_and_averages()
         with inside_scope(self._strategy):
-            for variable, average in (pairs[self._known_index(v)] for v in variables):
+            for variable, average in (pairs[i] for i in self._known_indices(variables)):
                 variable.assign(tf.cast(tf.convert_to_tensor(average), variable.dtype))
 
     # -- exclusions --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tf_lbopt.optimizers.algorithm import checked_new_learning_rate
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
-from tf_lbopt.rules.norms import Gradient, values_of
+from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.writer import Writer
 
 
@@ -87,15 +87,19 @@ def stock_squares_fit(
     if tf.float16 in dtypes:
         norm_bounds = tf.stack(
             [
-                tf.cast(tf.reduce_max(tf.abs(values_of(gradient))), norm.dtype)
-                if dtype == tf.float16
-                else norm
+                tf.cast(_greatest(gradient), norm.dtype) if dtype == tf.float16 else norm
                 for gradient, norm, dtype in zip(
                     gradients, tf.unstack(norm_bounds, num=len(dtypes)), dtypes, strict=True
                 )
             ]
         )
     return squares_fit(norm_bounds * longer, dtypes)
+
+
+def _greatest(gradient: Gradient) -> tf.Tensor:
+    """The greatest magnitude of an element; NaN if one is."""
+    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    return tf.reduce_max(tf.abs(values))
 
 
 class WithInnerOptimizer:

@@ -243,8 +243,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             )
         given = build_at_first_call(self, variables, "variables")
         variables = list(self._trainable_variables) if given is None else given
-        for variable in variables:
-            self._known_index(variable)
+        self._known_indices(variables)
         return variables
 
     def _in_replica(self, cross_replicas: Callable[..., None], *args: Any) -> None:
@@ -264,7 +263,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
     def _depart(
         self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any], sub_batch: int
     ) -> None:
-        indices = [self._known_index(variable) for variable in variables]
+        indices = self._known_indices(variables)
         rate = self.current_extrapolation_rate()
 
         def move(replica: tf.Tensor, rate: tf.Tensor) -> list[tf.Tensor]:
@@ -299,7 +298,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
 
     def _return(self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any]) -> None:
         del replica
-        indices = [self._known_index(variable) for variable in variables]
+        indices = self._known_indices(variables)
 
         def put_back() -> list[tf.Tensor]:
             assigned = [

@@ -459,10 +459,9 @@ class PostLocalSGD(AroundOptimizer):
             if isinstance(self.inner_optimizer, ExtrapSGD):
                 return self.inner_optimizer._prepared_update(grads, variables, loss_scale, after)
             return super()._prepared_update(grads, variables, loss_scale, after, summed)
-        for variable in variables:
-            self._known_index(variable)
+        self._known_indices(variables)
         pairs = without_missing(grads, variables)
-        indices = [self._known_index(variable) for _, variable in pairs]
+        indices = self._known_indices([variable for _, variable in pairs])
         replicas = self._strategy.num_replicas_in_sync
         own = [_own_gradient(g, tensorflow_variable(v), replicas) for g, v in pairs]
         return lambda: self._merge(
@@ -551,8 +550,8 @@ class PostLocalSGD(AroundOptimizer):
 
             def write(writer: Writer) -> None:
                 stock.write(writer)
+                self._constrain(writer, indices, targets)
                 for index, target in zip(indices, targets, strict=True):
-                    self._constrain(writer, index, target)
                     writer.assign(self._local.weights[index], target.read_value())
 
             return Update(stock.sound & is_rate(rate), write)
@@ -571,8 +570,7 @@ class PostLocalSGD(AroundOptimizer):
 
         def write_parameters(writer: Writer) -> None:
             update.write(writer)
-            for index in indices:
-                self._constrain(writer, index, self._local.weights[index])
+            self._constrain(writer, indices, parameters.variables)
 
         return Update(update.sound & is_rate(rate), write_parameters)
 
@@ -612,8 +610,7 @@ class PostLocalSGD(AroundOptimizer):
             for variable, total in zip((*targets, *momenta), sums, strict=True):
                 mean = total / strategy.num_replicas_in_sync
                 variable.assign(tf.cast(mean, variable.dtype))
-            for index, target in enumerate(targets):
-                self._constrain(Writer(), index, target)
+            self._constrain(Writer(), range(len(targets)), targets)
             counter = tensorflow_variable(self.skipped_updates)
             counter.assign_add(tf.cast(skipped, counter.dtype))
             state.begin_period()

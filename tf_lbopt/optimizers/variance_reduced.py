@@ -7,7 +7,6 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
@@ -91,13 +90,9 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
         """Its own variables and the inner optimizer's."""
         return self._variables + self.inner_optimizer.variables
 
-    def build(self, variables: Sequence[Any]) -> None:
-        """Builds this and the inner optimizer for a list of trainable variables."""
-        if self.built:
-            return
-        super().build(variables)
-        with inside_scope(self._strategy):
-            self.inner_optimizer.build(list(variables))
+    def _create_variables(self, variables: list[Any]) -> None:
+        super()._create_variables(variables)
+        self.inner_optimizer.build(variables)
 
     def _slots_of(self, indices: Sequence[int]) -> dict[str, list[tf.Variable]]:
         slots = super()._slots_of(indices)

@@ -90,10 +90,11 @@ class AdamMoments(Rule):
             A boolean scalar.
         """
         dtypes = parameters.dtypes
-        direction = tf.constant(
-            [direction_bound(self.beta_1, self.beta_2, self.epsilon, d) for d in dtypes],
-            parameters.dtype,
-        )
+        bounds = {
+            dtype: direction_bound(self.beta_1, self.beta_2, self.epsilon, dtype)
+            for dtype in dict.fromkeys(dtypes)
+        }
+        direction = tf.constant([bounds[dtype] for dtype in dtypes], parameters.dtype)
         lengths = with_decay(parameters, direction, step, self.weight_decay, weight_norms, ratio)
         if weight_norms is not None:
             lengths += weight_norms
@@ -119,7 +120,7 @@ class Adam(AdamMoments):
         decays = {d: delta * (self.weight_decay or 0.0) for d, delta in deltas.items()}
 
         def write(writer: Writer) -> None:
-            weights = parameters.weights()
+            weights, limit = parameters.weights(), self.direction_limit
             for index, (variable, dtype) in enumerate(
                 zip(parameters.variables, parameters.dtypes, strict=True)
             ):
@@ -131,7 +132,7 @@ class Adam(AdamMoments):
                     dense(parameters.gradients[index]),
                     *means[dtype],
                     epsilons[dtype],
-                    limit=self.direction_limit,
+                    limit=limit,
                     least_epsilon=self.epsilon,
                 )
                 writer.add(variable, direction, deltas[dtype])

@@ -5,7 +5,8 @@ and ratios, a number for each variable. All comparisons are such that NaN is bey
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,24 +14,16 @@ import tensorflow as tf
 from tf_lbopt import _compat
 from tf_lbopt.rules.rule import Parameters, Step
 
-
-def greatest_step(dtype: tf.DType) -> float:
-    """Steps up to this length never make finite weights infinite (5e30 in float32).
-
-    It is less than half a unit in the last place of the greatest number: that plus a step is
-    rounded back to it.
-    """
-    limits = np.finfo(dtype.as_numpy_dtype)
-    return float(limits.max * limits.eps / 8)
-
-
-def greatest_squared(dtype: tf.DType) -> float:
-    """A norm up to this has a finite square: a little less than the square root of the greatest."""
-    return 0.999 * math.sqrt(dtype.max)
-
-
-def _tiny(dtype: tf.DType) -> float:
-    return float(np.finfo(dtype.as_numpy_dtype).tiny)
+_INFO: dict[tf.DType, Any] = {t: np.finfo(t.as_numpy_dtype) for t in (tf.float32, tf.float64)}
+# Steps up to this length never make finite weights infinite (5e30 in float32): it is less than half
+# a unit in the last place of the greatest number, and that plus a step is rounded back to it.
+_GREATEST_STEP = {dtype: float(info.max * info.eps / 8) for dtype, info in _INFO.items()}
+_TINY = {dtype: float(info.tiny) for dtype, info in _INFO.items()}
+# A norm up to this has a finite square: a little less than the square root of the greatest number.
+_GREATEST_SQUARED = {
+    dtype: 0.999 * math.sqrt(dtype.max)
+    for dtype in (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+}
 
 
 def is_rate(learning_rate: tf.Tensor) -> tf.Tensor:
@@ -38,10 +31,11 @@ def is_rate(learning_rate: tf.Tensor) -> tf.Tensor:
     return (learning_rate >= 0) & (learning_rate <= learning_rate.dtype.max)
 
 
-def _each(limit: Callable[[tf.DType], float], dtypes: Sequence[tf.DType]) -> np.ndarray | float:
+def _each(limits: dict[tf.DType, float], dtypes: Sequence[tf.DType]) -> np.ndarray | float:
     """A limit for each variable, or one for all if it is the same."""
-    limits = [limit(dtype) for dtype in dtypes]
-    return limits[0] if len(set(limits)) == 1 else np.array(limits)
+    if len(set(dtypes)) == 1:
+        return limits[dtypes[0]]
+    return np.array([limits[dtype] for dtype in dtypes])
 
 
 def squares_fit(lengths: tf.Tensor, dtypes: Sequence[tf.DType]) -> tf.Tensor:
@@ -58,7 +52,7 @@ def squares_fit(lengths: tf.Tensor, dtypes: Sequence[tf.DType]) -> tf.Tensor:
         >>> [bool(squares_fit(tf.constant([x]), [tf.float32])) for x in (1e18, 1e20, float("nan"))]
         [True, False, False]
     """
-    return tf.reduce_all(lengths <= _each(greatest_squared, dtypes))
+    return tf.reduce_all(lengths <= _each(_GREATEST_SQUARED, dtypes))
 
 
 def steps_fit(
@@ -83,9 +77,9 @@ def steps_fit(
         >>> fit(1e-39, 1e30)  # is lost
         False
     """
-    short = rates * lengths <= (1.0 - momentum) * _each(greatest_step, dtypes)
+    short = rates * lengths <= (1.0 - momentum) * _each(_GREATEST_STEP, dtypes)
     # The rate for a very long direction may be no normal number, which is as good as 0.
-    kept = (rates >= _each(_tiny, dtypes)) | (lengths <= _each(greatest_squared, dtypes))
+    kept = (rates >= _each(_TINY, dtypes)) | (lengths <= _each(_GREATEST_SQUARED, dtypes))
     return tf.reduce_all(short & kept)
 
 

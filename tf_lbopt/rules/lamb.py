@@ -22,7 +22,7 @@ class LAMB(AdamMoments):
         weight_norms = parameters.weight_norms()
 
         def write(writer: Writer) -> None:
-            directions = []
+            directions, limit = [], self.direction_limit
             for index, (w, gradient) in enumerate(
                 zip(parameters.weights(), parameters.gradients, strict=True)
             ):
@@ -35,7 +35,7 @@ class LAMB(AdamMoments):
                         *means[w.dtype],
                         epsilon[w.dtype],
                         offset=decay[w.dtype] * w if decayed else None,
-                        limit=self.direction_limit,
+                        limit=limit,
                         least_epsilon=self.epsilon,
                     )
                 )

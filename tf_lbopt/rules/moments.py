@@ -61,10 +61,10 @@ def adam(
     References:
         Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
     """
-    m = first.updated(m, gradient)
-    v = second.updated(v, gradient * gradient)
-    root = tf.sqrt(second.corrected(v))
-    return m, v, tf.math.divide_no_nan(first.corrected(m), root + epsilon)
+    m = first.beta * m + first.rest * gradient
+    v = second.beta * v + second.rest * (gradient * gradient)
+    root = tf.sqrt(v / second.correction)
+    return m, v, tf.math.divide_no_nan(m / first.correction, root + epsilon)
 
 
 def preconditioned(

@@ -72,31 +72,31 @@ def norm(tensor: Gradient) -> tf.Tensor:
 
 def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
     """Euclidean norms of n tensors, each as `norm` defines it: [n], of the widest dtype."""
-    values = [values_of(tensor) for tensor in tensors]
-    groups: dict[tuple[tf.DType, bool], list[int]] = {}
-    for index, value in enumerate(values):
+    groups: dict[tuple[tf.DType, bool], dict[int, tf.Tensor]] = {}
+    for index, tensor in enumerate(tensors):
+        value = tensor.values if isinstance(tensor, tf.IndexedSlices) else tensor
+        value = tf.convert_to_tensor(value)
+        if value.dtype not in _RANGES:
+            value = tf.cast(value, tf.float32)
         size = value.shape.num_elements()
-        groups.setdefault((value.dtype, size is None or size > _SMALL), []).append(index)
-    dtype = widest([value.dtype for value in values])
-    parts = [tf.cast(_norms_of_alike([values[i] for i in g]), dtype) for g in groups.values()]
+        is_large = size is None or size > _SMALL
+        groups.setdefault((value.dtype, is_large), {})[index] = value
+    parts = [_norms_of_alike(list(group.values())) for group in groups.values()]
     if len(parts) == 1:
         return parts[0]
+    dtype = widest([part.dtype for part in parts])
     if not parts:
         return tf.zeros([0], dtype)
     order = [index for group in groups.values() for index in group]
-    return tf.gather(tf.concat(parts, 0), sorted(range(len(order)), key=order.__getitem__))
-
-
-def values_of(tensor: Gradient) -> tf.Tensor:
-    """The elements, in the compute dtype; of a sparse tensor its values."""
-    values = tensor.values if isinstance(tensor, tf.IndexedSlices) else tf.convert_to_tensor(tensor)
-    return tf.cast(values, compute_dtype(values.dtype))
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return tf.gather(tf.concat([tf.cast(part, dtype) for part in parts], 0), places)
 
 
 def global_norm(norms_of_all: tf.Tensor) -> tf.Tensor:
     """The norm of several tensors together, from the [n] norms of each: a scalar."""
-    squares = _sums_of_squares([norms_of_all])
-    return _scaled_norms([norms_of_all], _factors(squares))[0]
+    greatest = tf.reduce_max(norms_of_all)
+    scaled = tf.math.divide_no_nan(norms_of_all, greatest)
+    return greatest * tf.sqrt(tf.reduce_sum(scaled * scaled))
 
 
 def all_finite(norms_of_all: tf.Tensor) -> tf.Tensor:
@@ -109,34 +109,23 @@ def all_finite(norms_of_all: tf.Tensor) -> tf.Tensor:
 
 def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
     """Norms of tensors of one dtype; in a graph all are computed again if one of them needs it."""
-    squares = _sums_of_squares(values)
-    factors = _factors(squares)
+    # `l2_loss` is half of it: one pass, without a temporary for the squares.
+    squares = 2.0 * tf.stack([tf.nn.l2_loss(value) for value in values])
     usual = tf.sqrt(squares)
+    # What each tensor must be multiplied by before it is squared; 1 where that loses nothing.
+    safe = _RANGES[squares.dtype]
+    ones = tf.ones_like(squares)
+    down = tf.where(squares > safe.greatest, ones / safe.factor, ones)  # NaN stays as it is
+    factors = tf.where(squares < safe.least, ones * safe.factor, down)
     if not _compat.in_xla_context():
         return tf.cond(
             tf.reduce_all(tf.equal(factors, 1.0)),
             lambda: usual,
             lambda: _scaled_norms(values, factors),
         )
-    up = _RANGES[squares.dtype].factor
-    enlarged, reduced = (
-        _scaled_norms(values, tf.fill(factors.shape, tf.constant(f, factors.dtype)))
-        for f in (up, 1 / up)
-    )
+    enlarged = _scaled_norms(values, ones * safe.factor)
+    reduced = _scaled_norms(values, ones / safe.factor)
     return tf.where(factors == 1.0, usual, tf.where(factors > 1.0, enlarged, reduced))
-
-
-def _sums_of_squares(values: Sequence[tf.Tensor]) -> tf.Tensor:
-    # `l2_loss` is half of it: one pass, without a temporary for the squares.
-    return 2.0 * tf.stack([tf.nn.l2_loss(value) for value in values])
-
-
-def _factors(squares: tf.Tensor) -> tf.Tensor:
-    """What each tensor must be multiplied by before it is squared; 1 where that loses nothing."""
-    safe = _RANGES[squares.dtype]
-    ones = tf.ones_like(squares)
-    down = tf.where(squares > safe.greatest, ones / safe.factor, ones)  # NaN stays as it is
-    return tf.where(squares < safe.least, ones * safe.factor, down)
 
 
 def _scaled_norms(values: list[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
@@ -146,4 +135,4 @@ def _scaled_norms(values: list[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
         tf.maximum(tf.abs(v * f), 0)
         for v, f in zip(values, tf.unstack(factors, num=len(values)), strict=True)
     ]
-    return tf.sqrt(_sums_of_squares(scaled)) / factors
+    return tf.sqrt(2.0 * tf.stack([tf.nn.l2_loss(value) for value in scaled])) / factors

@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, norms, widest
-from tf_lbopt.rules.trust_ratio import finite
 from tf_lbopt.rules.writer import Writer
 
 VARIANCE = "variance"
@@ -64,7 +63,7 @@ class Parameters:
         """The dtypes that arithmetic on the variables is done in."""
         return [gradient.dtype for gradient in self.gradients]
 
-    @property
+    @functools.cached_property
     def dtype(self) -> tf.DType:
         """The widest of them."""
         return widest(self.dtypes)
@@ -125,7 +124,8 @@ class Step:
 
     def rates(self, ratios: tf.Tensor) -> tf.Tensor:
         """[n], η times the trust ratios."""
-        return finite(tf.cast(self.learning_rate, ratios.dtype) * ratios)
+        rates = tf.cast(self.learning_rate, ratios.dtype) * ratios
+        return tf.minimum(rates, rates.dtype.max)  # ∞ · 0 is NaN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,7 @@ def trust_ratio(
         1.0
     """
     defined = (weight_norm > 0) & (update_norm > 0)
-    ratio = finite(coefficient * tf.math.divide_no_nan(weight_norm, update_norm))
+    ratio = coefficient * tf.math.divide_no_nan(weight_norm, update_norm)
+    # Of an update of 1e-38 and less it can overflow, and ∞ · 0 is NaN.
+    ratio = tf.minimum(ratio, ratio.dtype.max)
     return tf.where(defined, ratio, tf.constant(default, ratio.dtype))
-
-
-def finite(rates: tf.Tensor) -> tf.Tensor:
-    """Ratios or rates; of an update of 1e-38 and less they can overflow, and ∞ · 0 is NaN."""
-    return tf.minimum(rates, rates.dtype.max)

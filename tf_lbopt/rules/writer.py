@@ -14,7 +14,6 @@ from tf_lbopt.rules.moments import RunningMean, adam
 from tf_lbopt.rules.momentum import heavy_ball, velocity
 from tf_lbopt.rules.norms import Gradient
 
-_FUSED_DTYPES = (tf.float32, tf.float64)
 # Below this size a scratch variable costs more than the passes that it saves.
 _WORTH_FUSING = 1 << 14
 # TensorFlow's kernel has NaN where v and ε are 0.
@@ -37,6 +36,7 @@ class Writer:
     def __init__(self, sound: tf.Tensor | None = None):
         self._sound = sound
         self._written = [tf.constant(True) if sound is None else sound]
+        self._fused_dtypes = (tf.float32, tf.float64) if sound is None else ()
 
     def complete(self) -> tf.Tensor:
         """Whether all was written, a boolean scalar."""
@@ -44,7 +44,9 @@ class Writer:
 
     def assign(self, variable: tf.Variable, new: tf.Tensor) -> None:
         """Writes values of the compute dtype, or of the variable's own."""
-        variable.assign(self._kept_where_unsound(new, variable))
+        if variable.dtype == tf.float16 or self._sound is not None:
+            new = self._kept(new, variable)
+        variable.assign(tf.cast(new, variable.dtype))
 
     @contextlib.contextmanager
     def restoring(self, variables: Sequence[tf.Variable]) -> Iterator[None]:
@@ -58,16 +60,14 @@ class Writer:
         for variable, value in zip(variables, old, strict=bool(old)):
             variable.assign(tf.where(self._sound, variable, value))
 
-    def _kept_where_unsound(self, new: tf.Tensor, old: tf.Tensor | tf.Variable) -> tf.Tensor:
+    def _kept(self, new: tf.Tensor, old: tf.Tensor | tf.Variable) -> tf.Tensor:
+        """New values in the dtype of the old ones, which stay where they must not be replaced."""
         new = tf.cast(new, old.dtype)
         if old.dtype == tf.float16:
             finite = tf.math.is_finite(new)
             self._written.append(tf.reduce_all(finite))
             new = tf.where(finite, new, old)
         return new if self._sound is None else tf.where(self._sound, new, old)
-
-    def _may_fuse(self, variable: tf.Variable) -> bool:
-        return self._sound is None and variable.dtype in _FUSED_DTYPES
 
     def add(self, variable: tf.Variable, direction: Gradient, scale: tf.Tensor) -> None:
         """``w ← w + scale · direction``; a sparse direction touches its own rows only."""
@@ -78,9 +78,9 @@ class Writer:
                 variable.scatter_add(tf.IndexedSlices(rows, direction.indices))
                 return
             old = tf.gather(variable, direction.indices)
-            new = self._kept_where_unsound(tf.cast(old, dtype) + rows, old)
+            new = self._kept(tf.cast(old, dtype) + rows, old)
             variable.scatter_update(tf.IndexedSlices(new, direction.indices))
-        elif self._may_fuse(variable):
+        elif variable.dtype in self._fused_dtypes:
             tf.raw_ops.ResourceApplyGradientDescent(
                 var=variable.handle, alpha=-scale, delta=direction
             )
@@ -98,7 +98,7 @@ class Writer:
         """`heavy_ball` on variables; ``buffer`` is ``None`` where ``momentum`` is 0."""
         if buffer is None:
             self.add(variable, direction, -learning_rate)
-        elif self._may_fuse(variable):
+        elif variable.dtype in self._fused_dtypes:
             tf.raw_ops.ResourceApplyMomentum(
                 var=variable.handle,
                 accum=buffer.handle,
@@ -122,7 +122,7 @@ class Writer:
         """`velocity` on variables; ``slot`` is ``None`` where ``momentum`` is 0."""
         if slot is None:
             self.add(variable, direction, -learning_rate)
-        elif self._may_fuse(variable):
+        elif variable.dtype in self._fused_dtypes:
             tf.raw_ops.ResourceApplyKerasMomentum(
                 var=variable.handle,
                 accum=slot.handle,
@@ -172,7 +172,9 @@ class Writer:
         """
         dtype = gradient.dtype
         worthwhile = limit is None and m.shape.num_elements() >= _WORTH_FUSING
-        if not (worthwhile and self._may_fuse(m) and least_epsilon >= _LEAST_FUSED_EPSILON):
+        if not (
+            worthwhile and m.dtype in self._fused_dtypes and least_epsilon >= _LEAST_FUSED_EPSILON
+        ):
             new_m, new_v, direction = adam(
                 tf.cast(m, dtype), tf.cast(v, dtype), gradient, first, second, epsilon
             )
