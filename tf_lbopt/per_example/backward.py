@@ -7,12 +7,12 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat
+from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.per_example.chunks import squares_and_sum
 from tf_lbopt.per_example.contributions import Contribution, known_size
 from tf_lbopt.per_example.recording import Use
 from tf_lbopt.per_example.registry import LayerCall
 from tf_lbopt.rules.norms import Gradient, compute_dtype
-from tf_lbopt.statistics.sparse import merge_repeated_indices
 
 
 @dataclasses.dataclass(frozen=True)
