@@ -103,7 +103,7 @@ def keras_update(
 ) -> None:
     """One update by a stock Keras optimizer, on the replica whose update context this is.
 
-    Its own road (`apply`) reduces over replicas and enters contexts, which has been done already.
+    Its own way (`apply`) reduces over replicas and enters contexts, which has been done already.
     Checked on Keras 3.15.1, where Nadam overrides ``_backend_update_step`` and Muon
     ``_apply_weight_decay``.
     """

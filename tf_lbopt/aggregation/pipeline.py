@@ -247,19 +247,25 @@ class Pipeline:
         return sum_over_replicas(self.strategy, bundle(parts), self.variables)
 
 
-def prepared(gradient: Gradient, variable: tf.Variable, dtype: tf.DType) -> Gradient:
-    """The gradient in the dtype of the arithmetic, as an object of this replica's own.
+def prepared(
+    gradients: Sequence[Gradient], variables: Sequence[tf.Variable], dtypes: Sequence[tf.DType]
+) -> list[Gradient]:
+    """The gradients in the dtypes of the arithmetic, as objects of this replica's own.
 
     `merge_call` takes an object that all replicas share (a captured constant) for a value without
     replicas, which is never summed; hence the identity. The shape of a sparse one is optional and
     may be anything like a shape; here it is the variable's. Under XLA, where to look for repeated
     indices takes longer than the whole table, it becomes dense.
     """
-    if not isinstance(gradient, tf.IndexedSlices):
-        return tf.identity(tf.cast(gradient, dtype))
-    slices = tf.IndexedSlices(
-        tf.identity(tf.cast(gradient.values, dtype)),
-        tf.identity(gradient.indices),
-        dense_shape=tf.constant(variable.shape.as_list(), tf.int64),
-    )
-    return dense(slices) if _compat.in_xla_context() else slices
+    own = []
+    for gradient, variable, dtype in zip(gradients, variables, dtypes, strict=True):
+        if isinstance(gradient, tf.IndexedSlices):
+            slices = tf.IndexedSlices(
+                tf.identity(tf.cast(gradient.values, dtype)),
+                tf.identity(gradient.indices),
+                dense_shape=tf.constant(variable.shape.as_list(), tf.int64),
+            )
+            own.append(dense(slices) if _compat.in_xla_context() else slices)
+        else:
+            own.append(tf.identity(tf.cast(gradient, dtype)))
+    return own

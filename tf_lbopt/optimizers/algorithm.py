@@ -330,10 +330,11 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             prepare=self._read_learning_rate,
             update=functools.partial(self._update_on_replica, bound, known, loss_scale, after),
         )
-        own = [
-            prepared(gradient, bound.targets[index], bound.dtypes[index])
-            for (gradient, _), index in zip(pairs, known, strict=True)
-        ]
+        own = prepared(
+            [gradient for gradient, _ in pairs],
+            pipeline.variables,
+            [bound.dtypes[index] for index in known],
+        )
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
 

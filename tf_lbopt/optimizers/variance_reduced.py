@@ -13,7 +13,7 @@ from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
 from tf_lbopt.rules.writer import Writer
 
-# What belongs to the road and not to the algorithm is given to the wrapper, once.
+# What belongs to the pipeline and not to the algorithm is given to the wrapper, once.
 _OURS = (
     "gradient_accumulation_steps",
     "clipnorm",

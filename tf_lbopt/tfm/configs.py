@@ -119,7 +119,7 @@ class VRLAMBConfig(LAMBConfig):
 class CLARSConfig(_LayerwiseConfig):
     """Of `tf_lbopt.tf_keras.CLARS`; the fields are its arguments.
 
-    The norms are those of the sub-batches' gradients; tf-models has no road for norms by example.
+    The norms are those of the sub-batches' gradients; tf-models has no way to norms by example.
     """
 
     name: str = "CLARS"
