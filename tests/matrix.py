@@ -23,7 +23,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
-SECONDS = 900
+SECONDS = 1800
 UV = str(pathlib.Path(sys.executable).with_name("uv"))
 
 
@@ -55,14 +55,13 @@ class Cell:
 
 
 # Corners first, then what is between; Keras 3.13 and later need Python 3.11, TensorFlow 2.20 and
-# later has wheels for 3.13.
+# later has wheels for 3.13, and TensorFlow 2.21 requires Keras 3.12.
 CELLS = (
     Cell("3.10", "2.16.2", "3.7.0", "2.16.0"),
     Cell("3.12", "2.16.2", "3.7.0"),
     Cell("3.12", "2.16.2", "3.15.1"),
-    Cell("3.10", "2.21.0", "3.7.0"),
     Cell("3.10", "2.21.0", "3.12.4"),
-    Cell("3.13", "2.21.0", "3.7.0"),
+    Cell("3.13", "2.21.0", "3.12.4"),
     Cell("3.13", "2.21.0", "3.15.1", "2.21.0"),
     Cell("3.11", "2.17.1", "3.8.0", "2.17.0"),
     Cell("3.11", "2.18.1", "3.9.2", "2.18.0"),
@@ -188,7 +187,8 @@ NOTES = """\
 Notes:
 
 - Keras 3.6 and older are not supported, and neither is TensorFlow before 2.16.
-- Keras 3.13 and later need Python 3.11; tf-models-official has no release for TensorFlow 2.21.
+- Keras 3.13 and later need Python 3.11; TensorFlow 2.21 requires Keras 3.12 or later;
+  tf-models-official has no release for TensorFlow 2.21.
 - Keras before 3.8 does not divide the loss of `fit` by the number of replicas: on n replicas its
   gradients, for every optimizer, are n times those of the mean loss. The optimizers of this package
   warn of it. With Keras 3.8 and later, or in a loop of your own, they are right.
