@@ -12,7 +12,7 @@ import pytest
 from official_recipes.common import image_data
 from official_recipes.common.files import atomic_write
 from official_recipes.common.image_data import CIFAR10_CLASSES, DataFormatError, DigitsSource
-from official_recipes.quickstart.data import hold_out_validation
+from official_recipes.quickstart.settings import validation_size
 
 REAL_DATA = Path(
     os.environ.get("TF_LBOPT_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
@@ -216,7 +216,9 @@ def test_digits_split_is_fixed_and_stratified():
 
 def test_validation_part_comes_from_the_training_split():
     data = DigitsSource().load()
-    held_out = hold_out_validation(data)
+    size = validation_size(len(data.train_labels))
+    held_out = image_data.hold_out_validation(data, size)
+    assert len(held_out.test_labels) == size == 287
     assert len(held_out.train_labels) + len(held_out.test_labels) == len(data.train_labels)
     train = {image.tobytes() for image in data.train_images}
     assert all(image.tobytes() in train for image in held_out.test_images)

@@ -18,15 +18,13 @@ from official_recipes.common.flag_parsing import (
     define_integer,
 )
 from official_recipes.common.image_data import (
-    KNOWN_FORMS,
     DataFormatError,
-    DigitsSource,
     ImageData,
     ImageSource,
     ProgressCallback,
     TfdsSource,
-    find_source,
     hold_out_validation,
+    source_in,
 )
 from official_recipes.common.interruption import run_program
 from official_recipes.common.keras_options import define_training_flags
@@ -70,17 +68,9 @@ def make_source(values: flags.FlagValues) -> ImageSource:
     Raises:
         FlagValueError: The folder is missing or holds no known data.
     """
-    folder = None if values.data_dir is None else Path(values.data_dir)
-    if values.tfds is not None:
-        return TfdsSource(values.tfds, folder)
-    if folder is None:
-        return DigitsSource()
-    try:
-        return find_source(folder)
-    except DataFormatError as error:
-        raise FlagValueError(
-            "data_dir", f"a folder with {KNOWN_FORMS}", f"{values.data_dir!r} ({error})"
-        ) from error
+    if values.tfds is None:
+        return source_in(values.data_dir)
+    return TfdsSource(values.tfds, None if values.data_dir is None else Path(values.data_dir))
 
 
 def load_data(source: ImageSource, progress: ProgressCallback | None = None) -> ImageData:

@@ -21,6 +21,8 @@ from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
+from official_recipes.common.flag_parsing import FlagValueError
+
 ProgressCallback = Callable[[int, int], None]
 """Receives the number of items read so far and the total."""
 
@@ -119,6 +121,22 @@ def find_source(folder: Path) -> ImageSource:
         if (candidate / "train").is_file() and (candidate / "test").is_file():
             return Cifar100PickleSource(candidate)
     raise DataFormatError(f"{folder} has no known data")
+
+
+def source_in(data_dir: str | None) -> ImageSource:
+    """Returns the data that ``--data_dir`` names, the digits where it names none.
+
+    Raises:
+        FlagValueError: The folder is missing or holds no known data.
+    """
+    if data_dir is None:
+        return DigitsSource()
+    try:
+        return find_source(Path(data_dir))
+    except DataFormatError as error:
+        raise FlagValueError(
+            "data_dir", f"a folder with {KNOWN_FORMS}", f"{data_dir!r} ({error})"
+        ) from error
 
 
 # --- digits ------------------------------------------------------------------------------------

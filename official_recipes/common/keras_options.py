@@ -50,13 +50,13 @@ class ScheduleOptions:
 
     kind: str
     learning_rate: float
-    base_batch_size: int | None
-    scaling: str
-    power: float
-    boundaries: tuple[float, ...]
-    factor: float
-    warmup_epochs: float
-    warmup_start: float
+    base_batch_size: int | None = None
+    scaling: str = "sqrt"
+    power: float = 1.1
+    boundaries: tuple[float, ...] = ()
+    factor: float = 0.1
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
 
 
 @dataclass(frozen=True)

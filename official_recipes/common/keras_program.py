@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress
 
 from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
-from official_recipes.common.interruption import Interrupted, Interruption, interruption
+from official_recipes.common.interruption import Interrupted, interruption
 from official_recipes.common.keras_options import (
     CHECKPOINTS,
     TrainingOptions,
     parse_training_flags,
     training_options,
 )
-from official_recipes.common.progress import progress_bar
+from official_recipes.common.progress import Bar, progress_bar
 
 if TYPE_CHECKING:
     from official_recipes.common.keras_training import RunResult, Task
@@ -107,8 +106,8 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
 
         strategy = training_strategy(options.replicas, options.device)
     with progress_bar(console) as progress, interruption(last_words=_LAST_WORDS) as interrupted:
-        task = recipe.make_task(values, _Bar(progress, "reading", interrupted))
-        bar = _Bar(progress, f"{options.optimizer}, batch {options.batch_size}", interrupted)
+        task = recipe.make_task(values, Bar(progress, "reading", interrupted))
+        bar = Bar(progress, f"{options.optimizer}, batch {options.batch_size}", interrupted)
 
         def after_epoch(epoch: int, loss: float, metrics: dict[str, float]) -> None:
             shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
@@ -122,22 +121,3 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
     where = "" if options.model_dir is None else f"; wrote {options.model_dir / 'result.json'}"
     print(f"{result.updates} updates in {result.seconds:.1f} s{where}")
     return result
-
-
-class _Bar:
-    """Shows how far something is, and ends it between two steps if a signal has come."""
-
-    def __init__(self, progress: Progress, text: str, interrupted: Interruption) -> None:
-        self._progress = progress
-        self._text = text
-        self._task: Any = None
-        self._interrupted = interrupted
-
-    def __call__(self, done: int, total: int) -> None:
-        self._interrupted.check()
-        if self._task is None:
-            self._task = self._progress.add_task(self._text, total=total)
-        self._progress.update(self._task, completed=done, total=total)
-        if done >= total:
-            self._progress.remove_task(self._task)
-            self._task = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -17,14 +16,13 @@ from official_recipes.common.flag_parsing import (
     help_text,
     parse_flags,
 )
-from official_recipes.common.image_data import KNOWN_FORMS, DataFormatError, ImageSource
+from official_recipes.common.image_data import ImageSource, source_in
 from official_recipes.common.output_folder import make_folder
-from official_recipes.quickstart.data import choose_source, validation_size
 from official_recipes.quickstart.settings import (
     DATA_DEFAULTS,
     DEFAULT_OPTIMIZERS,
     WARMUP_FRACTION,
-    micro_steps,
+    validation_size,
 )
 
 PROGRAM = "python -m official_recipes.quickstart"
@@ -33,41 +31,6 @@ SUMMARY = (
     "optimizer at a large batch, on logical CPU replicas, and compares the runs in a table, a\n"
     "plot and a JSON file."
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """A checked command line.
-
-    Attributes:
-        source: The data, not read yet.
-        optimizers: Names of the optimizers to run at the large batch.
-        small_batch_size: Global batch of the baseline, or ``None`` without a baseline.
-        batch_size: Global batch of all other runs.
-        replicas: The number of logical CPU devices.
-        epochs: Passes over the training split.
-        learning_rate: Peak rate of all large-batch runs, or ``None`` for one per optimizer.
-        warmup_fraction: Share of the updates in which the rate rises to its peak.
-        trust_coefficient: τ of the optimizers with a trust ratio, or ``None`` for their defaults.
-        seed: Seed of the initial weights and of the shuffling.
-        output_dir: Where results are written.
-        tune: Whether to search for learning rates instead of comparing.
-        rates: All rates that the search tries, or ``None`` to look around the default one.
-    """
-
-    source: ImageSource
-    optimizers: tuple[str, ...]
-    small_batch_size: int | None
-    batch_size: int
-    replicas: int
-    epochs: int
-    learning_rate: float | None
-    warmup_fraction: float
-    trust_coefficient: float | None
-    seed: int
-    output_dir: Path
-    tune: bool
-    rates: tuple[float, ...] | None
 
 
 def define_flags() -> flags.FlagValues:
@@ -152,115 +115,56 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
-def parse_options(argv: Sequence[str]) -> Options | None:
+def parse_options(argv: Sequence[str]) -> tuple[flags.FlagValues, ImageSource] | None:
     """Parses and checks the command line; prints help and returns ``None`` when asked for it.
 
     Args:
         argv: The command line, program name first.
 
+    Returns:
+        The flags, with the defaults that depend on the data, and the data, not read yet.
+
     Raises:
         FlagValueError: A flag cannot be used.
+        DataFormatError: The data are damaged.
     """
     values = define_flags()
     parse_flags(values, argv)
     if values.help:
         print(help_text(values, PROGRAM, SUMMARY))
         return None
-
-    optimizers = tuple(dict.fromkeys(name.strip().lower() for name in values.optimizers))
-    if not all(optimizers) or not optimizers:
+    names = tuple(dict.fromkeys(name.strip().lower() for name in values.optimizers))
+    if not all(names) or not names:
         raise FlagValueError(
             "optimizers", "a comma-separated list of names", repr(",".join(values.optimizers))
         )
-    source = _source(values.data_dir)
+    source = source_in(values.data_dir)
     defaults = DATA_DEFAULTS[source.kind]
-    options = Options(
-        source=source,
-        optimizers=optimizers,
-        small_batch_size=(values.small_batch_size or defaults.small_batch_size)
-        if values.baseline
-        else None,
-        batch_size=values.batch_size or defaults.batch_size,
-        replicas=values.replicas,
-        epochs=values.epochs or defaults.epochs,
-        learning_rate=values.learning_rate,
-        warmup_fraction=values.warmup_fraction,
-        trust_coefficient=values.trust_coefficient,
-        seed=values.seed,
-        output_dir=Path(values.output_dir),
-        tune=values.tune,
-        rates=values.rates,
-    )
-    if options.rates is not None and not options.tune:
+    values.optimizers = names
+    values.small_batch_size = values.small_batch_size or defaults.small_batch_size
+    values.batch_size = values.batch_size or defaults.batch_size
+    values.epochs = values.epochs or defaults.epochs
+    if values.rates is not None and not values.tune:
         raise FlagValueError("rates", "to be given together with --tune", "no --tune")
-    _check_batches(options)
-    make_folder("output_dir", options.output_dir)
-    return options
+    _check_batches(values, source)
+    make_folder("output_dir", Path(values.output_dir))
+    return values, source
 
 
-def check_optimizer_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Checks the names of ``--optimizers`` against those there are.
-
-    Raises:
-        FlagValueError: A name is unknown.
-    """
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise FlagValueError(
-            "optimizers", f"names among {', '.join(known)}", ", ".join(map(repr, unknown))
-        )
-
-
-def check_sub_batches(options: Options, of_sub_batches: Collection[str]) -> None:
-    """Checks that the large batch has equal parts where the optimizer compares their gradients.
-
-    Args:
-        options: The command line.
-        of_sub_batches: Names of all optimizers that compare gradients of sub-batches.
-
-    Raises:
-        FlagValueError: It has not.
-    """
-    names = [name for name in options.optimizers if name in of_sub_batches]
-    sub_batches = options.replicas * micro_steps(options.replicas)
-    if names and options.batch_size % sub_batches:
-        raise FlagValueError(
-            "batch_size",
-            f"a multiple of {sub_batches} for --optimizers={','.join(names)}, which compare the "
-            "gradients of as many sub-batches",
-            options.batch_size,
-        )
-
-
-def _source(data_dir: str | None) -> ImageSource:
-    try:
-        return choose_source(None if data_dir is None else Path(data_dir))
-    except DataFormatError as error:
-        raise FlagValueError(
-            "data_dir", f"a folder with {KNOWN_FORMS}", f"{data_dir!r} ({error})"
-        ) from error
-
-
-def _check_batches(options: Options) -> None:
-    batches = {"batch_size": options.batch_size}
-    if options.small_batch_size is not None:
-        batches["small_batch_size"] = options.small_batch_size
-    for flag, batch in batches.items():
-        if batch % options.replicas:
+def _check_batches(values: flags.FlagValues, source: ImageSource) -> None:
+    train_size = source.train_size
+    if values.tune:
+        train_size -= validation_size(train_size)
+    for flag in ("batch_size", "small_batch_size") if values.baseline else ("batch_size",):
+        batch = values[flag].value
+        if batch % values.replicas:
             raise FlagValueError(
                 flag,
-                f"a multiple of --replicas={options.replicas}, so that every replica gets the "
+                f"a multiple of --replicas={values.replicas}, so that every replica gets the "
                 "same number of examples",
                 batch,
             )
-    try:
-        train_size = options.source.train_size
-    except DataFormatError as error:
-        raise FlagValueError("data_dir", "readable data", error) from error
-    if options.tune:
-        train_size -= validation_size(train_size)
-    for flag, batch in batches.items():
         if batch > train_size:
             raise FlagValueError(
-                flag, f"at most the {train_size} training images of {options.source.name}", batch
+                flag, f"at most the {train_size} training images of {source.name}", batch
             )

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from absl import flags
 from rich.table import Table
 
 from official_recipes.common.files import atomic_write
-from official_recipes.quickstart.training import RunResult
+from official_recipes.common.keras_options import TrainingOptions
+from official_recipes.common.keras_training import RunResult
 
 _VARIANCE_REDUCED = "vr_"
 
 
-def result_table(data_name: str, replicas: int, results: list[RunResult]) -> Table:
+def label(options: TrainingOptions) -> str:
+    """Returns a run's name in plots and on the screen."""
+    return f"{options.optimizer}, batch {options.batch_size}"
+
+
+def title(data_name: str, results: list[RunResult]) -> str:
+    """Returns what all runs have in common."""
+    return f"{data_name}, {results[0].options.replicas} CPU replicas"
+
+
+def result_table(data_name: str, results: list[RunResult]) -> Table:
     """Returns one row per run: optimizer, batch, rate, updates, test accuracy, seconds."""
-    table = Table(title=f"{data_name}, {replicas} CPU replicas")
+    table = Table(title=title(data_name, results))
     table.add_column("optimizer")
     for heading in ("batch", "learning rate", "updates", "test accuracy", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
-        accuracy = f"{result.test_accuracy[-1]:.2%}"
+        accuracy = f"{result.metrics[-1]['test_accuracy']:.2%}"
         table.add_row(
-            result.settings.optimizer,
-            str(result.settings.batch_size),
-            f"{result.settings.learning_rate:g}",
+            result.options.optimizer,
+            str(result.options.batch_size),
+            f"{result.options.schedule.learning_rate:g}",
             str(result.updates),
             f"{accuracy} (diverged)" if result.diverged else accuracy,
             f"{result.seconds:.1f}",
@@ -32,29 +44,44 @@ def result_table(data_name: str, replicas: int, results: list[RunResult]) -> Tab
     return table
 
 
-def comparison_record(data_name: str, replicas: int, results: list[RunResult]) -> dict:
+def comparison_record(
+    data_name: str, values: flags.FlagValues, results: list[RunResult]
+) -> dict[str, Any]:
     """Returns a comparison as plain data."""
-    return {
-        "data": data_name,
-        "replicas": replicas,
-        "runs": [
+    runs = []
+    for result in results:
+        options = result.options
+        curves = {name: _curve(result, name) for name in ("test_loss", "test_accuracy")}
+        runs.append(
             {
-                **asdict(result.settings),
+                "optimizer": options.optimizer,
+                "batch_size": options.batch_size,
+                "epochs": options.epochs,
+                "learning_rate": options.schedule.learning_rate,
+                "seed": options.seed,
+                "warmup_fraction": values.warmup_fraction,
+                "trust_coefficient": values.trust_coefficient,
                 "updates": result.updates,
-                "updates_per_epoch": result.updates_per_epoch,
+                "updates_per_epoch": _updates_per_epoch(result),
                 "diverged": result.diverged,
-                "final_test_accuracy": result.test_accuracy[-1],
+                "final_test_accuracy": curves["test_accuracy"][-1],
                 "seconds": round(result.seconds, 3),
                 "train_loss": result.train_loss,
-                "test_loss": result.test_loss,
-                "test_accuracy": result.test_accuracy,
+                **curves,
             }
-            for result in results
-        ],
-    }
+        )
+    return {"data": data_name, "replicas": values.replicas, "runs": runs}
 
 
-def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResult]) -> None:
+def _updates_per_epoch(result: RunResult) -> int:
+    return result.task_settings["train_size"] // result.options.batch_size
+
+
+def _curve(result: RunResult, name: str) -> list[float]:
+    return [row[name] for row in result.metrics]
+
+
+def write_plot(path: Path, data_name: str, results: list[RunResult]) -> None:
     """Draws test accuracy and training loss over epochs and over updates as a PNG."""
     import matplotlib
 
@@ -67,17 +94,18 @@ def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResul
     looks = _looks(results)
     for result, (color, linestyle) in zip(results, looks, strict=True):
         epochs = list(range(1, len(result.train_loss) + 1))
-        updates = [epoch * result.updates_per_epoch for epoch in epochs]
+        updates = [epoch * _updates_per_epoch(result) for epoch in epochs]
         style = {
-            "label": result.settings.label,
+            "label": label(result.options),
             "color": color,
             "linestyle": linestyle,
             "linewidth": 1.5,
             "marker": "o" if len(epochs) < 10 else None,
             "markersize": 4,
         }
+        accuracy = [100 * value for value in _curve(result, "test_accuracy")]
         for column, x in enumerate((epochs, updates)):
-            axes[0, column].plot(x, [100 * value for value in result.test_accuracy], **style)
+            axes[0, column].plot(x, accuracy, **style)
             axes[1, column].plot(x, result.train_loss, **style)
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("training loss (epoch mean)")
@@ -91,7 +119,7 @@ def write_plot(path: Path, data_name: str, replicas: int, results: list[RunResul
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3
     )
-    figure.suptitle(f"{data_name}, {replicas} CPU replicas: same weights at the start")
+    figure.suptitle(f"{title(data_name, results)}: same weights at the start")
     try:
         with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=130)
@@ -104,12 +132,12 @@ def _looks(results: list[RunResult]) -> list[tuple[str, str]]:
 
     A variance-reduced optimizer is dashed in the color of its base, the small batch dotted black.
     """
-    largest_batch = max(result.settings.batch_size for result in results)
+    largest_batch = max(result.options.batch_size for result in results)
     colors: dict[str, str] = {}
     looks = []
     for result in results:
-        name = result.settings.optimizer
-        if result.settings.batch_size < largest_batch:
+        name = result.options.optimizer
+        if result.options.batch_size < largest_batch:
             looks.append(("black", ":"))
             continue
         base = name.removeprefix(_VARIANCE_REDUCED)

@@ -30,6 +30,14 @@ def micro_steps(replicas: int) -> int:
     return -(-SUB_BATCHES // replicas)
 
 
+def validation_size(train_size: int) -> int:
+    """Returns how many training images --tune sets apart, a fifth.
+
+    Learning rates are tuned on these, so that the test images play no part in the choice.
+    """
+    return round(train_size * 0.2)
+
+
 @dataclass(frozen=True)
 class DataDefaults:
     """Sizes of a run on one kind of data."""

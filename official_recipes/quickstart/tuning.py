@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from rich.table import Table
 
-from official_recipes.quickstart.training import RunResult, RunSettings
+from official_recipes.common.keras_options import TrainingOptions
+from official_recipes.common.keras_training import RunResult
 
 # Two rates per decade. The search looks at five around the rate it starts from.
 _MANTISSAS = (1.0, 3.0)
@@ -37,8 +39,8 @@ class TuningResult:
 
 
 def tune_learning_rate(
-    start: RunSettings,
-    train: Callable[[RunSettings], RunResult],
+    start: TrainingOptions,
+    train: Callable[[TrainingOptions], RunResult],
     rates: Sequence[float] | None = None,
 ) -> TuningResult:
     """Finds the rate of the best mean validation accuracy; ties go to the lower loss.
@@ -56,7 +58,7 @@ def tune_learning_rate(
     """
     if rates is not None:
         return _result(start, [_score(start, rate, train) for rate in rates])
-    middle = _nearest_index(start.learning_rate)
+    middle = _nearest_index(start.schedule.learning_rate)
     scores = {
         index: _score(start, _rate(index), train)
         for index in range(middle - _RATES_AT_FIRST // 2, middle + _RATES_AT_FIRST // 2 + 1)
@@ -70,7 +72,7 @@ def tune_learning_rate(
     return _result(start, [scores[index] for index in sorted(scores)])
 
 
-def _result(start: RunSettings, scores: list[RateScore]) -> TuningResult:
+def _result(start: TrainingOptions, scores: list[RateScore]) -> TuningResult:
     best = max(scores, key=_quality)
     return TuningResult(start.optimizer, start.batch_size, scores, best)
 
@@ -78,6 +80,11 @@ def _result(start: RunSettings, scores: list[RateScore]) -> TuningResult:
 def _quality(score: RateScore) -> tuple[float, float]:
     # Rounded, so that the order of a sum does not decide a tie.
     return round(score.accuracy, 9), -score.loss
+
+
+def record(data_name: str, results: list[TuningResult]) -> dict[str, Any]:
+    """Returns a search as plain data."""
+    return {"data": data_name, "results": [asdict(result) for result in results]}
 
 
 def tuning_table(data_name: str, results: list[TuningResult]) -> Table:
@@ -100,17 +107,18 @@ def tuning_table(data_name: str, results: list[TuningResult]) -> Table:
     return table
 
 
-def _score(start: RunSettings, rate: float, train: Callable[[RunSettings], RunResult]) -> RateScore:
-    runs = [
-        train(replace(start, learning_rate=rate, seed=start.seed + offset))
-        for offset in range(_SEEDS)
-    ]
+def _score(
+    start: TrainingOptions, rate: float, train: Callable[[TrainingOptions], RunResult]
+) -> RateScore:
+    schedule = replace(start.schedule, learning_rate=rate)
+    seeds = range(start.seed, start.seed + _SEEDS)
+    runs = [train(replace(start, schedule=schedule, seed=seed)) for seed in seeds]
     if any(run.diverged for run in runs):
         return RateScore(rate, 0.0, float("inf"))
     return RateScore(
         rate,
-        statistics.fmean(run.test_accuracy[-1] for run in runs),
-        statistics.fmean(run.test_loss[-1] for run in runs),
+        statistics.fmean(run.metrics[-1]["validation_accuracy"] for run in runs),
+        statistics.fmean(run.metrics[-1]["validation_loss"] for run in runs),
     )
 
 
