@@ -27,7 +27,13 @@ from official_recipes.cifar.task import ImageTask, shifted_and_mirrored
 from official_recipes.common import keras_optimizers, keras_program
 from official_recipes.common.files import append_row
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
-from official_recipes.common.image_data import DataFormatError, ImageData, TfdsSource, find_source
+from official_recipes.common.image_data import (
+    DataFormatError,
+    DigitsSource,
+    ImageData,
+    TfdsSource,
+    find_source,
+)
 from official_recipes.common.interruption import Interrupted
 from official_recipes.common.keras_optimizers import (
     SGD,
@@ -51,7 +57,7 @@ FAST = TrainingOptions("momentum", {}, CONSTANT, batch_size=64, epochs=2, replic
 
 
 def digits(train_size=640, test_size=128):
-    data = cifar.DigitsSource().load()
+    data = DigitsSource().load()
     return dataclasses.replace(
         data,
         train_images=data.train_images[:train_size],
@@ -474,7 +480,7 @@ def test_norms_of_examples_are_those_of_micro_steps_of_one_example():
 
 
 def test_label_smoothing_and_a_validation_split():
-    data = cifar.load_data(cifar.DigitsSource())
+    data = cifar.load_data(DigitsSource())
     values = cifar.define_flags()
     parse_flags(values, ["", "--model=two_conv", "--validation_size=300", "--label_smoothing=0.1"])
     task = cifar.task_of(data, values)
