@@ -1,7 +1,7 @@
 """Ending a training run on Ctrl-C without getting lost in TensorFlow.
 
 Python raises ``KeyboardInterrupt`` wherever the main thread happens to be, be it in the middle of
-tracing a graph, of a replica's turn or of a callback from C++ that drops it. So while training
+tracing a graph, of a replica's step or of a callback from C++ that drops it. So while training
 runs, a signal only leaves a request to stop, and training looks for it between two updates.
 """
 

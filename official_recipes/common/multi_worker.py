@@ -41,7 +41,7 @@ class ClusterError(ValueError):
 
 
 class WorkerLostError(RuntimeError):
-    """Another worker has gone away."""
+    """Another worker is lost."""
 
 
 @dataclass(frozen=True)

@@ -544,7 +544,7 @@ def _check_runtime(params: Any, cluster: Cluster) -> None:
             "workers",
             repr(kind),
         )
-    # tf-models' own answer to SIGTERM would take the signal away from ours.
+    # tf-models' own answer to SIGTERM would keep the signal from ours.
     params.override({"trainer": {"preemption_on_demand_checkpoint": False}})
 
 

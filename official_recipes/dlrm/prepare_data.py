@@ -347,7 +347,7 @@ class _Progress:
         self._bar.advance(self._task, done)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._bar.remove_task(self._task)
 
 

@@ -80,7 +80,7 @@ def _check(params: Any, options: Options) -> None:
             raise FlagValueError("params_override", f"task.model.{name}: {expected}", received)
     if params.trainer.train_tf_while_loop:
         # How many rows of a table a replica has looked up differs from step to step, and TensorFlow
-        # 2.20 takes a collective in a loop to be of one shape in all its turns.
+        # 2.20 takes a collective in a loop to be of one shape in all its iterations.
         raise FlagValueError(
             "params_override",
             "trainer.train_tf_while_loop: false",
