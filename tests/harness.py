@@ -129,6 +129,7 @@ class Run:
                 self.optimizer.build(self.variables)
         self.traces = 0
         self._step = function(self._step_python)
+        self._first = self._values() if build else []
 
     def _variable(self, value: np.ndarray, dtype: str | None, name: str) -> Any:
         return keras.Variable(value, dtype=dtype, name=name)
@@ -175,6 +176,18 @@ class Run:
         for sub_batches in gradients:
             self.update(sub_batches)
         return self
+
+    def restart(self) -> "Run":
+        """Sets everything back to how it was made, in place of another run and its trace."""
+        for variable, value in zip(self._everything(), self._first, strict=True):
+            variable.assign(value)
+        return self
+
+    def _everything(self) -> list[Any]:
+        return [*self.variables, *self.inner.variables, *self.optimizer.variables]
+
+    def _values(self) -> list[np.ndarray]:
+        return [v.numpy() for v in self._everything()]
 
     def weights(self) -> list[np.ndarray]:
         return [v.numpy() for v in self.variables]

@@ -21,7 +21,7 @@ task:
   model:
     num_classes: 4
     input_size: [32, 32, 3]
-    backbone: {type: resnet, resnet: {model_id: 18}}
+    backbone: {type: resnet, resnet: {model_id: 10}}
   train_data: {input_path: synthetic, global_batch_size: 16}
   validation_data: {input_path: synthetic, global_batch_size: 32}
 trainer:

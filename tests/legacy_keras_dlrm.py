@@ -262,7 +262,7 @@ def _step(task, model, optimizer):
     ("kind", "embeddings"),
     [
         ("vr_sgd", None),
-        ("sgd", None),
+        pytest.param("sgd", None, marks=pytest.mark.long),
         pytest.param("vr_sgd", "adagrad", marks=pytest.mark.long),
         pytest.param("vr_momentum", "vr_sgd", marks=pytest.mark.long),
     ],
@@ -413,7 +413,7 @@ def test_the_cross_network():
 
 @pytest.mark.parametrize(
     ("kind", "embeddings", "sub_batches"),
-    [("vr_sgd", None, 2), ("lbopt_lars", "vr_sgd", 1)],
+    [("vr_sgd", None, 2), pytest.param("lbopt_lars", "vr_sgd", 1, marks=pytest.mark.long)],
 )
 def test_steps_trace_under_tpu_strategy(kind, embeddings, sub_batches):
     params, task = _task(kind, embeddings, sub_batches)

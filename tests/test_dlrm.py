@@ -463,29 +463,40 @@ def test_command_line(small, tmp_path):
     assert summary["train_metrics"]["training_loss"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--experiment=dlrm_criteo"], "--experiment: expected a registered experiment"),
-        (
-            [
-                "--params_override=trainer.optimizer_config.embeddings.optimizer.type=vr_sgd",
-                "--cpu_replicas=1",
-            ],
-            "at least 2 sub-batches (replicas x --sub_batches) for the optimizer vr_sgd",
-        ),
-        (
-            ["--params_override=trainer.optimizer_config.optimizer.type=extrap_sgd"],
-            "trainer.optimizer_config.optimizer.type: one that does not extrapolate",
-        ),
+# By what is said of them.
+MISTAKES = {
+    "trainer.optimizer_config.optimizer.type: one that does not extrapolate": [
+        "--params_override=trainer.optimizer_config.optimizer.type=extrap_sgd",
     ],
-)
-def test_mistakes(small, arguments, said):
-    result = _run(*small, *arguments)
-    assert result.returncode == 2
-    error = [line for line in result.stderr.strip().splitlines() if line.startswith("--")]
-    assert len(error) == 1
-    assert said in error[0]
+    "--experiment: expected a registered experiment": ["--experiment=dlrm_criteo"],
+    "at least 2 sub-batches (replicas x --sub_batches) for the optimizer vr_sgd": [
+        "--params_override=trainer.optimizer_config.embeddings.optimizer.type=vr_sgd",
+        "--cpu_replicas=1",
+    ],
+}
+# All in one process: it takes longest to import.
+SEVERAL_RUNS = """
+import json, sys
+from official_recipes.dlrm import train
+sys.exit(str([train.main(["train", *arguments]) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+def test_mistakes(small):
+    runs = [[*small, *arguments] for arguments in MISTAKES.values()]
+    result = subprocess.run(
+        [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=_environment(),
+    )
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1] == str([2] * len(runs)), result.stderr
+    errors = [line for line in lines if line.startswith("--")]
+    assert len(errors) == len(runs)
+    for error, said in zip(errors, MISTAKES, strict=True):
+        assert said in error
 
 
 @pytest.mark.long

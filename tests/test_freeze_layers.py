@@ -128,6 +128,8 @@ def over(names):
 
 
 @over(OPTIMIZERS)
+@pytest.mark.quick(name=("vr_adam", "loss scale"), replicas=2)
+@pytest.mark.quick(name=("lamb", "vr around sgd", "keras adam"), replicas=1)
 def test_frozen_weights_keep_every_bit(name, replicas):
     with strategy_of(replicas).scope():
         optimizer = OPTIMIZERS[name]()
@@ -178,6 +180,8 @@ def train_by_hand(replicas, optimizer_name, frozen_epochs, epochs):
 
 
 @over(["sngm", "lamb", "vr_adam", "keras sgd", "keras adam"])
+@pytest.mark.quick(name="vr_adam")
+@pytest.mark.quick(name="keras adam")
 def test_equals_a_custom_loop(name, replicas):
     with strategy_of(replicas).scope():
         optimizer = OPTIMIZERS[name]()

@@ -156,7 +156,7 @@ def test_end_to_end(tmp_path):
         start(
             "--replicas=2",
             "--epochs=2",
-            "--optimizers=momentum,vr_momentum,sngm",
+            "--optimizers=vr_momentum,sngm",
             "--batch_size=256",
             "--small_batch_size=64",
             f"--output_dir={tmp_path}",
@@ -180,7 +180,6 @@ def test_end_to_end(tmp_path):
     runs = record["runs"]
     assert [(run["optimizer"], run["batch_size"], run["updates"]) for run in runs] == [
         ("momentum", 64, 44),
-        ("momentum", 256, 10),
         ("vr_momentum", 256, 10),
         ("sngm", 256, 10),
     ]

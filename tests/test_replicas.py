@@ -380,6 +380,8 @@ def test_one_copy_for_several_replicas_is_enough_for_the_mean_gradient():
 @pytest.mark.parametrize("function", [tf.function, lambda f: f], ids=["traced", "eager"])
 @pytest.mark.parametrize("make", [tf_lbopt.LARS, tf_lbopt.VRSGD])
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(make="LARS", replicas=1)
+@pytest.mark.quick(make="VRSGD", replicas=2, function=tf.function)
 def test_a_gradient_that_is_missing_in_mid_update_is_told(make, replicas, function):
     strategy = strategy_of(replicas)
     with strategy.scope():

@@ -265,7 +265,7 @@ def test_killed_run_goes_on_with_all_its_state(small, tmp_path):
     assert f"restored from checkpoint: {path}" in result.stdout
     _, after = last_checkpoint(model_dir)
     assert_same_state(after, before)
-    assert sum("optimizer" in name and np.ndim(v) == 4 for name, v in after.items()) > 15
+    assert sum("optimizer" in name and np.ndim(v) == 4 for name, v in after.items()) > 10
 
 
 @pytest.mark.long

@@ -246,7 +246,7 @@ def test_greedy_translation_ends_at_the_end():
 
 # -- training --------------------------------------------------------------------------------------
 
-QUICK = ("momentum", "vr_lamb", "extrap_adam")
+QUICK = ("vr_lamb", "extrap_adam")
 RATES = {"clars": 1.0, "lars": 30.0, "vr_lars": 30.0}
 
 
@@ -260,7 +260,7 @@ def _rate(name):
     return RATES.get(name, 0.03 if "adam" in name or "lamb" in name else 0.5)
 
 
-@pytest.mark.parametrize("name", _all(QUICK[:2]))
+@pytest.mark.parametrize("name", _all(QUICK[:1]))
 def test_language_models_learn(name):
     options = with_rate(dataclasses.replace(FAST, optimizer=name, epochs=4), _rate(name))
     options = dataclasses.replace(options, optimizer_arguments={"global_clipnorm": 1.0})
@@ -269,7 +269,7 @@ def test_language_models_learn(name):
     assert perplexities[-1] < 0.7 * perplexities[0]
 
 
-@pytest.mark.parametrize("name", _all(QUICK[2:]))
+@pytest.mark.parametrize("name", _all(QUICK[1:]))
 def test_translation_learns(name):
     rate = {"clars": 0.3, "lars": 10.0, "vr_lars": 10.0}.get(name, _rate(name) / 5)
     options = with_rate(dataclasses.replace(FAST, optimizer=name, epochs=3, seed=2), rate)

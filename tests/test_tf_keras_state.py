@@ -250,6 +250,8 @@ def _saved_and_loaded(case, replicas, wrap, file, batches):
     ],
     ids=[*(case.name for case in KIND_CASES), "one replica", "loss scale", "h5"],
 )
+@pytest.mark.quick(case="vr_lamb")
+@pytest.mark.quick(case="extrap_sgd")
 def test_saved_model(case, replicas, wrap, file, batches, tmp_path):
     """It goes on where it was; after 5 batches that is the middle of an update of two.
 
@@ -266,6 +268,7 @@ def test_saved_model(case, replicas, wrap, file, batches, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+@pytest.mark.quick(wrap="dynamic")
 def test_a_saved_model_in_mid_accumulation_starts_with_a_fresh_optimizer(wrap, tmp_path):
     """From this format tf_keras restores the state of no new-style optimizer, its own included."""
     _, loaded = _saved_and_loaded(VR_LAMB, 2, wrap, tmp_path / "saved_model", 5)
@@ -441,6 +444,7 @@ def test_fit_in_other_ways_gives_the_same_weights(case, options, replicas):
 
 
 @over_kinds
+@pytest.mark.quick(case=("vr_lamb", "extrap_sgd"))
 def test_fit_equals_a_custom_loop(case):
     """As tf-models-official has it: the loss divided by the number of replicas in the step."""
     x, y = _data(32)

@@ -44,7 +44,7 @@ def test_the_table_has_what_keras_ships():
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("beta_3", [None, 0.5])
-@pytest.mark.quick(replicas=2, beta_3=None)
+@pytest.mark.quick(name=("SGD", "Adam", "AdamW", "Muon", "Adafactor"), replicas=2, beta_3=None)
 @pytest.mark.quick(name="Nadam")
 def test_every_keras_optimizer_sees_the_weighted_gradient(name, replicas, micro_steps, beta_3):
     """Against the stock optimizer, on one device, given r ḡ from NumPy."""
