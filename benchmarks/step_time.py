@@ -35,9 +35,9 @@ from benchmarks.shapes import count
 from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
-    IntegerParser,
     define_integer,
     help_text,
+    integer_parser,
     parse_flags,
 )
 
@@ -72,7 +72,7 @@ _DEFAULT = ("vr_sgd", "vr_momentum", "vr_lars", "vr_lamb", "lars", "lamb", "sngm
 _KNOWN = tuple(dict.fromkeys([*BASES, *BASES.values()]))
 _NO_UPDATE = "forward_backward"
 _CLASSES = 10
-_REPLICAS_PARSER = IntegerParser(maximum=64)
+_REPLICAS_PARSER = integer_parser(maximum=64)
 _DISTRIBUTIONS = ("tensorflow", "keras", "numpy", "tf-lbopt")
 
 

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
     FlagValueError,
     define_integer,
+    fail,
     help_text,
     parse_flags,
 )
@@ -162,8 +162,7 @@ def main(argv: Sequence[str]) -> int:
         parse_flags(values, argv)
         _check(values)
     except FlagValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
+        return fail(error)
     if values.help:
         print(help_text(values, PROGRAM, SUMMARY))
         return 0

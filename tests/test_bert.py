@@ -23,8 +23,8 @@ from harness_recipes import (
 
 from official_recipes.bert import documents, prepare_data, records, squad, train
 from official_recipes.common import tfm_training
+from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.flag_parsing import FlagValueError
-from official_recipes.common.image_data import DataFormatError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "official_recipes" / "bert" / "configs").glob("*.yaml"))

@@ -25,10 +25,10 @@ from official_recipes.cifar import train as cifar
 from official_recipes.cifar.models import NETWORKS, build_model
 from official_recipes.cifar.task import ImageTask, shifted_and_mirrored
 from official_recipes.common import keras_optimizers, keras_program
+from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.files import append_row
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
 from official_recipes.common.image_data import (
-    DataFormatError,
     DigitsSource,
     ImageData,
     TfdsSource,

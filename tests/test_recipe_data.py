@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from official_recipes.common import image_data
+from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.files import atomic_write
-from official_recipes.common.image_data import CIFAR10_CLASSES, DataFormatError, DigitsSource
+from official_recipes.common.image_data import CIFAR10_CLASSES, DigitsSource
 from official_recipes.quickstart.settings import validation_size
 
 REAL_DATA = Path(

@@ -12,6 +12,7 @@ import tensorflow as tf
 from conftest import strategy_of
 from harness_recipes import assert_same_by_single_micro_steps
 
+from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
 from official_recipes.common.keras_optimizers import known_optimizers, make_optimizer
 from official_recipes.common.keras_options import (
@@ -21,7 +22,7 @@ from official_recipes.common.keras_options import (
     training_options,
 )
 from official_recipes.common.keras_training import train
-from official_recipes.common.text_data import TextDataError, read_lines
+from official_recipes.common.text_data import read_lines
 from official_recipes.multi30k import data as pairs
 from official_recipes.multi30k import train as multi30k
 from official_recipes.multi30k.model import Shape, Transformer
@@ -106,7 +107,7 @@ def test_lines_and_damaged_files(tmp_path):
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"abc")[:-5])
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
     for name in ("b.gz", "c.txt", "d.txt"):
-        with pytest.raises(TextDataError, match=name):
+        with pytest.raises(DataFormatError, match=name):
             read_lines(tmp_path / name)
 
 
@@ -122,11 +123,11 @@ def test_texts(tmp_path):
     source = language.find_text(tmp_path)
     assert (source.held_out_name, source.load().vocabulary[2:]) == ("validation", ("b",))
     (tmp_path / "valid.txt").write_text("\n")
-    with pytest.raises(TextDataError, match="no words"):
+    with pytest.raises(DataFormatError, match="no words"):
         source.load()
     default = language.find_text(None).load()
     assert len(default.train) > 10 * len(default.held_out) / 2 > 10_000
-    with pytest.raises(TextDataError, match="no known text"):
+    with pytest.raises(DataFormatError, match="no known text"):
         language.find_text(tmp_path.parent)
 
 
@@ -137,10 +138,10 @@ def test_pairs(tmp_path):
     found = pairs.find_pairs(tmp_path)
     assert found.load()["test"] == (["a b", "c"], ["ä", "ö"])
     (tmp_path / "val.en").write_text("a b\n")
-    with pytest.raises(TextDataError, match="1 lines"):
+    with pytest.raises(DataFormatError, match="1 lines"):
         found.load()
     (tmp_path / "train.en").unlink()
-    with pytest.raises(TextDataError, match=r"train\.en"):
+    with pytest.raises(DataFormatError, match=r"train\.en"):
         pairs.find_pairs(tmp_path)
 
 

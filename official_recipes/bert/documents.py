@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from official_recipes.common.image_data import DataFormatError
+from official_recipes.common.data_format import DataFormatError
 
 FORMS = ("plain", "wikiextractor", "gutenberg")
 

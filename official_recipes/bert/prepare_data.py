@@ -14,15 +14,15 @@ from typing import Any
 from absl import flags
 
 from official_recipes.bert import documents, records, squad
+from official_recipes.common.data_format import DataFormatError, data_of_flag
 from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
+    BELOW_ONE,
     FlagValueError,
-    ShareParser,
     define_integer,
     help_text,
     parse_flags,
 )
-from official_recipes.common.image_data import DataFormatError
 from official_recipes.common.interruption import interruption
 from official_recipes.common.output_folder import (
     NOTHING_WRITTEN,
@@ -101,7 +101,7 @@ def _define_flags() -> flags.FlagValues:
         flags.DEFINE_string(name, None, help_, flag_values=values)
 
     def share(name: str, default: float, help_: str) -> None:
-        flags.DEFINE(ShareParser(), name, default, help_, flag_values=values)
+        flags.DEFINE(BELOW_ONE, name, default, help_, flag_values=values)
 
     text(
         "source",
@@ -284,10 +284,8 @@ def _prepare(options: Options) -> None:
 
 
 def _for_flag(flag: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
+    with data_of_flag(flag, "data that can be used"):
         return function(*arguments)
-    except DataFormatError as error:
-        raise FlagValueError(flag, "data that can be used", error) from error
 
 
 Show = Callable[..., None]

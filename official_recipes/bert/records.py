@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from official_recipes.bert.documents import Document
-from official_recipes.common.image_data import DataFormatError
+from official_recipes.common.data_format import DataFormatError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY_CHARACTERS = 20_000_000

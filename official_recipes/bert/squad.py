@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from official_recipes.common.image_data import DataFormatError
+from official_recipes.common.data_format import DataFormatError
 
 TRAIN_RECORDS = "train.tf_record"
 TRAIN_JSON = "train.json"

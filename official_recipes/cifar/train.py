@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from official_recipes.common.data_format import data_of_flag
 from official_recipes.common.flag_parsing import (
+    BELOW_ONE,
     FlagValueError,
-    ShareParser,
     define_integer,
 )
 from official_recipes.common.image_data import (
-    DataFormatError,
     ImageData,
     ImageSource,
     ProgressCallback,
@@ -45,7 +45,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_boolean(
         "augmentation", True, "Shift by up to 4 pixels and mirror.", flag_values=values
     )
-    flags.DEFINE(ShareParser(), "label_smoothing", 0.0, "Label smoothing.", flag_values=values)
+    flags.DEFINE(BELOW_ONE, "label_smoothing", 0.0, "Label smoothing.", flag_values=values)
     flags.DEFINE_string(
         "tfds",
         None,
@@ -79,10 +79,8 @@ def load_data(source: ImageSource, progress: ProgressCallback | None = None) -> 
     Raises:
         FlagValueError: They cannot be read.
     """
-    try:
+    with data_of_flag("data_dir", "readable data"):
         data = source.load(progress)
-    except DataFormatError as error:
-        raise FlagValueError("data_dir", "readable data", error) from error
     return _as_rgb(data) if source.kind == "digits" else data
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -25,118 +28,75 @@ class FlagValueError(ValueError):
         super().__init__(f"--{flag}: expected {expected}, received {received}")
 
 
-class IntegerParser(flags.ArgumentParser):
-    """Parses an integer of at least ``minimum`` and at most ``maximum``."""
+def fail(error: object, exit_code: int = EXIT_BAD_FLAG) -> int:
+    """Prints an error as one line on stderr, and returns the exit code."""
+    print(" ".join(str(error).split()), file=sys.stderr)
+    return exit_code
 
-    flag_type_name = "int"
 
-    def __init__(self, minimum: int = 1, maximum: int | None = None) -> None:
+class CheckedParser(flags.ArgumentParser):
+    """Parses a flag by a function, and checks what that returns.
+
+    Args:
+        convert: Returns the value; raises ``ValueError`` for what is none.
+        accepts: Whether a value is taken.
+        expected: What is, for errors.
+        kind: The type's name, for help texts.
+    """
+
+    def __init__(
+        self,
+        convert: Callable[[Any], Any],
+        accepts: Callable[[Any], bool],
+        expected: str,
+        kind: str,
+    ) -> None:
         super().__init__()
-        self.minimum = minimum
-        self.maximum = maximum
-        self.syntactic_help = "a positive integer" if minimum == 1 else f"an integer >= {minimum}"
-        if maximum is not None:
-            self.syntactic_help = f"an integer from {minimum} to {maximum}"
+        self._convert = convert
+        self._accepts = accepts
+        self.syntactic_help = expected
+        self._kind = kind
 
-    def parse(self, argument: str | int) -> int:
-        """Returns the integer, or raises ``ValueError`` naming what was expected."""
-        try:
-            value = int(argument)
-        except ValueError:
-            value = self.minimum - 1
-        if value < self.minimum or (self.maximum is not None and value > self.maximum):
-            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
-        return value
+    def parse(self, argument: Any) -> Any:
+        """Returns the value, or raises ``ValueError`` naming what was expected."""
+        with contextlib.suppress(ValueError):
+            value = self._convert(argument)
+            if self._accepts(value):
+                return value
+        raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
 
     def flag_type(self) -> str:
         """Returns the type's name for help texts."""
-        return self.flag_type_name
+        return self._kind
 
 
-class PositiveFloatParser(flags.ArgumentParser):
-    """Parses a finite number greater than zero."""
-
-    syntactic_help = "a positive number"
-
-    def parse(self, argument: str | float) -> float:
-        """Returns the number, or raises ``ValueError`` naming what was expected."""
-        try:
-            value = float(argument)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
-        return value
-
-    def flag_type(self) -> str:
-        """Returns the type's name for help texts."""
-        return "float"
+def integer_parser(minimum: int = 1, maximum: int | None = None) -> CheckedParser:
+    """Returns a parser of integers of at least ``minimum`` and at most ``maximum``."""
+    expected = "a positive integer" if minimum == 1 else f"an integer >= {minimum}"
+    if maximum is not None:
+        expected = f"an integer from {minimum} to {maximum}"
+    most = math.inf if maximum is None else maximum
+    return CheckedParser(int, lambda value: minimum <= value <= most, expected, "int")
 
 
-class NumberParser(flags.ArgumentParser):
-    """Parses a finite number of at least ``minimum``."""
-
-    def __init__(self, minimum: float) -> None:
-        super().__init__()
-        self.minimum = minimum
-        self.syntactic_help = f"a number >= {minimum:g}"
-
-    def parse(self, argument: str | float) -> float:
-        """Returns the number, or raises ``ValueError`` naming what was expected."""
-        try:
-            value = float(argument)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and value >= self.minimum):
-            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
-        return value
-
-    def flag_type(self) -> str:
-        """Returns the type's name for help texts."""
-        return "float"
+def _rising(argument: str | tuple[float, ...]) -> tuple[float, ...]:
+    parts = argument.split(",") if isinstance(argument, str) else argument
+    return tuple(sorted(map(float, parts)))
 
 
-class ShareParser(flags.ArgumentParser):
-    """Parses a number from 0 up to, but without, 1."""
-
-    syntactic_help = "a number in [0, 1)"
-
-    def parse(self, argument: str | float) -> float:
-        """Returns the number, or raises ``ValueError`` naming what was expected."""
-        try:
-            value = float(argument)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value < 1:
-            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
-        return value
-
-    def flag_type(self) -> str:
-        """Returns the type's name for help texts."""
-        return "float"
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
 
 
-class PositiveFloatsParser(flags.ArgumentParser):
-    """Parses a comma-separated list of different finite numbers greater than zero."""
-
-    syntactic_help = "a comma-separated list of different positive numbers"
-
-    def parse(self, argument: str | tuple[float, ...]) -> tuple[float, ...]:
-        """Returns the numbers, rising, or raises ``ValueError`` naming what was expected."""
-        if isinstance(argument, tuple):
-            return argument
-        parser = PositiveFloatParser()
-        try:
-            rates = sorted(parser.parse(part) for part in argument.split(","))
-        except ValueError:
-            rates = []
-        if not rates or len(set(rates)) < len(rates):
-            raise ValueError(f"expected {self.syntactic_help}, received {argument!r}")
-        return tuple(rates)
-
-    def flag_type(self) -> str:
-        """Returns the type's name for help texts."""
-        return "list of floats"
+POSITIVE = CheckedParser(float, _positive, "a positive number", "float")
+NOT_NEGATIVE = CheckedParser(float, lambda x: 0 <= x < math.inf, "a number >= 0", "float")
+BELOW_ONE = CheckedParser(float, lambda x: 0 <= x < 1, "a number in [0, 1)", "float")
+DIFFERENT_POSITIVES = CheckedParser(
+    _rising,
+    lambda values: all(map(_positive, values)) and len({*values}) == len(values),
+    "a comma-separated list of different positive numbers",
+    "list of floats",
+)
 
 
 def define_integer(
@@ -149,7 +109,7 @@ def define_integer(
     maximum: int | None = None,
 ) -> None:
     """Defines an integer flag with a lower and an optional upper bound."""
-    parser = IntegerParser(minimum, maximum)
+    parser = integer_parser(minimum, maximum)
     flags.DEFINE(parser, name, default, help_text, flag_values=values)
 
 
@@ -157,7 +117,7 @@ def define_positive_float(
     values: flags.FlagValues, name: str, default: float | None, help_text: str
 ) -> None:
     """Defines a flag that takes a finite number greater than zero."""
-    flags.DEFINE(PositiveFloatParser(), name, default, help_text, flag_values=values)
+    flags.DEFINE(POSITIVE, name, default, help_text, flag_values=values)
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol, cast
 
 import numpy as np
 
-from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.data_format import DataFormatError, data_of_flag
 
 ProgressCallback = Callable[[int, int], None]
 """Receives the number of items read so far and the total."""
@@ -44,10 +44,6 @@ KNOWN_FORMS = (
     "(cifar10_jpeg.tar.gz, or data_batch_1 ... data_batch_5 and test_batch) or CIFAR-100 (train "
     "and test)"
 )
-
-
-class DataFormatError(ValueError):
-    """A data file or folder is missing, damaged or of an unknown form."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +127,8 @@ def source_in(data_dir: str | None) -> ImageSource:
     """
     if data_dir is None:
         return DigitsSource()
-    try:
+    with data_of_flag("data_dir", f"a folder with {KNOWN_FORMS}", data_dir):
         return find_source(Path(data_dir))
-    except DataFormatError as error:
-        raise FlagValueError(
-            "data_dir", f"a folder with {KNOWN_FORMS}", f"{data_dir!r} ({error})"
-        ) from error
 
 
 # --- digits ------------------------------------------------------------------------------------

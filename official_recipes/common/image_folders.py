@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from official_recipes.common.image_data import DataFormatError
+from official_recipes.common.data_format import DataFormatError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
 _TRAIN = ("train", "training")

@@ -9,10 +9,10 @@ from pathlib import Path
 from absl import flags
 
 from official_recipes.common.flag_parsing import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
     FlagValueError,
-    NumberParser,
-    PositiveFloatParser,
-    ShareParser,
     config_path,
     define_integer,
     define_positive_float,
@@ -115,25 +115,21 @@ class TrainingOptions:
     result_file: Path | None = None
 
 
-_BELOW_ONE = ShareParser()
-_NOT_NEGATIVE = NumberParser(minimum=0.0)
-_POSITIVE = PositiveFloatParser()
-
 # Constructor arguments that are flags, with their parsers; the constructors have the last word.
 _NUMBERS: dict[str, tuple[flags.ArgumentParser, str]] = {
-    "momentum": (_BELOW_ONE, "Momentum coefficient."),
-    "weight_decay": (_NOT_NEGATIVE, "Weight decay, as the optimizer defines it."),
-    "gamma": (_POSITIVE, "Lower end of the clipped GSNR of vr_ optimizers."),
-    "beta_1": (_BELOW_ONE, "Decay of the first moment."),
-    "beta_2": (_BELOW_ONE, "Decay of the second moment."),
-    "beta_3": (_BELOW_ONE, "Decay of the running GSNR of vr_adam and vr_lamb."),
-    "epsilon": (_NOT_NEGATIVE, "Added to the denominator of Adam and LAMB."),
-    "trust_coefficient": (_POSITIVE, "Coefficient of LARS's trust ratio."),
-    "default_trust_ratio": (_POSITIVE, "Trust ratio of a variable that has none."),
-    "eta": (_POSITIVE, "Coefficient of CLARS's ratio."),
-    "max_trust_ratio": (_POSITIVE, "Upper end of CLARS's ratio."),
-    "extrapolation_rate": (_NOT_NEGATIVE, "Rate of the extrapolation [default: local rate]."),
-    "global_clipnorm": (_POSITIVE, "Clip the mean gradient to this global norm."),
+    "momentum": (BELOW_ONE, "Momentum coefficient."),
+    "weight_decay": (NOT_NEGATIVE, "Weight decay, as the optimizer defines it."),
+    "gamma": (POSITIVE, "Lower end of the clipped GSNR of vr_ optimizers."),
+    "beta_1": (BELOW_ONE, "Decay of the first moment."),
+    "beta_2": (BELOW_ONE, "Decay of the second moment."),
+    "beta_3": (BELOW_ONE, "Decay of the running GSNR of vr_adam and vr_lamb."),
+    "epsilon": (NOT_NEGATIVE, "Added to the denominator of Adam and LAMB."),
+    "trust_coefficient": (POSITIVE, "Coefficient of LARS's trust ratio."),
+    "default_trust_ratio": (POSITIVE, "Trust ratio of a variable that has none."),
+    "eta": (POSITIVE, "Coefficient of CLARS's ratio."),
+    "max_trust_ratio": (POSITIVE, "Upper end of CLARS's ratio."),
+    "extrapolation_rate": (NOT_NEGATIVE, "Rate of the extrapolation [default: local rate]."),
+    "global_clipnorm": (POSITIVE, "Clip the mean gradient to this global norm."),
 }
 _BOOLEANS = {
     "nesterov": "Nesterov momentum.",
@@ -214,14 +210,14 @@ def define_training_flags(
     )
     define_positive_float(values, "factor", 0.1, "Of --schedule=step: by which the rate drops.")
     flags.DEFINE(
-        _NOT_NEGATIVE,
+        NOT_NEGATIVE,
         "warmup_epochs",
         0.0,
         "Epochs (or a part of one) in which the rate rises linearly to its peak.",
         flag_values=values,
     )
     flags.DEFINE(
-        _NOT_NEGATIVE, "warmup_start", 0.0, "Rate at the start of a warm-up.", flag_values=values
+        NOT_NEGATIVE, "warmup_start", 0.0, "Rate at the start of a warm-up.", flag_values=values
     )
     define_integer(
         values, "batch_size", batch_size, "Examples per update, all replicas and micro-steps."
@@ -235,7 +231,7 @@ def define_training_flags(
         "Micro-steps per update, each on as large a part of the batch (tf_lbopt's optimizers).",
     )
     flags.DEFINE(
-        _NOT_NEGATIVE,
+        NOT_NEGATIVE,
         "post_local_start_epoch",
         None,
         "Post-local SGD around the optimizer: from this epoch on, replicas take their own steps.",

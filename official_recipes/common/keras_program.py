@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from rich.console import Console
 
-from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
+from official_recipes.common.flag_parsing import FlagValueError, fail
 from official_recipes.common.interruption import Interrupted, interruption
 from official_recipes.common.keras_options import (
     CHECKPOINTS,
@@ -83,8 +83,7 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
                 print(f"{folder} has a checkpoint: --resume goes on from it", file=sys.stderr)
             raise
     except FlagValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
+        return fail(error)
     if result.diverged:
         print(
             f"training diverged in epoch {len(result.train_loss)}; lower --learning_rate or "

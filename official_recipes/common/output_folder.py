@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
+from official_recipes.common.flag_parsing import FlagValueError, fail
 from official_recipes.common.interruption import Interrupted
 
 INSTALL = "install what recipes need by pip install '.[recipes]' in the project's folder"
@@ -34,11 +34,8 @@ def exit_code_of(prepare: Callable[[], None], *mistakes: type[Exception]) -> int
     try:
         prepare()
     except told as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            message += f": {INSTALL}"
-        print(message, file=sys.stderr)
-        return EXIT_BAD_FLAG
+        missing = isinstance(error, ModuleNotFoundError)
+        return fail(f"{error}: {INSTALL}" if missing else error)
     except Interrupted as error:
         print(NOTHING_WRITTEN, file=sys.stderr)
         return error.exit_code

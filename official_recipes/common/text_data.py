@@ -5,22 +5,20 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-
-class TextDataError(ValueError):
-    """A text file or folder is missing, damaged or of an unknown form."""
+from official_recipes.common.data_format import DataFormatError
 
 
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of a UTF-8 file, gzip-compressed if its name says so.
 
     Raises:
-        TextDataError: It is missing, damaged or not UTF-8.
+        DataFormatError: It is missing, damaged or not UTF-8.
     """
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TextDataError(f"{path}: {error}") from error
+        raise DataFormatError(f"{path}: {error}") from error
     return text.split("\n")[: -1 if text.endswith("\n") else None]
 
 

@@ -25,10 +25,10 @@ from absl import flags
 
 from official_recipes.common.files import json_text, plain
 from official_recipes.common.flag_parsing import (
-    EXIT_BAD_FLAG,
     FlagValueError,
     config_path,
     define_integer,
+    fail,
     help_text,
     parse_flags,
 )
@@ -149,24 +149,16 @@ def train_from_command_line(
             return 0
         _run(options, cluster, register, check, started)
     except (FlagValueError, ClusterError) as error:
-        return _fail(error, EXIT_BAD_FLAG)
+        return fail(error)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("tf_lbopt", "official_recipes"):
             raise
-        return _fail(
-            f"the module {error.name} is missing: {INSTALL}",
-            EXIT_BAD_FLAG,
-        )
+        return fail(f"the module {error.name} is missing: {INSTALL}")
     except (DivergedError, WorkerLostError) as error:
-        return _fail(error, 1)
+        return fail(error, 1)
     except Interrupted as error:
         return 0 if error.signal_number == signal.SIGTERM else error.exit_code
     return 0
-
-
-def _fail(error: object, exit_code: int) -> int:
-    print(" ".join(str(error).split()), file=sys.stderr)
-    return exit_code
 
 
 # -- flags -----------------------------------------------------------------------------------------

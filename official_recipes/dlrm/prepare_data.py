@@ -16,8 +16,8 @@ from absl import flags
 
 from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
+    BELOW_ONE,
     FlagValueError,
-    ShareParser,
     define_integer,
     help_text,
     parse_flags,
@@ -145,7 +145,7 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
     )
     for split, default in (("validation", 0.05), ("test", 0.0)):
         flags.DEFINE(
-            ShareParser(),
+            BELOW_ONE,
             f"{split}_fraction",
             default,
             f"Share of the rows to hold out where there is no --{split}_source.",

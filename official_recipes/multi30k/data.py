@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from official_recipes.common.text_data import TextDataError, first_file, read_lines
+from official_recipes.common.data_format import DataFormatError
+from official_recipes.common.text_data import first_file, read_lines
 
 PAD, START, END = 0, 1, 2
 KNOWN_FORMS = "Multi30k (train.en, train.de, val.en, val.de and test_2016_flickr.*, each also .gz)"
@@ -37,7 +38,7 @@ class PairSource:
         """Reads the splits ``train``, ``validation`` and ``test``.
 
         Raises:
-            TextDataError: A file cannot be read, or two do not have as many lines.
+            DataFormatError: A file cannot be read, or two do not have as many lines.
         """
         if self.files is None:
             return number_words()
@@ -45,7 +46,7 @@ class PairSource:
         for split, (source, target) in self.files.items():
             pairs = (read_lines(source), read_lines(target))
             if len(pairs[0]) != len(pairs[1]) or not pairs[0]:
-                raise TextDataError(
+                raise DataFormatError(
                     f"{source} has {len(pairs[0])} lines and {target} has {len(pairs[1])}"
                 )
             splits[split] = pairs
@@ -56,12 +57,12 @@ def find_pairs(folder: Path | None, source: str = "en", target: str = "de") -> P
     """Finds out which sentence pairs a folder holds; number words without a folder.
 
     Raises:
-        TextDataError: The folder is missing or holds no known pairs.
+        DataFormatError: The folder is missing or holds no known pairs.
     """
     if folder is None:
         return PairSource("number words, English to German", None)
     if not folder.is_dir():
-        raise TextDataError(f"{folder} is not a folder")
+        raise DataFormatError(f"{folder} is not a folder")
     files = {}
     for split, stems in (
         ("train", ["train"]),
@@ -73,7 +74,7 @@ def find_pairs(folder: Path | None, source: str = "en", target: str = "de") -> P
             for language in (source, target)
         ]
         if found[0] is None or found[1] is None:
-            raise TextDataError(f"{folder} has no {stems[0]}.{source} and {stems[0]}.{target}")
+            raise DataFormatError(f"{folder} has no {stems[0]}.{source} and {stems[0]}.{target}")
         files[split] = (found[0], found[1])
     return PairSource(f"Multi30k, {source} to {target}", files)
 
@@ -188,7 +189,7 @@ def train_tokenizer(sentences: Sequence[str], pieces: int) -> Any:
         pieces: The most pieces it may have.
 
     Raises:
-        TextDataError: The sentences cannot be encoded.
+        DataFormatError: The sentences cannot be encoded.
     """
     import sentencepiece
 
@@ -209,7 +210,7 @@ def train_tokenizer(sentences: Sequence[str], pieces: int) -> Any:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise TextDataError(f"no word pieces can be made: {error}") from error
+        raise DataFormatError(f"no word pieces can be made: {error}") from error
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from official_recipes.common.flag_parsing import FlagValueError, ShareParser, define_integer
+from official_recipes.common.data_format import data_of_flag
+from official_recipes.common.flag_parsing import BELOW_ONE, FlagValueError, define_integer
 from official_recipes.common.interruption import run_program
 from official_recipes.common.keras_options import define_training_flags
 from official_recipes.common.keras_program import Recipe, run_recipe
-from official_recipes.common.text_data import TextDataError
 from official_recipes.multi30k.data import KNOWN_FORMS, PairSource, find_pairs
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def define_flags() -> flags.FlagValues:
     define_integer(values, "heads", 4, "Of the attention.")
     define_integer(values, "pieces", 8000, "The most word pieces of both languages.", minimum=100)
     define_integer(values, "longest", 48, "The most pieces of a sentence.", minimum=4)
-    flags.DEFINE(ShareParser(), "dropout", 0.1, "Dropout.", flag_values=values)
-    flags.DEFINE(ShareParser(), "label_smoothing", 0.1, "Label smoothing.", flag_values=values)
+    flags.DEFINE(BELOW_ONE, "dropout", 0.1, "Dropout.", flag_values=values)
+    flags.DEFINE(BELOW_ONE, "label_smoothing", 0.1, "Label smoothing.", flag_values=values)
     return values
 
 
@@ -48,12 +48,8 @@ def make_source(values: flags.FlagValues) -> PairSource:
     """
     if values.width % values.heads:
         raise FlagValueError("width", f"a multiple of --heads={values.heads}", values.width)
-    try:
+    with data_of_flag("data_dir", f"a folder with {KNOWN_FORMS}", values.data_dir):
         return find_pairs(None if values.data_dir is None else Path(values.data_dir))
-    except TextDataError as error:
-        raise FlagValueError(
-            "data_dir", f"a folder with {KNOWN_FORMS}", f"{values.data_dir!r} ({error})"
-        ) from error
 
 
 def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) -> TranslationTask:
@@ -72,7 +68,7 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
         "ignore", message="Converting sparse IndexedSlices", module="tensorflow"
     )
     source = make_source(values)
-    try:
+    with data_of_flag("data_dir", "readable sentence pairs"):
         splits = source.load()
         task = TranslationTask(
             source.name,
@@ -82,8 +78,6 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
             longest=values.longest,
             label_smoothing=values.label_smoothing,
         )
-    except TextDataError as error:
-        raise FlagValueError("data_dir", "readable sentence pairs", error) from error
     progress(1, 1)
     return task
 

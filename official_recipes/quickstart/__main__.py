@@ -10,9 +10,10 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
+from official_recipes.common.data_format import data_of_flag
 from official_recipes.common.files import write_json
-from official_recipes.common.flag_parsing import EXIT_BAD_FLAG, FlagValueError
-from official_recipes.common.image_data import DataFormatError, ImageSource, hold_out_validation
+from official_recipes.common.flag_parsing import FlagValueError, fail
+from official_recipes.common.image_data import ImageSource, hold_out_validation
 from official_recipes.common.interruption import interruption, run_program
 from official_recipes.common.progress import Bar, progress_bar
 from official_recipes.quickstart.options import parse_options
@@ -32,14 +33,12 @@ def main(argv: Sequence[str]) -> int:
         KeyboardInterrupt: Ctrl-C was pressed; no results were written.
     """
     try:
-        options = parse_options(argv)
-        if options is not None:
-            _run(*options)
-    except (FlagValueError, DataFormatError) as error:
-        if isinstance(error, DataFormatError):
-            error = FlagValueError("data_dir", "readable data", error)
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return EXIT_BAD_FLAG
+        with data_of_flag("data_dir", "readable data"):
+            options = parse_options(argv)
+            if options is not None:
+                _run(*options)
+    except FlagValueError as error:
+        return fail(error)
     return 0
 
 

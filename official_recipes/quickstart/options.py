@@ -8,9 +8,9 @@ from pathlib import Path
 from absl import flags
 
 from official_recipes.common.flag_parsing import (
+    BELOW_ONE,
+    DIFFERENT_POSITIVES,
     FlagValueError,
-    PositiveFloatsParser,
-    ShareParser,
     define_integer,
     define_positive_float,
     help_text,
@@ -65,7 +65,7 @@ def define_flags() -> flags.FlagValues:
         "Peak learning rate of all large-batch runs [default: one tuned rate per optimizer].",
     )
     flags.DEFINE(
-        ShareParser(),
+        BELOW_ONE,
         "warmup_fraction",
         WARMUP_FRACTION,
         "Share of the updates in which the learning rate rises from 0 to its peak; 0 for none.",
@@ -105,7 +105,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE(
-        PositiveFloatsParser(),
+        DIFFERENT_POSITIVES,
         "rates",
         None,
         "With --tune: try exactly these learning rates for every large-batch optimizer.",

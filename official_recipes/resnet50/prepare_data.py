@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from official_recipes.common.data_format import DataFormatError, data_of_flag
 from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
@@ -21,7 +22,6 @@ from official_recipes.common.flag_parsing import (
     help_text,
     parse_flags,
 )
-from official_recipes.common.image_data import DataFormatError
 from official_recipes.common.image_folders import (
     Files,
     ImageTree,
@@ -82,10 +82,8 @@ def _main(argv: Sequence[str]) -> None:
     options = _parse_options(argv)
     if options is None:
         return
-    try:
+    with data_of_flag("source", "a folder or tar archive of images"):
         _prepare(options)
-    except DataFormatError as error:
-        raise FlagValueError("source", "a folder or tar archive of images", error) from error
 
 
 def _parse_options(argv: Sequence[str]) -> Options | None:

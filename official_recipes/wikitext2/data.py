@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.text_data import (
-    TextDataError,
     first_file,
     python_topics,
     read_lines,
@@ -86,7 +86,7 @@ class TextSource:
         """Reads both texts.
 
         Raises:
-            TextDataError: A file cannot be read or is empty.
+            DataFormatError: A file cannot be read or is empty.
         """
         if self.train is None or self.held_out is None:
             paragraphs = python_topics()
@@ -101,12 +101,12 @@ def find_text(folder: Path | None) -> TextSource:
     """Finds out which text a folder holds; Python's own text without a folder.
 
     Raises:
-        TextDataError: The folder is missing or holds no known text.
+        DataFormatError: The folder is missing or holds no known text.
     """
     if folder is None:
         return TextSource("Python's help topics", None, None, "validation")
     if not folder.is_dir():
-        raise TextDataError(f"{folder} is not a folder")
+        raise DataFormatError(f"{folder} is not a folder")
     found = {
         split: first_file(folder, [f"{split}.txt", f"wiki.{split}.tokens", f"wiki.{split}.raw"])
         for split in ("train", "valid", "test")
@@ -116,7 +116,7 @@ def find_text(folder: Path | None) -> TextSource:
         return TextSource("WikiText-2", train, valid, "validation")
     if valid is not None and test is not None:
         return TextSource("WikiText-2, trained on its validation text", valid, test, "test")
-    raise TextDataError(f"{folder} has no known text")
+    raise DataFormatError(f"{folder} has no known text")
 
 
 def as_ids(
@@ -125,14 +125,14 @@ def as_ids(
     """Turns lines into word ids; every line ends with `END`, empty lines are left out.
 
     Raises:
-        TextDataError: A text has no words.
+        DataFormatError: A text has no words.
     """
     texts = [
         [word for line in lines if line.strip() for word in (*line.split(), END)]
         for lines in (train, held_out)
     ]
     if not all(texts):
-        raise TextDataError(f"{name}: a text has no words")
+        raise DataFormatError(f"{name}: a text has no words")
     vocabulary = tuple(dict.fromkeys([UNKNOWN, END, *texts[0]]))
     ids = {word: index for index, word in enumerate(vocabulary)}
     arrays = [np.array([ids.get(word, 0) for word in text], np.int32) for text in texts]

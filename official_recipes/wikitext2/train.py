@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from official_recipes.common.flag_parsing import FlagValueError, ShareParser, define_integer
+from official_recipes.common.data_format import data_of_flag
+from official_recipes.common.flag_parsing import BELOW_ONE, FlagValueError, define_integer
 from official_recipes.common.interruption import run_program
 from official_recipes.common.keras_options import define_training_flags
 from official_recipes.common.keras_program import Recipe, run_recipe
-from official_recipes.common.text_data import TextDataError
 from official_recipes.wikitext2.data import KNOWN_FORMS, TextSource, find_text
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def define_flags() -> flags.FlagValues:
     define_integer(values, "hidden", 128, "Units of each LSTM layer, and of the embedding.")
     define_integer(values, "layers", 2, "LSTM layers.")
     flags.DEFINE(
-        ShareParser(), "dropout", 0.0, "Dropout before each layer and the logits.",
+        BELOW_ONE, "dropout", 0.0, "Dropout before each layer and the logits.",
         flag_values=values,
     )  # fmt: skip
     define_integer(
@@ -51,12 +51,8 @@ def make_source(values: flags.FlagValues) -> TextSource:
     Raises:
         FlagValueError: The folder is missing or holds no known text.
     """
-    try:
+    with data_of_flag("data_dir", f"a folder with {KNOWN_FORMS}", values.data_dir):
         return find_text(None if values.data_dir is None else Path(values.data_dir))
-    except TextDataError as error:
-        raise FlagValueError(
-            "data_dir", f"a folder with {KNOWN_FORMS}", f"{values.data_dir!r} ({error})"
-        ) from error
 
 
 def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) -> LanguageTask:
@@ -67,10 +63,8 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
     """
     from official_recipes.wikitext2.task import LanguageTask
 
-    try:
+    with data_of_flag("data_dir", "readable text"):
         data = make_source(values).load()
-    except TextDataError as error:
-        raise FlagValueError("data_dir", "readable text", error) from error
     progress(1, 1)
     if values.validation_size:
         windows = (len(data.train) - 1) // values.sequence_length
