@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from harness import KINDS
 
 import tf_lbopt
 from tf_lbopt.callbacks import SkippedUpdates
@@ -44,9 +45,11 @@ OPTIMIZERS = {
     ),
 }
 over_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+quick = pytest.mark.quick(name=(*KINDS, *(name for name in OPTIMIZERS if "loss scale" in name)))
 
 
 @over_optimizers
+@quick
 def test_some_bad_batches(name):
     optimizer = OPTIMIZERS[name]()
     model, history, unchanged = train(optimizer, bad_batches=(1, 4), epochs=2)
@@ -58,6 +61,7 @@ def test_some_bad_batches(name):
 
 
 @over_optimizers
+@quick
 def test_only_bad_batches(name, caplog):
     optimizer = OPTIMIZERS[name]()
     with caplog.at_level("ERROR", logger="tf_lbopt"):
@@ -72,6 +76,7 @@ def test_only_bad_batches(name, caplog):
 
 
 @over_optimizers
+@quick
 def test_no_bad_batch(name):
     optimizer = OPTIMIZERS[name]()
     model, history, _ = train(optimizer, epochs=2, callback=SkippedUpdates(max_consecutive=1))

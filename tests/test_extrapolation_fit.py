@@ -280,8 +280,8 @@ def _by_store(one, other, tmp_path):
 @pytest.mark.parametrize("save", [_by_checkpoint, _by_store])
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("stop", [3, 4], ids=["between updates", "mid-accumulation"])
-@pytest.mark.quick(replicas=2)
-@pytest.mark.quick(replicas=1, save="_by_checkpoint")
+@pytest.mark.quick(replicas=2, save="_by_checkpoint")
+@pytest.mark.quick(replicas=1, save="_by_store", stop=4)
 def test_resumes_in_lockstep(save, replicas, sub_batches, stop, tmp_path):
     def make():
         return tf_lbopt.ExtrapSGD(

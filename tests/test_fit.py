@@ -249,6 +249,7 @@ def test_converges_on_a_parabola(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=("sngm", *KINDS))
 def test_converges_on_rosenbrock(case):
     rates = {"sngm": 0.01, "vr_sgd": 2e-3, "vr_momentum": 5e-4, "extrap_sgd": 5e-4}
     rate = rates.get(case.name, 0.05)

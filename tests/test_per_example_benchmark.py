@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_benchmarks import assert_bad_flag_ends_in_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,9 +83,7 @@ def test_memory_of_one_way(tmp_path):
         ("unknown", "1", ()),
     ],
 )
-def test_bad_flag_ends_in_one_line(flag, value, more):
+def test_bad_flag_ends_in_one_line(flag, value, more, monkeypatch, capsys):
     pytest.importorskip("rich")
-    done = run_benchmark(f"--{flag}={value}", *more)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"--{flag}: expected ")
-    assert done.stderr.count("\n") == 1
+    arguments = [f"--{flag}={value}", *more]
+    assert_bad_flag_ends_in_one_line("per_example_norms", flag, arguments, monkeypatch, capsys)

@@ -79,6 +79,7 @@ def assert_close(got, expected, rtol=2e-5, atol=2e-6):
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.quick(replicas=2)
 def test_fit_equals_the_reference(replicas, weighted):
     data = batches()
     model = linear(replicas)
@@ -99,6 +100,7 @@ def _means(data):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("dynamic", [None, False, True])
+@pytest.mark.quick(replicas=2)
 def test_accumulation_and_a_loss_scale(replicas, dynamic):
     data = batches(6)
     kwargs = {"gradient_accumulation_steps": 3}
@@ -112,6 +114,7 @@ def test_accumulation_and_a_loss_scale(replicas, dynamic):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(replicas=2)
 def test_mixed_precision_as_keras_wraps_it(replicas):
     data = batches()
     model = linear(
@@ -175,6 +178,7 @@ class Stack(tf_lbopt.PerExampleNormsModel, keras.Sequential):
 
 @pytest.mark.parametrize("make", [Net, lambda: Stack([keras.Input([4]), keras.layers.Dense(3)])])
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(replicas=2)
 def test_kinds_of_models_learn(make, replicas):
     x, y, _ = batches(1, 256)
     with strategy_of(replicas).scope():
@@ -265,7 +269,7 @@ def one_step_of_clars(stock, x, y, sample_weight):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("way", COMPILED)
 @pytest.mark.quick(replicas=1, weighted=True)
-@pytest.mark.quick(way="names and weights")
+@pytest.mark.quick(replicas=2, weighted=True, way="names and weights")
 def test_ways_to_compile(way, weighted, replicas):
     structure, compiled, labels = COMPILED[way]
     (x,), (y,), (weights,) = batches(1)

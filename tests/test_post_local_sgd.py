@@ -233,6 +233,7 @@ VARIANTS = {
         ("momentum", 8, 1, 3),
     ],
 )
+@pytest.mark.quick(replicas=(1, 2, 4))
 def test_equals_the_reference_after_every_update(variant, replicas, start, period):
     arguments = VARIANTS[variant]
     data = batches(9, ROWS * replicas)
@@ -270,6 +271,7 @@ def test_schedule_counts_every_update(replicas):
 @pytest.mark.parametrize(
     ("variant", "replicas"), [("plain", 2), ("momentum", 4), ("decay", 2), ("averaged momentum", 2)]
 )
+@pytest.mark.quick(replicas=2)
 def test_averaged_after_each_step_it_is_synchronous_sgd(variant, replicas):
     arguments = VARIANTS[variant]
     data = batches(6, ROWS * replicas)
@@ -570,6 +572,7 @@ def _by_store(one, other, tmp_path):
         (extrap_sgd, _by_checkpoint, 4),
     ],
 )
+@pytest.mark.quick(stop=4)
 def test_resumes_in_lockstep(save, make, stop, tmp_path):
     data = batches(9, ROWS * 2)
     one, other = loops(make(2, 4, momentum=0.9), data, stop)

@@ -95,8 +95,8 @@ def run(code, path, **namespace):
         ("loss scaling", lambda: tf_lbopt.LossScaleOptimizer(clars())),
     ],
 )
-def test_loops_on_4_replicas_do_what_fit_does(tmp_path, loop, make_optimizer):
-    strategy = strategy_of(4)
+def test_loops_on_replicas_do_what_fit_does(tmp_path, loop, make_optimizer):
+    strategy = strategy_of(2)
     regularizer = keras.regularizers.L2(0.1) if loop == "regularization" else None
     own = run(
         LOOPS[loop],

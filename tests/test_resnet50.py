@@ -378,7 +378,9 @@ def test_prepare_data_mistakes(tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, number):
     tree = _tree(tmp_path / "in", per_class=1)
     for i in range(8000):

@@ -90,7 +90,7 @@ SAVERS = [by_checkpoint, by_own_variables]
     ("replicas", "micro_steps", "save_after"), [(1, 1, 20), (2, 1, 20), (1, 3, 62), (2, 2, 41)]
 )
 @pytest.mark.quick(case=KINDS, replicas=2, micro_steps=2)
-@pytest.mark.quick(case="lamb")
+@pytest.mark.quick(case="lamb", save="by_checkpoint")
 def test_lockstep_after_loading(case, save, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
     _lockstep(case, replicas, micro_steps, save_after, save, tmp_path)
@@ -572,6 +572,7 @@ def test_a_model_that_was_not_trained_yet(tmp_path):
 
 @pytest.mark.parametrize("save", SAVERS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.quick(save="by_checkpoint")
 def test_training_goes_on_with_other_micro_steps(save, before, after, tmp_path, caplog):
     """What is pending is lost, the slots are not."""
     gradients = sub_batch_gradients(3, sub_batches=3)

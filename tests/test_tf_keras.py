@@ -114,6 +114,7 @@ def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps):
 
 
 @over_kinds
+@pytest.mark.quick(case="vr_lamb")
 def test_equals_the_reference(case):
     gradients = sub_batch_gradients(5, sub_batches=4)
     run = TfKerasRun(case, 2, 2, build=False).updates(gradients)
@@ -125,6 +126,7 @@ def test_equals_the_reference(case):
 
 
 @over_kinds
+@pytest.mark.quick(case="lamb")
 def test_clips_the_mean_gradient(case):
     gradients = sub_batch_gradients(4, sub_batches=4)
     run = TfKerasRun(case, 4, global_clipnorm=0.5).updates(gradients)
@@ -148,6 +150,7 @@ def test_clips_the_mean_gradient(case):
     ],
     ids=str,
 )
+@pytest.mark.quick(case="lamb")
 def test_schedules_count_updates(case, framework):
     if framework == "callable":
         schedule = expected_rate = lambda *step: 0.03
@@ -168,6 +171,7 @@ def test_schedules_count_updates(case, framework):
 
 
 @over_kinds
+@pytest.mark.quick(case="lamb")
 def test_an_assigned_learning_rate_without_retracing(case):
     gradients = sub_batch_gradients(4, sub_batches=4)
     run = TfKerasRun(case, 2, 2, learning_rate=0.1).updates(gradients[:2])
@@ -194,6 +198,7 @@ def _slices(rng, rows, size, width):
 
 @over_kinds
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 2), (2, 2)])
+@pytest.mark.quick(case=("vr_lamb", "extrap_sgd"), replicas=2)
 def test_sparse_equals_dense(case, replicas, micro_steps):
     """With repeated indices in one replica and between replicas."""
     rng = np.random.default_rng(3)
@@ -222,6 +227,7 @@ class MissingRun(TfKerasRun):
 
 @over_kinds
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+@pytest.mark.quick(case=("lamb", "vr_lamb"))
 def test_missing_gradients_leave_the_variable_alone(case, wrap):
     gradients = sub_batch_gradients(3, sub_batches=4)
     run = MissingRun(case, 2, 2, wrap=wrap)
@@ -281,6 +287,7 @@ class SummedRun(TfKerasRun):
     [(2, 1, SUMMED[0]), (2, 2, SUMMED[1]), (1, 2, SUMMED[0])],
 )
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+@pytest.mark.quick(replicas=2)
 def test_summed_gradients_are_taken_or_refused(case, options, replicas, micro_steps, wrap):
     gradients = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
     run = SummedRun(case, replicas, micro_steps, wrap=wrap)
@@ -344,8 +351,9 @@ WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
         (2, 2, 1, -np.inf),  # replica 1, micro-step 0
     ],
 )
-@pytest.mark.quick(replicas=2, micro_steps=2)
-@pytest.mark.quick(case="lamb")
+@pytest.mark.quick(replicas=2, micro_steps=2, wrapper=("plain", "dynamic"))
+@pytest.mark.quick(case="lamb", wrapper="plain")
+@pytest.mark.quick(case="lamb", wrapper="fixed", replicas=2, micro_steps=2)
 def test_skips_the_whole_update(case, wrapper, replicas, micro_steps, where, value):
     if wrapper == "fixed" and (replicas, micro_steps) != (2, 2):
         pytest.skip("a fixed scale does not look at the gradients")

@@ -96,6 +96,7 @@ VARIANTS = {
         *((variant, 2, 1) for variant in VARIANTS if variant != "defaults"),
     ],
 )
+@pytest.mark.quick(replicas=2)
 def test_equals_the_keras_3_class_on_least_squares(variant, replicas, sub_batches):
     """Every replica has other examples, and so another point after the first update."""
     arguments = {**ARGUMENTS, **VARIANTS[variant], "sub_batches": sub_batches}
@@ -109,6 +110,7 @@ def test_equals_the_keras_3_class_on_least_squares(variant, replicas, sub_batche
 
 
 @pytest.mark.parametrize(("wrapper", "replicas"), [*((w, 2) for w in WRAPPERS), ("dynamic", 1)])
+@pytest.mark.quick(wrapper=("plain", "dynamic"))
 def test_equals_the_reference(wrapper, replicas):
     data = batches(6, ROWS * replicas)
     loop = TfKerasLoop(lambda: ExtrapSGD(**ARGUMENTS), replicas, WRAPPERS[wrapper], build=False)
@@ -137,6 +139,8 @@ def test_schedules_of_the_extrapolation_rate(framework):
 @pytest.mark.parametrize("wrapper", ["plain", "dynamic"])
 @pytest.mark.parametrize("replicas", [1, 4])
 @pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.quick(replicas=1, run_eagerly=True)
+@pytest.mark.quick(wrapper="dynamic", replicas=4)
 def test_an_overflow_on_one_replica_changes_nothing(wrapper, replicas, run_eagerly):
     if run_eagerly and replicas == 1:
         pytest.skip("the harder one of both is tested")
@@ -256,6 +260,7 @@ def fit(model, data, **kwargs):
 
 
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
+@pytest.mark.quick(replicas=2)
 def test_fit_equals_the_reference_after_every_update(replicas, sub_batches):
     points = replicas * sub_batches
     data = batches(5, ROWS * points)

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tf_keras
 from conftest import strategy_of
 from harness import (
+    KINDS,
     assert_states_equal,
     initial_weights,
     needs_sub_batches,
@@ -109,8 +110,8 @@ def test_serialization_with_a_schedule(case, schedule):
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "save_after"), [(2, 1, 4), (1, 3, 8), (2, 2, 5)]
 )
-@pytest.mark.quick(replicas=2, micro_steps=2)
-@pytest.mark.quick(case="vr_lamb", save="by_checkpoint")
+@pytest.mark.quick(replicas=2, micro_steps=2, save="by_checkpoint")
+@pytest.mark.quick(case="vr_lamb", replicas=2, micro_steps=2)
 def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
     if (replicas, micro_steps) != (2, 2) and (case is not VR_LAMB or save is by_own_variables):
@@ -398,6 +399,7 @@ RATES = {"lars": 0.5, "clars": 0.5, "sngm": 0.05, "vr_sgd": 0.05, "vr_lars": 0.5
 
 @over_cases
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(case=KINDS)
 def test_fit_learns(case, replicas):
     if replicas == 2 and case not in KIND_CASES:
         pytest.skip("`fit` under a strategy does not depend on the rule")
@@ -424,6 +426,7 @@ def test_fit_learns(case, replicas):
     ids=lambda o: next(iter(o)),
 )
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(case="vr_lamb")
 def test_fit_in_other_ways_gives_the_same_weights(case, options, replicas):
     if replicas == 2 and "jit_compile" in options:
         pytest.skip("tf_keras does not compile a step under MirroredStrategy on CPUs")

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_benchmarks import assert_bad_flag_ends_in_one_line
 
 import tf_lbopt
 
@@ -31,7 +32,11 @@ def run_benchmark(*arguments):
     )
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one replica", "two replicas"])
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(2, marks=pytest.mark.long)],
+    ids=["one replica", "two replicas"],
+)
 def record(request, tmp_path_factory):
     pytest.importorskip("rich")
     path = tmp_path_factory.mktemp("update_time") / "record.json"
@@ -110,12 +115,10 @@ def test_reductions_are_packed(record):
         ("unknown", "1"),
     ],
 )
-def test_bad_flag_ends_in_one_line(flag, value):
+def test_bad_flag_ends_in_one_line(flag, value, monkeypatch, capsys):
     pytest.importorskip("rich")
-    done = run_benchmark(f"--{flag}={value}")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"--{flag}: expected ")
-    assert done.stderr.count("\n") == 1
+    arguments = [f"--{flag}={value}"]
+    assert_bad_flag_ends_in_one_line("update_time", flag, arguments, monkeypatch, capsys)
 
 
 def test_shapes_are_those_of_the_models(monkeypatch):

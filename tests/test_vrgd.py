@@ -329,6 +329,7 @@ SPECIAL_LAYERS = ["dead", "agreeing", "zero mean", "dead and agreeing", "everyth
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "weight_decay"), [(4, 1, 0.01), (2, 2, None), (1, 4, 0.01)]
 )
+@pytest.mark.quick(replicas=(1, 2))
 def test_special_elements_through_the_pipeline(replicas, micro_steps, weight_decay):
     update = [special_gradients(SPECIAL[name], seed=3) for name in SPECIAL_LAYERS]
     update.append(special_gradients(["usual", "dead"], LARGE, seed=4))
@@ -387,6 +388,7 @@ def assert_equal_weights(got, expected):
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), GAMMA_ONE_SPLITS)
 @pytest.mark.parametrize("name", ["vr_sgd", "vr_momentum", "nesterov"])
+@pytest.mark.quick(replicas=2, name=("vr_sgd", "nesterov"))
 def test_gamma_one_is_the_base_bit_by_bit(name, replicas, micro_steps):
     if name == "vr_sgd":
         make, rule, own = tf_lbopt.VRSGD, rules.SGD(), {}
@@ -406,6 +408,7 @@ def test_gamma_one_is_the_base_bit_by_bit(name, replicas, micro_steps):
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), GAMMA_ONE_SPLITS)
 @pytest.mark.parametrize("weight_decay", [None, 0.01])
+@pytest.mark.quick(replicas=2, weight_decay=0.01)
 def test_gamma_one_is_lars_bit_by_bit(replicas, micro_steps, weight_decay):
     assert_equal_weights(
         *gamma_one_pair(
@@ -422,6 +425,7 @@ def test_gamma_one_is_lars_bit_by_bit(replicas, micro_steps, weight_decay):
 
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (1, 3)])
+@pytest.mark.quick(replicas=1)
 def test_gamma_one_is_lamb(replicas, micro_steps):
     got, expected = gamma_one_pair(
         tf_lbopt.VRLAMB, tf_lbopt.LAMB, replicas, micro_steps, learning_rate=0.02, weight_decay=0.01
