@@ -42,7 +42,7 @@ ARGUMENTS = {
     "vr_adam": {"learning_rate": 0.05, "weight_decay": 0.01},
     "vr_lars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
     "vr_lamb": {"learning_rate": 0.05, "weight_decay": 0.01},
-    "clars": {"learning_rate": 0.5, "eta": 0.1, "weight_decay": 0.01},
+    "clars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
     "extrap_sgd": {"learning_rate": 0.1, "weight_decay": 0.01},
     "extrap_adam": {"learning_rate": 0.05, "weight_decay": 0.01},
 }

@@ -104,7 +104,7 @@ def clars(
     mean_norms,
     learning_rate,
     momentum=0.9,
-    eta=0.01,
+    trust_coefficient=0.01,
     max_trust_ratio=None,
     nesterov=True,
     weight_decay=0.0,
@@ -126,7 +126,7 @@ def clars(
             rho = default_trust_ratio
             if adapts[i]:
                 defined = _norm(w[i]) > 0 and norms[i] > 0
-                rho = eta * _norm(w[i]) / norms[i] if defined else default_trust_ratio
+                rho = trust_coefficient * _norm(w[i]) / norms[i] if defined else default_trust_ratio
                 rho = min(rho, max_trust_ratio or np.inf)
             new_v = w[i] - _rate(learning_rate, t) * rho * g
             if nesterov:

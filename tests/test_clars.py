@@ -21,13 +21,12 @@ def assert_close(got, expected, **tolerance):
 
 def test_cancelling_sub_batches_get_a_smaller_step_than_lars_gives_them():
     w, u, v = (np.array(x, "float32") for x in ([3.0, 4.0], [1.0, 10.0], [1.0, -10.0]))
-    run = Run(tf_lbopt.CLARS, 2, weights=[w], learning_rate=1.0, eta=0.1, momentum=0.0)
+    arguments = {"learning_rate": 1.0, "trust_coefficient": 0.1, "momentum": 0.0}
+    run = Run(tf_lbopt.CLARS, 2, weights=[w], **arguments)
     run.update([[u], [v]])
     norm = np.sqrt(101.0)
     assert_close(run.weights(), [w - 0.1 * 5 / norm * np.array([1.0, 0.0])])
-    lars = Run(
-        tf_lbopt.LARS, 2, weights=[w], learning_rate=1.0, trust_coefficient=0.1, momentum=0.0
-    )
+    lars = Run(tf_lbopt.LARS, 2, weights=[w], **arguments)
     assert_close(lars.update([[u], [v]]).weights(), [w - 0.1 * 5 * np.array([1.0, 0.0])])
 
 
@@ -36,7 +35,7 @@ def test_cancelling_sub_batches_get_a_smaller_step_than_lars_gives_them():
 def test_a_single_sub_batch_is_lars(dtype, nesterov):
     gradients = sub_batch_gradients(5, sub_batches=1)
     arguments = {"learning_rate": 0.5, "momentum": 0.8, "nesterov": nesterov, "dtype": dtype}
-    ours = Run(tf_lbopt.CLARS, eta=0.1, **arguments).updates(gradients)
+    ours = Run(tf_lbopt.CLARS, trust_coefficient=0.1, **arguments).updates(gradients)
     lars = Run(tf_lbopt.LARS, trust_coefficient=0.1, **arguments)
     assert_close(ours.weights(), lars.updates(gradients).weights(), rtol=1e-6)
 
@@ -52,7 +51,7 @@ def test_a_layer_without_ratio_has_1_and_the_bound_applies_to_it():
             2,
             weights=weights,
             learning_rate=0.5,
-            eta=1.0,
+            trust_coefficient=1.0,
             momentum=0.0,
             max_trust_ratio=bound,
             exclude_from_layer_adaptation=["layer_1"],
@@ -232,3 +231,10 @@ def test_one_reduction_carries_gradients_and_norms():
 
     nodes = graph_nodes(step.get_concrete_function())
     assert sum(n.op.startswith("CollectiveReduce") for n in nodes) == 4
+
+
+def test_a_configuration_of_version_0_2_loads():
+    """Where `trust_coefficient` was `eta`."""
+    config = tf_lbopt.CLARS(0.1, trust_coefficient=0.3).get_config()
+    config["eta"] = config.pop("trust_coefficient")
+    assert tf_lbopt.CLARS.from_config(config).trust_coefficient == 0.3

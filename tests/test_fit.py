@@ -27,7 +27,7 @@ RATES = {
     "vr_lamb": 0.02,
 }
 EXTRA = {
-    "clars": {"eta": 0.1},
+    "clars": {"trust_coefficient": 0.1},
     "lars": {"trust_coefficient": 0.1},
     "vr_lars": {"trust_coefficient": 0.1},
 }

@@ -449,7 +449,7 @@ def test_rates_that_are_none_discard_the_update(name, rate):
 
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_decay_that_makes_weights_grow_ends_before_infinity(name):
-    arguments = {"eta": 3.0} if name == "clars" else {}
+    arguments = {"trust_coefficient": 3.0} if name == "clars" else {}
     arguments |= {"trust_coefficient": 10.0} if name == "lars" else {}
     optimizer = LAYERWISE[name](10.0, weight_decay=5.0, **arguments)
     weights, updates, skipped = after(optimizer, [0.0] * 50, weights=ONES * 1e20)

@@ -12,7 +12,7 @@ from references import clars
 
 import tf_lbopt
 
-ARGUMENTS = {"learning_rate": 0.5, "eta": 0.05, "weight_decay": 0.01}
+ARGUMENTS = {"learning_rate": 0.5, "trust_coefficient": 0.05, "weight_decay": 0.01}
 
 
 def initial():
@@ -50,7 +50,12 @@ def reference(data, micro_steps=1, weighted=False, subset=None, replicas=1, tota
         n = np.mean(norms, axis=0)
         for j in range(2):
             g = mean[j] + ARGUMENTS["weight_decay"] * weights[j]
-            rate = ARGUMENTS["learning_rate"] * ARGUMENTS["eta"] * np.linalg.norm(weights[j]) / n[j]
+            rate = (
+                ARGUMENTS["learning_rate"]
+                * ARGUMENTS["trust_coefficient"]
+                * np.linalg.norm(weights[j])
+                / n[j]
+            )
             velocity[j] = 0.9 * velocity[j] - rate * g
             weights[j] = weights[j] + 0.9 * velocity[j] - rate * g
     return weights
@@ -183,7 +188,7 @@ def test_kinds_of_models_learn(make, replicas):
     x, y, _ = batches(1, 256)
     with strategy_of(replicas).scope():
         model = make()
-        optimizer = tf_lbopt.CLARS(0.5, eta=0.05, norm_estimator="per_example")
+        optimizer = tf_lbopt.CLARS(0.5, trust_coefficient=0.05, norm_estimator="per_example")
         model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
     history = model.fit(x[0], y[0], batch_size=16, epochs=3, verbose=0).history
     assert history["loss"][-1] < 0.9 * history["loss"][0]
@@ -258,7 +263,9 @@ def one_step_of_clars(stock, x, y, sample_weight):
     for w, mean, *own in zip(before, means, *examples, strict=True):
         if mean is not None:
             n = np.mean([np.linalg.norm(g.numpy().astype(float)) for g in own])
-            rate = ARGUMENTS["learning_rate"] * ARGUMENTS["eta"] * np.linalg.norm(w) / n
+            rate = (
+                ARGUMENTS["learning_rate"] * ARGUMENTS["trust_coefficient"] * np.linalg.norm(w) / n
+            )
             w = w - 1.9 * rate * (mean.numpy().astype(float) + ARGUMENTS["weight_decay"] * w)
         after.append(w)
     return after

@@ -67,7 +67,7 @@ def lars():
 
 
 def clars():
-    return tf_lbopt.CLARS(0.5, eta=0.1, weight_decay=0.01)
+    return tf_lbopt.CLARS(0.5, trust_coefficient=0.1, weight_decay=0.01)
 
 
 def batches():

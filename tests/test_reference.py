@@ -51,7 +51,7 @@ VARIANTS = [
     ("vr_lars", {"nesterov": True, "weight_decay": None}),
     ("vr_lamb", {"beta_3": 0.5, "gamma": 0.9}),
     ("clars", {"momentum": 0.0}),
-    ("clars", {"weight_decay": None, "eta": 0.01}),
+    ("clars", {"weight_decay": None, "trust_coefficient": 0.01}),
     ("clars", {"max_trust_ratio": 0.02}),
     ("clars", {"nesterov": False}),
     ("lars", {"trust_ratio_denominator": "sum_of_norms", "weight_decay": 0.2}),

@@ -426,7 +426,7 @@ def test_clars_with_norms_by_example(wrap):
         strategy.run(replica_step)
 
     step()
-    rho = arguments["eta"] * 5 / 5  # the mean of 2, 4, 6, 8
+    rho = arguments["trust_coefficient"] * 5 / 5  # the mean of 2, 4, 6, 8
     expected = 4 - (1 + 0.9) * arguments["learning_rate"] * rho
     np.testing.assert_allclose(variable.numpy(), [3.0, expected], rtol=1e-6)
 

@@ -117,11 +117,14 @@ def test_stock_experiments_are_else_as_they_were():
 
 def test_own_experiments():
     config = tf_lbopt.tfm.OptimizationConfig(
-        {"optimizer": {"type": "clars", "clars": {"eta": 0.1}}, "learning_rate": {"type": "power"}}
+        {
+            "optimizer": {"type": "clars", "clars": {"trust_coefficient": 0.1}},
+            "learning_rate": {"type": "power"},
+        }
     )
     assert isinstance(config, optimization.OptimizationConfig)
-    assert config.optimizer.get().eta == 0.1
-    assert config.replace(ema=None).optimizer.get().eta == 0.1
+    assert config.optimizer.get().trust_coefficient == 0.1
+    assert config.replace(ema=None).optimizer.get().trust_coefficient == 0.1
 
 
 def test_moving_average_of_legacy_optimizers_is_refused():

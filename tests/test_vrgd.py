@@ -37,6 +37,7 @@ BY_NAME = {case.name: case for case in CASES}
 class _Record(Rule):
     """Writes down what it is told of the sub-batches, and leaves the weights alone."""
 
+    slots: ClassVar[tuple[str, ...]] = ("mean", "variance", "r", "count")
     statistics: ClassVar[tuple[str, ...]] = ("variance",)
 
     def update(self, parameters, step):
@@ -70,7 +71,6 @@ class Recorder(LargeBatchOptimizer):
     """An optimizer whose slots are the statistics."""
 
     statistics = _Record.statistics
-    slots = ("mean", "variance", "r", "count")
 
     def rule(self):
         return _Record()
@@ -360,9 +360,6 @@ class _Plain(LargeBatchOptimizer):
 
     def rule(self):
         return self._rule
-
-    def slot_names(self):
-        return ("momentum",) if self._rule.momentum else ()
 
 
 # One layer is large, and 3 is no power of two.

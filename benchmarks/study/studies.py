@@ -330,7 +330,7 @@ def _mnist(batch_size: int) -> tuple[Cell, list[Contender]]:
         ),
         Contender(
             "CLARS",
-            {**clars, "eta": 0.01, "gradient_accumulation_steps": SUB_BATCHES},
+            {**clars, "trust_coefficient": 0.01, "gradient_accumulation_steps": SUB_BATCHES},
             values=rates,
         ),
     ]

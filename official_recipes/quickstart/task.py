@@ -108,10 +108,9 @@ def planned_runs(values: flags.FlagValues) -> list[TrainingOptions]:
         rate = settings.LEARNING_RATES.get(name, defaults.get("learning_rate"))
         rate = rate if isinstance(rate, float) else settings.FALLBACK_LEARNING_RATE
         arguments = {}
-        if values.trust_coefficient is not None:
-            # ExtrapSGD has a trust ratio only if it is asked for.
-            names = [n for n in ("trust_coefficient", "eta") if defaults.get(n) is not None]
-            arguments = dict.fromkeys(names, values.trust_coefficient)
+        # ExtrapSGD has a trust ratio only if it is asked for.
+        if values.trust_coefficient is not None and defaults.get("trust_coefficient") is not None:
+            arguments = {"trust_coefficient": values.trust_coefficient}
         runs.append(run(name, values.batch_size, values.learning_rate or rate, arguments))
     return runs
 

@@ -6,7 +6,7 @@ import keras
 
 from tf_lbopt import _validation
 from tf_lbopt.callbacks.epoch_numbers import EpochNumbers
-from tf_lbopt.optimizers.variance_reduction import VarianceReduction
+from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
 
 
 class GradientSignalToNoise(EpochNumbers):
@@ -77,11 +77,11 @@ class GradientSignalToNoise(EpochNumbers):
             for name, value in summary.items()
         }
 
-    def _optimizer(self) -> VarianceReduction:
+    def _optimizer(self) -> GSNRWeighting:
         optimizer = self.model.optimizer
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             optimizer = optimizer.inner_optimizer
-        if not isinstance(optimizer, VarianceReduction):
+        if not isinstance(optimizer, GSNRWeighting):
             raise ValueError(
                 "GradientSignalToNoise needs a VRGD optimizer (VRSGD, VRMomentum, VRAdam, VRLARS, "
                 f"VRLAMB or VarianceReduced). Received: {type(self.model.optimizer).__name__}"

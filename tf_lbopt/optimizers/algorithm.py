@@ -50,14 +50,13 @@ _micro_steps: dict[tuple[int, int], MicroStep] = {}
 # Arguments as TensorFlow Addons, tf-models-official, PyTorch or another optimizer here call them.
 _NAMES_ELSEWHERE = {
     "betas": ("beta_1", "beta_2"),
-    "eeta": ("trust_coefficient", "eta"),
+    "eeta": ("trust_coefficient",),
     "eps": ("epsilon",),
     "eta": ("trust_coefficient",),
     "lr": ("learning_rate",),
     "max_grad_norm": ("global_clipnorm",),
     "momentum": ("beta_1",),
-    "trust_coeff": ("trust_coefficient", "eta"),
-    "trust_coefficient": ("eta",),
+    "trust_coeff": ("trust_coefficient",),
     "wd": ("weight_decay",),
     "weight_decay_rate": ("weight_decay",),
 }
@@ -198,9 +197,9 @@ class Algorithm(saved_state.SavedState, abc.ABC):
     def rule(self) -> Rule:
         """The algorithm with the current hyper-parameters."""
 
-    def slot_names(self) -> tuple[str, ...]:
-        """The slots that this configuration of the rule keeps."""
-        return self.slots
+    def own_slots(self) -> tuple[str, ...]:
+        """The slots that it keeps with the current hyper-parameters."""
+        return self.rule().slot_names()
 
     # -- what an adapter provides ------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
 
     def _create_variables(self, variables: list[Any]) -> None:
         self._build_framework(variables)
-        self._slots = {name: [] for name in self.slot_names()}
+        self._slots = {name: [] for name in self.own_slots()}
         for variable in variables:
             with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
                 for name, slots in self._slots.items():

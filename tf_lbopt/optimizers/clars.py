@@ -58,7 +58,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         learning_rate: η, the paper's γ_scale. A float, a
             `keras.optimizers.schedules.LearningRateSchedule` or a callable without arguments.
         momentum: β in [0, 1). Defaults to 0.9.
-        eta: τ > 0, the paper's η. Defaults to 0.01.
+        trust_coefficient: τ > 0, the paper's η. Defaults to 0.01.
         norm_estimator: `"sub_batch"` or `"per_example"`. Defaults to `"sub_batch"`.
         max_trust_ratio: Upper bound of ρ, > 0, or `None`; the authors' code has 0.1. Defaults to
             `None`.
@@ -92,7 +92,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         self,
         learning_rate: Any,
         momentum: float = 0.9,
-        eta: float = 0.01,
+        trust_coefficient: float = 0.01,
         norm_estimator: str = "sub_batch",
         max_trust_ratio: float | None = None,
         nesterov: bool = True,
@@ -111,7 +111,9 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
             **kwargs,
         )
         self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
-        self.eta = _validation.real("eta", eta, low=0.0, low_open=True)
+        self.trust_coefficient = _validation.real(
+            "trust_coefficient", trust_coefficient, low=0.0, low_open=True
+        )
         self.norm_estimator = _validation.choice("norm_estimator", norm_estimator, NORM_ESTIMATORS)
         self.max_trust_ratio = _validation.real(
             "max_trust_ratio", max_trust_ratio, low=0.0, low_open=True, optional=True
@@ -122,16 +124,18 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         """The algorithm with the current hyper-parameters."""
         return rules.CLARS(
             momentum=self.momentum,
-            trust_coefficient=self.eta,
+            trust_coefficient=self.trust_coefficient,
             max_trust_ratio=self.max_trust_ratio,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
             default_trust_ratio=self.default_trust_ratio,
         )
 
-    def slot_names(self) -> tuple[str, ...]:
-        """The velocity, unless momentum is 0."""
-        return self.slots if self.momentum else ()
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The optimizer that `get_config` describes, also that of version 0.2."""
+        config = {"trust_coefficient" if key == "eta" else key: v for key, v in config.items()}
+        return super().from_config(config, custom_objects)
 
     # -- norms by example --------------------------------------------------------------------------
 
@@ -153,7 +157,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
 
         Example:
             >>> w = keras.Variable([3.0, 4.0])
-            >>> optimizer = CLARS(1.0, eta=0.1, norm_estimator="per_example")
+            >>> optimizer = CLARS(1.0, trust_coefficient=0.1, norm_estimator="per_example")
             >>> with optimizer.example_norms([tf.constant([5.0, 5.0])], [w]):
             ...     optimizer.apply([keras.ops.convert_to_tensor([0.0, 4.0])], [w])
             >>> [round(float(x), 4) for x in w.numpy()]
@@ -214,7 +218,7 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         return {
             **super().get_config(),
             "momentum": self.momentum,
-            "eta": self.eta,
+            "trust_coefficient": self.trust_coefficient,
             "norm_estimator": self.norm_estimator,
             "max_trust_ratio": self.max_trust_ratio,
             "nesterov": self.nesterov,
@@ -228,7 +232,7 @@ class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
 
     Example:
         >>> w = keras.Variable([3.0, 4.0])
-        >>> optimizer = CLARS(learning_rate=1.0, eta=0.1, gradient_accumulation_steps=2)
+        >>> optimizer = CLARS(1.0, trust_coefficient=0.1, gradient_accumulation_steps=2)
         >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, 4.0])], [w])
         >>> optimizer.apply([keras.ops.convert_to_tensor([-3.0, 4.0])], [w])
         >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]

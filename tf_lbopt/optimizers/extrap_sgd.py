@@ -157,10 +157,6 @@ class ExtrapSGDAlgorithm(Extrapolation, LayerwiseAlgorithm):
             default_trust_ratio=self.default_trust_ratio,
         )
 
-    def slot_names(self) -> tuple[str, ...]:
-        """The velocity, unless momentum is 0."""
-        return self.slots if self.momentum else ()
-
     def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
         """Moves one variable to ``x − γ̂ ζ + β v``, in place, on a replica."""
         variable = tensorflow_variable(self._trainable_variables[index])

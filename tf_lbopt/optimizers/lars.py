@@ -106,10 +106,6 @@ class LARSAlgorithm(LayerwiseAlgorithm):
             default_trust_ratio=self.default_trust_ratio,
         )
 
-    def slot_names(self) -> tuple[str, ...]:
-        """The velocity, unless momentum is 0."""
-        return self.slots if self.momentum else ()
-
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         return {

@@ -60,10 +60,6 @@ class SNGMAlgorithm(Algorithm):
         """The algorithm with the current hyper-parameters."""
         return rules.SNGM(momentum=self.momentum, weight_decay=self.weight_decay)
 
-    def slot_names(self) -> tuple[str, ...]:
-        """The momentum buffer, unless momentum is 0."""
-        return self.slots if self.momentum else ()
-
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         return {**super().get_config(), "momentum": self.momentum}

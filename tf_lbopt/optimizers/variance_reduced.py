@@ -10,7 +10,8 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
-from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
+from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting, with_gsnr_arguments
+from tf_lbopt.rules.vrgd import GSNR_SLOT
 from tf_lbopt.rules.writer import Writer
 
 # What belongs to the pipeline and not to the algorithm is given to the wrapper, once.
@@ -27,7 +28,7 @@ _OURS = (
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 @with_common_arguments
 @with_gsnr_arguments
-class VarianceReduced(VarianceReduction, AroundOptimizer):
+class VarianceReduced(GSNRWeighting, AroundOptimizer):
     """VRGD in front of any optimizer: every element weighted by its signal-to-noise ratio.
 
     The inner optimizer sees r ḡ (or p̂ ḡ with `beta_3`) instead of the mean gradient ḡ, with r as in
@@ -93,6 +94,10 @@ class VarianceReduced(VarianceReduction, AroundOptimizer):
     def _create_variables(self, variables: list[Any]) -> None:
         super()._create_variables(variables)
         self.inner_optimizer.build(variables)
+
+    def own_slots(self) -> tuple[str, ...]:
+        """That of r's running mean, if there is one; the others are the inner optimizer's."""
+        return () if self.beta_3 is None else (GSNR_SLOT,)
 
     def _slots_of(self, indices: Sequence[int]) -> dict[str, list[tf.Variable]]:
         slots = super()._slots_of(indices)

@@ -7,7 +7,7 @@ import keras
 from tf_lbopt import _validation, rules
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
-from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
+from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting, with_gsnr_arguments
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 
@@ -29,7 +29,7 @@ class _Adam(Algorithm):
 
 
 @with_gsnr_arguments
-class VRAdamAlgorithm(VarianceReduction, _Adam):
+class VRAdamAlgorithm(GSNRWeighting, _Adam):
     """VR-Adam: Adam on the gradient weighted by the running mean of its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -88,10 +88,6 @@ class VRAdamAlgorithm(VarianceReduction, _Adam):
             weight_decay=weight_decay,
             **kwargs,
         )
-
-    def slot_names(self) -> tuple[str, ...]:
-        """Both moments and p."""
-        return self.slots
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""

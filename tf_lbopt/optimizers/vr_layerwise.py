@@ -7,14 +7,14 @@ import keras
 
 from tf_lbopt import _validation
 from tf_lbopt.optimizers.base import with_common_arguments
+from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting, with_gsnr_arguments
 from tf_lbopt.optimizers.lamb import LAMB, LAMBAlgorithm
 from tf_lbopt.optimizers.lars import LARS, LARSAlgorithm
-from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 
 @with_gsnr_arguments
-class VRLARSAlgorithm(VarianceReduction, LARSAlgorithm):
+class VRLARSAlgorithm(GSNRWeighting, LARSAlgorithm):
     """VR-LARS: `LARS` on the gradient weighted by its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -95,7 +95,7 @@ class VRLARS(VRLARSAlgorithm, LARS):
 
 
 @with_gsnr_arguments
-class VRLAMBAlgorithm(VarianceReduction, LAMBAlgorithm):
+class VRLAMBAlgorithm(GSNRWeighting, LAMBAlgorithm):
     """VR-LAMB: `LAMB` on the gradient weighted by the running mean of its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
@@ -160,10 +160,6 @@ class VRLAMBAlgorithm(VarianceReduction, LAMBAlgorithm):
             gamma=gamma,
             **kwargs,
         )
-
-    def slot_names(self) -> tuple[str, ...]:
-        """Both moments and p."""
-        return self.slots
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")

@@ -7,7 +7,7 @@ import keras
 from tf_lbopt import _validation, rules
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
-from tf_lbopt.optimizers.variance_reduction import VarianceReduction, with_gsnr_arguments
+from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting, with_gsnr_arguments
 
 
 class _SGD(Algorithm):
@@ -25,12 +25,9 @@ class _SGD(Algorithm):
     def rule(self) -> rules.Rule:
         return rules.SGD(self.momentum, self.nesterov, self.weight_decay)
 
-    def slot_names(self) -> tuple[str, ...]:
-        return self.slots if self.momentum else ()
-
 
 @with_gsnr_arguments
-class VRSGDAlgorithm(VarianceReduction, _SGD):
+class VRSGDAlgorithm(GSNRWeighting, _SGD):
     """VR-SGD: gradient descent, every element weighted by its signal-to-noise ratio.
 
     Over the k sub-batches of an update, one per replica and accumulation micro-step:
@@ -102,7 +99,7 @@ class VRSGD(VRSGDAlgorithm, LargeBatchOptimizer):
 
 
 @with_gsnr_arguments
-class VRMomentumAlgorithm(VarianceReduction, _SGD):
+class VRMomentumAlgorithm(GSNRWeighting, _SGD):
     """VR-Momentum: momentum SGD on the gradient weighted by its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`

@@ -139,7 +139,7 @@ class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
 
     Example:
         >>> w = tf.Variable([3.0, 4.0])
-        >>> optimizer = CLARS(learning_rate=1.0, eta=0.1, gradient_accumulation_steps=2)
+        >>> optimizer = CLARS(1.0, trust_coefficient=0.1, gradient_accumulation_steps=2)
         >>> _ = optimizer.apply_gradients([(tf.constant([3.0, 4.0]), w)])
         >>> _ = optimizer.apply_gradients([(tf.constant([-3.0, 4.0]), w)])
         >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]

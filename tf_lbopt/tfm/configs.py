@@ -124,7 +124,7 @@ class CLARSConfig(_LayerwiseConfig):
 
     name: str = "CLARS"
     momentum: float = 0.9
-    eta: float = 0.01
+    trust_coefficient: float = 0.01
     max_trust_ratio: float | None = None
     nesterov: bool = True
 

@@ -1,4 +1,4 @@
-"""What the VRGD optimizers have in common: a transformation in front of a base optimizer."""
+"""What the VRGD optimizers have in common: a weighting in front of a base optimizer."""
 
 import dataclasses
 import warnings
@@ -12,13 +12,12 @@ from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.gsnr import SUMMARY, summarize
-from tf_lbopt.rules.vrgd import GSNR_SLOT
 
 # With fewer sub-batches the ratio of two random numbers is not that of their means.
 _ENOUGH = 8
 
 
-class VarianceReduction(Algorithm):
+class GSNRWeighting(Algorithm):
     """Mix-in, placed before a base optimizer, that weights its mean gradient by r.
 
     Args:
@@ -98,10 +97,6 @@ class VarianceReduction(Algorithm):
                 self._trainable_variables, self._watch.numbers.numpy(), strict=True
             )
         }
-
-    def slot_names(self) -> tuple[str, ...]:
-        """The base's slots, and r's running mean if there is one."""
-        return super().slot_names() + (() if self.beta_3 is None else (GSNR_SLOT,))
 
     def _prepared_update(self, *args: Any, **kwargs: Any) -> Callable[[], tf.Tensor]:
         # Not in `build`: a model that was trained on several replicas is loaded on one, too.
