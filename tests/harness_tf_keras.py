@@ -10,9 +10,8 @@ from harness import ARGUMENTS, KINDS, Case, Run
 import tf_lbopt
 import tf_lbopt.tf_keras
 
-NAMES = ["sngm", "lars", "lamb", "vr_sgd", "vr_momentum", "vr_adam", "vr_lars", "vr_lamb", "clars"]
-NAMES += ["extrap_sgd"]
-KERAS_CLASSES = {info.name: info.cls for info in tf_lbopt.list_optimizers() if info.name in NAMES}
+KERAS_CLASSES = {info.name: info.cls for info in tf_lbopt.list_optimizers()}
+NAMES = list(KERAS_CLASSES)
 CASES = [
     Case(name, getattr(tf_lbopt.tf_keras, KERAS_CLASSES[name].__name__), ARGUMENTS[name])
     for name in NAMES

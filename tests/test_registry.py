@@ -129,8 +129,8 @@ def test_classes_are_public_and_registered(info):
         ("tf_lbopt.optimizers.base.LargeBatchOptimizer", "rule"),
         ("tf_lbopt.tf_keras.base.LargeBatchOptimizer", "rule"),
         ("tf_lbopt.optimizers.extrapolated.ExtrapolatedOptimizer", "rule"),
-        ("tf_lbopt.optimizers.extrapolation.Extrapolation", "_start.*move.*rule"),
-        ("tf_lbopt.optimizers.lars.LARSAlgorithm", "_start"),
+        ("tf_lbopt.optimizers.extrapolation.Extrapolation", "_start.*move"),
+        ("tf_lbopt.optimizers.gsnr_weighting.GSNRWeighting", "_start"),
     ],
 )
 def test_an_optimizer_that_lacks_something_can_not_be_made(base, missing):
@@ -154,12 +154,7 @@ def test_configuration_round_trip(info):
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert type(again) is info.cls
     assert again.get_config() == optimizer.get_config()
-    parameters = {
-        name
-        for name, parameter in inspect.signature(info.cls).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    }
-    assert parameters <= set(optimizer.get_config())
+    assert set(inspect.signature(info.cls).parameters) == set(optimizer.get_config())
 
 
 # -- documentation ---------------------------------------------------------------------------------
@@ -196,11 +191,7 @@ def test_public_methods_have_docstrings(name):
 
 @over_optimizers
 def test_papers(info):
-    references = " ".join(inspect.getdoc(info.cls).split("References:")[1].split())
-    number = re.search(r"arXiv:(\d{4}\.\d{4,5})", info.paper)
-    identified = number.group(1) if number else info.paper.split(", ")[0]
-    assert len(identified) > 9
-    assert identified in references
+    assert re.search(r'"[A-Z].{20,}" \((arXiv:\d{4}\.\d{4,5}|AAAI)\), ', info.paper)
     assert re.search(r"Algorithm \d|section \d|eq\. \d", info.paper)
 
 

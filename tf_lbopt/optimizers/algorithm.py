@@ -1,26 +1,19 @@
 """What every optimizer is before it belongs to a framework.
 
 What an optimizer computes is its rule (`tf_lbopt.rules`); how gradients reach it is the pipeline
-(`tf_lbopt.aggregation`). An algorithm here has the arguments, their checks, the slots, `rule` and
-the configuration; it becomes an optimizer when it is combined with an adapter, which knows the
-variables, the constructor and the saving of one framework:
-
-    class LARS(LARSAlgorithm, tf_lbopt.optimizers.base.LargeBatchOptimizer)      Keras 3
-    class LARS(LARSAlgorithm, tf_lbopt.tf_keras.base.LargeBatchOptimizer)        tf_keras
+(`tf_lbopt.aggregation`). Here are the variables, the update, the exclusions and the state; what
+knows the constructor, the variables and the saving of one framework is an adapter:
+`tf_lbopt.optimizers.base.LargeBatchOptimizer` for Keras 3, and that of `tf_lbopt.tf_keras.base`.
 """
 
 import abc
 import contextlib
 import dataclasses
-import difflib
 import functools
-import inspect
-import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
@@ -35,31 +28,17 @@ from tf_lbopt.aggregation.replicas import (
 )
 from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
 from tf_lbopt.optimizers import saved_state
+from tf_lbopt.optimizers.declared import Declared
 from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
 from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step
+from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Step
 from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
-
-
-# Arguments as TensorFlow Addons, tf-models-official, PyTorch or another optimizer here call them.
-_NAMES_ELSEWHERE = {
-    "betas": ("beta_1", "beta_2"),
-    "eeta": ("trust_coefficient",),
-    "eps": ("epsilon",),
-    "eta": ("trust_coefficient",),
-    "lr": ("learning_rate",),
-    "max_grad_norm": ("global_clipnorm",),
-    "momentum": ("beta_1",),
-    "trust_coeff": ("trust_coefficient",),
-    "wd": ("weight_decay",),
-    "weight_decay_rate": ("weight_decay",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,28 +59,15 @@ class _Bound:
     skipped_updates: tf.Variable
 
 
-class Algorithm(saved_state.SavedState, abc.ABC):
-    """Base of all algorithms.
+class Algorithm(Declared, saved_state.SavedState, abc.ABC):
+    """Base of all optimizers, which belongs to no framework.
 
-    A constructor passes what it does not know on to `super().__init__(learning_rate, **kwargs)`.
-    An adapter stands behind the algorithm's classes in the line of inheritance, in front of its
+    An adapter of a framework stands behind it in the line of inheritance, in front of the
     framework's optimizer, and defines the methods of the section "what an adapter provides".
-
-    Args:
-        learning_rate: A float, a schedule of the framework or a callable without arguments.
-        weight_decay: Non-negative float or `None`; what it means is the algorithm's.
-        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
-            do not decay.
-        **kwargs: The other arguments of the framework's optimizers.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ()
-    """Names of the variables kept for each trainable variable."""
-
-    statistics: ClassVar[tuple[str, ...]] = ()
-    """What must be known of the sub-batches beyond their mean gradient."""
-
     gradient_accumulation_steps: int | None
+    weight_decay: float | None
     skipped_updates: Any
     clipnorm: float | None
     clipvalue: float | None
@@ -117,33 +83,16 @@ class Algorithm(saved_state.SavedState, abc.ABC):
     _model_variables_moving_average: Sequence[Any]
     _var_key: Callable[[Any], Any]
 
-    def __init__(
-        self,
-        learning_rate: Any,
-        *,
-        weight_decay: float | None = None,
-        exclude_from_weight_decay: Sequence[Any] | None = None,
-        **kwargs: Any,
-    ):
-        self._check_names(kwargs)
-        for argument in ("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"):
-            if argument in kwargs:
-                kwargs[argument] = _validation.real(
-                    argument, kwargs[argument], low=0.0, low_open=True, optional=True
-                )
-        if "gradient_accumulation_steps" in kwargs:
-            kwargs["gradient_accumulation_steps"] = _validation.integer(
-                "gradient_accumulation_steps",
-                kwargs["gradient_accumulation_steps"],
-                low=2,
-                optional=True,
-            )
-        _check_averaging(kwargs)
-        self._start(self._rate_or_schedule(checked_learning_rate(learning_rate)), **kwargs)
-        # Not handed to the framework's base class, which would apply it a second time, decoupled.
-        self.weight_decay = _validation.real("weight_decay", weight_decay, low=0.0, optional=True)
-        self._decay_exclusion = Exclusion("exclude_from_weight_decay", exclude_from_weight_decay)
-        self._decay_excluded_by_argument = exclude_from_weight_decay is not None
+    def _set_up(self, values: dict[str, Any]) -> None:
+        framework = {name: values.pop(name) for name in self.common_arguments}
+        self._start(self._rate_or_schedule(values.pop("learning_rate", 0.0)), framework)
+        decay, adaptation = "exclude_from_weight_decay", "exclude_from_layer_adaptation"
+        self._decay_exclusion = Exclusion(decay, values.pop(decay, None))
+        self._adaptation_exclusion = Exclusion(adaptation, values.pop(adaptation, None))
+        # `weight_decay` is among them: the framework's base class would apply it a second time,
+        # decoupled.
+        for name, value in values.items():
+            setattr(self, name, value)
         self.skipped_updates = self._add_counter("skipped_updates")
         self._strategy = tf.distribute.get_strategy()
         if self.statistics or self.gradient_accumulation_steps:
@@ -161,23 +110,6 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             else None
         )
 
-    def _check_names(self, kwargs: Mapping[str, Any]) -> None:
-        """Raises for an argument that the constructor does not have."""
-        known = _argument_names(type(self))
-        for name, value in kwargs.items():
-            if name in known:
-                continue
-            wanted = [
-                known_name for known_name in _NAMES_ELSEWHERE.get(name, ()) if known_name in known
-            ]
-            if name not in _NAMES_ELSEWHERE:
-                wanted = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            expected = " and ".join(f"`{w}`" for w in wanted) or f"one of {', '.join(known)}"
-            raise TypeError(
-                f"{type(self).__name__} has no argument `{name}`. Expected: {expected}. "
-                f"Received: {name}={_validation.shown(value)}"
-            )
-
     def _check_strategy(self) -> None:
         # Workers of the latter are no replicas to it: it says that it has one.
         kinds = (
@@ -193,10 +125,6 @@ class Algorithm(saved_state.SavedState, abc.ABC):
                 f"{self.gradient_accumulation_steps}"
             )
 
-    @abc.abstractmethod
-    def rule(self) -> Rule:
-        """The algorithm with the current hyper-parameters."""
-
     def own_slots(self) -> tuple[str, ...]:
         """The slots that it keeps with the current hyper-parameters."""
         return self.rule().slot_names()
@@ -204,8 +132,13 @@ class Algorithm(saved_state.SavedState, abc.ABC):
     # -- what an adapter provides ------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _start(self, learning_rate: Any, **kwargs: Any) -> None:
-        """Calls the framework's constructor; sets `gradient_accumulation_steps`."""
+    def _start(self, learning_rate: Any, arguments: dict[str, Any]) -> None:
+        """Calls the framework's constructor; sets `gradient_accumulation_steps`.
+
+        Args:
+            learning_rate: A float, or what `_schedule` has returned.
+            arguments: Values of the `common_arguments`.
+        """
 
     @abc.abstractmethod
     def _schedule(self, learning_rate: Any) -> Any:
@@ -257,6 +190,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
                 for name, slots in self._slots.items():
                     slots.append(self._add_slot(variable, name))
         self._decay_exclusion.build(variables)
+        self._adaptation_exclusion.build(variables)
         if self._accumulation is not None:
             # The last of all: without accumulation the others have the same places.
             self._pending_micro_steps = self._add_counter("pending_micro_steps")
@@ -636,7 +570,7 @@ class Algorithm(saved_state.SavedState, abc.ABC):
             self._decay_exclusion.add(variable)
         for name in listed("var_names", var_names):
             self._exclude_name(name)
-        self._decay_excluded_by_argument = True
+        self._decay_exclusion.given = True
 
     def _exclude_name(self, pattern: str) -> None:
         self._decay_exclusion.add_name(pattern)
@@ -650,9 +584,10 @@ class Algorithm(saved_state.SavedState, abc.ABC):
         return variable in exclusion if index is None else exclusion.excluded[index]
 
     def adapts(self, variable: Any) -> bool:
-        """Whether layer-wise adaptation applies to a variable."""
-        del variable
-        return True
+        """Whether layer-wise adaptation, if the optimizer has it, applies to a variable."""
+        if not self._adaptation_exclusion.given:
+            return self.decays(variable)
+        return not self._is_excluded(variable, self._adaptation_exclusion)
 
     # -- configuration and state -------------------------------------------------------------------
 
@@ -665,15 +600,17 @@ class Algorithm(saved_state.SavedState, abc.ABC):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """The optimizer that `get_config` describes."""
-        # The framework's writes a schedule that it makes into its argument.
-        return super().from_config(dict(config), custom_objects)  # type: ignore[misc]
+        # A copy: the framework's writes a schedule that it makes into its argument.
+        config = {cls.former_names.get(name, name): value for name, value in config.items()}
+        return super().from_config(config, custom_objects)  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = super().get_config()  # type: ignore[misc]  # the framework's
-        config["exclude_from_weight_decay"] = (
-            self._decay_exclusion.config() if self._decay_excluded_by_argument else None
-        )
+        config.update(self.hyperparameters())
+        exclusions = (self._decay_exclusion, self._adaptation_exclusion)
+        parameters = self._declared_signature().parameters
+        config.update({e.argument: e.config() for e in exclusions if e.argument in parameters})
         return config
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -689,56 +626,6 @@ class Algorithm(saved_state.SavedState, abc.ABC):
     def _replica_states(self) -> dict[str, ReplicaState]:
         """What differs from replica to replica, by the name under which it is saved."""
         return {} if self._accumulation is None else {"accumulation": self._accumulation}
-
-
-class LayerwiseAlgorithm(Algorithm):
-    """Base of algorithms with a trust ratio per layer.
-
-    Args:
-        learning_rate: As in `Algorithm`.
-        exclude_from_layer_adaptation: Variables, or regexes over the variable path, that have no
-            trust ratio. `None` means those excluded from weight decay; `[]` means none.
-        default_trust_ratio: The trust ratio of a variable that has none, > 0.
-        **kwargs: As in `Algorithm`.
-    """
-
-    def __init__(
-        self,
-        learning_rate: Any,
-        *,
-        exclude_from_layer_adaptation: Sequence[Any] | None = None,
-        default_trust_ratio: float = 1.0,
-        **kwargs: Any,
-    ):
-        super().__init__(learning_rate, **kwargs)
-        self.default_trust_ratio = _validation.real(
-            "default_trust_ratio", default_trust_ratio, low=0.0, low_open=True
-        )
-        self._adaptation_exclusion = (
-            None
-            if exclude_from_layer_adaptation is None
-            else Exclusion("exclude_from_layer_adaptation", exclude_from_layer_adaptation)
-        )
-
-    def adapts(self, variable: Any) -> bool:
-        """Whether the trust ratio applies to a variable."""
-        if self._adaptation_exclusion is None:
-            return self.decays(variable)
-        return not self._is_excluded(variable, self._adaptation_exclusion)
-
-    def _create_variables(self, variables: list[Any]) -> None:
-        super()._create_variables(variables)
-        if self._adaptation_exclusion is not None:
-            self._adaptation_exclusion.build(variables)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal optimizer, for Keras serialization."""
-        config = super().get_config()
-        config["exclude_from_layer_adaptation"] = (
-            None if self._adaptation_exclusion is None else self._adaptation_exclusion.config()
-        )
-        config["default_trust_ratio"] = self.default_trust_ratio
-        return config
 
 
 def build_at_first_call(
@@ -766,88 +653,6 @@ def build_at_first_call(
             )
         once_for_all_replicas(lambda: optimizer.build(given))
     return given
-
-
-def documentation(cls: type, **texts: str) -> str:
-    """The docstring of an optimizer's class.
-
-    The text is that of its algorithm, the first class that it is made of, unless its own has an
-    argument list; the example is its own, because it is the framework's.
-
-    Args:
-        cls: The class.
-        **texts: What to put in the place of ``{key}`` in the text.
-    """
-    text = own = cls.__doc__ or ""
-    if "Args:" not in own:
-        texts["example"] = own[own.index("Example:") :].rstrip()
-        text = cls.__bases__[0].__doc__ or ""
-    for key, value in texts.items():
-        text = text.replace("{" + key + "}", value)
-    return text
-
-
-def _argument_names(cls: type[Algorithm]) -> list[str]:
-    """The arguments of an optimizer's constructor, and of those that it passes the others on to.
-
-    A class from elsewhere may pass on what it does not know to one of this package; the first
-    constructor of this package passes on the arguments common to all optimizers alone.
-    """
-    line = cls.__mro__
-    ours = [base.__module__.partition(".")[0] == "tf_lbopt" for base in line]
-    first = next(i for i, own in enumerate(ours) if own and "__init__" in vars(line[i]))
-    constructors = [*line[: first + 1], *line[line.index(Algorithm) :]]
-    functions = [base.__init__ for base in constructors]  # type: ignore[misc]
-    names = [
-        parameter.name
-        for function in (*functions, cls._start)
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    return [name for name in dict.fromkeys(names) if name != "self"]
-
-
-def checked_learning_rate(learning_rate: Any) -> Any:
-    """Checks a learning rate; schedules, serialized ones and callables pass.
-
-    Raises:
-        TypeError: It is none of these and not a real number.
-        ValueError: It is NaN, infinite or negative.
-    """
-    if callable(learning_rate) or isinstance(learning_rate, dict):
-        return learning_rate
-    try:
-        return _validation.real("learning_rate", learning_rate, low=0.0)
-    except TypeError as error:
-        hint = ""
-        if isinstance(learning_rate, (list, tuple, Iterator)):
-            hint = " (What is to be trained is told by `compile`, `build` or `apply`.)"
-        raise TypeError(
-            "`learning_rate` must be a real number >= 0, a LearningRateSchedule or a callable "
-            f"without arguments.{hint} Received: learning_rate="
-            f"{_validation.shown(learning_rate)} (of type {type(learning_rate).__name__})"
-        ) from error
-
-
-def checked_new_learning_rate(learning_rate: Any) -> Any:
-    """`checked_learning_rate` of what is assigned to an optimizer that exists.
-
-    That may also be an array, a tensor or a variable; in a graph only the update can look at it.
-    """
-    if isinstance(learning_rate, numbers.Real) or not hasattr(learning_rate, "shape"):
-        return checked_learning_rate(learning_rate)
-    if tf.inside_function():
-        return learning_rate
-    array = np.asarray(learning_rate)
-    return checked_learning_rate(array.item() if array.size == 1 else learning_rate)
-
-
-def _check_averaging(kwargs: dict[str, Any]) -> None:
-    _validation.boolean("use_ema", kwargs.get("use_ema", False))
-    _validation.real("ema_momentum", kwargs.get("ema_momentum", 0.99), low=0.0, high=1.0)
-    _validation.integer(
-        "ema_overwrite_frequency", kwargs.get("ema_overwrite_frequency"), low=1, optional=True
-    )
 
 
 def without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:

@@ -1,17 +1,18 @@
 """What the optimizers around another Keras optimizer have in common."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation, rules
-from tf_lbopt.optimizers.algorithm import checked_new_learning_rate
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.hyperparameters import checked_new_learning_rate
 from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.writer import Writer
@@ -143,6 +144,8 @@ class WithInnerOptimizer:
 class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
     """Has the learning rate and the weight decay of its ``inner_optimizer``, its first argument."""
 
+    arguments: ClassVar = {"inner_optimizer": REQUIRED}
+
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Excludes variables from the inner optimizer's weight decay.
 
@@ -151,10 +154,15 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
         """
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
-    def rule(self) -> rules.Rule:
+    def _set_up(self, values: dict[str, Any]) -> None:
+        super()._set_up(values)
+        require_same_strategy(self, self.inner_optimizer, self._strategy)
+
+    @classmethod
+    def rule_of(cls, values: Mapping[str, Any]) -> rules.Rule:
         """The inner optimizer's."""
-        inner = self.inner_optimizer
-        return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(self)
+        inner = values["inner_optimizer"]
+        return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(inner)
 
     @classmethod
     def from_config(
@@ -172,14 +180,15 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
 class _Stock(rules.Rule):
     """A stock Keras optimizer as a rule: its slots and its rate are its own."""
 
-    wrapper: AroundOptimizer
+    optimizer: keras.optimizers.Optimizer
 
     def update(self, parameters: rules.Parameters, step: rules.Step) -> rules.Update:
         """One update by Keras's own code."""
         del step
+        variables = _compat.trained_variables(self.optimizer)
         return stock_update(
-            self.wrapper.inner_optimizer,
+            self.optimizer,
             parameters.gradients,
             parameters.norm_bounds,
-            [self.wrapper._trainable_variables[index] for index in parameters.indices],
+            [variables[index] for index in parameters.indices],
         )

@@ -7,40 +7,39 @@ optimizer.
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.replicas import inside_scope
-from tf_lbopt.optimizers.algorithm import (
-    Algorithm,
-    build_at_first_call,
-    checked_new_learning_rate,
-    documentation,
-)
+from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
+from tf_lbopt.optimizers.documentation import completed
 from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.optimizers.hyperparameters import checked_new_learning_rate
 from tf_lbopt.rules.norms import compute_dtype
 
-_COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's, made unique.
-        clipnorm: Greatest norm of one variable's mean gradient (clipped after the reduction over
-            replicas and micro-steps). At most one of the three clips can be set.
-        clipvalue: Greatest magnitude of one element of the mean gradient.
-        global_clipnorm: Greatest norm of the mean gradient of all variables together.
-        use_ema: Whether to keep an exponential moving average of the weights, which `fit` puts in
-            their place at its end. In float32 for weights in half precision. Averages once per
-            update.
-        ema_momentum: Momentum of that average. Defaults to 0.99.
-        ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
-        loss_scale_factor: Constant to multiply the loss by; taken out of the gradients again.
-        gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
-            under every strategy with a copy of the variables on each replica; schedules and
-            `iterations` count updates. The mean is over micro-steps, whatever their numbers of
-            examples; those left over at the end of an epoch are carried into the next. What has a
-            gradient in one micro-step of an update must have one in those that follow, zeros for
-            ``None``; an error says so if not (in a step that XLA compiles the update is
-            discarded)."""
+OPTIMIZERS: dict[str, type["LargeBatchOptimizer"]] = {}
+"""The optimizers by the names that recipes and configurations use."""
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def optimizer(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator: enters an optimizer in the table, under a lower-case name."""
+
+    def enter(cls: _Class) -> _Class:
+        OPTIMIZERS[name] = cls
+        return registered(cls)
+
+    return enter
+
+
+def registered(cls: _Class) -> _Class:
+    """Class decorator: completes the docstring, and has Keras save objects of the class."""
+    cls.__doc__ = completed(cls.__doc__, LargeBatchOptimizer.common_arguments)
+    return keras.saving.register_keras_serializable(package="tf_lbopt")(cls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +64,19 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     optimizer inside a wrapper nothing is known). `skipped_updates`, an integer variable saved with
     the state, counts the discarded ones, and those of which a float16 weight that overflowed kept
     its old value.
-
-    Args:
-        learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule` or a callable
-            without arguments.
-        weight_decay: Non-negative float or `None`; what it means is the algorithm's.
-        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``), that
-            do not decay. Those that fit nothing are warned of when the optimizer is built; from
-            then on the variables that were found are excluded, in a loaded or cloned model as well.
-        **kwargs: The other arguments of Keras's optimizers.
     """
+
+    common_arguments: ClassVar = {
+        "name": None,
+        "clipnorm": None,
+        "clipvalue": None,
+        "global_clipnorm": None,
+        "use_ema": False,
+        "ema_momentum": 0.99,
+        "ema_overwrite_frequency": None,
+        "loss_scale_factor": None,
+        "gradient_accumulation_steps": None,
+    }
 
     steps_of_its_own: ClassVar[bool] = False
     """Whether it changes training steps, beyond the update that they end with."""
@@ -86,8 +88,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             "under TF_USE_LEGACY_KERAS=1) see tf_lbopt.tf_keras>"
         )
 
-    def _start(self, learning_rate: Any, **kwargs: Any) -> None:
-        keras.optimizers.Optimizer.__init__(self, learning_rate, **kwargs)
+    def _start(self, learning_rate: Any, arguments: dict[str, Any]) -> None:
+        keras.optimizers.Optimizer.__init__(self, learning_rate, **arguments)
         self._loss_scaled_from_outside = False
         self._rounding_errors = _RoundingErrors()
         if self.use_ema:
@@ -313,9 +315,3 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 f"{type(self).__name__}(...)) instead.",
                 stacklevel=2,
             )
-
-
-def with_common_arguments(cls: type) -> type:
-    """Class decorator: completes the docstring by the arguments common to all optimizers."""
-    cls.__doc__ = documentation(cls, common_arguments=_COMMON_ARGUMENTS)
-    return cls

@@ -1,143 +1,28 @@
-"""CLARS for Keras 3."""
+"""CLARS, and the norms of single examples' gradients that it may be given."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import keras
+import keras  # noqa: F401  # for the examples
 import tensorflow as tf
 
 from tf_lbopt import _validation, rules
 from tf_lbopt.aggregation.replicas import replica_number
-from tf_lbopt.optimizers.algorithm import LayerwiseAlgorithm
-from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
+from tf_lbopt.optimizers.algorithm import Algorithm
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, optimizer
+from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.exclusion import path_of
 from tf_lbopt.rules.norms import widest
-
-NORM_ESTIMATORS = ("sub_batch", "per_example")
-
 
 # Norms on their way to an optimizer, by optimizer and replica; each by variable.
 _given: dict[tuple[int, int], dict[int, tf.Tensor]] = {}
 
 
-class CLARSAlgorithm(LayerwiseAlgorithm):
-    """Complete layer-wise adaptive rate scaling, which needs no warm-up.
+class ExampleNorms(Algorithm):
+    """Mix-in of an optimizer whose mean norm can be that over single examples' gradients."""
 
-    Nesterov's momentum with a rate for every layer (trainable variable), like `LARS`, but against
-    the mean norm of the gradients of examples or sub-batches instead of the norm of their mean:
-
-        ρ = τ ‖w‖ / N
-        γ = η min(ρ, max_trust_ratio)
-        s ← β s − γ g,   w ← w + β s − γ g     g = ḡ + λ w
-
-    Early in training the gradients of a large batch cancel, least in the layers whose gradient
-    varies most: where ‖ḡ‖ is small against N, LARS takes steps that CLARS does not.
-
-    N is estimated in one of two ways. `"sub_batch"` is the mean of the norms of the sub-batches'
-    mean gradients, one for every replica and accumulation micro-step, and needs nothing but
-    `compile`; with one sub-batch N = ‖ḡ‖. `"per_example"` is the paper's (1/B) Σ ‖∇f_i(w)‖ over
-    the examples of the batch, and comes from `tf_lbopt.PerExampleNormsModel` (or a custom loop
-    with `tf_lbopt.per_example_gradient_norms` and `example_norms`). The smaller a sub-batch, the
-    nearer is the first to the second. Either is of the gradient of the loss: unclipped, without
-    weight decay.
-
-    Decided where the paper is silent: a layer that has no ratio (‖w‖ = 0 or N = 0) has
-    ρ = `default_trust_ratio`, to which `max_trust_ratio` applies; an excluded one has
-    γ = η `default_trust_ratio`.
-
-    The authors' own code (github.com/slowbull/largebatch) differs from their paper, and from this:
-    its momentum is heavy ball, u ← β u + g, w ← w − γ u, with the rate outside of the buffer, so
-    that a change of γ acts on past gradients too; it adapts neither biases nor normalization
-    scales; its norms are those of mini-batches of 8, taken apart from the gradient; and it bounds
-    ρ by 0.1. `nesterov=False` is heavy ball with the rate inside, w ← w + s, as in `LARS`: with
-    one sub-batch, without decay and at equal τ it equals `LARS`, and the authors' form where γ is
-    constant.
-
-    Args:
-        learning_rate: η, the paper's γ_scale. A float, a
-            `keras.optimizers.schedules.LearningRateSchedule` or a callable without arguments.
-        momentum: β in [0, 1). Defaults to 0.9.
-        trust_coefficient: τ > 0, the paper's η. Defaults to 0.01.
-        norm_estimator: `"sub_batch"` or `"per_example"`. Defaults to `"sub_batch"`.
-        max_trust_ratio: Upper bound of ρ, > 0, or `None`; the authors' code has 0.1. Defaults to
-            `None`.
-        nesterov: Whether to use Nesterov momentum, as the paper's eq. 4 does. Defaults to `True`.
-        weight_decay: λ ≥ 0, coupled; no part of N. Defaults to `None`.
-        exclude_from_weight_decay: Variables, or regexes over the variable path (``"/bias$"``;
-            ``"bias"`` also fits all in a layer named so), that do not decay: usually biases and
-            normalization scales. Defaults to `None`: all decay.
-        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
-            as those excluded from weight decay; `[]` excludes none. They train at the raw rate η:
-            what `LARS` says of it holds here too, less at the larger τ.
-        default_trust_ratio: ρ of a variable that has none, > 0: one that is excluded, or where
-            either norm is 0. Defaults to 1.0; with τ in its place these too train at η τ.
-        {common_arguments}
-
-    Raises:
-        TypeError, ValueError: An argument is of the wrong type or outside its range;
-            `norm_estimator="per_example"` and nobody computes these norms.
-
-    {example}
-
-    References:
-        Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
-        Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, eq. 4 and 5.
-    """
-
-    slots = rules.CLARS.slots
-    statistics = rules.CLARS.statistics
-
-    def __init__(
-        self,
-        learning_rate: Any,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.01,
-        norm_estimator: str = "sub_batch",
-        max_trust_ratio: float | None = None,
-        nesterov: bool = True,
-        weight_decay: float | None = None,
-        exclude_from_weight_decay: Sequence[Any] | None = None,
-        exclude_from_layer_adaptation: Sequence[Any] | None = None,
-        default_trust_ratio: float = 1.0,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            learning_rate,
-            weight_decay=weight_decay,
-            exclude_from_weight_decay=exclude_from_weight_decay,
-            exclude_from_layer_adaptation=exclude_from_layer_adaptation,
-            default_trust_ratio=default_trust_ratio,
-            **kwargs,
-        )
-        self.momentum = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
-        self.trust_coefficient = _validation.real(
-            "trust_coefficient", trust_coefficient, low=0.0, low_open=True
-        )
-        self.norm_estimator = _validation.choice("norm_estimator", norm_estimator, NORM_ESTIMATORS)
-        self.max_trust_ratio = _validation.real(
-            "max_trust_ratio", max_trust_ratio, low=0.0, low_open=True, optional=True
-        )
-        self.nesterov = _validation.boolean("nesterov", nesterov)
-
-    def rule(self) -> rules.Rule:
-        """The algorithm with the current hyper-parameters."""
-        return rules.CLARS(
-            momentum=self.momentum,
-            trust_coefficient=self.trust_coefficient,
-            max_trust_ratio=self.max_trust_ratio,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            default_trust_ratio=self.default_trust_ratio,
-        )
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """The optimizer that `get_config` describes, also that of version 0.2."""
-        config = {"trust_coefficient" if key == "eta" else key: v for key, v in config.items()}
-        return super().from_config(config, custom_objects)
-
-    # -- norms by example --------------------------------------------------------------------------
+    norm_estimator: str
 
     @contextlib.contextmanager
     def example_norms(self, norms: Sequence[Any], variables: Sequence[Any]) -> Iterator[None]:
@@ -213,22 +98,62 @@ class CLARSAlgorithm(LayerwiseAlgorithm):
         dtype = widest([norm.dtype for norm in own])
         return tf.stack([tf.cast(n, dtype) for n in own]) * tf.cast(scale / replicas, dtype)
 
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal optimizer, for Keras serialization."""
-        return {
-            **super().get_config(),
-            "momentum": self.momentum,
-            "trust_coefficient": self.trust_coefficient,
-            "norm_estimator": self.norm_estimator,
-            "max_trust_ratio": self.max_trust_ratio,
-            "nesterov": self.nesterov,
-        }
+
+def _mean(norms: tf.Tensor) -> tf.Tensor:
+    """The mean, 0 for a replica without examples."""
+    return tf.math.divide_no_nan(tf.reduce_sum(norms), tf.cast(tf.size(norms), norms.dtype))
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
-class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
-    """CLARS for Keras 3.
+@optimizer("clars")
+class CLARS(ExampleNorms, LargeBatchOptimizer):
+    """Complete layer-wise adaptive rate scaling, which needs no warm-up.
+
+    Nesterov's momentum with a rate for every layer (trainable variable), like `LARS`, but against
+    the mean norm of the gradients of examples or sub-batches instead of the norm of their mean:
+
+        ρ = τ ‖w‖ / N
+        γ = η min(ρ, max_trust_ratio)
+        s ← β s − γ g,   w ← w + β s − γ g     g = ḡ + λ w
+
+    Early in training the gradients of a large batch cancel, least in the layers whose gradient
+    varies most: where ‖ḡ‖ is small against N, LARS takes steps that CLARS does not.
+
+    N is estimated in one of two ways. `"sub_batch"` is the mean of the norms of the sub-batches'
+    mean gradients, one for every replica and accumulation micro-step, and needs nothing but
+    `compile`; with one sub-batch N = ‖ḡ‖. `"per_example"` is the paper's (1/B) Σ ‖∇f_i(w)‖ over
+    the examples of the batch, and comes from `tf_lbopt.PerExampleNormsModel` (or a custom loop
+    with `tf_lbopt.per_example_gradient_norms` and `example_norms`). The smaller a sub-batch, the
+    nearer is the first to the second. Either is of the gradient of the loss: unclipped, without
+    weight decay.
+
+    Decided where the paper is silent: a layer that has no ratio (‖w‖ = 0 or N = 0) has
+    ρ = `default_trust_ratio`, to which `max_trust_ratio` applies; an excluded one has
+    γ = η `default_trust_ratio`.
+
+    The authors' own code (github.com/slowbull/largebatch) differs from their paper, and from this:
+    its momentum is heavy ball, u ← β u + g, w ← w − γ u, with the rate outside of the buffer, so
+    that a change of γ acts on past gradients too; it adapts neither biases nor normalization
+    scales; its norms are those of mini-batches of 8, taken apart from the gradient; and it bounds
+    ρ by 0.1. `nesterov=False` is heavy ball with the rate inside, w ← w + s, as in `LARS`: with
+    one sub-batch, without decay and at equal τ it equals `LARS`, and the authors' form where γ is
+    constant.
+
+    Args:
+        learning_rate: η, the paper's γ_scale. {rate}
+        momentum: β in [0, 1). Defaults to 0.9.
+        trust_coefficient: τ > 0, the paper's η. Defaults to 0.01.
+        norm_estimator: `"sub_batch"` or `"per_example"`. Defaults to `"sub_batch"`.
+        max_trust_ratio: Upper bound of ρ, > 0, or `None`; the authors' code has 0.1. Defaults to
+            `None`.
+        nesterov: Whether to use Nesterov momentum, as the paper's eq. 4 does. Defaults to `True`.
+        weight_decay: λ ≥ 0, coupled; no part of N. Defaults to `None`.
+        {exclusions} They train at the raw rate η: what `LARS` says of it holds here too, less at
+            the larger τ.
+        {default_trust_ratio} With τ in its place these too train at η τ.
+        {common_arguments}
+
+    Raises:
+        {raises}; `norm_estimator="per_example"` and nobody computes these norms.
 
     Example:
         >>> w = keras.Variable([3.0, 4.0])
@@ -237,9 +162,23 @@ class CLARS(CLARSAlgorithm, LargeBatchOptimizer):
         >>> optimizer.apply([keras.ops.convert_to_tensor([-3.0, 4.0])], [w])
         >>> [round(float(x), 4) for x in w.numpy()]       # ρ = 0.1 · 5 / 5, ḡ = [0, 4]
         [3.0, 3.24]
+
+    References:
+        Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
+        Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, eq. 4 and 5.
     """
 
-
-def _mean(norms: tf.Tensor) -> tf.Tensor:
-    """The mean, 0 for a replica without examples."""
-    return tf.math.divide_no_nan(tf.reduce_sum(norms), tf.cast(tf.size(norms), norms.dtype))
+    rule_class = rules.CLARS
+    arguments: ClassVar = {
+        "learning_rate": REQUIRED,
+        "momentum": 0.9,
+        "trust_coefficient": 0.01,
+        "norm_estimator": "sub_batch",
+        "max_trust_ratio": None,
+        "nesterov": True,
+        "weight_decay": None,
+        "exclude_from_weight_decay": None,
+        "exclude_from_layer_adaptation": None,
+        "default_trust_ratio": 1.0,
+    }
+    former_names: ClassVar = {"eta": "trust_coefficient"}

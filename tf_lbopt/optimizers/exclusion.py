@@ -53,7 +53,8 @@ class Exclusion:
     """
 
     def __init__(self, argument: str, entries: Iterable[Any] | None):
-        self._argument = argument
+        self.argument = argument
+        self.given = entries is not None
         self._entries: list[_Entry] = []
         self._built: dict[str, Any] | None = None
         self._entries_built = 0
@@ -81,7 +82,7 @@ class Exclusion:
             self._built, self._entries_built = dict(entry), len(self._entries)
         else:
             raise TypeError(
-                f"`{self._argument}` must be {_EXPECTED}. "
+                f"`{self.argument}` must be {_EXPECTED}. "
                 f"Received an entry of type {type(entry).__name__}: {_validation.shown(entry)}"
             )
 
@@ -99,7 +100,7 @@ class Exclusion:
             return re.compile(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"`{self._argument}` must be {_EXPECTED}. "
+                f"`{self.argument}` must be {_EXPECTED}. "
                 f"Received: {_validation.shown(pattern)}, which is no regular expression ({error})"
             ) from error
 
@@ -130,7 +131,7 @@ class Exclusion:
             self.excluded = [a or b for a, b in zip(self.excluded, fitting, strict=True)]
         if in_vain:
             warnings.warn(
-                f"`{self._argument}` has entries that fit none of the trainable variables: "
+                f"`{self.argument}` has entries that fit none of the trainable variables: "
                 f"{_validation.listed(map(_validation.shown, in_vain))}. "
                 f"The variables are: {_validation.listed(paths)}",
                 stacklevel=2,
@@ -140,8 +141,13 @@ class Exclusion:
             self._built = {"built": paths, "excluded": numbers}
             self._entries_built = len(self._entries)
 
-    def config(self) -> list[Any]:
-        """Entries that stand for the same variables in a fresh process, or another model."""
+    def config(self) -> list[Any] | None:
+        """Entries that stand for the same variables in a fresh process, or another model.
+
+        ``None`` if nothing was given, not even an empty list.
+        """
+        if not self.given:
+            return None
         entries = [entry.config for entry in self._entries]
         if self._built is not None:
             entries.insert(self._entries_built, self._built)

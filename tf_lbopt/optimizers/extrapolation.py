@@ -103,35 +103,19 @@ class ExtrapolationAdapter(abc.ABC):
 class Extrapolation(ExtrapolationAdapter, Algorithm):
     """Mix-in, placed before a base, whose gradients are taken at extrapolated weights.
 
-    A subclass says how a replica's weights are moved: `move`.
-
-    Args:
-        *args: The base's arguments.
-        extrapolation_rate: γ̂ ≥ 0, a schedule, or ``None`` for the learning rate over k.
-        sub_batches: In how many parts each replica takes its batch.
-        keeps_past: Whether past gradients are needed.
-        **kwargs: The base's arguments.
+    A subclass says how a replica's weights are moved: `move`. Of its arguments
+    ``extrapolation_rate`` (γ̂, or ``None`` for the learning rate over k) and ``sub_batches`` (in how
+    many parts each replica takes its batch) are those of this class.
     """
 
     statistics = (OWN_GRADIENT,)
 
-    def __init__(
-        self,
-        *args: Any,
-        extrapolation_rate: Any = None,
-        sub_batches: int = 1,
-        keeps_past: bool = True,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, **kwargs)
-        if callable(extrapolation_rate) or isinstance(extrapolation_rate, dict):
-            extrapolation_rate = self._schedule(extrapolation_rate)
-        else:
-            extrapolation_rate = _validation.real(
-                "extrapolation_rate", extrapolation_rate, low=0.0, optional=True
-            )
-        self.extrapolation_rate = extrapolation_rate
-        self.sub_batches = _validation.integer("sub_batches", sub_batches, low=1)
+    extrapolation_rate: Any
+    sub_batches: int
+
+    def _set_up(self, values: dict[str, Any]) -> None:
+        values["extrapolation_rate"] = self._rate_or_schedule(values["extrapolation_rate"])
+        super()._set_up(values)
         if self.sub_batches > 1:
             self._accumulation = Accumulation(
                 self._strategy,
@@ -139,9 +123,14 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
                 self.statistics,
                 parts=self.sub_batches,
             )
+        keeps_past = self.keeps_past()
         self._past = _PastGradients(self._strategy, self.sub_batches) if keeps_past else None
         self._layers = _Layers()
         self._let_wrap_training()
+
+    def keeps_past(self) -> bool:
+        """Whether past gradients are needed."""
+        return True
 
     # -- the rate ----------------------------------------------------------------------------------
 
@@ -438,11 +427,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         """The arguments that make an equal optimizer, for Keras serialization."""
         rate = self.extrapolation_rate
         rate = self._serialized(rate) if callable(rate) else rate
-        return {
-            **super().get_config(),
-            "extrapolation_rate": rate,
-            "sub_batches": self.sub_batches,
-        }
+        return {**super().get_config(), "extrapolation_rate": rate}
 
     def _replica_states(self) -> dict[str, ReplicaState]:
         past = {} if self._past is None else {"past_gradients": self._past}

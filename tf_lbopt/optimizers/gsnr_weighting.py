@@ -2,8 +2,8 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import tensorflow as tf
 
@@ -20,11 +20,8 @@ _ENOUGH = 8
 class GSNRWeighting(Algorithm):
     """Mix-in, placed before a base optimizer, that weights its mean gradient by r.
 
-    Args:
-        *args: The base's arguments.
-        gamma: γ in (0, 1], the lower bound of r.
-        beta_3: Decay of r's running mean in [0, 1), or `None` for r itself.
-        **kwargs: The base's arguments.
+    Of its arguments ``gamma`` and ``beta_3`` are the weighting's: γ, the lower bound of r, and the
+    decay of r's running mean; without the latter, or with ``None``, there is no such mean.
 
     Raises:
         ValueError: With the first gradients, if there is only one sub-batch.
@@ -32,29 +29,20 @@ class GSNRWeighting(Algorithm):
 
     statistics = rules.VRGD.statistics
 
-    def __init__(self, *args: Any, gamma: float = 0.1, beta_3: float | None = None, **kwargs: Any):
-        # The common constructor checks what arrives there. But this one, and the base's, take
-        # arguments by name that the class may not have: VRSGD has neither `beta_3` nor `momentum`.
-        self._check_names(kwargs if beta_3 is None else {"beta_3": beta_3, **kwargs})
-        super().__init__(*args, **kwargs)
-        self.gamma = _validation.real("gamma", gamma, low=0.0, low_open=True, high=1.0)
-        self.beta_3 = _validation.real(
-            "beta_3", beta_3, low=0.0, high=1.0, high_open=True, optional=True
-        )
-        self._watch: _Watch | None = None
-        self._warned_of_few = False
+    gamma: float
+    _watch: "_Watch | None" = None
+    _warned_of_few = False
+
+    @classmethod
+    def rule_of(cls, values: Mapping[str, Any]) -> rules.Rule:
+        """The base's algorithm behind the weighting."""
+        return rules.VRGD(super().rule_of(values), values["gamma"], values.get("beta_3"))
 
     def rule(self) -> rules.Rule:
-        """The base's algorithm behind the weighting."""
-        return rules.VRGD(
-            self._base_rule(),
-            gamma=self.gamma,
-            beta_3=self.beta_3,
-            observe=None if self._watch is None else self._watch.observe,
-        )
-
-    def _base_rule(self) -> rules.Rule:
-        return super().rule()  # type: ignore[safe-super]  # the next class in line has one
+        """The algorithm with the current hyper-parameters."""
+        rule = cast(rules.VRGD, super().rule())
+        watch = self._watch
+        return rule if watch is None else dataclasses.replace(rule, observe=watch.observe)
 
     # -- looking at GSNR ---------------------------------------------------------------------------
 
@@ -120,11 +108,6 @@ class GSNRWeighting(Algorithm):
             )
         return super()._prepared_update(*args, **kwargs)
 
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal optimizer, for Keras serialization."""
-        config = {**super().get_config(), "gamma": self.gamma}
-        return config if self.beta_3 is None else {**config, "beta_3": self.beta_3}
-
 
 @dataclasses.dataclass(frozen=True)
 class _Watch:
@@ -145,14 +128,3 @@ class _Watch:
 
         due = tf.cast(step.index, tf.int32) % self.every == 0  # XLA emulates 64 bits on a TPU
         tf.cond(due, write, lambda: tf.constant(True))
-
-
-GSNR_ARGUMENTS = """gamma: γ in (0, 1], the lower bound of r, where most elements are if there are
-            fewer than 8 sub-batches (see `VRSGD`); 1 switches the weighting off. Defaults to 0.1,
-            which the paper never tunes."""
-
-
-def with_gsnr_arguments(cls: type) -> type:
-    """Class decorator: writes the arguments common to all VRGD optimizers into the docstring."""
-    cls.__doc__ = (cls.__doc__ or "").replace("{gsnr_arguments}", GSNR_ARGUMENTS)
-    return cls

@@ -25,7 +25,7 @@ from tf_lbopt.aggregation.replicas import (
     sum_over_replicas,
 )
 from tf_lbopt.optimizers.algorithm import build_at_first_call, without_missing
-from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy, stock_update
+from tf_lbopt.optimizers.around import AroundOptimizer, stock_update
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.local_state import LocalState, count_of
@@ -159,8 +159,7 @@ class PostLocalSGD(AroundOptimizer):
         start = _validation.integer("start", start, low=0)
         period = _validation.integer("period", period, low=1)
         average_momentum = _validation.boolean("average_momentum", average_momentum)
-        super().__init__(0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        super().__init__(inner_optimizer, name=name)
         self.start = start
         self.period = period
         self.average_momentum = average_momentum
@@ -168,7 +167,6 @@ class PostLocalSGD(AroundOptimizer):
         self._iterations = inner_optimizer._iterations
         if isinstance(inner_optimizer, ExtrapSGD):
             self.skipped_updates = inner_optimizer.skipped_updates
-        require_same_strategy(self, inner_optimizer, self._strategy)
         self._updates_since_average = self._add_counter("updates_since_average")
         self._warned = False
         self._local = LocalState(

@@ -1,16 +1,17 @@
 """VRGD in front of any Keras optimizer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.optimizers.around import AroundOptimizer, require_same_strategy
-from tf_lbopt.optimizers.base import LargeBatchOptimizer, with_common_arguments
+from tf_lbopt.optimizers.around import AroundOptimizer
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, registered
+from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.exclusion import tensorflow_variable
-from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting, with_gsnr_arguments
+from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 from tf_lbopt.rules.writer import Writer
 
@@ -25,9 +26,7 @@ _OURS = (
 )
 
 
-@keras.saving.register_keras_serializable(package="tf_lbopt")
-@with_common_arguments
-@with_gsnr_arguments
+@registered
 class VarianceReduced(GSNRWeighting, AroundOptimizer):
     """VRGD in front of any optimizer: every element weighted by its signal-to-noise ratio.
 
@@ -44,16 +43,15 @@ class VarianceReduced(GSNRWeighting, AroundOptimizer):
 
     Args:
         inner_optimizer: A Keras optimizer, stock or of this package, not yet built.
-        {gsnr_arguments}
+        {gamma}
         beta_3: Decay of r's running mean p in [0, 1) (0.9 in VRAdam and VRLAMB), or `None` for r
             itself. Defaults to `None`.
         {common_arguments}
 
     Raises:
-        TypeError, ValueError: An argument is of the wrong type or outside its range; the inner
-            optimizer scales the loss, is made of several, reduces variance itself, was created
-            outside of the strategy's scope, or has one of the settings that belong here; with the
-            first gradients, one replica without accumulation.
+        {raises}; the inner optimizer scales the loss, is made of several, reduces variance itself,
+            was created outside of the strategy's scope, or has one of the settings that belong
+            here; with the first gradients, one replica without accumulation.
 
     Example:
         >>> w = keras.Variable([0.0, 0.0])
@@ -64,27 +62,27 @@ class VarianceReduced(GSNRWeighting, AroundOptimizer):
         [-2.0, -0.1176]
 
     References:
-        Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise Ratio
-        (GSNR)" (arXiv:2309.13681), section 4.2.
+        {vrgd}, section 4.2.
     """
 
-    def __init__(
-        self,
-        inner_optimizer: keras.optimizers.Optimizer,
-        gamma: float = 0.1,
-        beta_3: float | None = None,
-        **kwargs: Any,
-    ):
-        _check_inner(inner_optimizer)
+    arguments: ClassVar = {
+        "inner_optimizer": REQUIRED,
+        "gamma": 0.1,
+        "beta_3": None,
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any):
         for argument in ("learning_rate", "weight_decay", "exclude_from_weight_decay"):
             if kwargs.pop(argument, None) is not None:
                 raise ValueError(
                     f"`{argument}` must be set on the `inner_optimizer`. "
                     f"Received it on {type(self).__name__}"
                 )
-        super().__init__(0.0, gamma=gamma, beta_3=beta_3, **kwargs)
-        self.inner_optimizer = inner_optimizer
-        require_same_strategy(self, inner_optimizer, self._strategy)
+        super().__init__(*args, **kwargs)
+
+    def _set_up(self, values: dict[str, Any]) -> None:
+        _check_inner(values["inner_optimizer"])
+        super()._set_up(values)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -123,10 +121,9 @@ class VarianceReduced(GSNRWeighting, AroundOptimizer):
     def get_config(self) -> dict[str, Any]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = super().get_config()
-        for key in ("learning_rate", "weight_decay", "exclude_from_weight_decay"):
-            del config[key]
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
-        return {"inner_optimizer": inner, **config}
+        del config["learning_rate"], config["weight_decay"]
+        config["inner_optimizer"] = keras.saving.serialize_keras_object(self.inner_optimizer)
+        return config
 
 
 def _check_inner(inner: Any) -> None:

@@ -20,36 +20,20 @@ Example:
 """
 
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("tf_keras") is None:
     raise ImportError(
         "tf_lbopt.tf_keras needs tf_keras: pip install 'tf-lbopt[tf-keras]'. Received: none"
     )
 
-from tf_lbopt.tf_keras.optimizers import (
-    CLARS,
-    LAMB,
-    LARS,
-    SNGM,
-    VRLAMB,
-    VRLARS,
-    VRSGD,
-    ExtrapSGD,
-    VRAdam,
-    VRMomentum,
-)
+from tf_lbopt.tf_keras.optimizers import CLASSES
 from tf_lbopt.tf_keras.schedules import KerasSchedule
 
-__all__ = [
-    "CLARS",
-    "LAMB",
-    "LARS",
-    "SNGM",
-    "VRLAMB",
-    "VRLARS",
-    "VRSGD",
-    "ExtrapSGD",
-    "KerasSchedule",
-    "VRAdam",
-    "VRMomentum",
-]
+__all__ = ["KerasSchedule", *CLASSES]
+
+globals().update(CLASSES)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...

@@ -5,7 +5,7 @@ tf_keras optimizer.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -13,34 +13,12 @@ import tf_keras
 
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.replicas import once_for_all_replicas
-from tf_lbopt.optimizers.algorithm import (
-    Algorithm,
-    checked_new_learning_rate,
-    documentation,
-)
+from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.optimizers.hyperparameters import checked_new_learning_rate
 from tf_lbopt.rules.norms import compute_dtype
 from tf_lbopt.tf_keras import _compat
 from tf_lbopt.tf_keras.schedules import KerasSchedule
-
-_COMMON_ARGUMENTS = """name: The optimizer's name. Defaults to the class's.
-        clipnorm: Greatest norm of one variable's mean gradient (clipped after the reduction over
-            replicas and micro-steps). At most one of the three clips can be set.
-        clipvalue: Greatest magnitude of one element of the mean gradient.
-        global_clipnorm: Greatest norm of the mean gradient of all variables together.
-        use_ema: Whether to keep an exponential moving average of the weights, which `fit` puts in
-            their place at its end. In float32 for weights in half precision. Averages once per
-            update, from the first update on.
-        ema_momentum: Momentum of that average. Defaults to 0.99.
-        ema_overwrite_frequency: Overwrite the weights by their average every so many updates.
-        gradient_accumulation_steps: Micro-steps (calls) per update, at least 2, or `None`. Works
-            under every strategy with a copy of the variables on each replica; schedules and
-            `iterations` count updates. The mean is over micro-steps, whatever their numbers of
-            examples; those left over at the end of an epoch are carried into the next. What has a
-            gradient in one micro-step of an update must have one in those that follow, zeros for
-            ``None``; an error says so if not (in a step that XLA compiles the update is discarded).
-        jit_compile: Must be `False`, which is the default here: the update is not compiled apart
-            from the training step. To compile both, `model.compile(jit_compile=True)`."""
 
 
 class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
@@ -56,30 +34,27 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
 
     Under a `tf_keras.mixed_precision.LossScaleOptimizer` all of this holds too. That wrapper counts
     micro-steps as steps before it doubles its scale.
-
-    Args:
-        learning_rate: A float, a `tf_keras.optimizers.schedules.LearningRateSchedule`, one of
-            Keras 3 (those of `tf_lbopt.schedules`) or a callable without arguments.
-        weight_decay: Non-negative float or `None`; what it means is the algorithm's.
-        exclude_from_weight_decay: Variables, or regexes over the variable name (``"/bias$"``), that
-            do not decay. Those that fit nothing are warned of when the optimizer is built; from
-            then on the variables that were found are excluded, in a loaded or cloned model as well.
-        **kwargs: The other arguments of tf_keras's optimizers, and `gradient_accumulation_steps`.
     """
+
+    common_arguments: ClassVar = {
+        "name": None,
+        "clipnorm": None,
+        "clipvalue": None,
+        "global_clipnorm": None,
+        "use_ema": False,
+        "ema_momentum": 0.99,
+        "ema_overwrite_frequency": None,
+        "gradient_accumulation_steps": None,
+        "jit_compile": False,
+        "mesh": None,
+    }
 
     def __repr__(self) -> str:
         # What Keras 3 says that it can not interpret, where it is given one.
         return f"<{type(self).__name__}, an optimizer for tf_keras; for Keras 3 see tf_lbopt>"
 
-    def _start(
-        self,
-        learning_rate: Any,
-        name: str | None = None,
-        gradient_accumulation_steps: int | None = None,
-        jit_compile: bool = False,
-        mesh: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def _start(self, learning_rate: Any, arguments: dict[str, Any]) -> None:
+        jit_compile, mesh = arguments["jit_compile"], arguments.pop("mesh")
         if jit_compile:
             raise ValueError(
                 "`jit_compile` must be False: an update that looks at all replicas and all "
@@ -92,9 +67,9 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
                 f"`mesh` must be None: DTensor is not supported. "
                 f"Received: {_validation.shown(mesh)}"
             )
-        tf_keras.optimizers.Optimizer.__init__(
-            self, name=name or type(self).__name__, jit_compile=False, **kwargs
-        )
+        arguments["name"] = arguments["name"] or type(self).__name__
+        steps = arguments.pop("gradient_accumulation_steps")
+        tf_keras.optimizers.Optimizer.__init__(self, **arguments)
         clips = [self.clipnorm, self.clipvalue, self.global_clipnorm]
         if sum(clip is not None for clip in clips) > 1:
             raise ValueError(
@@ -102,7 +77,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
                 f"Received: clipnorm={self.clipnorm}, clipvalue={self.clipvalue}, "
                 f"global_clipnorm={self.global_clipnorm}"
             )
-        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.gradient_accumulation_steps = steps
         _compat.set_learning_rate(self, learning_rate)
 
     def _schedule(self, learning_rate: Any) -> Any:
@@ -312,10 +287,3 @@ class _Applied(NamedTuple):
     """
 
     check: tf.Tensor
-
-
-def with_common_arguments(cls: type) -> type:
-    """Class decorator: completes the docstring by the arguments common to all optimizers."""
-    text = documentation(cls, common_arguments=_COMMON_ARGUMENTS)
-    cls.__doc__ = text.replace("`keras.optimizers.schedules.", "`tf_keras.optimizers.schedules.")
-    return cls

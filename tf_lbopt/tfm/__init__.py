@@ -24,6 +24,7 @@ Example:
 """
 
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("official") is None:
     raise ImportError(
@@ -31,18 +32,9 @@ if importlib.util.find_spec("official") is None:
     )
 
 from tf_lbopt.tfm.configs import (
+    CONFIGS,
     REGISTRATIONS,
-    CLARSConfig,
-    ExtrapSGDConfig,
-    LAMBConfig,
-    LARSConfig,
     Registration,
-    SNGMConfig,
-    VRAdamConfig,
-    VRLAMBConfig,
-    VRLARSConfig,
-    VRMomentumConfig,
-    VRSGDConfig,
     needs_sub_batches,
 )
 from tf_lbopt.tfm.experiments import (
@@ -56,23 +48,21 @@ from tf_lbopt.tfm.sub_batches import SubBatchTask
 
 __all__ = [
     "REGISTRATIONS",
-    "CLARSConfig",
-    "ExtrapSGDConfig",
-    "LAMBConfig",
-    "LARSConfig",
     "OptimizationConfig",
     "Registration",
-    "SNGMConfig",
     "SubBatchTask",
-    "VRAdamConfig",
-    "VRLAMBConfig",
-    "VRLARSConfig",
-    "VRMomentumConfig",
-    "VRSGDConfig",
     "extended",
     "needs_sub_batches",
     "with_optimizers",
+    *CONFIGS,
 ]
+
+globals().update(CONFIGS)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
 
 register_optimizers()
 extend_experiments()

@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import tf_keras
+from official.modeling import optimization
 from official.modeling.optimization.configs import optimizer_config
 
+from tf_lbopt.optimizers.base import OPTIMIZERS
+from tf_lbopt.optimizers.hyperparameters import type_of
 from tf_lbopt.rules import VARIANCE
-from tf_lbopt.tf_keras import optimizers
+from tf_lbopt.tf_keras.optimizers import CLASSES
 
 
 @dataclasses.dataclass
@@ -25,127 +29,6 @@ class _Config(optimizer_config.BaseOptimizerConfig):
     exclude_from_weight_decay: list[str] | None = None
 
 
-@dataclasses.dataclass
-class SNGMConfig(_Config):
-    """Of `tf_lbopt.tf_keras.SNGM`; the fields are its arguments."""
-
-    name: str = "SNGM"
-    momentum: float = 0.9
-
-
-@dataclasses.dataclass
-class VRSGDConfig(_Config):
-    """Of `tf_lbopt.tf_keras.VRSGD`; the fields are its arguments."""
-
-    name: str = "VRSGD"
-    gamma: float = 0.1
-
-
-@dataclasses.dataclass
-class VRMomentumConfig(_Config):
-    """Of `tf_lbopt.tf_keras.VRMomentum`; the fields are its arguments."""
-
-    name: str = "VRMomentum"
-    momentum: float = 0.9
-    nesterov: bool = False
-    gamma: float = 0.1
-
-
-@dataclasses.dataclass
-class VRAdamConfig(_Config):
-    """Of `tf_lbopt.tf_keras.VRAdam`; the fields are its arguments."""
-
-    name: str = "VRAdam"
-    beta_1: float = 0.9
-    beta_2: float = 0.999
-    beta_3: float = 0.9
-    epsilon: float = 1e-7
-    gamma: float = 0.1
-
-
-@dataclasses.dataclass
-class _LayerwiseConfig(_Config):
-    """Of an optimizer with a rate per layer.
-
-    Attributes:
-        exclude_from_layer_adaptation: Regexes over the names of variables that have none; `None`
-            for those that do not decay, `[]` for no variables.
-        default_trust_ratio: The trust ratio of a variable that has none.
-    """
-
-    exclude_from_layer_adaptation: list[str] | None = None
-    default_trust_ratio: float = 1.0
-
-
-@dataclasses.dataclass
-class LARSConfig(_LayerwiseConfig):
-    """Of `tf_lbopt.tf_keras.LARS`; the fields are its arguments."""
-
-    name: str = "LARS"
-    momentum: float = 0.9
-    trust_coefficient: float = 0.001
-    nesterov: bool = False
-    trust_ratio_denominator: str = "norm_of_sum"
-
-
-@dataclasses.dataclass
-class VRLARSConfig(LARSConfig):
-    """Of `tf_lbopt.tf_keras.VRLARS`; the fields are its arguments."""
-
-    name: str = "VRLARS"
-    gamma: float = 0.1
-
-
-@dataclasses.dataclass
-class LAMBConfig(_LayerwiseConfig):
-    """Of `tf_lbopt.tf_keras.LAMB`; the fields are its arguments."""
-
-    name: str = "LAMB"
-    beta_1: float = 0.9
-    beta_2: float = 0.999
-    epsilon: float = 1e-6
-
-
-@dataclasses.dataclass
-class VRLAMBConfig(LAMBConfig):
-    """Of `tf_lbopt.tf_keras.VRLAMB`; the fields are its arguments."""
-
-    name: str = "VRLAMB"
-    beta_3: float = 0.9
-    gamma: float = 0.1
-
-
-@dataclasses.dataclass
-class CLARSConfig(_LayerwiseConfig):
-    """Of `tf_lbopt.tf_keras.CLARS`; the fields are its arguments.
-
-    The norms are those of the sub-batches' gradients; tf-models has no way to norms by example.
-    """
-
-    name: str = "CLARS"
-    momentum: float = 0.9
-    trust_coefficient: float = 0.01
-    max_trust_ratio: float | None = None
-    nesterov: bool = True
-
-
-@dataclasses.dataclass
-class ExtrapSGDConfig(_LayerwiseConfig):
-    """Of `tf_lbopt.tf_keras.ExtrapSGD`; the fields are its arguments.
-
-    Its `sub_batches` are those of the task.
-    """
-
-    name: str = "ExtrapSGD"
-    momentum: float = 0.9
-    nesterov: bool = True
-    extrapolation_rate: float | None = None
-    noise: str = "past_gradient"
-    shared_noise: bool = False
-    noise_seed: int | None = None
-    trust_coefficient: float | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Registration:
     """What tf-models gets to know of an optimizer.
@@ -161,22 +44,36 @@ class Registration:
     config: type[optimizer_config.BaseOptimizerConfig]
 
 
-# The keys `lars` and `lamb` are tf-models' own optimizers and stay so.
-_ROWS = (
-    Registration("sngm", optimizers.SNGM, SNGMConfig),
-    Registration("vr_sgd", optimizers.VRSGD, VRSGDConfig),
-    Registration("vr_momentum", optimizers.VRMomentum, VRMomentumConfig),
-    Registration("vr_adam", optimizers.VRAdam, VRAdamConfig),
-    Registration("vr_lars", optimizers.VRLARS, VRLARSConfig),
-    Registration("vr_lamb", optimizers.VRLAMB, VRLAMBConfig),
-    Registration("clars", optimizers.CLARS, CLARSConfig),
-    Registration("extrap_sgd", optimizers.ExtrapSGD, ExtrapSGDConfig),
-    Registration("lbopt_lars", optimizers.LARS, LARSConfig),
-    Registration("lbopt_lamb", optimizers.LAMB, LAMBConfig),
-)
+# Arguments that are no fields: norms by example are nothing that tf-models' training steps compute,
+# and `sub_batches` is the task's.
+_NO_FIELDS = ("learning_rate", "norm_estimator", "sub_batches")
+
+
+def _registration(name: str, cls: Any) -> Registration:
+    fields = [
+        (argument, type_of(argument, default), default)
+        for argument, default in cls.arguments.items()
+        if argument not in _NO_FIELDS
+    ]
+    config = dataclasses.make_dataclass(
+        f"{cls.__name__}Config", [("name", str, cls.__name__), *fields], bases=(_Config,)
+    )
+    config.__module__ = __name__
+    config.__doc__ = f"Of `tf_lbopt.tf_keras.{cls.__name__}`; the fields are its arguments."
+    # The keys of tf-models' own optimizers stay theirs.
+    taken = name in optimization.OptimizerConfig.__dataclass_fields__
+    return Registration(f"lbopt_{name}" if taken else name, cls, config)
+
+
+_ROWS = [_registration(name, CLASSES[cls.__name__]) for name, cls in OPTIMIZERS.items()]
 
 REGISTRATIONS: Mapping[str, Registration] = {row.key: row for row in _ROWS}
 """All registrations by key."""
+
+CONFIGS = {row.config.__name__: row.config for row in _ROWS}
+"""The classes of their configurations, by name."""
+
+globals().update(CONFIGS)
 
 
 def needs_sub_batches(key: str) -> bool:

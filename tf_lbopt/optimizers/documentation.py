@@ -1,0 +1,82 @@
+"""What the docstrings of the optimizers have in common, written once."""
+
+import re
+import textwrap
+from collections.abc import Iterable
+
+_COMMON = {
+    "name": "The optimizer's name. Defaults to the class's.",
+    "clipnorm": """Greatest norm of one variable's mean gradient (clipped after the reduction over
+            replicas and micro-steps). At most one of the three clips can be set.""",
+    "clipvalue": "Greatest magnitude of one element of the mean gradient.",
+    "global_clipnorm": "Greatest norm of the mean gradient of all variables together.",
+    "use_ema": """Whether to keep an exponential moving average of the weights, which `fit` puts in
+            their place at its end. In float32 for weights in half precision. Averages once per
+            update, from the first on.""",
+    "ema_momentum": "Momentum of that average. Defaults to 0.99.",
+    "ema_overwrite_frequency": "Overwrite the weights by their average every so many updates.",
+    "loss_scale_factor": """Constant to multiply the loss by; taken out of the gradients again.""",
+    "gradient_accumulation_steps": """Micro-steps (calls) per update, at least 2, or `None`. Works
+            under every strategy with a copy of the variables on each replica; schedules and
+            `iterations` count updates. The mean is over micro-steps, whatever their numbers of
+            examples; those left over at the end of an epoch are carried into the next. What has a
+            gradient in one micro-step of an update must have one in those that follow, zeros for
+            ``None``; an error says so if not (in a step that XLA compiles the update is
+            discarded).""",
+    "jit_compile": """Must be `False`, which is the default here: the update is not compiled apart
+            from the training step. To compile both, `model.compile(jit_compile=True)`.""",
+    "mesh": "Must be `None`: DTensor is not supported.",
+}
+
+_TEXTS = {
+    "rate": "A float, a `LearningRateSchedule` or a callable without arguments.",
+    "exclude_from_weight_decay": """exclude_from_weight_decay: Variables, or regexes over the
+            variable path (``"/bias$"``), that do not decay.""",
+    "exclusions": """exclude_from_weight_decay: Variables, or regexes over the variable path
+            (``"/bias$"``; ``"bias"`` also fits all in a layer named so), that do not decay: usually
+            biases and normalization scales. Defaults to `None`: all decay.
+        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
+            as those excluded from weight decay; `[]` excludes none.""",
+    "default_trust_ratio": """default_trust_ratio: ρ of a variable that has none, > 0: one that is
+            excluded, or where either norm is 0. Defaults to 1.0.""",
+    "gamma": """gamma: γ in (0, 1], the lower bound of r, where most elements are if there are
+            fewer than 8 sub-batches (see `VRSGD`); 1 switches the weighting off. Defaults to 0.1,
+            which the paper never tunes.""",
+    "raises": """TypeError, ValueError: An argument is of the wrong type or outside its range""",
+    "vrgd": """Jiang et al. 2023, "Accelerating Large Batch Training via Gradient Signal to Noise
+        Ratio (GSNR)" (arXiv:2309.13681)""",
+}
+
+
+# Of a list: an argument or errors, with their lines.
+_ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*: .*(?:\n {12}.*)*)", re.MULTILINE)
+
+
+def _filled(entry: str) -> str:
+    return textwrap.fill(
+        " ".join(entry.split()), 100, initial_indent=" " * 8, subsequent_indent=" " * 12,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def common_texts(names: Iterable[str]) -> str:
+    """What takes the place of ``{common_arguments}`` for these of the framework's arguments."""
+    return "\n".join(_filled(f"{name}: {_COMMON[name]}") for name in names).lstrip()
+
+
+def completed(docstring: str | None, common_arguments: Iterable[str]) -> str:
+    """A docstring with the texts in the places that it has for them, ``{gamma}`` and so on.
+
+    Args:
+        docstring: With placeholders.
+        common_arguments: The names of the framework's arguments, for ``{common_arguments}``.
+    """
+    text = docstring or ""
+    for key, value in {**_TEXTS, "common_arguments": common_texts(common_arguments)}.items():
+        text = text.replace("{" + key + "}", value)
+    return _ENTRY.sub(lambda entry: _filled(entry[1]), text)
+
+
+def paper_of(docstring: str | None) -> str:
+    """What a docstring refers to."""
+    return " ".join((docstring or "").partition("References:")[2].split())

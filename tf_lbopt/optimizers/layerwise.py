@@ -1,0 +1,127 @@
+"""LARS and LAMB."""
+
+from typing import ClassVar
+
+import keras  # noqa: F401  # for the examples
+
+from tf_lbopt import rules
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, optimizer
+from tf_lbopt.optimizers.declared import REQUIRED
+
+
+@optimizer("lars")
+class LARS(LargeBatchOptimizer):
+    """Layer-wise adaptive rate scaling.
+
+    Momentum SGD whose rate is scaled, for every layer (trainable variable), by how large its
+    weights are against its gradient:
+
+        g ← ḡ + λ w
+        ρ = τ ‖w‖ / ‖g‖          `default_trust_ratio` where a norm is 0 or the layer is excluded
+        u ← β u + η ρ g
+        w ← w − u                with nesterov: w ← w − (β u + η ρ g)
+
+    This ρ is that of tf-models-official's `lars.LARS`, which this optimizer equals (except that an
+    empty exclusion list excludes nothing here), and of optax: their rates can be used as they are,
+    and without momentum a layer's step has the length η τ ‖w‖ exactly. The paper's eq. 6 is
+
+        ρ = τ ‖w‖ / (‖ḡ‖ + λ ‖w‖)
+
+    which `trust_ratio_denominator="sum_of_norms"` gives. Without weight decay both are the same.
+
+    Args:
+        learning_rate: η. {rate}
+        momentum: β in [0, 1). Defaults to 0.9.
+        trust_coefficient: τ > 0. Defaults to 0.001.
+        nesterov: Whether to use Nesterov momentum. Defaults to `False`.
+        weight_decay: λ ≥ 0, coupled: part of g and of its norm. Defaults to `None`.
+        {exclusions} They train at the raw rate η:
+            at one that suits τ = 0.001 (16, say) they destroy training. Give `[]`, or a larger
+            τ with a rate as much smaller (0.1 with 0.16 is seen in docs/evidence.md), or set
+            `default_trust_ratio` to τ.
+        trust_ratio_denominator: `"norm_of_sum"`, ‖ḡ + λ w‖, or `"sum_of_norms"`, ‖ḡ‖ + λ ‖w‖ (the
+            paper's eq. 6). Defaults to `"norm_of_sum"`.
+        {default_trust_ratio} With τ in its place these too train at η τ.
+        {common_arguments}
+
+    Raises:
+        {raises}.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = LARS(learning_rate=1.0, trust_coefficient=0.1)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([0.6, 0.8])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.7, 3.6]
+
+    References:
+        You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks"
+        (arXiv:1708.03888), eq. 6 with `trust_ratio_denominator="sum_of_norms"`. The default is that
+        of tf-models-official and optax.
+    """
+
+    rule_class = rules.LARS
+    arguments: ClassVar = {
+        "learning_rate": REQUIRED,
+        "momentum": 0.9,
+        "trust_coefficient": 0.001,
+        "nesterov": False,
+        "weight_decay": None,
+        "exclude_from_weight_decay": None,
+        "exclude_from_layer_adaptation": None,
+        "trust_ratio_denominator": "norm_of_sum",
+        "default_trust_ratio": 1.0,
+    }
+
+
+@optimizer("lamb")
+class LAMB(LargeBatchOptimizer):
+    """Layer-wise adaptive moments for batch training.
+
+    Adam whose step is scaled, for every layer (trainable variable), to the size of its weights:
+
+        m ← β₁ m + (1 − β₁) ḡ,   v ← β₂ v + (1 − β₂) ḡ²
+        r = m̂ / (√v̂ + ε) + λ w   with bias-corrected m̂ and v̂
+        ρ = ‖w‖ / ‖r‖            `default_trust_ratio` where a norm is 0 or the layer is excluded
+        w ← w − η ρ r
+
+    Without weight decay and at equal `epsilon` it equals `keras.optimizers.Lamb`, whose
+    `weight_decay` is another thing: decoupled, outside the trust ratio. With it, it equals
+    tf-models-official's `lamb.LAMB`, except that an empty exclusion list excludes nothing here.
+
+    Args:
+        learning_rate: η. {rate} Defaults to 0.001.
+        beta_1: β₁ in [0, 1). Defaults to 0.9.
+        beta_2: β₂ in [0, 1). Defaults to 0.999.
+        epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
+        weight_decay: λ ≥ 0, part of r and so inside the trust ratio. Defaults to `None`.
+        {exclusions}
+        {default_trust_ratio}
+        {common_arguments}
+
+    Raises:
+        {raises}.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = LAMB(learning_rate=0.1)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([0.5, 0.5])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.6464, 3.6464]
+
+    References:
+        You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes"
+        (arXiv:1904.00962), Algorithm 2.
+    """
+
+    rule_class = rules.LAMB
+    arguments: ClassVar = {
+        "learning_rate": 0.001,
+        "beta_1": 0.9,
+        "beta_2": 0.999,
+        "epsilon": 1e-6,
+        "weight_decay": None,
+        "exclude_from_weight_decay": None,
+        "exclude_from_layer_adaptation": None,
+        "default_trust_ratio": 1.0,
+    }
