@@ -24,8 +24,7 @@ from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,
     fail,
-    help_text,
-    parse_flags,
+    parse_unless_help,
 )
 from official_recipes.common.interruption import run_program
 from official_recipes.common.output_folder import make_folder
@@ -151,7 +150,6 @@ def define_flags() -> flags.FlagValues:
         "Which ones to run.",
         flag_values=values,
     )
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     return values
 
 
@@ -159,13 +157,11 @@ def main(argv: Sequence[str]) -> int:
     """Runs everything and returns the exit code: 0, 2 for bad flags, 1 if a command failed."""
     values = define_flags()
     try:
-        parse_flags(values, argv)
+        if not parse_unless_help(values, argv, PROGRAM, SUMMARY):
+            return 0
         _check(values)
     except FlagValueError as error:
         return fail(error)
-    if values.help:
-        print(help_text(values, PROGRAM, SUMMARY))
-        return 0
     chosen = [run for run in SMALL_RUNS if run.recipe in values.recipes]
     output = Path(values.output_dir)
     data_dir = None if values.data_dir is None else Path(values.data_dir)

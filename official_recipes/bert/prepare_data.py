@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +19,12 @@ from official_recipes.common.flag_parsing import (
     BELOW_ONE,
     FlagValueError,
     define_integer,
-    help_text,
-    parse_flags,
+    parse_unless_help,
 )
-from official_recipes.common.interruption import interruption
 from official_recipes.common.output_folder import (
-    NOTHING_WRITTEN,
     check_output_dir,
     exit_code_of,
-    replacing,
+    writing,
 )
 
 PROGRAM = "python -m official_recipes.bert.prepare_data"
@@ -160,15 +156,12 @@ def _define_flags() -> flags.FlagValues:
     share("validation_fraction", 0.05, "Share of the documents or paragraphs to hold out.")
     share("test_fraction", 0.0, "Share of the documents to hold out besides, as a test split.")
     define_integer(values, "seed", 1, "Of all that is random.", minimum=0)
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     return values
 
 
 def _parse_options(argv: Sequence[str]) -> Options | None:
     values = _define_flags()
-    parse_flags(values, argv)
-    if values.help:
-        print(help_text(values, PROGRAM, SUMMARY))
+    if not parse_unless_help(values, argv, PROGRAM, SUMMARY):
         return None
     if values.format is not None and values.format not in documents.FORMS:
         raise FlagValueError("format", f"one of {', '.join(documents.FORMS)}", repr(values.format))
@@ -252,18 +245,12 @@ def _prepare(options: Options) -> None:
         vocabulary = _for_flag("vocab_file", records.read_vocabulary, options.vocab_file)
 
     from absl import logging
-    from rich.console import Console
 
-    from official_recipes.common.progress import progress_bar
     from official_recipes.common.replicas import quiet_tensorflow
 
     quiet_tensorflow()
     logging.set_verbosity(logging.ERROR)
-    with (
-        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
-        replacing(options.output_dir) as partial,
-        progress_bar(Console(stderr=True)) as progress,
-    ):
+    with writing(options.output_dir) as (partial, progress, stop):
         task = progress.add_task("starting", total=None)
 
         def show(description: str, done: int = 0, total: int | None = None) -> None:
@@ -275,7 +262,6 @@ def _prepare(options: Options) -> None:
             assert vocabulary is not None
             record = _write_squad(options, vocabulary, partial, show)
         write_json(partial / RECORD, record)
-        stop.check()
     described = "; ".join(
         f"{name}: " + ", ".join(f"{number} {what}" for what, number in split.items())
         for name, split in record["splits"].items()

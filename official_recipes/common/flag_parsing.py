@@ -152,6 +152,35 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         raise FlagValueError("flags", "only flags of the form --name=value", repr(rest[0]))
 
 
+def parse_unless_help(
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    program: str,
+    summary: str,
+    configs: Path | None = None,
+) -> bool:
+    """Parses the command line; prints help when that was asked for.
+
+    Args:
+        values: The program's flags; ``--help`` is added.
+        argv: The command line, program name first.
+        program: How it is called.
+        summary: What it does.
+        configs: The folder of the recipe's own config files, if there is one.
+
+    Returns:
+        Whether to go on.
+
+    Raises:
+        FlagValueError: A flag cannot be used.
+    """
+    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
+    parse_flags(values, argv)
+    if values.help:
+        print(help_text(values, program, summary, configs))
+    return not values.help
+
+
 def _expected_by(flag: flags.Flag) -> str:
     """What a flag of absl's own kinds takes."""
     if flag.boolean:

@@ -16,8 +16,8 @@ from official_recipes.common.flag_parsing import (
     config_path,
     define_integer,
     define_positive_float,
-    help_text,
     parse_flags,
+    parse_unless_help,
 )
 from official_recipes.common.output_folder import make_folder
 
@@ -277,7 +277,6 @@ def define_training_flags(
         "result_file", None, "Append the result, one JSON row, to this file.", flag_values=values
     )
     flags.DEFINE_string("data_dir", None, "Folder with the data.", flag_values=values)
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     return values
 
 
@@ -304,9 +303,7 @@ def parse_training_flags(
     Raises:
         FlagValueError: A flag cannot be used.
     """
-    parse_flags(values, argv)
-    if values.help:
-        print(help_text(values, program, summary, configs))
+    if not parse_unless_help(values, argv, program, summary, configs):
         return False
     if values.config_file is not None:
         _read_config(values, config_path(values.config_file, configs))

@@ -6,12 +6,17 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
 from official_recipes.common.flag_parsing import FlagValueError, fail
-from official_recipes.common.interruption import Interrupted
+from official_recipes.common.interruption import Interrupted, Interruption, interruption
+from official_recipes.common.progress import progress_bar
 
 INSTALL = "install what recipes need by pip install '.[recipes]' in the project's folder"
 """What to do where a module is missing."""
@@ -82,6 +87,29 @@ def check_output_dir(value: str | None, flag: str = "output_dir") -> Path:
     if not os.access(folder.parent, os.W_OK | os.X_OK):
         raise FlagValueError(flag, "a folder in one that can be written to", repr(str(folder)))
     return folder
+
+
+@contextlib.contextmanager
+def writing(output_dir: Path) -> Iterator[tuple[Path, Progress, Interruption]]:
+    """`replacing` with a progress bar, unless a signal comes before its end.
+
+    Args:
+        output_dir: The folder to make; nothing or an empty folder is there.
+
+    Yields:
+        The folder to write into, the progress bar, and whether a signal has come.
+
+    Raises:
+        FlagValueError: Another run is writing the same output.
+        Interrupted: A signal has come, and nothing was written.
+    """
+    with (
+        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
+        replacing(output_dir) as partial,
+        progress_bar(Console(stderr=True)) as progress,
+    ):
+        yield partial, progress, stop
+        stop.check()
 
 
 @contextlib.contextmanager

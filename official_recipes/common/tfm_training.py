@@ -29,8 +29,7 @@ from official_recipes.common.flag_parsing import (
     config_path,
     define_integer,
     fail,
-    help_text,
-    parse_flags,
+    parse_unless_help,
 )
 from official_recipes.common.interruption import Interrupted, Interruption, interruption
 from official_recipes.common.multi_worker import (
@@ -224,10 +223,7 @@ def parse_options(
         minimum=0,
         maximum=2**32 - 1,
     )
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
-    parse_flags(values, argv)
-    if values.help:
-        print(help_text(values, program, summary, configs))
+    if not parse_unless_help(values, argv, program, summary, configs):
         return None
     if values.mode not in MODES:
         raise FlagValueError("mode", f"one of {', '.join(MODES)}", repr(values.mode))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,13 @@ from official_recipes.common.flag_parsing import (
     BELOW_ONE,
     FlagValueError,
     define_integer,
-    help_text,
-    parse_flags,
+    parse_unless_help,
 )
-from official_recipes.common.interruption import Interruption, interruption
+from official_recipes.common.interruption import Interruption
 from official_recipes.common.output_folder import (
-    NOTHING_WRITTEN,
     check_output_dir,
     exit_code_of,
-    replacing,
+    writing,
 )
 from official_recipes.dlrm.raw_rows import (
     CATEGORIES,
@@ -170,10 +167,7 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
         "skip_malformed", False, "Count and leave malformed rows out.", flag_values=values
     )
     define_integer(values, "seed", 1, "Of all that is random.", minimum=0)
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
-    parse_flags(values, argv)
-    if values.help:
-        print(help_text(values, PROGRAM, SUMMARY))
+    if not parse_unless_help(values, argv, PROGRAM, SUMMARY):
         return None
     return _checked(values)
 
@@ -239,15 +233,7 @@ def _files(flag: str, values: flags.FlagValues) -> tuple[Path, ...]:
 
 
 def _prepare(options: Options) -> None:
-    from rich.console import Console
-
-    from official_recipes.common.progress import progress_bar
-
-    with (
-        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
-        replacing(options.output_dir) as partial,
-        progress_bar(Console(stderr=True)) as bar,
-    ):
+    with writing(options.output_dir) as (partial, bar, stop):
         rows = _Rows(options, bar, stop)
         counter = FrequencyCounter(partial, options.counts_in_memory)
         ids: Ids = HashedIds(options.buckets)
@@ -258,7 +244,6 @@ def _prepare(options: Options) -> None:
             ids = FrequentIds(counter.frequent(options.min_frequency))
         record = _write(options, rows, ids, partial)
         write_json(partial / RECORD, record)
-        stop.check()
     described = ", ".join(f"{record['rows'][split]} {split}" for split in SPLITS)
     print(
         f"wrote {described} rows, {sum(record['vocab_sizes'])} ids in {CATEGORIES} columns, "

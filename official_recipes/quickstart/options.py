@@ -13,8 +13,7 @@ from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,
     define_positive_float,
-    help_text,
-    parse_flags,
+    parse_unless_help,
 )
 from official_recipes.common.image_data import ImageSource, source_in
 from official_recipes.common.output_folder import make_folder
@@ -111,7 +110,6 @@ def define_flags() -> flags.FlagValues:
         "With --tune: try exactly these learning rates for every large-batch optimizer.",
         flag_values=values,
     )
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
     return values
 
 
@@ -129,9 +127,7 @@ def parse_options(argv: Sequence[str]) -> tuple[flags.FlagValues, ImageSource] |
         DataFormatError: The data are damaged.
     """
     values = define_flags()
-    parse_flags(values, argv)
-    if values.help:
-        print(help_text(values, PROGRAM, SUMMARY))
+    if not parse_unless_help(values, argv, PROGRAM, SUMMARY):
         return None
     names = tuple(dict.fromkeys(name.strip().lower() for name in values.optimizers))
     if not all(names) or not names:

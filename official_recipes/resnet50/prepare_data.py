@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     FlagValueError,
     define_integer,
-    help_text,
-    parse_flags,
+    parse_unless_help,
 )
 from official_recipes.common.image_folders import (
     Files,
@@ -29,12 +27,10 @@ from official_recipes.common.image_folders import (
     find_images,
     open_files,
 )
-from official_recipes.common.interruption import interruption
 from official_recipes.common.output_folder import (
-    NOTHING_WRITTEN,
     check_output_dir,
     exit_code_of,
-    replacing,
+    writing,
 )
 
 PROGRAM = "python -m official_recipes.resnet50.prepare_data"
@@ -107,10 +103,7 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
         flag_values=values,
     )
     define_integer(values, "seed", 1, "Of the shuffling and of what is held out.", minimum=0)
-    flags.DEFINE_boolean("help", False, "Show this text.", flag_values=values)
-    parse_flags(values, argv)
-    if values.help:
-        print(help_text(values, PROGRAM, SUMMARY))
+    if not parse_unless_help(values, argv, PROGRAM, SUMMARY):
         return None
     if not values.source:
         raise FlagValueError("source", "a path", repr(values.source))
@@ -122,16 +115,7 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
 
 
 def _prepare(options: Options) -> None:
-    from rich.console import Console
-
-    from official_recipes.common.progress import progress_bar
-
-    console = Console(stderr=True)
-    with (
-        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
-        replacing(options.output_dir) as partial,
-        progress_bar(console) as progress,
-    ):
+    with writing(options.output_dir) as (partial, progress, stop):
         task = progress.add_task("reading the list of files", total=None)
 
         def show(done: int, total: int) -> None:
@@ -151,7 +135,6 @@ def _prepare(options: Options) -> None:
         record["converted_to_jpeg"] = writer.converted
         _write_texts(partial, tree, record)
         (partial / "archive.tar").unlink(missing_ok=True)
-        stop.check()
     described = ", ".join(
         f"{split['images']} {name} images in {split['shards']} files"
         for name, split in record["splits"].items()
