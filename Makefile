@@ -8,6 +8,8 @@ PINS := $(shell $(PYTHON) -c "import sys; print('--constraint constraints.txt' *
 SOURCES := pyproject.toml setup.py README.md $(shell find tf_lbopt official_recipes -type f -not -name '*.pyc' 2>/dev/null)
 # Tests import the installed package, so pytest is called as a script: `python -m` adds this folder.
 PYTEST := TF_LBOPT_INSTALLED=1 $(BIN)/pytest
+# A test that hangs ends its process after so many seconds, with the stacks of its threads.
+LIMIT ?= 300
 JOBS ?= 2
 # For `make recipes`: a folder of small real data sets, or nothing.
 DATA ?= $(wildcard ../shared/data)
@@ -46,8 +48,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# What each of the two runs is in docs/testing.md.
 test: lint types
-	$(PYTEST) -n $(JOBS) --dist worksteal --durations=40 -m 'not long' tests
+	$(PYTEST) -n $(JOBS) --dist worksteal --durations=40 -m 'not long' -o faulthandler_timeout=$(LIMIT) tests
 
 test-all: lint types
 	$(PYTEST) -n $(JOBS) --dist worksteal tests
