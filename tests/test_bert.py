@@ -425,10 +425,9 @@ def test_mistakes_in_preparation(tmp_path, vocab_file, capsys):
     assert "whole_word_mask" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, vocab_file, number):
     source = _text(tmp_path / "in", 200)
     out = tmp_path / "out"

@@ -395,6 +395,8 @@ SAVING = [by_file, by_clone, by_weights, by_checkpoint, by_backup]
 @pytest.mark.filterwarnings("error:`exclude_from")
 @pytest.mark.parametrize("way", SAVING)
 @pytest.mark.parametrize("make", [sequential, deferred, functional, nested, Subclassed])
+@pytest.mark.quick(way="by_file")
+@pytest.mark.quick(make="Subclassed")
 def test_exclusions_survive_saving(make, way, tmp_path):
     model = trained(make)
     copy = way(model, make, tmp_path)

@@ -238,6 +238,7 @@ def _minimize(case, loss, start, updates, rate):
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.quick(case=("sngm", *KINDS))
 def test_converges_on_a_parabola(case):
     target = tf.constant([1.0, -2.0, 3.0])
     rate = {"lars": 0.5, "vr_lars": 0.5, "clars": 0.5}.get(case.name, 0.1)

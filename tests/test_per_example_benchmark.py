@@ -59,6 +59,7 @@ def test_record_of_a_tiny_run(tmp_path):
     assert len(rows["loop"]["mean_norms"]) == 6
 
 
+@pytest.mark.long
 def test_memory_of_one_way(tmp_path):
     pytest.importorskip("rich")
     path = tmp_path / "memory.json"

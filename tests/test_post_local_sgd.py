@@ -297,6 +297,7 @@ def test_averaged_after_each_step_it_is_synchronous_sgd(variant, replicas):
     ],
     ids=str,
 )
+@pytest.mark.quick(replicas=2)
 def test_extrapolated_sgd_then_nesterovs_on_each_replica(arguments, replicas, start, period):
     data = batches(8, ROWS * replicas)
     loop = Loop(extrap_sgd(start, period, **arguments), replicas)

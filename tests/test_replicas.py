@@ -50,7 +50,8 @@ def _dense(slices):
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (1, 3), (4, 1), (2, 2)])
 @pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.5}, {"clipvalue": 0.1}], ids=str)
 @pytest.mark.quick(case=KINDS, replicas=2)
-@pytest.mark.quick(case="lamb")
+@pytest.mark.quick(case="lamb", micro_steps=3)
+@pytest.mark.quick(case="lamb", replicas=4, extra={"clipnorm": 0.5})
 def test_sparse_equals_dense(case, replicas, micro_steps, extra):
     """Over five updates, with repeated indices in one replica and between replicas."""
     if extra and (replicas, micro_steps) != (4, 1):

@@ -193,8 +193,8 @@ def assert_pending_micro_steps_are_gone(run, remember, folder, gradients, made=1
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", KIND_CASES, ids=repr)
-@pytest.mark.quick(case="vr_lamb")
-@pytest.mark.quick(way="by_set_weights")
+@pytest.mark.quick(case="vr_lamb", way=("by_set_weights", "by_restoring"))
+@pytest.mark.quick(case="lamb")
 def test_pending_micro_steps_do_not_survive(case, way, tmp_path):
     replicas = 2 if case.name == "vr_lamb" else 1
     gradients = sub_batch_gradients(3, sub_batches=3 * replicas)

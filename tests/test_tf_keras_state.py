@@ -139,6 +139,7 @@ def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_af
 
 
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
+@pytest.mark.quick(wrap="dynamic")
 def test_restore_before_build(wrap, tmp_path):
     gradients = sub_batch_gradients(2, sub_batches=4)
     original = TfKerasRun(VR_LAMB, 2, 2, wrap=wrap).update(gradients[0])
@@ -251,7 +252,7 @@ def _saved_and_loaded(case, replicas, wrap, file, batches):
     ],
     ids=[*(case.name for case in KIND_CASES), "one replica", "loss scale", "h5"],
 )
-@pytest.mark.quick(case="vr_lamb")
+@pytest.mark.quick(case="vr_lamb", replicas=2)
 @pytest.mark.quick(case="extrap_sgd")
 def test_saved_model(case, replicas, wrap, file, batches, tmp_path):
     """It goes on where it was; after 5 batches that is the middle of an update of two.

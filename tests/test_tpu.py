@@ -105,6 +105,8 @@ def _expected_sums(case):
     [*ONE_OF_EACH, *(pytest.param(*pair, marks=LONG) for pair in OTHERS)],
     ids=_name,
 )
+@pytest.mark.quick(micro_steps=2, sparse=True)
+@pytest.mark.quick(micro_steps=1, sparse=False)
 def test_values(run, case, micro_steps, sparse):
     gradients = _gradients(micro_steps, sparse)
     run = run(case, 2, micro_steps).updates(gradients)
