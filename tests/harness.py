@@ -33,19 +33,14 @@ class Case:
         return self.name
 
 
-ARGUMENTS = {
-    "sngm": {"learning_rate": 0.1, "weight_decay": 0.01},
-    "lars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
-    "lamb": {"learning_rate": 0.05, "weight_decay": 0.01},
-    "vr_sgd": {"learning_rate": 0.1, "weight_decay": 0.01},
-    "vr_momentum": {"learning_rate": 0.05, "weight_decay": 0.01, "nesterov": True},
-    "vr_adam": {"learning_rate": 0.05, "weight_decay": 0.01},
-    "vr_lars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
-    "vr_lamb": {"learning_rate": 0.05, "weight_decay": 0.01},
-    "clars": {"learning_rate": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.01},
-    "extrap_sgd": {"learning_rate": 0.1, "weight_decay": 0.01},
-    "extrap_adam": {"learning_rate": 0.05, "weight_decay": 0.01},
-}
+NAMES = [info.name for info in tf_lbopt.list_optimizers()]
+LARS = {"learning_rate": 0.5, "trust_coefficient": 0.1}
+ARGUMENTS: dict[str, dict[str, Any]] = {name: {"learning_rate": 0.05} for name in NAMES}
+ARGUMENTS |= {name: {"learning_rate": 0.1} for name in ("sngm", "vr_sgd", "extrap_sgd")}
+ARGUMENTS |= {"lars": LARS, "vr_lars": LARS, "clars": LARS}
+ARGUMENTS["vr_momentum"] |= {"nesterov": True}
+ARGUMENTS["sgd"] |= {"momentum": 0.9}
+ARGUMENTS = {name: {**arguments, "weight_decay": 0.01} for name, arguments in ARGUMENTS.items()}
 # What `make test` runs of a product over all optimizers: one without statistics of sub-batches, one
 # with their variance, one with the mean of their norms, one with gradients from beside the weights.
 KINDS = ("lamb", "vr_lamb", "clars", "extrap_sgd")

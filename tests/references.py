@@ -224,16 +224,14 @@ def mean_norms(sub_batches):
     return results
 
 
+# Optimizers that have no function of their name here.
 BASES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
-    "sngm": sngm,
-    "lars": lars,
-    "lamb": lamb,
+    "adamw": lambda *a, **k: adam(*a, **{"weight_decay": 0.004, **k}),
     "vr_sgd": sgd,
     "vr_momentum": lambda *a, **k: sgd(*a, **{"momentum": 0.9, **k}),
     "vr_adam": adam,
     "vr_lars": lars,
     "vr_lamb": lamb,
-    "clars": clars,
     # Of gradients that do not depend on where they are taken.
     "extrap_sgd": lambda *a, **k: sgd(*a, **{"momentum": 0.9, **k}),
     "extrap_adam": adam,
@@ -259,4 +257,5 @@ def reference(name, weights, sub_batches, clip=lambda layers: layers, **argument
         gradients = [clip(layers) for layers in mean_gradients(sub_batches)]
     if name == "clars":
         arguments["mean_norms"] = mean_norms(sub_batches)
-    return BASES[name](weights, gradients, **arguments)
+    function = BASES[name] if name in BASES else globals()[name]
+    return function(weights, gradients, **arguments)

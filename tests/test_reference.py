@@ -1,5 +1,7 @@
 """Every optimizer against its float64 reference, and against the implementations it must equal."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -37,6 +39,11 @@ def test_equals_the_reference_on_every_split(case, replicas, micro_steps):
 
 
 VARIANTS = [
+    ("sgd", {"momentum": 0.0}),
+    ("sgd", {"nesterov": True}),
+    ("sgd", {"weight_decay": None}),
+    ("adam", {"weight_decay": None, "beta_1": 0.5}),
+    ("adamw", {"epsilon": 1e-2}),
     ("sngm", {"momentum": 0.0}),
     ("sngm", {"weight_decay": None}),
     ("lars", {"momentum": 0.0}),
@@ -274,6 +281,26 @@ def test_layers_of_different_dtypes(case):
         got = tf.cast(variable.value, tf.float64)
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
     assert [variable.dtype for variable in run.variables] == dtypes
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "arguments"),
+    [
+        (tf_lbopt.SGD, keras.optimizers.SGD, {}),
+        (tf_lbopt.SGD, keras.optimizers.SGD, {"momentum": 0.8}),
+        (tf_lbopt.SGD, keras.optimizers.SGD, {"momentum": 0.8, "nesterov": True}),
+        (tf_lbopt.Adam, keras.optimizers.Adam, {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3}),
+        (tf_lbopt.Adam, keras.optimizers.Adam, {"weight_decay": 0.1}),
+        (tf_lbopt.AdamW, keras.optimizers.AdamW, {}),
+    ],
+)
+def test_equals_the_optimizer_of_its_name_in_keras(ours, theirs, arguments):
+    gradients = sub_batch_gradients(10, sub_batches=1)
+    run, expected = (Run(make, learning_rate=0.02, **arguments) for make in (ours, theirs))
+    assert_close(run.updates(gradients).weights(), expected.updates(gradients).weights())
+    defaults = {name: p.default for name, p in inspect.signature(theirs).parameters.items()}
+    for name, parameter in inspect.signature(ours).parameters.items():
+        assert parameter.default == defaults.get(name), name
 
 
 def test_lamb_equals_keras_lamb():

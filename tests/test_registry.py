@@ -191,7 +191,7 @@ def test_public_methods_have_docstrings(name):
 
 @over_optimizers
 def test_papers(info):
-    assert re.search(r'"[A-Z].{20,}" \((arXiv:\d{4}\.\d{4,5}|AAAI)\), ', info.paper)
+    assert re.search(r'"[A-Z].{20,}" \((arXiv:\d{4}\.\d{4,5}|AAAI|ICML)\), ', info.paper)
     assert re.search(r"Algorithm \d|section \d|eq\. \d", info.paper)
 
 

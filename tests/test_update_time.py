@@ -11,6 +11,7 @@ import tf_lbopt
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {info.name: info for info in tf_lbopt.list_optimizers()}
 SLOTS = {name: len(info.slots) for name, info in OURS.items()} | {
+    "sgd": 1,  # with momentum
     "keras_sgd": 1,
     "keras_adam": 2,
     "keras_lamb": 2,

@@ -124,7 +124,7 @@ _EQUAL_TO_STOCK = {
 
 def known_optimizers() -> tuple[str, ...]:
     """Every name that ``--optimizer`` takes."""
-    return (*_STOCK, *(row.name for row in tf_lbopt.list_optimizers()))
+    return tuple(dict.fromkeys((*_STOCK, *(row.name for row in tf_lbopt.list_optimizers()))))
 
 
 def make_optimizer(

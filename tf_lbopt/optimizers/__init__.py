@@ -6,6 +6,7 @@ from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
 from tf_lbopt.optimizers.layerwise import LAMB, LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
 from tf_lbopt.optimizers.post_local_sgd import PostLocalSGD
+from tf_lbopt.optimizers.sgd import SGD, Adam, AdamW
 from tf_lbopt.optimizers.sngm import SNGM
 from tf_lbopt.optimizers.variance_reduced import VarianceReduced
 from tf_lbopt.optimizers.vrgd import VRLAMB, VRLARS, VRSGD, VRAdam, VRMomentum
@@ -14,10 +15,13 @@ __all__ = [
     "CLARS",
     "LAMB",
     "LARS",
+    "SGD",
     "SNGM",
     "VRLAMB",
     "VRLARS",
     "VRSGD",
+    "Adam",
+    "AdamW",
     "ExtrapAdam",
     "ExtrapSGD",
     "LossScaleOptimizer",

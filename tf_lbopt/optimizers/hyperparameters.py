@@ -44,7 +44,7 @@ def checked(name: str, value: Any, default: Any) -> Any:
 def type_of(name: str, default: Any) -> Any:
     """The type of an argument, as a configuration declares it."""
     kind = _KINDS[name].type
-    return kind | None if default is None else kind
+    return kind | None if default is None or name == "weight_decay" else kind
 
 
 def checked_learning_rate(name: str, value: Any, optional: bool = False) -> Any:
@@ -130,5 +130,5 @@ _KINDS = {
     "trust_coefficient": _POSITIVE,
     "trust_ratio_denominator": _choice("norm_of_sum", "sum_of_norms"),
     "use_ema": _BOOLEAN,
-    "weight_decay": _NOT_NEGATIVE,
+    "weight_decay": _real(low=0.0, optional=True),  # whatever its default is
 }

@@ -1,9 +1,9 @@
 """The optimizers of this package in tf-models-official, and gradient accumulation for its tasks.
 
-Importing this module registers them with tf-models' `OptimizerFactory`, as ``sngm``, ``vr_sgd``,
-``vr_momentum``, ``vr_adam``, ``vr_lars``, ``vr_lamb``, ``clars``, ``extrap_sgd``, ``lbopt_lars``
-and ``lbopt_lamb`` (``lars`` and ``lamb`` are tf-models' own). Every registered experiment takes
-them:
+Importing this module registers them with tf-models' `OptimizerFactory` under their names in
+`tf_lbopt.list_optimizers`, ``sngm`` and so on; those whose names are tf-models' own as
+``lbopt_sgd``, ``lbopt_adam``, ``lbopt_adamw``, ``lbopt_lars`` and ``lbopt_lamb``. Every registered
+experiment takes them:
 
     --params_override=trainer.optimizer_config.optimizer.type=vr_lars,
                       trainer.optimizer_config.optimizer.vr_lars.gamma=0.1
