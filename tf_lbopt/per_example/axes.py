@@ -2,14 +2,16 @@
 
 import itertools
 import weakref
-from typing import Any
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt.per_example.recording import Recording, Use
 
-_known: weakref.WeakKeyDictionary[Any, dict[Any, list[bool] | None]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[keras.layers.Layer, dict[object, list[bool]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def find_rows(recording: Recording, batch: int) -> None:
@@ -24,69 +26,55 @@ def find_rows(recording: Recording, batch: int) -> None:
         recording: Of a forward pass on a batch.
         batch: Its size.
     """
-    starts = [_position(recording.calls, use) for use in recording.outermost]
-    for start, end in itertools.pairwise([*starts, len(recording.calls)]):
-        calls = recording.calls[start:end]
-        outermost = calls[0]
-        answers = _known.setdefault(outermost.layer, {})
-        key = _key(outermost)
+    for calls in recording.calls:
+        arguments = keras.tree.flatten((calls[0].args, dict(calls[0].kwargs)))
+        key = tuple(
+            (*leaf.shape, leaf.dtype) if _is_tensor(leaf) else repr(leaf) for leaf in arguments
+        )
+        answers = _known.setdefault(calls[0].layer, {})
         if key not in answers:
-            answers[key] = _traced(calls, batch)
-        answer = answers[key]
-        if answer is not None and len(answer) == len(calls):
-            for use, rows in zip(calls, answer, strict=True):
+            answers[key] = _traced(calls, [leaf for leaf in arguments if _is_tensor(leaf)], batch)
+        if len(answers[key]) == len(calls):
+            for use, rows in zip(calls, answers[key], strict=True):
                 use.rows = rows
 
 
-def _traced(calls: list[Use], batch: int) -> list[bool] | None:
+def _traced(calls: Sequence[Use], tensors: Sequence[tf.Tensor], batch: int) -> list[bool]:
+    """An answer for each call, or none at all."""
     outermost = calls[0]
-    leaves = keras.tree.flatten((outermost.args, dict(outermost.kwargs)))
-    shapes = [leaf.shape for leaf in leaves if _is_tensor(leaf)]
+    shapes = [tensor.shape for tensor in tensors]
     shapes += [shape for use in calls for shape in use.shapes if shape.rank is not None]
     sizes = {size for shape in shapes for size in shape}
     other = next(size for size in itertools.count(batch + 1) if size not in sizes)
-    seen: list[Use] = []
+    again = Recording([])
 
-    def call(*tensors: tf.Tensor) -> None:
-        given = iter(tensors)
+    def call(*given: tf.Tensor) -> None:
+        left = iter(given)
         args, kwargs = keras.tree.map_structure(
-            lambda leaf: next(given) if _is_tensor(leaf) else leaf,
+            lambda leaf: next(left) if _is_tensor(leaf) else leaf,
             (outermost.args, dict(outermost.kwargs)),
         )
-        with tf.GradientTape() as tape, keras.StatelessScope(initialize_variables=False):
-            recording = Recording([], tape)
-            with recording.active():
-                outermost.layer(*args, **kwargs)
-        seen.extend(recording.calls)
+        with keras.StatelessScope(initialize_variables=False), again.active():
+            outermost.layer(*args, **kwargs)
 
-    specs = []
-    for leaf in leaves:
-        if _is_tensor(leaf):
-            shape = leaf.shape.as_list()
-            resized = [other, *shape[1:]] if shape and shape[0] == batch else shape
-            specs.append(tf.TensorSpec(resized, leaf.dtype))
+    specs = [
+        tf.TensorSpec(
+            [other, *tensor.shape[1:]] if tensor.shape[:1] == [batch] else tensor.shape,
+            tensor.dtype,
+        )
+        for tensor in tensors
+    ]
     try:
         tf.function(call, autograph=False).get_concrete_function(*specs)
     except Exception:  # whatever a layer raises when its batch is another one
-        return None
+        return []
+    seen = [use for group in again.calls for use in group]
     if [use.layer for use in seen] != [use.layer for use in calls]:
-        return None
+        return []
     return [
         all(bool(shape.rank) and shape[0] in (None, other) for shape in use.shapes) for use in seen
     ]
 
 
-def _key(use: Use) -> Any:
-    leaves = keras.tree.flatten((use.args, dict(use.kwargs)))
-    return tuple(
-        (tuple(leaf.shape.as_list()), leaf.dtype) if _is_tensor(leaf) else repr(leaf)
-        for leaf in leaves
-    )
-
-
-def _position(calls: list[Use], wanted: Use) -> int:
-    return next(i for i, use in enumerate(calls) if use is wanted)
-
-
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     return isinstance(value, tf.Tensor) and value.shape.rank is not None

@@ -10,7 +10,7 @@ from tf_lbopt import _compat
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.per_example.chunks import squares_and_sum
 from tf_lbopt.per_example.contributions import Contribution, known_size
-from tf_lbopt.per_example.recording import Use
+from tf_lbopt.per_example.recording import Recording, Use
 from tf_lbopt.per_example.registry import LayerCall
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 
@@ -44,8 +44,7 @@ class Backward:
 
     Args:
         variables: The variables of the recording.
-        uses: What was recorded.
-        tape: The persistent tape of the recording.
+        recording: Of the forward pass.
         losses: The examples' losses, [batch].
         subset: Norms of only so many examples, from the first; `None` means of all.
 
@@ -57,29 +56,27 @@ class Backward:
     def __init__(
         self,
         variables: Sequence[keras.Variable],
-        uses: Sequence[Use],
-        tape: tf.GradientTape,
+        recording: Recording,
         losses: tf.Tensor,
         subset: int | None = None,
     ):
         self._variables = variables
         self._index = {id(variable): i for i, variable in enumerate(variables)}
-        self._tape = tape
+        self._tape, self._uses = recording.tape, recording.uses
         self._losses = losses
         self._batch = losses.shape[0]
         if subset is not None and self._batch is not None and subset >= self._batch:
             subset = None
         self._subset = subset
         self._stored = [_compat.stored_value(variable) for variable in variables]
-        self._uses = uses
-        of_stored, of_reads, of_outputs = tape.gradient(
-            losses, (self._stored, self._reads(), [use.outputs for use in uses])
+        of_stored, of_reads, of_outputs = self._tape.gradient(
+            losses, (self._stored, self._reads(), [use.outputs for use in self._uses])
         )
         self.gradients = self._totals(of_stored, of_reads)
         self.without_rule: list[str] = []
         self._read_outside = {i for i, gradient in enumerate(of_stored) if gradient is not None}
         self._live = []
-        for use, given in zip(uses, of_outputs, strict=True):
+        for use, given in zip(self._uses, of_outputs, strict=True):
             pairs = [pair for pair in zip(use.outputs, given, strict=True) if pair[1] is not None]
             if pairs:
                 outputs, gradients = zip(*pairs, strict=True)

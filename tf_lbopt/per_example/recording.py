@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import keras
 import tensorflow as tf
@@ -16,7 +15,7 @@ from tf_lbopt.per_example.view import with_attributes
 
 @dataclasses.dataclass
 class Use:
-    """One call of a layer that read some of the variables.
+    """One call of a layer.
 
     Attributes:
         layer: The layer.
@@ -33,12 +32,12 @@ class Use:
     """
 
     layer: keras.layers.Layer
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     registration: Registration | None
     reads: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
-    prepared: Any = None
+    prepared: object = None
     shapes: list[tf.TensorShape] = dataclasses.field(default_factory=list)
     rows: bool | None = None
 
@@ -52,43 +51,49 @@ class Recording:
 
     Args:
         variables: Those of interest.
-        tape: An active tape.
 
     Attributes:
+        tape: A persistent tape, active with the recording.
+        calls: Lists of calls in the order in which they began, each of a call that was not made by
+            another layer and all that it made.
         uses: The calls that read some of the variables.
-        calls: All calls of layers, in the order in which they began.
-        outermost: Those among them that were not made by another layer.
     """
 
-    def __init__(self, variables: Sequence[keras.Variable], tape: tf.GradientTape):
+    def __init__(self, variables: Sequence[keras.Variable]):
+        self.tape = tf.GradientTape(persistent=True)
+        self.calls: list[list[Use]] = []
         self.uses: list[Use] = []
-        self.calls: list[Use] = []
-        self.outermost: list[Use] = []
-        self._tape = tape
         self._index = {id(variable): i for i, variable in enumerate(variables)}
         self._stack: list[Use] = []
-        self._graph = _current_graph()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Records until it is left."""
-        with _compat.layer_hooks(self._call, self._read):
+        self._graph = _current_graph()
+        with self.tape, _compat.layer_hooks(self._call, self._read):
             yield
 
-    def _call(self, original: Any, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self,
+        original: Callable[..., object],
+        layer: keras.layers.Layer,
+        /,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         if (
             not isinstance(layer, keras.layers.Layer)
-            or not self._in_own_graph()
-            or _has_symbolic(args, kwargs)
+            or _current_graph() is not self._graph
+            or any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten((args, kwargs)))
             # A rule answers for all that its layer calls.
             or (self._stack and self._stack[-1].registration is not None)
         ):
             return original(layer, *args, **kwargs)
         registration = registration_of(layer) if _compat.calls_its_call(layer) else None
         use = Use(layer, args, kwargs, registration)
-        self.calls.append(use)
         if not self._stack:
-            self.outermost.append(use)
+            self.calls.append([])
+        self.calls[-1].append(use)
         self._stack.append(use)
         try:
             if registration is not None and registration.activation is not None:
@@ -96,22 +101,23 @@ class Recording:
             else:
                 outputs = original(layer, *args, **kwargs)
             if registration is not None and registration.prepare is not None:
-                with self._tape.stop_recording():
+                with self.tape.stop_recording():
                     use.prepared = registration.prepare(layer, args, kwargs)
         finally:
             self._stack.pop()
         use.shapes = [t.shape for t in keras.tree.flatten(outputs) if isinstance(t, tf.Tensor)]
-        if not use.reads:
-            return outputs
-        self.uses.append(use)
-        return outputs if use.outputs else _marked(use, outputs)
+        if use.reads:
+            self.uses.append(use)
+            if not use.outputs:
+                return _marked(use, outputs)
+        return outputs
 
-    def _call_up_to_activation(self, use: Use, name: str) -> Any:
+    def _call_up_to_activation(self, use: Use, name: str) -> object:
         activation = getattr(use.layer, name)
         if activation is None:
             activation = keras.activations.linear
 
-        def applied(outputs: tf.Tensor) -> Any:
+        def applied(outputs: tf.Tensor) -> tf.Tensor:
             use.outputs.append(outputs)
             return activation(outputs)
 
@@ -131,35 +137,31 @@ class Recording:
         index = self._index.get(id(variable))
         if index is None or not self._stack:
             return None
-        use = self._stack[-1]
-        if not self._in_own_graph():
-            # A loop body or branch may use tensors of the graph around it. What a tf.function
-            # captures may outlive this pass, so it reads the variable itself.
-            if self._graph is None or not _compat.inside_control_flow_of(self._graph):
-                return None
-            with self._graph.as_default():
-                return self._copy(use, index, variable)
-        return self._copy(use, index, variable)
-
-    def _copy(self, use: Use, index: int, variable: keras.Variable) -> tf.Tensor | None:
-        if index not in use.reads:
-            copy = tf.stop_gradient(tf.convert_to_tensor(_compat.stored_value(variable)))
-            self._tape.watch(copy)
-            if not _compat.is_recorded(copy):
-                return None
-            use.reads[index] = copy
-        return use.reads[index]
-
-    def _in_own_graph(self) -> bool:
-        return _current_graph() is self._graph
+        reads = self._stack[-1].reads
+        if _current_graph() is self._graph:
+            graph: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        elif self._graph is not None and _compat.inside_control_flow_of(self._graph):
+            # A loop body or branch may use tensors of the graph around it.
+            graph = self._graph.as_default()
+        else:
+            # What a tf.function captures may outlive this pass, so it reads the variable itself.
+            return None
+        with graph:
+            if index not in reads:
+                copy = tf.stop_gradient(tf.convert_to_tensor(_compat.stored_value(variable)))
+                self.tape.watch(copy)
+                if not _compat.is_recorded(copy):
+                    return None
+                reads[index] = copy
+            return reads[index]
 
 
-def _marked(use: Use, outputs: Any) -> Any:
+def _marked(use: Use, outputs: object) -> object:
     """The outputs as tensors that nothing inside the call has used; ``use`` is told of them."""
     if not isinstance(outputs, tf.Tensor):
         use.registration = None
 
-    def mark(tensor: Any) -> Any:
+    def mark(tensor: object) -> object:
         if not isinstance(tensor, tf.Tensor):
             return tensor
         # A rule is for what the layer returns; logits apart from it would pass it by.
@@ -172,7 +174,3 @@ def _marked(use: Use, outputs: Any) -> Any:
 
 def _current_graph() -> tf.Graph | None:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-def _has_symbolic(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten((args, kwargs)))

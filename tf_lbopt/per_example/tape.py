@@ -4,7 +4,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -57,19 +56,17 @@ class PerExampleTape:
                     f"{_validation.shown(variable)}"
                 )
         self._subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
-        self._tape = tf.GradientTape(persistent=True)
         self._recording: Recording | None = None
         self._contexts = contextlib.ExitStack()
 
     def __enter__(self) -> "PerExampleTape":
         if self._recording is not None:
             raise RuntimeError("A PerExampleTape can be entered once.")
-        self._contexts.enter_context(self._tape)
-        self._recording = Recording(self._variables, self._tape)
+        self._recording = Recording(self._variables)
         self._contexts.enter_context(self._recording.active())
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._contexts.close()
 
     @tf.autograph.experimental.do_not_convert
@@ -99,7 +96,7 @@ class PerExampleTape:
         _check_losses(losses, extra_loss)
         if losses.shape[0] is not None:
             find_rows(recording, losses.shape[0])
-        backward = Backward(self._variables, recording.uses, self._tape, losses, self._subset)
+        backward = Backward(self._variables, recording, losses, self._subset)
         norms = backward.norms()
         gradients = backward.gradients
         if extra_loss is not None:
@@ -109,7 +106,7 @@ class PerExampleTape:
         return gradients, norms
 
 
-def _check_losses(losses: Any, extra_loss: Any) -> None:
+def _check_losses(losses: tf.Tensor, extra_loss: tf.Tensor | None) -> None:
     if not (isinstance(losses, tf.Tensor) and losses.shape.rank == 1):
         raise ValueError(
             "`losses` must be a tensor with one loss per example, [batch]. "
