@@ -7,7 +7,7 @@ from harness import graph_nodes
 from helpers_per_example import BATCH, assert_exact, integers, normal, perturbed, sequential
 
 from tf_lbopt.per_example import PerExampleTape
-from tf_lbopt.per_example.chunks import squares_and_sum
+from tf_lbopt.per_example.contributions import squares_and_sum
 
 L = keras.layers
 

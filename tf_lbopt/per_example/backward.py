@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
-from tf_lbopt.per_example.chunks import squares_and_sum
-from tf_lbopt.per_example.contributions import Contribution, known_size
+from tf_lbopt.per_example.contributions import Contribution, known_size, squares_and_sum
 from tf_lbopt.per_example.recording import Recording, Use
 from tf_lbopt.per_example.registry import LayerCall
 from tf_lbopt.rules.norms import Gradient, compute_dtype
+
+# Pairs of a variable's index and a tensor that was read in its place.
+_Reads: TypeAlias = Sequence[tuple[int, tf.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,12 @@ class _Pass:
     Attributes:
         outputs: Tensors with one row per example.
         gradients: Of the losses with respect to them.
-        reads: Pairs of a variable's index and what was read in its place.
+        reads: What was read in the place of variables.
     """
 
     outputs: Sequence[tf.Tensor]
     gradients: Sequence[tf.Tensor]
-    reads: Sequence[tuple[int, tf.Tensor]]
+    reads: _Reads
 
     def ending_at(self, indices: set[int]) -> "_Pass":
         """The pass for some variables."""
@@ -62,21 +65,25 @@ class Backward:
     ):
         self._variables = variables
         self._index = {id(variable): i for i, variable in enumerate(variables)}
-        self._tape, self._uses = recording.tape, recording.uses
+        self._tape = recording.tape
         self._losses = losses
         self._batch = losses.shape[0]
         if subset is not None and self._batch is not None and subset >= self._batch:
             subset = None
         self._subset = subset
         self._stored = [_compat.stored_value(variable) for variable in variables]
-        of_stored, of_reads, of_outputs = self._tape.gradient(
-            losses, (self._stored, self._reads(), [use.outputs for use in self._uses])
+        self._reads: _Reads = [
+            *enumerate(self._stored),
+            *(read for use in recording.uses for read in use.reads.items()),
+        ]
+        of_reads, of_outputs = self._tape.gradient(
+            losses, (_tensors(self._reads), [use.outputs for use in recording.uses])
         )
-        self.gradients = self._totals(of_stored, of_reads)
+        self.gradients = self._by_variable(self._reads, of_reads)
         self.without_rule: list[str] = []
-        self._read_outside = {i for i, gradient in enumerate(of_stored) if gradient is not None}
+        self._read_outside = {i for i in range(len(variables)) if of_reads[i] is not None}
         self._live = []
-        for use, given in zip(self._uses, of_outputs, strict=True):
+        for use, given in zip(recording.uses, of_outputs, strict=True):
             pairs = [pair for pair in zip(use.outputs, given, strict=True) if pair[1] is not None]
             if pairs:
                 outputs, gradients = zip(*pairs, strict=True)
@@ -84,7 +91,7 @@ class Backward:
 
     def gradients_of(self, loss: tf.Tensor) -> list[Gradient | None]:
         """The gradients of another loss of the same forward pass, one per variable."""
-        return self._totals(*self._tape.gradient(loss, (self._stored, self._reads())))
+        return self._by_variable(self._reads, self._tape.gradient(loss, _tensors(self._reads)))
 
     def norms(self) -> list[tf.Tensor]:
         """The norms of the gradients of the losses, [batch] or [subset], one per variable.
@@ -95,12 +102,18 @@ class Backward:
         parts, passes = self._parts_and_passes()
         squares = self._one_at_a_time(passes)
         before: list[tf.Tensor] = []
-        for index in self._in_backward_order(set(parts) - set(squares)):
+        # In the order in which the backward pass is done with the calls.
+        for index in [index for index in reversed(parts) if index not in squares]:
             # In a graph nothing else would keep several layers from taking their memory at once.
             with tf.control_dependencies(before):
                 before = self._by_rules(index, parts[index])
             squares[index] = before[0]
-        return [self._norms(index, squares.get(index)) for index in range(len(self._variables))]
+        norms = []
+        for index, stored in enumerate(self._stored):
+            dtype = compute_dtype(stored.dtype)
+            square = squares[index] if index in squares else tf.zeros([self._examples()], dtype)
+            norms.append(tf.cast(tf.sqrt(square), dtype))
+        return norms
 
     def _parts_and_passes(self) -> tuple[dict[int, list[Contribution]], list[_Pass]]:
         """What the rules contribute to each variable, and the passes for what they do not cover."""
@@ -110,6 +123,7 @@ class Backward:
         for index in self._read_outside:
             self.without_rule.append(f"{self._variables[index].path} (read outside its layer)")
         for use, whole in self._live:
+            name = f"{use.layer.name} ({type(use.layer).__name__})"
             covered: dict[int, Contribution] = {}
             rows = use.rows is not False and all(has_rows(o, self._batch) for o in whole.outputs)
             if rows:
@@ -117,22 +131,19 @@ class Backward:
                 passes.append(whole)
                 covered = self._contributions(use, whole.gradients[0])
             if use.registration is None:
-                self.without_rule.append(_name(use))
+                self.without_rule.append(name)
+            elif use.registration.activation is not None:
+                # Which may have read what is not covered, past the output that the rule is given.
+                rows = False
             for index in use.reads:
                 if index in covered:
                     parts.setdefault(index, []).append(covered[index])
-                elif use.registration is None:
-                    (from_outputs if rows else from_losses).add(index)
-                else:
-                    self.without_rule.append(f"{self._variables[index].path} in {_name(use)}")
-                    # An activation may have read it, past the output that the rule is given.
-                    activation = use.registration.activation is not None
-                    (from_outputs if rows and not activation else from_losses).add(index)
-        from_outputs -= from_losses
-        passes = [one.ending_at(from_outputs) for one in passes]
-        reads = [read for _, whole in self._live for read in whole.reads]
-        reads += enumerate(self._stored)
-        losses = _Pass([self._losses], [tf.ones_like(self._losses)], reads)
+                    continue
+                (from_outputs if rows else from_losses).add(index)
+                if use.registration is not None:
+                    self.without_rule.append(f"{self._variables[index].path} in {name}")
+        passes = [one.ending_at(from_outputs - from_losses) for one in passes]
+        losses = _Pass([self._losses], [tf.ones_like(self._losses)], self._reads)
         passes.append(losses.ending_at(from_losses))
         return parts, [one for one in passes if one.reads]
 
@@ -176,24 +187,17 @@ class Backward:
             if index not in use.reads:
                 continue
             if not isinstance(value, Contribution):
-                self._check_shape(use, variable, value)
+                shape = [self._batch, *variable.shape]
+                if not value.shape.is_compatible_with(shape):
+                    raise ValueError(
+                        f"The rule for {type(use.layer).__name__} must return, for "
+                        f"{variable.path}, a tensor [batch, *shape of the variable], {shape}. "
+                        f"Received a tensor of shape {value.shape.as_list()}"
+                    )
                 value = Contribution((value,), lambda own: own, known_size(variable.shape))
             if all(has_rows(tensor, self._batch) for tensor in value.tensors):
                 contributions[index] = value
         return contributions
-
-    def _check_shape(self, use: Use, variable: keras.Variable, value: tf.Tensor) -> None:
-        if not value.shape.is_compatible_with([self._batch, *variable.shape]):
-            raise ValueError(
-                f"The rule for {type(use.layer).__name__} must return, for {variable.path}, a "
-                f"tensor [batch, *shape of the variable], {[self._batch, *variable.shape]}. "
-                f"Received a tensor of shape {value.shape.as_list()}"
-            )
-
-    def _in_backward_order(self, indices: set[int]) -> list[int]:
-        """Some variables in the order in which the backward pass is done with their uses."""
-        first = {i: n for n, (use, _) in reversed(list(enumerate(self._live))) for i in use.reads}
-        return sorted(indices, key=lambda index: first[index], reverse=True)
 
     def _by_rules(self, index: int, parts: list[Contribution]) -> list[tf.Tensor]:
         whole = parts[0].plus(parts[1:]) if len(parts) > 1 else parts[0]
@@ -206,62 +210,48 @@ class Backward:
 
     def _one_at_a_time(self, passes: Sequence[_Pass]) -> dict[int, tf.Tensor]:
         """Squared norms from passes in which only the gradients of one example's rows are left."""
-        indices = sorted({index for one in passes for index, _ in one.reads})
-        if not indices:
+        reads = [read for one in passes for read in one.reads]
+        if not reads:
             return {}
-        dtypes = [compute_dtype(self._stored[index].dtype) for index in indices]
+        dtypes = {index: compute_dtype(self._stored[index].dtype) for index, _ in reads}
 
         def squares_of(example: tf.Tensor) -> list[tf.Tensor]:
             own = tf.range(tf.shape(self._losses)[0]) == example
-            parts: dict[int, list[Gradient | None]] = {index: [] for index in indices}
+            received: list[Gradient | None] = []
             for one in passes:
-                received = self._tape.gradient(
+                received += self._tape.gradient(
                     one.outputs,
-                    [read for _, read in one.reads],
+                    _tensors(one.reads),
                     output_gradients=[_masked(gradient, own) for gradient in one.gradients],
                 )
-                for (index, _), gradient in zip(one.reads, received, strict=True):
-                    parts[index].append(gradient)
-            return [
-                _square(added(parts[index]), dtype)
-                for index, dtype in zip(indices, dtypes, strict=True)
-            ]
+            gradients = self._by_variable(reads, received)
+            return [_square(gradients[index], dtype) for index, dtype in dtypes.items()]
 
         squares = tf.map_fn(
             squares_of,
             tf.range(self._examples()),
             parallel_iterations=1,
-            fn_output_signature=dtypes,
+            fn_output_signature=list(dtypes.values()),
         )
-        return dict(zip(indices, squares, strict=True))
-
-    # -- odds and ends -----------------------------------------------------------------------------
+        return dict(zip(dtypes, squares, strict=True))
 
     def _examples(self) -> int | tf.Tensor:
         if self._subset is None:
             return tf.shape(self._losses)[0] if self._batch is None else self._batch
         return self._subset if self._batch else tf.minimum(self._subset, tf.shape(self._losses)[0])
 
-    def _norms(self, index: int, squares: tf.Tensor | None) -> tf.Tensor:
-        dtype = compute_dtype(self._stored[index].dtype)
-        if squares is None:
-            return tf.zeros([self._examples()], dtype)
-        return tf.cast(tf.sqrt(squares), dtype)
-
-    def _reads(self) -> list[list[tf.Tensor]]:
-        return [list(use.reads.values()) for use in self._uses]
-
-    def _totals(
-        self,
-        of_stored: Sequence[Gradient | None],
-        of_reads: Sequence[Sequence[Gradient | None]],
+    def _by_variable(
+        self, reads: _Reads, gradients: Sequence[Gradient | None]
     ) -> list[Gradient | None]:
-        """For each variable the sum over all its uses."""
-        gradients = [[gradient] for gradient in of_stored]
-        for use, own in zip(self._uses, of_reads, strict=True):
-            for index, gradient in zip(use.reads, own, strict=True):
-                gradients[index].append(gradient)
-        return [added(several) for several in gradients]
+        """For each variable the sum over what was read in its place."""
+        parts: list[list[Gradient | None]] = [[] for _ in self._variables]
+        for (index, _), gradient in zip(reads, gradients, strict=True):
+            parts[index].append(gradient)
+        return [added(several) for several in parts]
+
+
+def _tensors(reads: _Reads) -> list[tf.Tensor]:
+    return [tensor for _, tensor in reads]
 
 
 def has_rows(tensor: tf.Tensor, batch: int | None) -> bool:
@@ -294,7 +284,3 @@ def _square(gradient: Gradient | None, dtype: tf.DType) -> tf.Tensor:
     if isinstance(gradient, tf.IndexedSlices):
         gradient = merge_repeated_indices(gradient).values
     return tf.reduce_sum(tf.square(tf.cast(gradient, dtype)))
-
-
-def _name(use: Use) -> str:
-    return f"{use.layer.name} ({type(use.layer).__name__})"

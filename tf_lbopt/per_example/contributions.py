@@ -10,6 +10,9 @@ import tensorflow as tf
 
 from tf_lbopt.rules.norms import compute_dtype
 
+BUDGET = 1 << 22
+"""How many numbers may be held for the examples of one part: 16 MiB of float32."""
+
 
 class Contribution:
     """The gradients that one use of a variable contributes, one per example.
@@ -21,6 +24,8 @@ class Contribution:
 
     Attributes:
         tensors: As given. The methods take slices of these.
+        written: How many numbers are made per example of gradients that are written down.
+        numbers: How many are made per example of the norms alone.
         materializes: Whether the norms are had by writing the gradients down, so that their sum
             over the batch costs little more.
     """
@@ -32,25 +37,17 @@ class Contribution:
     ):
         self.tensors = tuple(tensors)
         self._function = function
-        self._numbers = numbers
+        self.written = self.numbers = numbers
 
     def gradients(self, *tensors: tf.Tensor) -> tf.Tensor:
         """The gradients of some examples, [examples, *shape of the variable]."""
         return wide(self._function(*tensors))
 
-    def squared_norms(self, *tensors: tf.Tensor) -> tf.Tensor:
-        """Their squared norms, [examples], in the cheapest way."""
-        return sums_of_squares(self.gradients(*tensors))
-
-    def squared_norms_and_sum(self, *tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Both the squared norms and the sum of the gradients of these examples."""
+    def squared_norms(self, *tensors: tf.Tensor, with_sum: bool = False) -> list[tf.Tensor]:
+        """Their squared norms, [examples], in the cheapest way; and the sum of the gradients."""
         gradients = self.gradients(*tensors)
-        return sums_of_squares(gradients), tf.reduce_sum(gradients, axis=0)
-
-    def numbers(self, materialized: bool) -> int:
-        """How many numbers are made per example of the gradients, or of the norms alone."""
-        del materialized
-        return self._numbers
+        squares = [sums_of_squares(gradients)]
+        return [*squares, tf.reduce_sum(gradients, axis=0)] if with_sum else squares
 
     def plus(self, others: Sequence["Contribution"]) -> "Contribution":
         """What several uses of one variable contribute: norms of sums are no sums of norms."""
@@ -60,7 +57,7 @@ class Contribution:
             lambda *slices: tf.add_n(
                 [part.gradients(*own) for part, own in zip(parts, slices, strict=True)]
             ),
-            sum(part.numbers(materialized=True) for part in parts),
+            sum(part.written for part in parts),
         )
 
 
@@ -96,8 +93,7 @@ class OuterProducts(Contribution):
         made: int = 0,
     ):
         super().__init__(tensors, lambda *own: self._arranged(self._products(*own)), made)
-        self._factors = factors
-        self._arrange = arrange
+        self._factors, self._arrange, self._made = factors, arrange, made
         self._positions = positions
         self._sizes = {"groups": groups, "rows": rows, "columns": columns}
         self._transposed = columns < rows
@@ -106,30 +102,26 @@ class OuterProducts(Contribution):
         self.materializes = positions is None or (
             2 * positions * (rows + columns) > rows * columns and positions > 1
         )
+        self.written = made + groups * rows * columns
+        grams = made + 2 * groups * (positions or 1) ** 2
+        self.numbers = self.written if self.materializes else grams
 
-    def squared_norms_and_sum(self, *tensors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """From all matrices."""
-        products = self._products(*tensors)
-        total = self._arranged(tf.reduce_sum(products, axis=0, keepdims=True))
-        return sums_of_squares(products), total[0]
-
-    def squared_norms(self, *tensors: tf.Tensor) -> tf.Tensor:
+    def squared_norms(self, *tensors: tf.Tensor, with_sum: bool = False) -> list[tf.Tensor]:
         """In Gram form where that is cheaper."""
         if self.materializes:
-            return sums_of_squares(self._products(*tensors))
+            products = self._products(*tensors)
+            squares = [sums_of_squares(products)]
+            if with_sum:
+                total = tf.reduce_sum(products, axis=0, keepdims=True)
+                squares.append(self._arranged(total)[0])
+            return squares
         left, right = map(wide, self._factors(*tensors))
         if self._positions == 1:
             left, right = (tf.reduce_sum(tf.square(f), axis=[2, 3]) for f in (left, right))
-            return tf.reduce_sum(left * right, axis=1)
+            return [tf.reduce_sum(left * right, axis=1)]
         grams = (tf.matmul(factor, factor, transpose_b=True) for factor in (left, right))
         # Rounding can leave a tiny negative number where the gradient vanishes.
-        return tf.maximum(tf.reduce_sum(tf.multiply(*grams), axis=[1, 2, 3]), 0.0)
-
-    def numbers(self, materialized: bool) -> int:
-        """The matrices or the Gram matrices, and the factors if they are made here."""
-        if materialized or self.materializes:
-            return self._numbers + math.prod(self._sizes.values())
-        return self._numbers + 2 * self._sizes["groups"] * (self._positions or 1) ** 2
+        return [tf.maximum(tf.reduce_sum(tf.multiply(*grams), axis=[1, 2, 3]), 0.0)]
 
     def plus(self, others: Sequence[Contribution]) -> Contribution:
         """One after the other along the positions, if all are of the same form."""
@@ -141,17 +133,16 @@ class OuterProducts(Contribution):
             both = [map(wide, part._factors(*own)) for part, own in zip(parts, slices, strict=True)]
             return [tf.concat(side, axis=2) for side in zip(*both, strict=True)]
 
-        positions = [part._positions for part in parts if part._positions is not None]
-        total = sum(positions) if len(positions) == len(parts) else None
-        concatenated = (
-            (total or 0) * self._sizes["groups"] * (self._sizes["rows"] + self._sizes["columns"])
-        )
+        known = [part._positions for part in parts if part._positions is not None]
+        positions = sum(known) if len(known) == len(parts) else None
+        groups, rows, columns = self._sizes.values()
+        made = sum(part._made for part in parts) + (positions or 0) * groups * (rows + columns)
         return OuterProducts(
             [part.tensors for part in parts],
             factors,
             self._arrange,
-            positions=total,
-            made=sum(part._numbers for part in parts) + concatenated,
+            positions=positions,
+            made=made,
             **self._sizes,
         )
 
@@ -195,24 +186,22 @@ class Rows(Contribution):
         )
         super().__init__(tensors, self._tables, known_size(tensors[1].shape[1:]))
         self._shape = shape
+        self.written = math.prod(shape)
 
     def _tables(self, indices: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
         tables = _summed_by(indices, wide(gradients), self._shape[0])
         return tf.reshape(tables, [-1, *self._shape])
 
-    def squared_norms(self, *tensors: tf.Tensor) -> tf.Tensor:
+    def squared_norms(self, *tensors: tf.Tensor, with_sum: bool = False) -> list[tf.Tensor]:
         """From the rows that were looked up."""
+        del with_sum
         indices, gradients = tensors[0], wide(tensors[1])
-        if indices.shape[1] == 1:
-            return sums_of_squares(gradients)
-        # Equal indices have the same position among the sorted ones.
-        numbers = tf.searchsorted(tf.sort(indices, axis=1), indices)
-        merged = _summed_by(numbers, gradients, tf.shape(indices)[1])
-        return sums_of_squares(tf.reshape(merged, tf.shape(gradients)))
-
-    def numbers(self, materialized: bool) -> int:
-        """The table, or as many rows as were looked up."""
-        return math.prod(self._shape) if materialized else self._numbers
+        if indices.shape[1] != 1:
+            # Equal indices have the same position among the sorted ones.
+            numbers = tf.searchsorted(tf.sort(indices, axis=1), indices)
+            merged = _summed_by(numbers, gradients, tf.shape(indices)[1])
+            gradients = tf.reshape(merged, tf.shape(gradients))
+        return [sums_of_squares(gradients)]
 
     def plus(self, others: Sequence[Contribution]) -> Contribution:
         """All look-ups as one."""
@@ -222,6 +211,62 @@ class Rows(Contribution):
         indices = tf.concat([tf.cast(part.tensors[0], tf.int64) for part in parts], axis=1)
         gradients = tf.concat([wide(part.tensors[1]) for part in parts], axis=1)
         return Rows(indices, gradients, self._shape)
+
+
+def squares_and_sum(
+    contribution: Contribution, shape: tf.TensorShape, examples: int | None = None
+) -> list[tf.Tensor]:
+    """Squared norms of per-example gradients, and the sum of the gradients where it is at hand.
+
+    Args:
+        contribution: All that the batch contributes to one variable.
+        shape: Of the variable.
+        examples: Norms of only so many examples, from the first; `None` means of all. The sum is
+            then not at hand.
+
+    Returns:
+        The squared norms, [examples], and, if it is at hand, the sum, [*shape].
+    """
+    tensors = contribution.tensors
+    if examples is not None:
+        tensors = tf.nest.map_structure(lambda tensor: tensor[:examples], tensors)
+    with_sum = examples is None and contribution.materializes
+
+    def part(rows: Callable[[tf.Tensor], tf.Tensor]) -> list[tf.Tensor]:
+        slices = tf.nest.map_structure(rows, tensors)
+        return contribution.squared_norms(*slices, with_sum=with_sum)
+
+    most = max(1, BUDGET // max(1, contribution.numbers))
+    flat = tf.nest.flatten(tensors)
+    size = batch_size(flat[0])
+    if isinstance(size, int):
+        if size <= most:
+            return part(lambda tensor: tensor)
+        most = -(-size // -(-size // most))  # as even as can be
+    whole = size // most
+
+    def body(i: tf.Tensor, squares: tf.TensorArray, *total: tf.Tensor) -> Sequence[tf.Tensor]:
+        def rows(tensor: tf.Tensor) -> tf.Tensor:
+            # XLA knows the size of this, not that of tensor[i * most : (i + 1) * most].
+            others = tensor.shape.rank - 1
+            own = tf.slice(tensor, [i * most, *[0] * others], [most, *[-1] * others])
+            return tf.ensure_shape(own, [most, *tensor.shape[1:]])
+
+        own, *summed = part(rows)
+        return i + 1, squares.write(i, own), *map(tf.add, total, summed)
+
+    dtype = tf.float64 if any(tensor.dtype == tf.float64 for tensor in flat) else tf.float32
+    squares = tf.TensorArray(dtype, size=whole, element_shape=[most])
+    total = [tf.zeros(shape, dtype)] if with_sum else []
+    _, squares, *total = tf.while_loop(
+        lambda i, *_: i < whole, body, (tf.constant(0), squares, *total), parallel_iterations=1
+    )
+    pieces = [tf.reshape(squares.stack(), [-1])]
+    if not isinstance(size, int) or size % most:
+        own, *summed = part(lambda tensor: tensor[whole * most :])
+        pieces.append(own)
+        total = [*map(tf.add, total, summed)]
+    return [tf.concat(pieces, axis=0), *total]
 
 
 def _summed_by(numbers: tf.Tensor, rows: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
@@ -237,8 +282,7 @@ def _summed_by(numbers: tf.Tensor, rows: tf.Tensor, count: int | tf.Tensor) -> t
 
 def sums_of_squares(values: tf.Tensor) -> tf.Tensor:
     """Per example, of [examples, ...]."""
-    axes = list(range(1, values.shape.rank))
-    return tf.reduce_sum(tf.square(values), axis=axes) if axes else tf.square(values)
+    return tf.reduce_sum(tf.square(values), axis=list(range(1, values.shape.rank)))
 
 
 def batch_size(tensor: tf.Tensor) -> int | tf.Tensor:

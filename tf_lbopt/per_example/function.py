@@ -1,8 +1,6 @@
 """Per-example gradient norms of a model on a batch, as a function."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -10,7 +8,7 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.sparse import divide
 from tf_lbopt.per_example.backward import added
-from tf_lbopt.per_example.losses import example_losses
+from tf_lbopt.per_example.losses import AnyLoss, Structure, example_losses
 from tf_lbopt.per_example.tape import PerExampleTape
 from tf_lbopt.rules.norms import Gradient
 
@@ -18,10 +16,10 @@ from tf_lbopt.rules.norms import Gradient
 @tf.autograph.experimental.do_not_convert
 def per_example_gradient_norms(
     model: keras.Model,
-    x: Any,
-    y: Any,
-    loss: Any,
-    sample_weight: Any = None,
+    x: Structure,
+    y: Structure,
+    loss: AnyLoss,
+    sample_weight: Structure = None,
     training: bool = True,
     micro_batch_size: int | None = None,
     subset_size: int | None = None,
@@ -102,94 +100,54 @@ def per_example_gradient_norms(
     training = _validation.boolean("training", training)
     micro = _validation.integer("micro_batch_size", micro_batch_size, low=1, optional=True)
     subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
-    x, y, sample_weight = keras.tree.map_structure(_as_tensor, (x, y, sample_weight))
-    size = _common_batch(x=x, y=y, sample_weight=sample_weight)
-    slices = [(x, y, sample_weight)]
-    if micro is not None:
-        if size is None:
-            raise ValueError(
-                "`micro_batch_size` needs a batch size that is known when the function is traced. "
-                f"Received: micro_batch_size={micro} and inputs of an unknown batch size"
-            )
-        slices = [
-            keras.tree.map_structure(
-                lambda tensor, start=start: (
-                    None if tensor is None else tensor[start : min(start + micro, size)]
-                ),
-                (x, y, sample_weight),
-            )
-            for start in range(0, size, micro)
-        ]
-    count = tf.shape(keras.tree.flatten(x)[0])[0] if size is None else size
+    data = keras.tree.map_structure(
+        lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), (x, y, sample_weight)
+    )
+    size = _common_batch(**dict(zip(("x", "y", "sample_weight"), data, strict=True)))
+    if micro is not None and size is None:
+        raise ValueError(
+            "`micro_batch_size` needs a batch size that is known when the function is traced. "
+            f"Received: micro_batch_size={micro} and inputs of an unknown batch size"
+        )
+    count = tf.shape(keras.tree.flatten(data)[0])[0] if size is None else size
+    in_float16 = _computes_in_float16(model)
     # The mean of the losses saves a pass over all weights, which divides their sum; but in float16
     # what is small already would vanish.
-    weight = 1.0 if _computes_in_float16(model) else 1.0 / tf.cast(count, tf.float32)
-    norms, gradients = _over_slices(model, slices, loss, training, subset, weight)
-    if _computes_in_float16(model):
-        gradients = [g if g is None else divide(g, tf.cast(count, g.dtype)) for g in gradients]
-    else:
-        norms = [tf.cast(count, own.dtype) * own for own in norms]
-    return norms, gradients
-
-
-def _over_slices(
-    model: keras.Model,
-    slices: Sequence[Any],
-    loss: Any,
-    training: bool,
-    subset: int | None,
-    weight: float | tf.Tensor,
-) -> tuple[list[tf.Tensor], list[Gradient | None]]:
-    """Norms and summed gradients of ``weight`` times the losses, one slice after the other."""
-    norms: list[list[tf.Tensor]] = []
-    gradients: list[Gradient | None] = [None] * len(model.trainable_variables)
-    left = subset
-    for x, y, sample_weight in slices:
-        # In a graph nothing else would keep the slices from being run, and held, at once.
-        before = [tensor for own in norms[-1:] for tensor in own]
-        before += [tensor for tensor in keras.tree.flatten(gradients) if tensor is not None]
-        with tf.control_dependencies(before):
-            x, y, sample_weight = keras.tree.map_structure(
-                lambda tensor: None if tensor is None else tf.identity(tensor),
-                (x, y, sample_weight),
-            )
-            own_norms, own = _norms_of_slice(
-                model, x, y, loss, sample_weight, training, left, weight
-            )
-            gradients = [added(pair) for pair in zip(gradients, own, strict=True)]
-        if own_norms is not None:
-            norms.append(own_norms)
-            if left is not None:
-                left -= min(left, keras.tree.flatten(x)[0].shape[0] or left)
-    return [
-        own[0] if len(own) == 1 else tf.concat(own, axis=0) for own in zip(*norms, strict=True)
-    ], gradients
-
-
-def _norms_of_slice(
-    model: keras.Model,
-    x: Any,
-    y: Any,
-    loss: Any,
-    sample_weight: Any,
-    training: bool,
-    subset: int | None,
-    weight: float | tf.Tensor,
-) -> tuple[list[tf.Tensor] | None, list[Gradient | None]]:
+    weight = 1.0 if in_float16 else 1.0 / tf.cast(count, tf.float32)
     arguments = {"training": training} if _takes_training(model) else {}
 
-    def losses_of_examples() -> tf.Tensor:
+    def losses_of(x: Structure, y: Structure, sample_weight: Structure) -> tf.Tensor:
         losses = example_losses(loss, y, model(x, **arguments), sample_weight)
         return losses * tf.cast(weight, losses.dtype)
 
-    if subset == 0:
-        with tf.GradientTape() as plain:
-            losses = losses_of_examples()
-        return None, plain.gradient(losses, [v.value for v in model.trainable_variables])
-    with PerExampleTape(model.trainable_variables, subset) as tape:
-        losses = losses_of_examples()
-    gradients, norms = tape.gradient(losses)
-    return norms, gradients
+    variables = model.trainable_variables
+    norms: list[list[tf.Tensor]] = []
+    gradients: list[Gradient | None] = [None] * len(variables)
+    for start in [0] if micro is None else range(0, count, micro):
+        rows = slice(start, None if micro is None else start + micro)
+        left = None if subset is None else subset - start
+        # In a graph nothing else would keep the slices from being run, and held, at once.
+        before = [leaf for leaf in keras.tree.flatten((norms[-1:], gradients)) if leaf is not None]
+        with tf.control_dependencies(before):
+            own_data = keras.tree.map_structure(
+                lambda leaf, rows=rows: None if leaf is None else leaf[rows], data
+            )
+            if left is None or left > 0:
+                with PerExampleTape(variables, left) as tape:
+                    losses = losses_of(*own_data)
+                own, own_norms = tape.gradient(losses)
+                norms.append(own_norms)
+            else:
+                with tf.GradientTape() as plain:
+                    losses = losses_of(*own_data)
+                own = plain.gradient(losses, [variable.value for variable in variables])
+            gradients = [added(pair) for pair in zip(gradients, own, strict=True)]
+    total = [
+        own[0] if len(own) == 1 else tf.concat(own, axis=0) for own in zip(*norms, strict=True)
+    ]
+    if in_float16:
+        return total, [g if g is None else divide(g, tf.cast(count, g.dtype)) for g in gradients]
+    return [tf.cast(count, own.dtype) * own for own in total], gradients
 
 
 def _takes_training(model: keras.Model) -> bool:
@@ -203,11 +161,7 @@ def _computes_in_float16(layer: keras.layers.Layer) -> bool:
     )
 
 
-def _as_tensor(value: Any) -> Any:
-    return value if value is None else tf.convert_to_tensor(value)
-
-
-def _check_model(model: Any) -> None:
+def _check_model(model: object) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(
             "`model` must be a keras.Model, of Keras 3. "
@@ -221,9 +175,9 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _common_batch(**structures: Any) -> int | None:
+def _common_batch(**structures: Structure) -> int | None:
     """The static batch size, `None` if it is known only at run time."""
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, int | None] = {}
     for name, structure in structures.items():
         for tensor in keras.tree.flatten(structure):
             if tensor is None:

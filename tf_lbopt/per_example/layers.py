@@ -24,19 +24,11 @@ Contributions: TypeAlias = list[tuple[keras.Variable, tf.Tensor | Contribution]]
 
 
 @register_layer(keras.layers.Dense, activation="activation")
-def dense(call: LayerCall) -> Contributions:
-    """Products over all axes between the first and the last."""
-    return _einsum(call, "...x,xy->...y")
-
-
 @register_layer(keras.layers.EinsumDense, activation="activation")
-def einsum_dense(call: LayerCall) -> Contributions:
+def dense(call: LayerCall) -> Contributions:
     """Products over the axes that the kernel does not have."""
-    return _einsum(call, call.layer.equation)
-
-
-def _einsum(call: LayerCall, equation: str) -> Contributions:
     kernel, inputs = call.layer.kernel, call.inputs
+    equation = getattr(call.layer, "equation", "...x,xy->...y")
     labels = _einsum_labels(equation, inputs.shape.rank)
     if labels is None or not isinstance(kernel, keras.Variable):  # LoRA
         return NotImplemented
@@ -142,29 +134,29 @@ def convolution(call: LayerCall) -> Contributions:
     if not isinstance(kernel, keras.Variable):  # LoRA
         return NotImplemented
     images, gradient = _channels_last(call)
-    channels, filters = images.shape[-1] // layer.groups, gradient.shape[-1] // layer.groups
-    taps, outputs = math.prod(layer.kernel_size), _spatial(gradient)
+    taps, outputs, groups = math.prod(layer.kernel_size), _spatial(gradient), layer.groups
     pointwise = taps == 1 and math.prod(layer.strides) == 1
-    sizes = {"t": taps, "c": channels, "g": layer.groups, "f": filters}
-    if layer.groups == 1:
-        del sizes["g"]
+    left, right, of_kernel = ("tc", "f", "tcf") if groups == 1 else ("tgc", "gf", "tcgf")
+    each = {"t": taps, "g": groups, "c": images.shape[-1] // groups}
+    each["f"] = gradient.shape[-1] // groups
 
     def factors(images: tf.Tensor, gradient: tf.Tensor) -> list[tf.Tensor]:
         patches = images if pointwise else tf.stack(_shifts(layer, images, outputs), axis=-2)
         return [
-            tf.reshape(
-                tensor,
-                [batch_size(tensor), *outputs, *(sizes[axis] for axis in axes if axis in sizes)],
-            )
-            for tensor, axes in ((patches, "tgc"), (gradient, "gf"))
+            tf.reshape(tensor, [batch_size(tensor), *outputs, *(each[axis] for axis in axes)])
+            for tensor, axes in ((patches, left), (gradient, right))
         ]
 
     positions = "xyz"[: len(outputs)]
-    left, right = (
-        "b" + positions + "".join(axis for axis in axes if axis in sizes) for axes in ("tgc", "gf")
+    product = _product(
+        kernel,
+        (images, gradient),
+        f"b{positions}{left}",
+        f"b{positions}{right}",
+        {axis: each[axis] for axis in of_kernel},
+        factors,
+        made=0 if pointwise else known_size(gradient.shape[1:-1]) * taps * images.shape[-1],
     )
-    made = 0 if pointwise else known_size(gradient.shape[1:-1]) * taps * images.shape[-1]
-    product = _product(kernel, (images, gradient), left, right, sizes, factors, made)
     return [(kernel, product), *_bias(call)]
 
 
@@ -237,20 +229,13 @@ def _shifts(
             missing = max(missing, 0) if isinstance(missing, int) else tf.maximum(missing, 0)
             margins.append([missing // 2, missing - missing // 2])
         images = tf.pad(images, [[0, 0], *margins, [0, 0]])
-    return [
-        images[
-            (
-                slice(None),
-                *(
-                    slice(tap * dilation, tap * dilation + (out - 1) * stride + 1, stride)
-                    for tap, dilation, stride, out in zip(
-                        taps, layer.dilation_rate, layer.strides, outputs, strict=True
-                    )
-                ),
-            )
-        ]
-        for taps in itertools.product(*map(range, layer.kernel_size))
+    windows = [
+        [slice(i * dilation, i * dilation + (out - 1) * stride + 1, stride) for i in range(size)]
+        for size, dilation, stride, out in zip(
+            layer.kernel_size, layer.dilation_rate, layer.strides, outputs, strict=True
+        )
     ]
+    return [images[(slice(None), *window)] for window in itertools.product(*windows)]
 
 
 @register_layer(keras.layers.Embedding)
@@ -295,28 +280,12 @@ def normalization(call: LayerCall) -> Contributions:
     Under batch normalization in training form, where the loss of one example depends on all
     others through mean and variance, this is what an example contributes by way of its own row.
     """
-    layer = call.layer
-    if getattr(layer, "renorm", False) or getattr(layer, "rms_scaling", False):
-        return NotImplemented
-    return _scale_and_shift(call, layer.gamma, layer.beta)
-
-
-def rms_normalization(call: LayerCall) -> Contributions:
-    """Scale of normalized inputs."""
-    return _scale_and_shift(call, call.layer.scale, None)
-
-
-if hasattr(keras.layers, "RMSNormalization"):  # Keras 3.9
-    register_layer(keras.layers.RMSNormalization)(rms_normalization)
-
-
-def _scale_and_shift(
-    call: LayerCall, scale: keras.Variable | None, shift: keras.Variable | None
-) -> Contributions:
     layer, rank = call.layer, call.output.shape.rank
+    shift, scale = getattr(layer, "beta", None), getattr(layer, "gamma", layer.scale)
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     axes = [axis % rank for axis in axes]
-    if 0 in axes or axes != sorted(set(axes)):
+    unusual = getattr(layer, "renorm", False) or getattr(layer, "rms_scaling", False)
+    if unusual or 0 in axes or axes != sorted(set(axes)):
         return NotImplemented
     others = [axis for axis in range(1, rank) if axis not in axes]
     gradient = wide(call.output_gradient)
@@ -345,6 +314,10 @@ def _scale_and_shift(
             normalized = plain.call(inputs, *call.args[1:], **call.kwargs)
         scaled = tf.reduce_sum(gradient * normalized, axis=others)
     return [*contributions, (scale, scaled)]
+
+
+if hasattr(keras.layers, "RMSNormalization"):  # Keras 3.9
+    register_layer(keras.layers.RMSNormalization)(normalization)
 
 
 def _bias(call: LayerCall) -> Contributions:

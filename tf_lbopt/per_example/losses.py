@@ -1,14 +1,23 @@
 """The losses of the examples, out of what Keras reduces to one number."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 
+# A tensor, or nested lists, tuples and dicts of tensors.
+Structure: TypeAlias = Any
 
-def example_losses(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+# What ``compile`` takes, or a function of labels and predictions.
+AnyLoss: TypeAlias = str | keras.losses.Loss | Callable[[Structure, Structure], tf.Tensor]
+
+
+def example_losses(
+    loss: AnyLoss, y_true: Structure, y_pred: Structure, sample_weight: Structure = None
+) -> tf.Tensor:
     """The loss of every example of a batch.
 
     The loss of an example is the mean over its positions (all axes of the unreduced loss but the

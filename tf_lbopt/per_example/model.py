@@ -1,14 +1,14 @@
 """The model whose training step computes the norms that CLARS asks for."""
 
 import functools
-from typing import Any
+from collections.abc import Mapping
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.clars import CLARS
-from tf_lbopt.per_example.losses import example_losses
+from tf_lbopt.per_example.losses import Structure, example_losses
 from tf_lbopt.per_example.tape import PerExampleTape
 
 # What the mean of the examples' losses and Keras's own loss may differ by.
@@ -73,7 +73,7 @@ class PerExampleNormsModel(keras.Model):
 
     _norms_subset_size: int | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         # Left to itself, Keras makes a functional model out of one of a class by changing the bases
         # of that class, and of those above it: no model could be subclassed from them afterwards.
         if _has_symbolic_ends(*args, **kwargs) and not isinstance(self, _compat.Functional):
@@ -96,14 +96,16 @@ class PerExampleNormsModel(keras.Model):
 
     # Marked as Keras marks its own: it would take this for a subclass's, and ask for nothing more.
     @functools.wraps(keras.Model.get_config, assigned=())
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, object]:
         """The configuration as Keras makes it, with `norms_subset_size` if there is one."""
         config = super().get_config()
         size = self.norms_subset_size
         return config if size is None else {**config, _KEY: size}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+    def from_config(
+        cls, config: dict[str, object], custom_objects: Mapping[str, object] | None = None
+    ) -> "PerExampleNormsModel":
         """The model of a configuration that `get_config` returned.
 
         Args:
@@ -120,7 +122,9 @@ class PerExampleNormsModel(keras.Model):
             model.norms_subset_size = size
         return model
 
-    def example_losses(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+    def example_losses(
+        self, x: Structure, y: Structure, y_pred: Structure, sample_weight: Structure = None
+    ) -> tf.Tensor:
         """f_i, the loss of every example, whose mean over the batch is the loss that is trained.
 
         Args:
@@ -146,7 +150,7 @@ class PerExampleNormsModel(keras.Model):
             )
         return losses
 
-    def train_step(self, data: Any) -> Any:
+    def train_step(self, data: Structure) -> dict[str, tf.Tensor]:
         """One training step, with norms if the optimizer asks for them."""
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if not (isinstance(optimizer, CLARS) and optimizer.norm_estimator == "per_example"):
@@ -154,39 +158,33 @@ class PerExampleNormsModel(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         _compat.build_by_shapes(self, x)
         variables = self.trainable_variables
+        replicas = self.distribute_strategy.num_replicas_in_sync
         with PerExampleTape(variables, self.norms_subset_size) as tape:
             y_pred = _compat.call_in_training(self, x)
             losses = self.example_losses(x, y, y_pred, sample_weight)
-            extra = tf.add_n(
-                [tf.zeros([]), *(tf.cast(tf.reduce_sum(own), tf.float32) for own in self.losses)]
-            )
-            batch = tf.cast(tf.shape(losses)[0], losses.dtype)
+            extra = tf.zeros([])
+            for own in self.losses:
+                extra += tf.cast(tf.reduce_sum(own), tf.float32)
             # Each replica's gradients are those of its share of the loss.
-            share = tf.math.divide_no_nan(
-                tf.ones_like(batch), batch * self.distribute_strategy.num_replicas_in_sync
-            )
-            contributions = self.optimizer.scale_loss(losses * share)
-            scaled_extra = self.optimizer.scale_loss(
-                extra / self.distribute_strategy.num_replicas_in_sync
-            )
-        gradients, norms = tape.gradient(contributions, scaled_extra)
+            share = tf.math.reciprocal_no_nan(tf.cast(replicas * tf.size(losses), losses.dtype))
+            scaled_losses = self.optimizer.scale_loss(losses * share)
+            scaled_extra = self.optimizer.scale_loss(extra / replicas)
+        gradients, norms = tape.gradient(scaled_losses, scaled_extra)
         loss = _compat.tracked_loss(self, x, y, y_pred, sample_weight)
         _check_mean(loss, tf.reduce_mean(losses) + tf.cast(extra, losses.dtype))
-        unit = tf.cast(self.optimizer.scale_loss(tf.ones([])), tf.float32) * tf.cast(
-            share, tf.float32
-        )
-        norms = [norm * tf.cast(tf.math.reciprocal_no_nan(unit), norm.dtype) for norm in norms]
+        scale = tf.math.reciprocal_no_nan(self.optimizer.scale_loss(tf.cast(share, tf.float32)))
+        norms = [norm * tf.cast(scale, norm.dtype) for norm in norms]
         with optimizer.example_norms(norms, variables):
             self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
 
-def _has_symbolic_ends(*args: Any, inputs: Any = None, outputs: Any = None, **_: Any) -> bool:
-    ends = [*args, inputs, outputs]
-    leaves = [leaf for leaf in keras.tree.flatten(ends) if leaf is not None]
-    return sum(end is not None for end in ends) >= 2 and any(
-        keras.utils.is_keras_tensor(leaf) for leaf in leaves
-    )
+def _has_symbolic_ends(
+    *args: object, inputs: object = None, outputs: object = None, **_: object
+) -> bool:
+    ends = [end for end in (*args, inputs, outputs) if end is not None]
+    symbolic = map(keras.utils.is_keras_tensor, keras.tree.flatten(ends))
+    return len(ends) >= 2 and any(symbolic)
 
 
 @functools.cache
@@ -208,16 +206,17 @@ def _functional(cls: type, norms_subset_size: int | None = None) -> type:
     return functional
 
 
-def _with_reduction(loss: keras.losses.Loss, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+def _with_reduction(
+    loss: keras.losses.Loss, y: Structure, y_pred: Structure, sample_weight: Structure
+) -> tf.Tensor:
     losses = example_losses(loss, y, y_pred, sample_weight)
     reduction = loss.reduction
     if reduction in ("sum_over_batch_size", "mean"):
         return losses
     if reduction == "sum":
-        # example_losses takes a mean over the positions of an example.
-        per_example = _compat.unreduced_loss(loss, y, y_pred)[0]
-        positions = tf.cast(tf.size(per_example), losses.dtype)
-        return losses * positions * tf.cast(tf.shape(losses)[0], losses.dtype)
+        # The loss is the sum of what is averaged here over positions, and then over the batch.
+        values = _compat.unreduced_loss(loss, y, y_pred)
+        return losses * tf.cast(tf.size(values), losses.dtype)
     raise ValueError(
         "PerExampleNormsModel knows the losses of the examples for the reductions "
         "'sum_over_batch_size', 'mean' and 'sum'; override `example_losses` for others. "
