@@ -1,0 +1,331 @@
+"""Breaks lines of the package, one at a time, and runs the tests that must notice.
+
+    python -m tests.mutants [--only=PATTERN] [--list]
+
+Each mutant names the test files that are to catch it; they are run with ``-x`` on a copy of the
+package. First they are run on the package as it is, where they must pass. Results go to
+`docs/mutants.json`, from which the table in `docs/testing.md` is written.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+TABLE = ROOT / "docs" / "mutants.json"
+PAGE = ROOT / "docs" / "testing.md"
+BEGIN, END = "<!-- mutants -->", "<!-- end of mutants -->"
+SECONDS = 1200
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One line that is broken.
+
+    Attributes:
+        name: What is wrong then.
+        file: In `tf_lbopt`.
+        old: Text that occurs once in it.
+        new: What is put in its place.
+        tests: Files, or files and patterns for ``-k``: ``"test_guard.py"``,
+            ``"test_guard.py:halves"``.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "the trust coefficient is left out",
+        "rules/trust_ratio.py",
+        "ratio = coefficient * tf.math",
+        "ratio = tf.math",
+        "test_norms.py:trust_ratio",
+    ),
+    Mutant(
+        "Nesterov's step has no momentum",
+        "rules/momentum.py",
+        "delta = momentum * velocity - learning_rate * direction if nesterov",
+        "delta = velocity - learning_rate * direction if nesterov",
+        "test_kernels.py:momentum",
+    ),
+    Mutant(
+        "the second moment has no bias correction",
+        "rules/moments.py",
+        "root = tf.sqrt(v / second.correction)",
+        "root = tf.sqrt(v)",
+        "test_kernels.py:adam",
+    ),
+    Mutant(
+        "LAMB decays what is excluded",
+        "rules/lamb.py",
+        "offset=decay[w.dtype] * w if decayed else None",
+        "offset=decay[w.dtype] * w if self.weight_decay else None",
+        "test_reference.py:exclusions",
+    ),
+    Mutant(
+        "LARS's two denominators are exchanged",
+        "rules/lars.py",
+        'self.trust_ratio_denominator == "norm_of_sum"',
+        'self.trust_ratio_denominator != "norm_of_sum"',
+        "test_reference.py:variants",
+    ),
+    Mutant(
+        "SNGM does not normalize",
+        "rules/sngm.py",
+        "writer.heavy_ball(variable, buffer, gradient / by, rate",
+        "writer.heavy_ball(variable, buffer, gradient, rate",
+        "test_reference.py",
+    ),
+    Mutant(
+        "CLARS bounds the rate of excluded variables too",
+        "rules/clars.py",
+        "ratios = tf.where(list(parameters.adapted), bounded, ratios)",
+        "ratios = bounded",
+        "test_clars.py",
+    ),
+    Mutant(
+        "r is not clipped at 1",
+        "rules/gsnr.py",
+        "tf.where(ratio > low, tf.minimum(ratio, mean), low) / mean",
+        "tf.where(ratio > low, ratio, low) / mean",
+        "test_vrgd.py:special",
+    ),
+    Mutant(
+        "elements on which all sub-batches agree are part of the layer mean",
+        "rules/gsnr.py",
+        "resolved = tf.cast(ratio < tf.cast(limit, ratio.dtype), ratio.dtype)",
+        "resolved = tf.cast(tf.math.is_finite(ratio), ratio.dtype)",
+        "test_vrgd.py:special",
+    ),
+    Mutant(
+        "r's running mean has no bias correction",
+        "rules/vrgd.py",
+        "dense(g) * of[g.dtype].corrected(p)",
+        "dense(g) * p",
+        "test_reference.py",
+    ),
+    Mutant(
+        "norms of tiny gradients vanish",
+        "rules/norms.py",
+        "factors = tf.where(squares < safe.least, ones * safe.factor, down)",
+        "factors = down",
+        "test_norms.py",
+    ),
+    Mutant(
+        "the deviation of a further micro-step has the wrong weight",
+        "aggregation/accumulators.py",
+        "return replicas / count, count / (count + 1.0)",
+        "return replicas / count, count / count",
+        "test_vrgd.py:variance",
+    ),
+    Mutant(
+        "replicas' deviations from the common mean count once, not for each micro-step",
+        "aggregation/accumulators.py",
+        "squares = deviations + squares * tf.cast(own.live, dtype)",
+        "squares = deviations + squares",
+        "test_vrgd.py:variance",
+    ),
+    Mutant(
+        "an empty sub-batch counts as one",
+        "aggregation/accumulation.py",
+        "live = any_nonzero(list(gradients)) if counted else tf.constant(True)",
+        "live = tf.constant(True)",
+        "test_vrgd.py:empty",
+    ),
+    Mutant(
+        "micro-steps that are pending survive a reset of the state",
+        "aggregation/accumulation.py",
+        "return tf.where(belongs, count, 0)",
+        "return count",
+        "test_state.py:pending",
+    ),
+    Mutant(
+        "the first micro-step adds to what was there",
+        "aggregation/accumulation.py",
+        "return tf.cond(count < self.parts, begin, go_on)",
+        "return tf.cond(count < 0, begin, go_on)",
+        "test_reference.py",
+    ),
+    Mutant(
+        "the update comes a micro-step late",
+        "aggregation/pipeline.py",
+        "return tf.cond(tf.equal(count, accumulation.steps - 1), last, advance)",
+        "return tf.cond(tf.equal(count, accumulation.steps), last, advance)",
+        "test_reference.py",
+    ),
+    Mutant(
+        "a constant gradient is not summed over the replicas",
+        "aggregation/pipeline.py",
+        "own.append(tf.identity(tf.cast(gradient, dtype)))",
+        "own.append(tf.cast(gradient, dtype))",
+        "test_replicas.py",
+    ),
+    Mutant(
+        "gradients are averaged over the replicas, not summed",
+        "aggregation/replicas.py",
+        "tf.distribute.ReduceOp.SUM, [(values[i]",
+        "tf.distribute.ReduceOp.MEAN, [(values[i]",
+        "test_reference.py",
+    ),
+    Mutant(
+        "repeated rows of a sparse gradient are not summed",
+        "aggregation/sparse.py",
+        "if not isinstance(gradient, tf.IndexedSlices):\n        return gradient\n    indices, pos",
+        "return gradient\n    indices, pos",
+        "test_norms.py",
+    ),
+    Mutant(
+        "rows of a sparse accumulator do not count their micro-steps",
+        "aggregation/accumulators.py",
+        "self.touched.assign(tf.tensor_scatter_nd_add(touched, update_at, ones))",
+        "self.touched.assign(touched)",
+        "test_replicas.py:sparse",
+    ),
+    Mutant(
+        "steps that overflow are written",
+        "optimizers/algorithm.py",
+        "sound &= update.sound",
+        "sound &= True",
+        "test_guard.py:overflow or large or squares",
+    ),
+    Mutant(
+        "a gradient that is not finite is written",
+        "optimizers/algorithm.py",
+        "sound = finite & is_rate(learning_rate)",
+        "sound = is_rate(learning_rate)",
+        "test_guard.py",
+    ),
+    Mutant(
+        "a float16 weight that overflows becomes infinite",
+        "rules/writer.py",
+        "new = tf.where(finite, new, old)",
+        "new = tf.where(True, new, old)",
+        "test_guard.py:overflow",
+    ),
+    Mutant(
+        "clipping enlarges short gradients",
+        "rules/clip.py",
+        "return limit / tf.maximum(norm, limit)",
+        "return limit / norm",
+        "test_norms.py:clip",
+    ),
+    Mutant(
+        "the norms of clipped gradients are those before",
+        "rules/clip.py",
+        "return clipped, gradient_norms * factors",
+        "return clipped, gradient_norms",
+        "test_norms.py:clip",
+    ),
+)
+
+
+def broken(mutant: Mutant, folder: pathlib.Path) -> None:
+    """Makes a copy of the package with a mutant in it."""
+    shutil.copytree(ROOT / "tf_lbopt", folder / "tf_lbopt", dirs_exist_ok=True)
+    path = folder / "tf_lbopt" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.name}: `old` must occur once in {mutant.file}. "
+            f"Received: {mutant.old!r}, {text.count(mutant.old)} times"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def fails(tests: str, package: pathlib.Path) -> tuple[bool, float]:
+    """Whether tests fail on a package, and after how many seconds.
+
+    Raises:
+        RuntimeError: There are no such tests, or they take too long.
+    """
+    file, _, pattern = tests.partition(":")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not long", str(ROOT / "tests" / file)]
+    command += ["-k", pattern] if pattern else []
+    start = time.monotonic()
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(package), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{tests}: {(done.stdout + done.stderr)[-1000:]}")
+    return done.returncode == 1, time.monotonic() - start
+
+
+def render(rows: dict[str, dict]) -> str:
+    """The table."""
+    lines = [
+        "| what is broken | in | caught by | result | s |",
+        "|---|---|---|---|---|",
+    ]
+    for mutant in MUTANTS:
+        if mutant.name in rows:
+            row = rows[mutant.name]
+            result = "caught" if row["caught"] else "**survives**"
+            lines.append(
+                f"| {mutant.name} | {mutant.file} | {mutant.tests.replace(':', ', ')} | {result} "
+                f"| {row['seconds']} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="regular expression over names, files, tests")
+    parser.add_argument("--list", action="store_true", help="name the mutants and end")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTANTS if re.search(arguments.only, f"{m.name} {m.file} {m.tests}")]
+    if arguments.list or not chosen:
+        print("\n".join(m.name for m in (chosen or MUTANTS)))
+        return 0 if chosen else 2
+    rows = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    survivors = 0
+    for tests in dict.fromkeys(m.tests for m in chosen):
+        print(f"{tests} on the package as it is ...", flush=True)
+        failed, seconds = fails(tests, ROOT)
+        if failed:
+            print(f"    {tests} fails without a mutant", file=sys.stderr)
+            return 1
+        print(f"    passes ({seconds:.0f} s)", flush=True)
+    for number, mutant in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {mutant.name} ...", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            broken(mutant, pathlib.Path(folder))
+            caught, seconds = fails(mutant.tests, pathlib.Path(folder))
+        survivors += not caught
+        print(f"    {'caught' if caught else 'SURVIVES'} ({seconds:.0f} s)", flush=True)
+        rows[mutant.name] = {
+            "caught": caught,
+            "seconds": round(seconds),
+            "date": datetime.date.today().isoformat(),
+        }
+        TABLE.write_text(json.dumps(rows, indent=1) + "\n")
+        if PAGE.exists() and BEGIN in PAGE.read_text():
+            before, rest = PAGE.read_text().split(BEGIN)
+            after = rest.split(END)[1]
+            PAGE.write_text(f"{before}{BEGIN}\n\n{render(rows)}\n\n{END}{after}")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
