@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection
 
 import tensorflow as tf
 
-from tf_lbopt import _compat
 from tf_lbopt.aggregation.sparse import merge_repeated_indices, rows_at
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
@@ -301,8 +300,6 @@ def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     found = _any_nonzero(small)
     if not rest:
         return found
-    if _compat.in_xla_context():
-        return found | _any_nonzero(rest)
     # One condition for all that is large: tracing one takes longer than looking at small tensors.
     return tf.cond(found, lambda: tf.constant(True), lambda: _any_nonzero(rest))
 

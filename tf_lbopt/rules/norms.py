@@ -3,7 +3,8 @@
 Squares of float32 numbers below 1e-19 vanish and above 1e19 overflow, so the usual
 ``sqrt(sum(x**2))`` silently turns a small gradient into "no gradient". Here the usual form is taken
 where it is exact, and one of scaled elements where it is not: in a graph by a second pass that is
-rarely made, compiled by XLA by three sums in one pass.
+rarely made. XLA, which has no branches, sums squares in float64, or, on a TPU, which has none, takes
+three sums in one pass.
 """
 
 import dataclasses
@@ -109,6 +110,10 @@ def all_finite(norms_of_all: tf.Tensor) -> tf.Tensor:
 
 def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
     """Norms of tensors of one dtype; in a graph all are computed again if one of them needs it."""
+    compiled = _compat.in_xla_context()
+    if compiled and values[0].dtype == tf.float32 and not _compat.in_tpu_replica():
+        squares = 2.0 * tf.stack([tf.nn.l2_loss(tf.cast(value, tf.float64)) for value in values])
+        return tf.cast(tf.sqrt(squares), tf.float32)
     # `l2_loss` is half of it: one pass, without a temporary for the squares.
     squares = 2.0 * tf.stack([tf.nn.l2_loss(value) for value in values])
     usual = tf.sqrt(squares)
@@ -117,7 +122,7 @@ def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
     ones = tf.ones_like(squares)
     down = tf.where(squares > safe.greatest, ones / safe.factor, ones)  # NaN stays as it is
     factors = tf.where(squares < safe.least, ones * safe.factor, down)
-    if not _compat.in_xla_context():
+    if not compiled:
         return tf.cond(
             tf.reduce_all(tf.equal(factors, 1.0)),
             lambda: usual,
