@@ -3,8 +3,8 @@
 Squares of float32 numbers below 1e-19 vanish and above 1e19 overflow, so the usual
 ``sqrt(sum(x**2))`` silently turns a small gradient into "no gradient". Here the usual form is taken
 where it is exact, and one of scaled elements where it is not: in a graph by a second pass that is
-rarely made. XLA, which has no branches, sums squares in float64, or, on a TPU, which has none, takes
-three sums in one pass.
+rarely made. Compiled by XLA, without branches, squares are summed in float64; on a TPU, which has
+no float64, three sums are taken in one pass.
 """
 
 import dataclasses
