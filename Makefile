@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py README.md $(shell find tf_lbopt official_reci
 # Tests import the installed package, so pytest is called as a script: `python -m` adds this folder.
 PYTEST := TF_LBOPT_INSTALLED=1 $(BIN)/pytest
 # A test that hangs ends its process after so many seconds, with the stacks of its threads.
-LIMIT ?= 300
+LIMIT ?= 900
 JOBS ?= 2
 # For `make recipes`: a folder of small real data sets, or nothing.
 DATA ?= $(wildcard ../shared/data)
