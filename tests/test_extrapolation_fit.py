@@ -42,8 +42,8 @@ class Seen(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("noise", ["past_gradient", "stochastic_noise"])
-@pytest.mark.quick(replicas=2)
-@pytest.mark.quick(replicas=1, noise="past_gradient")
+@pytest.mark.quick(replicas=2, noise="past_gradient")
+@pytest.mark.quick(replicas=1, sub_batches=4, noise="stochastic_noise")
 def test_fit_equals_the_reference_after_every_update(replicas, sub_batches, noise):
     points = replicas * sub_batches
     data = batches(6, ROWS * points)

@@ -52,6 +52,8 @@ def brute_force(model, x, y, weights):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.quick(replicas=2, weighted=True)
+@pytest.mark.quick(replicas=1, weighted=False)
 def test_equals_brute_force_after_every_epoch(replicas, weighted):
     x, y, weights = data()
     weights = weights if weighted else np.ones_like(weights)

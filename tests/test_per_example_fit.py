@@ -510,7 +510,7 @@ np.save(sys.argv[1] + ".npy", y)
 
 
 @pytest.mark.parametrize("kind", ["functional", "sequential", "subclassed"])
-@pytest.mark.quick(kind=("functional", "subclassed"))
+@pytest.mark.quick(kind="subclassed")
 def test_plain_model_for_inference(kind, tmp_path):
     """As the docstring says; loaded where nobody imports this package."""
     model = exported(kind)

@@ -80,6 +80,7 @@ def test_folder_without_known_data(tmp_path, capsys):
     assert f"({tmp_path} has no known data)" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_cifar100(tmp_path):
     folder = cifar100_folder(tmp_path)
     arguments = ["--optimizers=sngm", "--nobaseline", "--batch_size=4", "--replicas=2"]
@@ -204,11 +205,12 @@ INTERRUPTIBLE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 @pytest.mark.parametrize(
     "seconds",
     # Building the first model, tracing, and training, on a machine that is not busy.
-    [pytest.param(0.0, marks=pytest.mark.long), 2.0, pytest.param(5.0, marks=pytest.mark.long)],
+    [0.0, 2.0, 5.0],
 )
 def test_interrupt(tmp_path, seconds):
     process = start("--epochs=500", f"--output_dir={tmp_path}", command=INTERRUPTIBLE)

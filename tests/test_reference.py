@@ -23,7 +23,8 @@ def assert_close(got, expected, **tolerance):
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
-@pytest.mark.quick(case=KINDS)
+@pytest.mark.quick(case=KINDS, replicas=(1, 4))
+@pytest.mark.quick(case="vr_lamb", replicas=8)
 @pytest.mark.quick(replicas=2)
 def test_equals_the_reference_on_every_split(case, replicas, micro_steps):
     gradients = sub_batch_gradients(6)

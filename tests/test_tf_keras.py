@@ -149,8 +149,8 @@ def test_clips_the_mean_gradient(case):
     ("case", "framework"),
     [
         *((case, "tf_keras") for case in KIND_CASES),
-        (KIND_CASES[0], "keras"),
-        (KIND_CASES[0], "callable"),
+        (named("lamb"), "keras"),
+        (named("lamb"), "callable"),
     ],
     ids=str,
 )
