@@ -125,6 +125,39 @@ def test_one_log_line_once(caplog):
     assert caplog.records[0].levelno == logging.WARNING
 
 
+class Several(Scale):
+    """Returns several things, one of them without a gradient and one that nothing uses."""
+
+    def call(self, inputs):
+        scaled = inputs * self.factors
+        return {"scaled": scaled, "both": (inputs + self.factors, scaled), "rank": 2}
+
+
+@MODES
+def test_layer_with_several_outputs(graph, caplog):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.several = Several()
+            self(tf.zeros([1, 4]))
+            perturbed(self)
+
+        def call(self, inputs):
+            outputs = self.several(inputs)
+            return outputs["scaled"] * tf.sin(outputs["both"][0])
+
+    assert_exact(Model(), normal(BATCH, 4), normal(BATCH, 4, seed=2), graph=graph)
+    assert "(Several)" in lines(caplog)[0]
+
+
+def test_compiled_by_xla():
+    model = sequential(L.Dense(3), L.PReLU(), Scale(), L.Dense(2), inputs=(4,))
+    x, y = normal(BATCH, 4), normal(BATCH, 2, seed=2)
+    compiled = tf.function(per_example_gradient_norms, autograph=False, jit_compile=True)
+    norms, _ = compiled(model, x, y, "mse", subset_size=3)
+    assert_norms(norms, [rows[:3] for rows in norms_of(one_at_a_time(model, x, y, "mse"))])
+
+
 @MODES
 @pytest.mark.parametrize("make", [with_head, Language])
 def test_tied_weights(make, graph, caplog):

@@ -218,7 +218,7 @@ def _by_hand(model, x, copy_of):
     return x
 
 
-def normalized_net():
+def normalized_net(*more):
     return sequential(
         L.Conv2D(4, 3, padding="same", use_bias=False),
         L.BatchNormalization(),
@@ -226,6 +226,7 @@ def normalized_net():
         L.Conv2D(5, 3, strides=2, padding="same", use_bias=False),
         L.BatchNormalization(),
         L.ReLU(),
+        *(layer() for layer in more),
         L.GlobalAveragePooling2D(),
         L.Dense(6),
         L.BatchNormalization(),
@@ -427,10 +428,11 @@ def test_half_precision_embedding(policy, no_general_way):
 # -- strategies and Keras's own training step ------------------------------------------------------
 
 
-def test_replicas(no_general_way):
+@pytest.mark.parametrize("layers", [[], [L.PReLU]], ids=["rules", "the general way too"])
+def test_replicas(layers):
     strategy = strategy_of(2)
     with strategy.scope():
-        model = normalized_net()
+        model = normalized_net(*layers)
     x, y = batch_for(model, 8)
     halves = [(x[:4], y[:4]), (x[4:], y[4:])]
     local = [
