@@ -97,7 +97,6 @@ SEQUENCES = {
     "unrolled": lambda: [L.SimpleRNN(3, unroll=True)],
     "separable": lambda: [L.SeparableConv1D(4, 3), L.GlobalAveragePooling1D()],
     "transposed": lambda: [L.Conv1DTranspose(4, 3, strides=2), L.GlobalAveragePooling1D()],
-    "prelu": lambda: [L.PReLU(), L.Flatten()],
     "time distributed": lambda: [L.TimeDistributed(L.Dense(3)), L.Flatten()],
     "spectral": lambda: [L.Flatten(), L.SpectralNormalization(L.Dense(3))],
 }
@@ -151,7 +150,7 @@ def test_layer_with_several_outputs(graph, caplog):
 
 
 def test_compiled_by_xla():
-    model = sequential(L.Dense(3), L.PReLU(), Scale(), L.Dense(2), inputs=(4,))
+    model = sequential(L.Dense(3), Scale(), L.Dense(2), inputs=(4,))
     x, y = normal(BATCH, 4), normal(BATCH, 2, seed=2)
     compiled = tf.function(per_example_gradient_norms, autograph=False, jit_compile=True)
     norms, _ = compiled(model, x, y, "mse", subset_size=3)

@@ -74,6 +74,7 @@ CASES = {
         (6, 5, 4),
     ),
     "depthwise 1d": (lambda: [L.DepthwiseConv1D(3, padding="same", depth_multiplier=2)], (7, 3)),
+    "prelu": (lambda: [L.PReLU("uniform"), L.PReLU("uniform", shared_axes=[1, 3])], (5, 4, 3)),
     "layer norm": (lambda: [L.LayerNormalization()], (3, 4)),
     "layer norm over two axes": (lambda: [L.LayerNormalization(axis=[1, 3])], (3, 4, 2)),
     "layer norm without scale": (lambda: [L.LayerNormalization(scale=False)], (4,)),

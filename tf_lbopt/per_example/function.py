@@ -31,8 +31,9 @@ def per_example_gradient_norms(
     ingredients of CLARS, whose N_k is the mean of the norms. Layers that have a rule, most of
     Keras's, cost little more than the gradient alone, with never more than 16 MiB (or one example)
     of per-example gradients at a time. Other layers, and variables that are read outside their
-    layer, take a backward pass for each example, which is exact too, but slow; they are named once
-    in a warning of the logger ``tf_lbopt.per_example``.
+    layer, take a backward pass of the batch for each example, which is exact too, but slow
+    (``micro_batch_size`` and ``subset_size`` bound it); they are named once in a warning of the
+    logger ``tf_lbopt.per_example``.
     Variables that are used several times get the norm of the sum.
 
     What f_i is:

@@ -251,6 +251,16 @@ def embedding(call: LayerCall) -> Contributions:
     return [(table, Rows(indices, call.output_gradient, tuple(table.shape)))]
 
 
+@register_layer(keras.layers.PReLU)
+def prelu(call: LayerCall) -> Contributions:
+    """The inputs where they are negative, summed over shared axes."""
+    alpha = call.layer.alpha
+    negative = tf.minimum(wide(call.inputs), 0.0)
+    shared = [1 + axis for axis, size in enumerate(alpha.shape) if size == 1]
+    scaled = wide(call.output_gradient) * negative
+    return [(alpha, tf.reduce_sum(scaled, axis=shared, keepdims=True))]
+
+
 def _statistics(
     layer: keras.layers.BatchNormalization,
     args: Sequence[tf.Tensor],
