@@ -98,6 +98,42 @@ def lamb(
     return w
 
 
+def lans(
+    weights,
+    gradients,
+    learning_rate=0.001,
+    beta_1=0.9,
+    beta_2=0.999,
+    epsilon=1e-6,
+    weight_decay=0.0,
+    default_trust_ratio=1.0,
+    decays=None,
+    adapts=None,
+):
+    w = [np.array(x, np.float64) for x in weights]
+    m = [np.zeros_like(x) for x in w]
+    v = [np.zeros_like(x) for x in w]
+    decays = decays or [True] * len(w)
+    adapts = adapts or decays
+    for t, update in enumerate(gradients):
+        for i in range(len(w)):
+            g = update[i] / _norm(update[i]) if _norm(update[i]) > 0 else 0.0 * update[i]
+            m[i] = beta_1 * m[i] + (1 - beta_1) * g
+            v[i] = beta_2 * v[i] + (1 - beta_2) * g**2
+            root = np.sqrt(v[i] / (1 - beta_2 ** (t + 1)))
+            decay = (weight_decay or 0.0) * w[i] * decays[i]
+            d = 0.0
+            for share, x in ((beta_1, m[i] / (1 - beta_1 ** (t + 1))), (1 - beta_1, g)):
+                with np.errstate(invalid="ignore"):
+                    part = np.where(x == 0, 0.0, x / (root + epsilon)) + decay
+                rho = default_trust_ratio
+                if adapts[i] and _norm(w[i]) > 0 and _norm(part) > 0:
+                    rho = _norm(w[i]) / _norm(part)
+                d = d + share * rho * part
+            w[i] = w[i] - _rate(learning_rate, t) * d
+    return w
+
+
 def clars(
     weights,
     gradients,

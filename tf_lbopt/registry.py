@@ -50,7 +50,7 @@ def list_optimizers(pattern: str = "*") -> list[OptimizerInfo]:
 
     Example:
         >>> [info.name for info in list_optimizers("la*")]
-        ['lamb', 'lars']
+        ['lamb', 'lans', 'lars']
     """
     if not isinstance(pattern, str):
         raise TypeError(

@@ -3,7 +3,7 @@
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
-from tf_lbopt.optimizers.layerwise import LAMB, LARS
+from tf_lbopt.optimizers.layerwise import LAMB, LANS, LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
 from tf_lbopt.optimizers.post_local_sgd import PostLocalSGD
 from tf_lbopt.optimizers.sgd import SGD, Adam, AdamW
@@ -14,6 +14,7 @@ from tf_lbopt.optimizers.vrgd import VRLAMB, VRLARS, VRSGD, VRAdam, VRMomentum
 __all__ = [
     "CLARS",
     "LAMB",
+    "LANS",
     "LARS",
     "SGD",
     "SNGM",

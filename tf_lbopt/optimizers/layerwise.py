@@ -1,4 +1,4 @@
-"""LARS and LAMB."""
+"""LARS, LAMB and LANS."""
 
 from typing import ClassVar
 
@@ -125,3 +125,52 @@ class LAMB(LargeBatchOptimizer):
         "exclude_from_layer_adaptation": None,
         "default_trust_ratio": 1.0,
     }
+
+
+@optimizer("lans")
+class LANS(LargeBatchOptimizer):
+    """LAMB on normalized gradients, with Nesterov's momentum.
+
+    The gradient of every layer (trainable variable) is divided by its norm before the moments, and
+    the step is made of two parts that are scaled to the size of the weights one by one, along the
+    momentum and along the gradient itself:
+
+        ĝ = ḡ / ‖ḡ‖              0 where ‖ḡ‖ = 0
+        m ← β₁ m + (1 − β₁) ĝ,   v ← β₂ v + (1 − β₂) ĝ²
+        r = m̂ / (√v̂ + ε) + λ w   with bias-corrected m̂ and v̂
+        c = ĝ / (√v̂ + ε) + λ w
+        w ← w − η (β₁ ρ_r r + (1 − β₁) ρ_c c)
+
+    with ρ_r = ‖w‖ / ‖r‖ and ρ_c = ‖w‖ / ‖c‖, each `default_trust_ratio` where one of its norms is 0
+    or the layer is excluded; the gradient of an excluded layer is normalized too.
+
+    `clipnorm` and `global_clipnorm` have no effect: what they multiply a gradient by is divided out
+    again.
+
+    Args:
+        learning_rate: η. {rate} Defaults to 0.001.
+        beta_1: β₁ in [0, 1), of the momentum and of its part of the step. Defaults to 0.9.
+        beta_2: β₂ in [0, 1). Defaults to 0.999.
+        epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
+        weight_decay: λ ≥ 0, part of r and of c and so inside the trust ratios. Defaults to `None`.
+        {exclusions}
+        {default_trust_ratio}
+        {common_arguments}
+
+    Raises:
+        {raises}.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = LANS(learning_rate=0.1)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([0.5, 0.5])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.6464, 3.6464]
+
+    References:
+        Zheng, Lin, Zha, Li 2020, "Accelerated Large Batch Optimization of BERT Pretraining in 54
+        minutes" (arXiv:2006.13484), Algorithm 2.
+    """
+
+    rule_class = rules.LANS
+    arguments: ClassVar = LAMB.arguments

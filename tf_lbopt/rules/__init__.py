@@ -3,6 +3,7 @@
 from tf_lbopt.rules.adam import Adam
 from tf_lbopt.rules.clars import CLARS
 from tf_lbopt.rules.lamb import LAMB
+from tf_lbopt.rules.lans import LANS
 from tf_lbopt.rules.lars import LARS
 from tf_lbopt.rules.rule import MEAN_NORM, OWN_GRADIENT, VARIANCE, Parameters, Rule, Step, Update
 from tf_lbopt.rules.sgd import SGD
@@ -12,6 +13,7 @@ from tf_lbopt.rules.vrgd import VRGD
 __all__ = [
     "CLARS",
     "LAMB",
+    "LANS",
     "LARS",
     "MEAN_NORM",
     "OWN_GRADIENT",

@@ -58,6 +58,10 @@ class AdamMoments(Rule):
         """What the direction has to be clipped to, or ``None``; see `direction_bound`."""
         return _GREATEST_DIRECTION if self.beta_1**2 >= self.beta_2 else None
 
+    def direction_bound(self, dtype: tf.DType) -> float:
+        """What no element of the direction exceeds, without decay."""
+        return direction_bound(self.beta_1, self.beta_2, self.epsilon, dtype)
+
     def running_means(
         self, parameters: Parameters, step: Step
     ) -> dict[tf.DType, tuple[RunningMean, RunningMean]]:
@@ -90,10 +94,7 @@ class AdamMoments(Rule):
             A boolean scalar.
         """
         dtypes = parameters.dtypes
-        bounds = {
-            dtype: direction_bound(self.beta_1, self.beta_2, self.epsilon, dtype)
-            for dtype in dict.fromkeys(dtypes)
-        }
+        bounds = {dtype: self.direction_bound(dtype) for dtype in dict.fromkeys(dtypes)}
         direction = tf.constant([bounds[dtype] for dtype in dtypes], parameters.dtype)
         lengths = with_decay(parameters, direction, step, self.weight_decay, weight_norms, ratio)
         if weight_norms is not None:
