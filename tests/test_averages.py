@@ -1,4 +1,4 @@
-"""`use_ema`: averages of weights in half precision, and `SwapEMAWeights`."""
+"""`use_ema`: averages of weights in half precision, and `callbacks.SwapEMAWeights`."""
 
 import keras
 import numpy as np
@@ -125,7 +125,7 @@ def test_swapping_loses_nothing(name, dtype):
         model.compile(optimizer, "mse", jit_compile=False)
     owner = optimizer if optimizer.use_ema else optimizer.inner_optimizer
     before, swapped = _Watch(owner), _Watch(owner)
-    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    swap = tf_lbopt.callbacks.SwapEMAWeights(swap_on_epoch=True)
     model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0, callbacks=[before, swap, swapped])
     averages, weights = before.ends[0]
     shown = [tf.cast(tf.cast(a, dtype), tf.float32).numpy() for a in averages]
@@ -144,15 +144,53 @@ def test_swapping_loses_nothing(name, dtype):
         )
 
 
-def test_swapping_of_others_is_as_it_was():
-    x = np.ones([4, 2], "float32")
+def test_swapping_where_training_stops_early():
+    """Weights end as the averages, also where it is a later callback that stops."""
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+    optimizer = tf_lbopt.SNGM(0.05, use_ema=True, ema_momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, "mse", jit_compile=False)
+    before = _Watch(optimizer)
+    swap = tf_lbopt.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    stop = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True)
+    )
+    model.fit(x, x[:, :1], batch_size=8, epochs=5, verbose=0, callbacks=[before, swap, stop])
+    assert int(optimizer.iterations.numpy()) == 2
+    averages, weights = before.ends[0]
+    for variable, average, raw in zip(model.trainable_variables, averages, weights, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), average)
+        assert not np.array_equal(average, raw)
+
+
+def test_evaluations_see_averages():
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+    optimizer = tf_lbopt.SNGM(0.05, use_ema=True, ema_momentum=0.5)
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, "mse", jit_compile=False)
+    for _ in range(3):
+        model.train_on_batch(x, x[:, :1])
+    weights = model.get_weights()
+    kernel, bias = averages_of(optimizer)
+    expected = x @ kernel + bias
+    swap = [tf_lbopt.callbacks.SwapEMAWeights()]
+    np.testing.assert_allclose(model.predict(x, verbose=0, callbacks=swap), expected, atol=1e-5)
+    loss = model.evaluate(x, x[:, :1], verbose=0, callbacks=swap)
+    assert loss == pytest.approx(np.mean((expected - x[:, :1]) ** 2), rel=1e-5)
+    for now, then in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(now, then)
+    assert np.abs(weights[0] - kernel).max() > 1e-3
+
+
+@pytest.mark.parametrize("make", [lambda: tf_lbopt.SNGM(0.1), lambda: keras.optimizers.SGD(0.1)])
+def test_swapping_needs_averages(make):
     model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
-    tf_lbopt.SNGM(0.1, use_ema=True)
-    model.compile(keras.optimizers.SGD(0.1, use_ema=True), "mse", jit_compile=False)
-    model.fit(x, x[:, :1], verbose=0, callbacks=[keras.callbacks.SwapEMAWeights(True)])
-    model.compile(tf_lbopt.SNGM(0.1), "mse", jit_compile=False)
-    with pytest.raises(ValueError, match="use_ema"):
-        model.fit(x, x[:, :1], verbose=0, callbacks=[keras.callbacks.SwapEMAWeights(True)])
+    model.compile(make(), "mse", jit_compile=False)
+    x = np.ones([4, 2], "float32")
+    with pytest.raises(ValueError, match=r"`use_ema=True`.* Received: S"):
+        model.fit(x, x[:, :1], verbose=0, callbacks=[tf_lbopt.callbacks.SwapEMAWeights()])
 
 
 # -- the learning rate that is set -----------------------------------------------------------------

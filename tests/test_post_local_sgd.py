@@ -5,8 +5,10 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import references
 import tensorflow as tf
 from conftest import strategy_of
+from harness import CASES, Run, initial_weights, sub_batch_gradients
 from test_extrapolation import ROWS, assert_close, batches, gradient, initial
 from test_extrapolation import reference as extrapolated
 from test_extrapolation_fit import dataset, fit
@@ -14,6 +16,7 @@ from test_extrapolation_fit import dataset, fit
 import tf_lbopt
 
 BAD = 1e7  # an input on which the forward pass fails
+BY_NAME = {case.name: case for case in CASES}
 EXTRAP = {"learning_rate": 0.05, "momentum": 0.8, "extrapolation_rate": 0.2}
 
 
@@ -309,6 +312,70 @@ def test_extrapolated_sgd_then_nesterovs_on_each_replica(arguments, replicas, st
     assert_all_close(seen, expected)
 
 
+class LocalRun(Run):
+    """Of gradients that are given, so that each replica's steps are the rule's own reference."""
+
+    def __init__(self, inner, start, period, replicas, **kwargs):
+        def make():
+            return tf_lbopt.PostLocalSGD(inner(), start, period, **kwargs)
+
+        super().__init__(make, replicas, function=lambda step: step)
+
+    def _replica_step(self, local):
+        with self.optimizer.step(self.variables, local=self.local):
+            self._apply([gradient / self.replicas for gradient in local])
+
+    def update(self, sub_batches):
+        self.local = self.optimizer.is_local
+        super().update(sub_batches)
+        self.optimizer.end_update()
+        return self
+
+
+RULES = {
+    "sngm": lambda: BY_NAME["sngm"](),
+    "lars": lambda: BY_NAME["lars"](exclude_from_layer_adaptation=[]),
+    "lamb": lambda: BY_NAME["lamb"](),
+    "extrap_adam": lambda: BY_NAME["extrap_adam"](extrapolation_rate=0.0),
+    "stock adam": lambda: keras.optimizers.AdamW(**BY_NAME["extrap_adam"].arguments),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "replicas"), [*((rule, 2) for rule in RULES), ("sngm", 4), ("lamb", 4)]
+)
+def test_each_replica_takes_the_steps_of_any_rule(rule, replicas):
+    case = BY_NAME["extrap_adam" if rule == "stock adam" else rule]
+    gradients = sub_batch_gradients(4, replicas)
+    run = LocalRun(RULES[rule], 1, 3, replicas).updates(gradients)
+    equal_on_all_replicas(run.strategy, [*run.variables, run.optimizer.iterations])
+    together, *apart = gradients
+    own = [
+        references.reference(
+            case.name, initial_weights(), [together, *([g[d]] for g in apart)], **case.arguments
+        )
+        for d in range(replicas)
+    ]
+    assert_close(run.weights(), mean_of(own))
+    synchronous = references.reference(case.name, initial_weights(), gradients, **case.arguments)
+    difference = max(np.abs(a - b).max() for a, b in zip(run.weights(), synchronous, strict=True))
+    assert difference > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rule", "averaged"), [("lamb", False), ("lamb", True), ("stock adam", True)]
+)
+def test_all_slots_are_averaged_if_momentum_is(rule, averaged):
+    run = LocalRun(RULES[rule], 0, 2, 2, average_momentum=averaged)
+    run.updates(sub_batch_gradients(2, 2))
+    slots = [v for v in run.optimizer.variables if v.path.endswith(("momentum", "velocity"))]
+    assert {id(v.value) for v in slots} == {id(v) for v in run.optimizer._local.slots}
+    assert len(slots) == 2 * len(run.variables)
+    for slot in slots:
+        one, two = (c.numpy() for c in run.strategy.experimental_local_results(slot.value))
+        assert np.array_equal(one, two) == averaged
+
+
 @pytest.mark.parametrize("make", [sgd, extrap_sgd])
 def test_fit_equals_the_reference(make):
     data = batches(7, ROWS * 2)
@@ -473,69 +540,111 @@ def save_by_callback(model, path):
     callback.on_epoch_end(0, {})
 
 
+def by_checkpoint(model, path):
+    tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(path / "checkpoint"))
+
+
 USES = {
     "evaluate": lambda model, path: model.evaluate(np.ones([4, 5]), np.ones([4, 3]), verbose=0),
     "test_on_batch": lambda model, path: model.test_on_batch(np.ones([4, 5]), np.ones([4, 3])),
-    "predict": lambda model, path: model.predict(np.ones([4, 5]), verbose=0),
-    "predict_on_batch": lambda model, path: model.predict_on_batch(np.ones([4, 5], "float32")),
     "save": lambda model, path: model.save(path / "m.keras"),
-    "save h5": lambda model, path: model.save(path / "m.h5"),
     "save_model": lambda model, path: keras.saving.save_model(model, path / "m.keras"),
     "save_weights": lambda model, path: model.save_weights(path / "m.weights.h5"),
-    "export": lambda model, path: model.export(path / "m", verbose=False),
-    "get_state_tree": lambda model, path: model.get_state_tree(),
     "ModelCheckpoint": save_by_callback,
-    "end_period": lambda model, path: model.optimizer.end_period(),
+    "Checkpoint": by_checkpoint,
+}
+UNNOTICED = {
+    "predict": lambda model, path: model.predict(np.ones([4, 5]), verbose=0),
+    "get_weights": lambda model, path: model.get_weights(),
 }
 
 
-def test_using_the_model_ends_the_period(tmp_path):
-    """Each use after two local updates of four; before it the last average is seen."""
-    data = batches(3 + 2 * len(USES), ROWS * 2)
-    model = model_of(sgd(1, 4, momentum=0.9), 2)
-    go_on(model, data, 0, 1)
-    ends = range(2, len(data[0]), 2)
-    expected, _ = reference(data, 2, 1, 4, momentum=0.9, ends=ends)
-    for end, (name, use) in zip(ends, USES.items(), strict=False):
-        go_on(model, data, end - 1, end + 1)
-        assert_close(model.get_weights(), expected[end - 2])
-        result = use(model, tmp_path)
-        assert np.abs(expected[end][0] - expected[end - 2][0]).max() > 1e-4
-        np.testing.assert_allclose(
-            model.get_weights()[0], expected[end][0], rtol=1e-4, atol=1e-5, err_msg=name
-        )
-        kernel, bias = expected[end]
-        output = np.ones([4, 5]) @ kernel + bias
-        if name in ("evaluate", "test_on_batch"):
-            assert result == pytest.approx(np.mean((output - 1) ** 2), rel=1e-3)
-        if name in ("predict", "predict_on_batch"):
-            np.testing.assert_allclose(result[:4], output, rtol=1e-3)
+@pytest.mark.parametrize("use", [*USES, *UNNOTICED])
+def test_a_use_in_mid_period_sees_the_last_average_and_warns_once(use, tmp_path):
+    model, data = in_mid_period()  # one synchronous update, three local steps
+    expected, own = reference(data, 2, 1, 4, momentum=0.9)
+    messages = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = {**USES, **UNNOTICED}[use](model, tmp_path)
+        messages += [str(w.message) for w in caught if "steps of PostLocalSGD" in str(w.message)]
+        assert_close(model.get_weights(), expected[3])
+    kernel, bias = expected[3]
+    if use in ("evaluate", "test_on_batch"):
+        assert result == pytest.approx(np.mean((np.ones([4, 5]) @ kernel + bias - 1) ** 2))
+    if use in UNNOTICED:
+        assert not messages
+    else:
+        (message,) = messages
+        assert "(3 on each replica)" in message
+        assert ("evaluated" if "test" in use or use == "evaluate" else "saved") in message
+    model.optimizer.end_period()
+    assert_close(model.get_weights(), mean_of(own[3]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.evaluate(np.ones([4, 5]), np.ones([4, 3]), verbose=0)
+
+
+def test_no_warning_where_nothing_is_missing(tmp_path):
+    model, data = in_mid_period(updates=1)  # before the local phase
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        USES["evaluate"](model, tmp_path)
+        USES["save_weights"](model, tmp_path)
+        go_on(model, data, 1, 5)  # a whole period
+        USES["evaluate"](model, tmp_path)
+        USES["save_weights"](model, tmp_path)
 
 
 def test_the_next_period_is_a_whole_one():
     model, data = in_mid_period()
-    model.predict(np.ones([4, 5]), verbose=0)
+    model.evaluate(
+        np.ones([4, 5]), np.ones([4, 3]), verbose=0, callbacks=[tf_lbopt.callbacks.EndPeriod()]
+    )
     expected, _ = reference(data, 2, 1, 4, momentum=0.9, ends=[3])
     for update in range(4, 9):
         go_on(model, data, update, update + 1)
         assert_close(model.get_weights(), expected[update])
 
 
-def test_the_end_of_an_epoch_averages_before_callbacks_and_validation():
+@pytest.mark.parametrize("validated", [False, True])
+def test_the_callback_averages_before_validation_and_callbacks_after_it(validated):
+    data = batches(4, ROWS * 2)
+    model = model_of(sgd(1, 2, momentum=0.9), 2)
+    before, after = Seen(), Seen()
+    arguments = {"validation_data": dataset(data)} if validated else {}
+    callbacks = [before, tf_lbopt.callbacks.EndPeriod(), after]
+    history = fit(model, data, epochs=2, callbacks=callbacks, **arguments).history
+    twice = [np.concatenate([a, a]) for a in data]
+    expected, _ = reference(twice, 2, 1, 2, momentum=0.9, ends=[3, 7])
+    assert_all_close(after.at_epoch_end, [expected[3], expected[7]])
+    if not validated:
+        assert_close(before.at_epoch_end[0], expected[2])
+    for (kernel, bias), loss in zip(after.at_epoch_end, history.get("val_loss", []), strict=False):
+        assert loss == pytest.approx(np.mean((data[0] @ kernel + bias - data[1]) ** 2), rel=1e-4)
+
+
+def test_without_the_callback_fit_averages_at_its_end_only():
     data = batches(4, ROWS * 2)
     model = model_of(sgd(1, 2, momentum=0.9), 2)
     seen = Seen()
-    history = fit(model, data, epochs=2, callbacks=[seen], validation_data=dataset(data)).history
+    with pytest.warns(UserWarning, match="1 on each replica") as caught:
+        history = fit(model, data, epochs=2, callbacks=[seen], validation_data=dataset(data))
+    assert sum("steps of PostLocalSGD" in str(w.message) for w in caught) == 1
     twice = [np.concatenate([a, a]) for a in data]
-    expected, _ = reference(twice, 2, 1, 2, momentum=0.9, ends=[3, 7])
+    expected, own = reference(twice, 2, 1, 2, momentum=0.9)
     assert_all_close(seen.at_epoch_end, [expected[3], expected[7]])
-    for (kernel, bias), loss in zip(seen.at_epoch_end, history["val_loss"], strict=True):
-        assert loss == pytest.approx(np.mean((data[0] @ kernel + bias - data[1]) ** 2), rel=1e-4)
-    other = model_of(sgd(1, 2, momentum=0.9), 2)
-    without_validation = Seen()
-    fit(other, data, epochs=2, callbacks=[without_validation])
-    for one, two in zip(seen.at_epoch_end, without_validation.at_epoch_end, strict=True):
-        assert_close(one, two, rtol=0, atol=0)
+    assert_close(model.get_weights(), mean_of(own[7]))
+    kernel, bias = expected[3]
+    loss = np.mean((data[0] @ kernel + bias - data[1]) ** 2)
+    assert history.history["val_loss"][0] == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_callback_is_of_this_optimizer():
+    model = model_of(lambda: tf_lbopt.SNGM(0.1), 1)
+    with pytest.raises(ValueError, match=r"PostLocalSGD\. Received: SNGM"):
+        fit(model, batches(2, ROWS), callbacks=[tf_lbopt.callbacks.EndPeriod()])
 
 
 # -- saving and resuming ---------------------------------------------------------------------------
@@ -651,7 +760,7 @@ def test_model_file_goes_on_as_the_model(make, tmp_path):
         m.optimizer.end_period()
     assert_close(model.get_weights(), loaded.get_weights(), rtol=0, atol=0)
     extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
-    _, own = reference(data, 2, 1, 4, momentum=0.9, ends=[3], extrap=extrap)
+    _, own = reference(data, 2, 1, 4, momentum=0.9, extrap=extrap)
     assert_close(model.get_weights(), mean_of(own[-1]))
 
 
@@ -674,7 +783,7 @@ def test_backup_and_restore_in_mid_epoch(tmp_path):
     callback.on_train_begin()
     assert int(again.optimizer.iterations.numpy()) == 3
     go_on(again, data, 3, 8)
-    expected, _ = reference(data, 2, 1, 4, momentum=0.9, ends=[2])
+    expected, _ = reference(data, 2, 1, 4, momentum=0.9)
     assert_close(again.get_weights(), expected[-1])
 
 
@@ -748,12 +857,13 @@ def test_training_goes_on_from_loaded_weights(load, make, tmp_path):
     assert np.abs(model.get_weights()[0] - weights[0]).max() > 1e-3
 
 
-def test_going_back_to_the_last_average_is_loading_too():
+def test_weights_that_are_set_are_what_a_period_ends_with():
     model, _ = in_mid_period()
-    average = model.get_weights()
-    model.set_weights(average)
+    kernel, bias = model.get_weights()
+    weights = [np.full_like(kernel, 3e38), bias]  # of which a sum overflows
+    model.set_weights(weights)
     model.optimizer.end_period()
-    assert_close(model.get_weights(), average, rtol=0, atol=0)
+    assert_close(model.get_weights(), weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("period", "warned"), [(4, 1), (1, 0)])
@@ -1005,7 +1115,11 @@ def test_blocks_belong_into_the_replica_function():
         ({"period": 0}, ValueError, "`period` must be an integer >= 1"),
         ({"period": 2.0}, TypeError, "`period` must be an integer >= 1"),
         ({"average_momentum": 1}, TypeError, "`average_momentum` must be True or False"),
-        ({"inner_optimizer": "sgd"}, TypeError, "`inner_optimizer` must be a keras.optimizers.SGD"),
+        (
+            {"inner_optimizer": "sgd"},
+            TypeError,
+            "`inner_optimizer` must be an optimizer of tf_lbopt",
+        ),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -1019,12 +1133,13 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("inner", "message"),
     [
-        (lambda: keras.optimizers.Adam(0.1), "for other optimizers. Received: Adam"),
-        (lambda: tf_lbopt.ExtrapAdam(0.1), "for other optimizers. Received: ExtrapAdam"),
+        (lambda: tf_lbopt.VRSGD(0.1), "statistics over sub-batches, and those around others"),
+        (lambda: tf_lbopt.CLARS(0.1), "not supported in local steps. Received: CLARS"),
         (
             lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
-            "for other optimizers. Received: LossScaleOptimizer",
+            "not supported in local steps. Received: LossScaleOptimizer",
         ),
+        (lambda: sgd(1, 2)(), "not supported in local steps. Received: PostLocalSGD"),
         (lambda: keras.optimizers.SGD(0.1, clipnorm=1.0), "`clipnorm` is not supported"),
         (lambda: keras.optimizers.SGD(0.1, clipvalue=1.0), "`clipvalue` is not supported"),
         (lambda: tf_lbopt.ExtrapSGD(0.1, global_clipnorm=1.0), "`global_clipnorm` is not"),
@@ -1075,11 +1190,3 @@ def test_a_saved_model(start, tmp_path):
     ]
     model.optimizer.end_period()
     assert any(np.allclose(kernel, model.layers[0].kernel) for kernel in kernels)
-
-
-def test_callbacks_of_another_loop():
-    tf_lbopt.PostLocalSGD(keras.optimizers.SGD(0.1), start=1, period=2)
-    calls = []
-    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: calls.append(epoch))
-    keras.callbacks.CallbackList([callback]).on_epoch_end(3, {})
-    assert calls == [3]

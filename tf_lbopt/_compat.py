@@ -16,12 +16,10 @@ from keras.src import backend as keras_backend
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as keras_loss
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.models.functional import Functional as Functional  # not exported; 3.15.1
 from keras.src.optimizers.base_optimizer import BaseOptimizer
-from keras.src.saving import saving_lib
 from tensorflow.python.distribute import distribute_utils, tpu_util
 from tensorflow.python.eager import context, record
 from tensorflow.python.framework import ops
@@ -382,129 +380,34 @@ def let_optimizers_wrap_training() -> None:
 
     An optimizer that has ``wrap_training`` (or, if it has not, the one inside a LossScaleOptimizer)
     is given the model, its ``train_step`` and what makes a training function of a step; it returns
-    the training function. Others are not affected. Checked on Keras 3.15.1, where
-    ``make_train_function`` calls ``_make_function(self.train_step)``.
+    the training function. One that has ``before_evaluation`` is told of each step of `evaluate`.
+    Others are not affected. Checked on Keras 3.7.0 and 3.15.1, where ``make_train_function`` calls
+    ``_make_function(self.train_step)``, and ``make_test_function`` likewise.
     """
     original = TensorFlowTrainer._make_function
-    if getattr(original, "offers_training", False):
+    if getattr(original, "offers_steps", False):
         return
 
     def make_function(model: Any, step_function: Any) -> Any:
         optimizer = getattr(model, "optimizer", None)
+        before_evaluation = getattr(optimizer, "before_evaluation", None)
         if not hasattr(optimizer, "wrap_training"):
             optimizer = getattr(optimizer, "inner_optimizer", None)
         wrap = getattr(optimizer, "wrap_training", None)
-        if wrap is None or step_function != model.train_step:
-            return original(model, step_function)
-        return wrap(model, step_function, lambda step: original(model, step))
+        if wrap is not None and step_function == model.train_step:
+            return wrap(model, step_function, lambda step: original(model, step))
+        function = original(model, step_function)
+        if before_evaluation is None or step_function != model.test_step:
+            return function
 
-    make_function.offers_training = True  # type: ignore[attr-defined]
+        def evaluate(iterator: Any) -> Any:
+            before_evaluation()
+            return function(iterator)
+
+        return evaluate
+
+    make_function.offers_steps = True  # type: ignore[attr-defined]
     TensorFlowTrainer._make_function = make_function
-
-
-def tell_optimizers_of_weights() -> None:
-    """Makes Keras tell the optimizer when a model's weights are used outside of training.
-
-    A compiled model's optimizer that has ``before_reading_weights`` is called before the model is
-    evaluated, predicts, is saved or exported, and at the end of each epoch before all callbacks;
-    one that has ``after_writing_weights`` is called when weights were loaded or set. Others are not
-    affected.
-
-    Checked on Keras 3.15.1, where ``evaluate``, ``predict`` and their ``_on_batch`` forms begin
-    with ``make_test_function`` and ``make_predict_function``, all saving and loading of models and
-    weights ends in the functions patched here, and ``fit`` calls ``CallbackList.on_epoch_end``.
-    """
-    reading, writing = "before_reading_weights", "after_writing_weights"
-    for owner, name in (
-        (TensorFlowTrainer, "make_test_function"),
-        (TensorFlowTrainer, "make_predict_function"),
-        (keras.Model, "export"),
-        (keras.Model, "get_state_tree"),
-        (saving_lib, "save_model"),
-        (saving_lib, "save_weights_only"),
-        (legacy_h5_format, "save_model_to_hdf5"),
-    ):
-        _tell(owner, name, lambda args: args[0], before=reading)
-    _tell(
-        keras.callbacks.CallbackList,
-        "on_epoch_end",
-        lambda args: getattr(args[0], "_model", None),  # a list may have no model
-        before=reading,
-    )
-    _tell(keras.layers.Layer, "set_weights", lambda args: args[0], after=writing)
-    _tell(keras.Model, "set_state_tree", lambda args: args[0], after=writing)
-    _tell(saving_lib, "load_weights_only", lambda args: args[0], after=writing)
-    for name in ("load_weights_from_hdf5_group", "load_weights_from_hdf5_group_by_name"):
-        _tell(legacy_h5_format, name, lambda args: args[1], after=writing)
-
-
-def let_optimizers_swap_averages() -> None:
-    """Lets optimizers exchange weights and averages themselves under SwapEMAWeights, from now on.
-
-    The callback does so by additions in the dtype of the weights, which rounds both, and takes the
-    average for one of that dtype. An optimizer that has ``swap_averages`` is called in the place of
-    that, and ``keep_averages`` at the end; and one that has averages is not passed over for its
-    ``inner_optimizer``. Others are not affected. Checked on Keras 3.15.1.
-    """
-    callback = keras.callbacks.SwapEMAWeights
-    if getattr(callback._tf_swap_variables, "asks_optimizers", False):
-        return
-
-    def ask(original: Callable[..., None], method: str) -> Callable[..., None]:
-        @functools.wraps(original)
-        def asking(self: Any, optimizer: Any) -> None:
-            own = getattr(optimizer, method, None)
-            if own is None:
-                original(self, optimizer)
-            else:
-                own()
-
-        asking.asks_optimizers = True  # type: ignore[attr-defined]
-        return asking
-
-    callback._tf_swap_variables = ask(callback._tf_swap_variables, "swap_averages")
-    finalize = getattr(callback, "_tf_finalize_ema_values", None)
-    choose = getattr(callback, "_apply_to_ema_optimizers", None)
-    if finalize is not None:
-        callback._tf_finalize_ema_values = ask(finalize, "keep_averages")
-    if choose is None:
-        return
-
-    @functools.wraps(choose)
-    def choosing(self: Any, tf_fn: Callable[..., None], backend_fn: Callable[..., None]) -> None:
-        optimizer = self.model.optimizer
-        averages = hasattr(optimizer, "_model_variables_moving_average")
-        if averages and hasattr(optimizer, "swap_averages"):
-            tf_fn(optimizer)
-        else:
-            choose(self, tf_fn, backend_fn)
-
-    callback._apply_to_ema_optimizers = choosing
-
-
-def _tell(
-    owner: Any,
-    name: str,
-    model_of: Callable[[tuple[Any, ...]], Any],
-    before: str | None = None,
-    after: str | None = None,
-) -> None:
-    original = getattr(owner, name)
-    if getattr(original, "tells_optimizers", False):
-        return
-
-    @functools.wraps(original)
-    def telling(*args: Any, **kwargs: Any) -> Any:
-        optimizer = getattr(model_of(args), "optimizer", None)
-        if before is not None and hasattr(optimizer, before):
-            getattr(optimizer, before)()
-        result = original(*args, **kwargs)
-        if after is not None and hasattr(optimizer, after):
-            getattr(optimizer, after)()
-        return result
-
-    telling.tells_optimizers = True  # type: ignore[attr-defined]
-    setattr(owner, name, telling)
 
 
 def call_in_training(model: keras.Model, x: Any) -> Any:

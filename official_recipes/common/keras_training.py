@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tf_lbopt
 from official_recipes.common.files import append_row, plain, write_json
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.input_pipeline import without_autotuning
@@ -184,6 +185,8 @@ def train(
     first = checkpoints.restore() if checkpoints is not None else 0
     progress = _Progress(task, run, first, per_epoch, on_update, on_epoch)
     callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN(), progress]
+    if options.post_local is not None:
+        callbacks.insert(0, tf_lbopt.callbacks.EndPeriod())
     if checkpoints is not None:
         assert options.model_dir is not None
         callbacks.append(checkpoints)

@@ -160,7 +160,7 @@ class Pipeline:
         """Sums over the replicas of the gradients, or of those accumulated, and of statistics."""
         counted = VARIANCE in self.statistics or MEAN_NORM in self.statistics
         if not counted and gradients is not None:
-            own = [gradients] if OWN_GRADIENT in self.statistics else []
+            own = [gradients] if OWN_GRADIENT in self.statistics and not self.summed else []
             return Sums(self._summed(gradients, self.variables), own=own)
         # With a single sub-batch the mean norm is the norm, which the update computes anyway.
         single = self.strategy.num_replicas_in_sync == 1 and self.accumulation is None

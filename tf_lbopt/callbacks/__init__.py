@@ -1,13 +1,17 @@
 """Keras callbacks."""
 
+from tf_lbopt.callbacks.end_period import EndPeriod
 from tf_lbopt.callbacks.freeze_layers import FreezeLayers
 from tf_lbopt.callbacks.gradient_signal_to_noise import GradientSignalToNoise
 from tf_lbopt.callbacks.gradient_variance_factor import GradientVarianceFactor
 from tf_lbopt.callbacks.skipped_updates import SkippedUpdates
+from tf_lbopt.callbacks.swap_ema_weights import SwapEMAWeights
 
 __all__ = [
+    "EndPeriod",
     "FreezeLayers",
     "GradientSignalToNoise",
     "GradientVarianceFactor",
     "SkippedUpdates",
+    "SwapEMAWeights",
 ]

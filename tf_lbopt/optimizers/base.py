@@ -92,8 +92,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         keras.optimizers.Optimizer.__init__(self, learning_rate, **arguments)
         self._loss_scaled_from_outside = False
         self._rounding_errors = _RoundingErrors()
-        if self.use_ema:
-            _compat.let_optimizers_swap_averages()
+        self.averages_are_swapped = False
 
     def _schedule(self, learning_rate: Any) -> Any:
         if isinstance(learning_rate, dict):
@@ -251,15 +250,18 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 Keras's own pairs wrongly.
         """
         self._warn_of_no_update()
-        if self.use_ema:
+        if self.use_ema and self.averages_are_swapped:
+            self._keep_averages()
+        elif self.use_ema:
             self._put_averages(var_list)
 
     def swap_averages(self) -> None:
-        """Exchanges the weights and their averages, for `keras.callbacks.SwapEMAWeights`.
+        """Exchanges the weights and their averages, for `callbacks.SwapEMAWeights`.
 
         What an average in float32 has beyond the half precision of its weights is kept beside, and
         is there again after the next exchange.
         """
+        self.averages_are_swapped = not self.averages_are_swapped
         errors = self._rounding_errors.by_index
         with inside_scope(self._strategy):
             for index, (variable, average) in enumerate(self._weights_and_averages()):
@@ -270,8 +272,9 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 if variable.dtype != average.dtype:
                     errors[index] = mean - tf.cast(tf.identity(variable), mean.dtype)
 
-    def keep_averages(self) -> None:
-        """Makes the weights, which are averages now, the averages; of the same callback."""
+    def _keep_averages(self) -> None:
+        """Makes the weights, which are averages now, the averages."""
+        self.averages_are_swapped = False
         errors = self._rounding_errors.by_index
         with inside_scope(self._strategy):
             for index, (variable, average) in enumerate(self._weights_and_averages()):

@@ -8,10 +8,8 @@ import tensorflow as tf
 from tf_lbopt import rules
 from tf_lbopt.optimizers.base import optimizer
 from tf_lbopt.optimizers.declared import REQUIRED
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
-from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.moments import RunningMean, preconditioned
 from tf_lbopt.rules.norms import compute_dtype
 
@@ -22,12 +20,11 @@ class AdamExtrapolation(Extrapolation):
     beta_2: float
     epsilon: float
 
-    def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
-        """Moves one variable, in place, on a replica; see `ExtrapAdam`."""
+    def noise_of(self, index: int, past: tf.Variable | None, point: tf.Tensor) -> tf.Tensor:
+        """The past gradient of one variable, preconditioned; see `ExtrapAdam`."""
         del point
-        variable = tensorflow_variable(self._trainable_variables[index])
-        dtype = compute_dtype(variable.dtype)
-        noise = preconditioned(
+        dtype = compute_dtype(self._trainable_variables[index].dtype)
+        return preconditioned(
             tf.convert_to_tensor(past),
             tf.cast(self._slots_of([index])["velocity"][0], dtype),
             RunningMean(
@@ -36,7 +33,6 @@ class AdamExtrapolation(Extrapolation):
             ),
             self.epsilon,
         )
-        apply_extrapolation(variable, None, noise, rate, 0.0)
 
 
 @optimizer("extrap_adam")

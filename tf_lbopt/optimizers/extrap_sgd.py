@@ -13,12 +13,7 @@ from tf_lbopt.optimizers.declared import REQUIRED, made_of
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
-from tf_lbopt.rules.extrapolation import (
-    apply_extrapolation,
-    filter_axes,
-    filter_scaled,
-    raw_noise,
-)
+from tf_lbopt.rules.extrapolation import filter_axes, filter_scaled, raw_noise
 from tf_lbopt.rules.norms import compute_dtype
 
 _PAST_NOISES = ("past_gradient", "stochastic_noise")
@@ -64,12 +59,14 @@ class SGDExtrapolation(Extrapolation):
         rule_class = rules.SGD if values["trust_coefficient"] is None else rules.LARS
         return made_of(rule_class, {**values, "nesterov": False})
 
-    def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
-        """Moves one variable to ``x − γ̂ ζ + β v``, in place, on a replica."""
-        variable = tensorflow_variable(self._trainable_variables[index])
+    def noise_of(self, index: int, past: tf.Variable | None, point: tf.Tensor) -> tf.Tensor:
+        """ζ of one variable, on a replica."""
+        return self._random_noise(index, point) if past is None else tf.convert_to_tensor(past)
+
+    def look_ahead(self, index: int) -> tuple[tf.Variable | None, float]:
+        """What β v is of one variable, as v and β; ``None`` without `nesterov`."""
         (velocity,) = self._slots_of([index]).get("momentum", [None]) if self.nesterov else [None]
-        noise = self._random_noise(index, point) if past is None else tf.convert_to_tensor(past)
-        apply_extrapolation(variable, velocity, noise, rate, self.momentum)
+        return velocity, self.momentum
 
     def _random_noise(self, index: int, point: tf.Tensor) -> tf.Tensor:
         variable = self._trainable_variables[index]
@@ -85,9 +82,9 @@ class SGDExtrapolation(Extrapolation):
 
     def _kind_of(self, variable: Any) -> str:
         # `fit` knows the layers; in a custom loop there are only the names that Keras gives.
-        kind = self._layers.kinds.get(self._var_key(variable))
-        if kind is not None:
-            return kind
+        for kinds in self._filters.values():
+            if self._var_key(variable) in kinds:
+                return kinds[self._var_key(variable)]
         path = path_of(variable)
         if path.endswith("embeddings"):
             return "embedding"

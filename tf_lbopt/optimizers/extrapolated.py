@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
@@ -35,11 +34,6 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
                 kinds[self._var_key(layer.depthwise_kernel)] = "depthwise"
         return kinds
 
-    def _value_of(self, schedule: Any) -> tf.Tensor:
-        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
-            return tf.convert_to_tensor(schedule(self._iterations))
-        return tf.convert_to_tensor(schedule(), tf.float32)
-
     def _serialized(self, schedule: Any) -> Any:
         if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
             return keras.saving.serialize_keras_object(schedule)
@@ -49,8 +43,8 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
         if self._loss_scaled_from_outside:
             raise ValueError(
                 f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
-                "`compile` adds for mixed_float16): it leaves out the update, and with it the way "
-                "back from the extrapolated weights. Use tf_lbopt.LossScaleOptimizer("
+                "`compile` adds for mixed_float16): it leaves out the update, and with it that "
+                "the weights are put back. Use tf_lbopt.LossScaleOptimizer("
                 f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
             )
 

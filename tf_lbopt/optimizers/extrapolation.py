@@ -1,76 +1,35 @@
 """What the extrapolated optimizers have in common: gradients taken beside the weights.
 
-Model variables hold x_t whenever Python has control. Within a training step each replica moves its
-own copies to its own point, takes its gradient there, and puts x_t back before the update; x_t is
-kept as it was instead of being computed back, so that replicas stay equal to the last bit.
-
 Here is what belongs to no framework; the adapters `ExtrapolatedOptimizer` of Keras 3
 (`tf_lbopt.optimizers.extrapolated`) and tf_keras (`tf_lbopt.tf_keras.extrapolated`) have the rest.
 """
 
 import abc
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
 from tf_lbopt.aggregation.replica_state import ReplicaState
-from tf_lbopt.aggregation.replicas import on_each_replica, replica_number
+from tf_lbopt.aggregation.replicas import on_each_replica
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
+from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, variable_like
+from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, dense
 from tf_lbopt.rules.writer import Writer
 
 _logger = logging.getLogger(__name__)
-
-
-class _Active:
-    """One block of `Extrapolation.extrapolated`."""
-
-    def __init__(self, optimizer: "Extrapolation", variables: Sequence[Any]):
-        self.keys = {optimizer._var_key(variable) for variable in variables}
-        self.applied = False
-        self.graph = _current_graph()
-
-
-def _current_graph() -> tf.Graph | None:
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-
-
-# Blocks of `extrapolated` that are open, by optimizer and replica.
-_active: dict[tuple[int, int], _Active] = {}
-
-
-class _Home:
-    """Where the weights come back to: x_t of every variable, and which are not there now.
-
-    A class of its own, so that no checkpoint has these variables.
-    """
-
-    def __init__(self, origins: list[tf.Variable], away: tf.Variable):
-        self.origins = origins
-        self.away = away
-
-
-class _Layers:
-    """What is known of a model's layers: by variable, its kind of filter. In no checkpoint."""
-
-    def __init__(self, model: Any = None, kinds: Mapping[Any, str] | None = None):
-        self.kinds = kinds or {}
-        self._model = None if model is None else weakref.ref(model)
-
-    def are_of(self, model: Any) -> bool:
-        return self._model is not None and self._model() is model
 
 
 class ExtrapolationAdapter(abc.ABC):
@@ -89,10 +48,6 @@ class ExtrapolationAdapter(abc.ABC):
         """By `_var_key`, which variables are an ``embedding`` or a ``depthwise`` kernel."""
 
     @abc.abstractmethod
-    def _value_of(self, schedule: Any) -> tf.Tensor:
-        """What a schedule, as `_schedule` returned it, says of the coming update."""
-
-    @abc.abstractmethod
     def _serialized(self, schedule: Any) -> Any:
         """A schedule as `get_config` has it."""
 
@@ -100,10 +55,10 @@ class ExtrapolationAdapter(abc.ABC):
         """Raises if what is wrapped around the optimizer leaves out updates."""
 
 
-class Extrapolation(ExtrapolationAdapter, Algorithm):
-    """Mix-in, placed before a base, whose gradients are taken at extrapolated weights.
+class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
+    """Mix-in, placed before a base, whose gradients are taken at ``x − γ̂ ζ + β v``.
 
-    A subclass says how a replica's weights are moved: `move`. Of its arguments
+    A subclass says what ζ is, by `noise_of`, and v, by `look_ahead`. Of its arguments
     ``extrapolation_rate`` (γ̂, or ``None`` for the learning rate over k) and ``sub_batches`` (in how
     many parts each replica takes its batch) are those of this class.
     """
@@ -125,14 +80,28 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             )
         keeps_past = self.keeps_past()
         self._past = _PastGradients(self._strategy, self.sub_batches) if keeps_past else None
-        self._layers = _Layers()
+        # By model, what is known of the filters of its variables.
+        self._filters: Any = weakref.WeakKeyDictionary()
         self._let_wrap_training()
 
     def keeps_past(self) -> bool:
         """Whether past gradients are needed."""
         return True
 
-    # -- the rate ----------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def noise_of(self, index: int, past: tf.Variable | None, point: tf.Tensor) -> tf.Tensor:
+        """ζ of one variable, on a replica; a subclass defines it.
+
+        Args:
+            index: Of the variable.
+            past: What was kept of this sub-batch's past gradient, or ``None``.
+            point: The number of the sub-batch, from 0 to k − 1.
+        """
+
+    def look_ahead(self, index: int) -> tuple[tf.Variable | None, float]:
+        """What β v is of one variable, as v and β; ``None`` for v = 0."""
+        del index
+        return None, 0.0
 
     def past_of(self, own: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         """What is kept of a sub-batch's gradient until the next update."""
@@ -149,38 +118,22 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         rate = self.extrapolation_rate
         if rate is None:
             return self._read_learning_rate() / self.points
-        if callable(rate):
-            return self._value_of(rate)
-        return tf.convert_to_tensor(rate, tf.float32)
-
-    # -- variables ---------------------------------------------------------------------------------
+        if hasattr(rate, "get_config"):  # a schedule, of one of the frameworks
+            return tf.convert_to_tensor(rate(self._iterations))
+        return tf.convert_to_tensor(rate() if callable(rate) else rate, tf.float32)
 
     def _create_variables(self, variables: list[Any]) -> None:
         super()._create_variables(variables)
-        # Not among the optimizer's variables: between steps they hold nothing worth saving.
-        self._home = _Home(
-            [self._untracked(variable, variable.dtype) for variable in variables],
-            tf.Variable([False] * len(variables), trainable=False, name="extrapolated"),
-        )
+        targets = [tensorflow_variable(variable) for variable in variables]
+        self._origin = Origin(self._strategy, targets)
         if self._past is not None:
-            for part in range(self.sub_batches):
-                for index, variable in enumerate(variables):
-                    dtype = compute_dtype(variable.dtype).name
-                    self._past.variables[part, index] = self._untracked(variable, dtype)
-            self._past.load_pending()
+            self._past.create(targets)
 
-    def _untracked(self, variable: Any, dtype: str) -> tf.Variable:
-        with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
-            return tf.Variable(
-                tf.zeros(variable.shape, dtype), trainable=False, name="extrapolation"
-            )
+    # -- the block ---------------------------------------------------------------------------------
 
-    # -- moving there and back ---------------------------------------------------------------------
-
-    @contextlib.contextmanager
     def extrapolated(
         self, variables: Sequence[Any] | None = None, sub_batch: int = 0
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Within this block a replica's weights are at the point where its gradient is to be taken.
 
         `fit` does this by itself. A custom training loop takes its gradients and calls
@@ -203,117 +156,66 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
                 does not exist, or within another such block; or the update is not made in the
                 block itself, but in a condition, loop or `tf.function` inside it.
         """
-        variables = self._to_be_moved(variables, sub_batch)
-        active = _Active(self, variables)
-        self._in_replica(self._depart, variables, sub_batch)
-        key = id(self), replica_number()
-        _active[key] = active
-        try:
-            with self._in_micro_step(MicroStep(sub_batch, self.sub_batches)):
-                yield
-        except BaseException:
-            if tf.executing_eagerly():
-                self.recover()
-            raise
-        finally:
-            del _active[key]
-        if not active.applied:
-            self._in_replica(self._return, variables)
+        return self._extrapolated(variables, sub_batch)
 
-    def _to_be_moved(self, variables: Sequence[Any] | None, sub_batch: int) -> list[Any]:
+    @contextlib.contextmanager
+    def _extrapolated(
+        self, variables: Sequence[Any] | None, sub_batch: int = 0, noisy: bool = True
+    ) -> Iterator[None]:
+        """The block; without noise in the local phase of post-local SGD."""
         if not 0 <= sub_batch < self.sub_batches:
             raise ValueError(
                 f"`sub_batch` must be from 0 to {self.sub_batches - 1}, as sub_batches="
                 f"{self.sub_batches}. Received: sub_batch={sub_batch!r}"
             )
-        if self._block() is not None:
-            raise ValueError(
-                "`extrapolated` blocks can not be nested. Received: a block in a block"
-            )
         given = build_at_first_call(self, variables, "variables")
         variables = list(self._trainable_variables) if given is None else given
-        self._known_indices(variables)
-        return variables
-
-    def _in_replica(self, cross_replicas: Callable[..., None], *args: Any) -> None:
-        context = tf.distribute.get_replica_context()
-        if context is None:
-            raise ValueError(
-                "Weights are extrapolated on each replica. Expected: `extrapolated` inside the "
-                "function given to `strategy.run`. Received: a call in the cross-replica context "
-                "(directly under `strategy.scope()`)."
-            )
-        # An object of this replica's own: one that replicas share would not be per replica.
-        number = tf.identity(tf.cast(context.replica_id_in_sync_group, tf.int32))
-        context.merge_call(
-            lambda strategy, replica: cross_replicas(strategy, replica, *args), args=(number,)
-        )
-
-    def _depart(
-        self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any], sub_batch: int
-    ) -> None:
         indices = self._known_indices(variables)
-        rate = self.current_extrapolation_rate()
+        micro_step = MicroStep(sub_batch, self.sub_batches)
+        with (
+            self._in_block("extrapolated", indices=indices) as block,
+            self._in_micro_step(micro_step),
+        ):
+            replica = tf.distribute.get_replica_context()
+            number = 0 if replica is None else replica.replica_id_in_sync_group
+            self._merge(
+                functools.partial(self._move, indices=indices, sub_batch=sub_batch, noisy=noisy),
+                # An object of this replica's own: one that they share would not be per replica.
+                tf.identity(tf.cast(number, tf.int32)),
+            )
+            yield
+            if not block.applied:
+                self._on_each_replica(lambda: self._origin.restore(indices))
+
+    def _move(
+        self,
+        strategy: tf.distribute.Strategy,
+        replica: Any,
+        indices: list[int],
+        sub_batch: int,
+        noisy: bool,
+    ) -> None:
+        rate = self.current_extrapolation_rate() if noisy else tf.constant(0.0)
 
         def move(replica: tf.Tensor, rate: tf.Tensor) -> list[tf.Tensor]:
-            targets = [tensorflow_variable(self._trainable_variables[index]) for index in indices]
-            copies = [
-                self._home.origins[index].assign(target, read_value=False)
-                for index, target in zip(indices, targets, strict=True)
-            ]
-            # An error in mid-step is recovered from by these copies, so they must be whole.
-            with tf.control_dependencies([copy for copy in copies if copy is not None]):
-                moved = [index in indices for index in range(len(self._home.origins))]
-                away = self._home.away.assign(moved, read_value=False)
-            with tf.control_dependencies([] if away is None else [away]):
-                point = replica * self.sub_batches + sub_batch
+            point = replica * self.sub_batches + sub_batch
+            saved = self._origin.save(indices)
+            with tf.control_dependencies(saved), self._origin.left(indices):
                 for index in indices:
                     past = None if self._past is None else self._past.variables[sub_batch, index]
-                    self.move(index, past, rate, point)
+                    noise = self.noise_of(index, past, point) if noisy else None
+                    velocity, momentum = self.look_ahead(index)
+                    variable = tensorflow_variable(self._trainable_variables[index])
+                    apply_extrapolation(variable, velocity, noise, rate, momentum)
             return [tf.constant(True)]
 
         on_each_replica(strategy, tensorflow_variable(self._iterations), move, replica, rate)
 
-    @abc.abstractmethod
-    def move(self, index: int, past: tf.Variable | None, rate: tf.Tensor, point: tf.Tensor) -> None:
-        """Moves one variable, in place, on a replica; a subclass defines it.
-
-        Args:
-            index: Of the variable.
-            past: What was kept of this sub-batch's past gradient, or ``None``.
-            rate: γ̂.
-            point: The number of the sub-batch, from 0 to k − 1.
-        """
-
-    def _return(self, strategy: tf.distribute.Strategy, replica: Any, variables: list[Any]) -> None:
-        del replica
-        indices = self._known_indices(variables)
-
-        def put_back() -> list[tf.Tensor]:
-            assigned = [
-                tensorflow_variable(self._trainable_variables[index]).assign(
-                    self._home.origins[index].read_value(), read_value=False
-                )
-                for index in indices
-            ]
-            with tf.control_dependencies([a for a in assigned if a is not None]):
-                self._home.away.assign([False] * len(self._home.origins), read_value=False)
-            return [tf.constant(True)]
-
-        on_each_replica(strategy, tensorflow_variable(self._iterations), put_back)
-
     def recover(self) -> None:
         """Puts x_t back after a step that ended in an error. `fit` does this by itself."""
         with tf.init_scope():
-            if not self.built:
-                return
-            copies = self._strategy.experimental_local_results(self._home.away)
-            away = np.any([copy.numpy() for copy in copies], axis=0)
-            for index in map(int, np.flatnonzero(away)):
-                variable = tensorflow_variable(self._trainable_variables[index])
-                _assign_copies(self._strategy, variable, self._home.origins[index])
-            for copy in copies:
-                copy.assign(np.zeros_like(away))
+            if self.built:
+                self._origin.recover()
 
     # -- the update --------------------------------------------------------------------------------
 
@@ -325,23 +227,15 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
     ) -> Callable[[], tf.Tensor]:
-        active = self._block()
         self._check_wrapper()
-        if active is None or active.applied:
-            raise ValueError(
-                f"{type(self).__name__} needs gradients that were taken at extrapolated weights. "
-                "`fit` and `train_on_batch` see to it; in a custom training loop take them, and "
-                "call `apply_gradients` once, in `with optimizer.extrapolated(variables):` in the "
-                "replica function. Received: gradients from outside of such a block"
-            )
-        if active.graph is not _current_graph():
-            # The way back is part of the update: a branch not taken would leave the weights away.
-            raise ValueError(
-                f"{type(self).__name__} must be applied in the `with optimizer.extrapolated(...):` "
-                "block itself. Put the block inside the `tf.function` (the condition, the loop). "
-                "Received: gradients from a `tf.function`, condition or loop inside the block"
-            )
-        not_moved = [v for v in variables if self._var_key(v) not in active.keys]
+        block = self._block_of_update(
+            "extrapolated",
+            f"{type(self).__name__} needs gradients that were taken at extrapolated weights. "
+            "`fit` and `train_on_batch` see to it; in a custom training loop take them, and "
+            "call `apply_gradients` once, in `with optimizer.extrapolated(variables):` in the "
+            "replica function. Received: gradients from outside of such a block",
+        )
+        not_moved = [v for v in variables if self._index_of(v) not in block.indices]
         if not_moved:
             raise ValueError(
                 "`extrapolated` must be given all variables that are trained. "
@@ -349,13 +243,9 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             )
         # A gradient may be a variable itself, which is about to change.
         grads = [tf.identity(g) if _is_variable(g) else g for g in grads]
-        moved = [v for v in self._trainable_variables if self._var_key(v) in active.keys]
-        self._in_replica(self._return, moved)
-        active.applied = True
+        self._on_each_replica(lambda: self._origin.restore(block.indices))
+        block.applied = True
         return super()._prepared_update(grads, variables, loss_scale, after, summed)
-
-    def _block(self) -> _Active | None:
-        return _active.get((id(self), replica_number()))
 
     def _write_beyond_rule(
         self,
@@ -372,6 +262,8 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
                 past = self.past_of(dense(merge_repeated_indices(gradient)), dense(mean))
                 writer.assign(self._past.variables[part, index], past)
 
+    # -- the framework's trainer -------------------------------------------------------------------
+
     def prepare_model(self, model: Any, data: Any) -> None:
         """Makes sure that a model has variables to be moved, and finds out what its layers are.
 
@@ -381,11 +273,9 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
             model: The model.
             data: A batch of its inputs, or a tuple that begins with them.
         """
-        if not self._layers.are_of(model):
+        if model not in self._filters:
             self._build_model(model, data)
-            self._layers = _Layers(model, self._kinds_of_filters(model))
-
-    # -- the framework's trainer -------------------------------------------------------------------
+            self._filters[model] = self._kinds_of_filters(model)
 
     def wrap_training(
         self,
@@ -410,16 +300,7 @@ class Extrapolation(ExtrapolationAdapter, Algorithm):
                     logs = train_step(own)
             return logs
 
-        function = make_function(step)
-
-        def recovering(iterator: Any) -> Any:
-            try:
-                return function(iterator)
-            except BaseException:
-                self.recover()
-                raise
-
-        return recovering
+        return self._recovering(make_function(step))
 
     # -- configuration and state -------------------------------------------------------------------
 
@@ -442,6 +323,15 @@ class _PastGradients(ReplicaState):
         self._parts = parts
         self.variables: dict[tuple[int, int], tf.Variable] = {}
 
+    def create(self, targets: Sequence[tf.Variable]) -> None:
+        """Makes the variables, and restores what was loaded before."""
+        self.variables = {
+            (part, index): variable_like(self._strategy, target, compute_dtype(target.dtype))
+            for part in range(self._parts)
+            for index, target in enumerate(targets)
+        }
+        self.load_pending()
+
     def state(self) -> dict[str, tf.Variable] | None:
         if not self.variables:
             return None
@@ -460,17 +350,6 @@ class _PastGradients(ReplicaState):
             "extrapolation by them, nothing else changes.",
             header["replicas"], header["parts"], self._strategy.num_replicas_in_sync, self._parts,
         )  # fmt: skip
-
-
-def _assign_copies(
-    strategy: tf.distribute.Strategy, target: tf.Variable, source: tf.Variable
-) -> None:
-    for copy, value in zip(
-        strategy.experimental_local_results(target),
-        strategy.experimental_local_results(source),
-        strict=True,
-    ):
-        copy.assign(value.read_value())
 
 
 def _is_variable(gradient: Any) -> bool:

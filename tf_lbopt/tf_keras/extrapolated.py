@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import tensorflow as tf
 import tf_keras
 
 from tf_lbopt.optimizers.extrapolation import ExtrapolationAdapter
@@ -35,9 +34,6 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
             elif isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)) and layer.built:
                 kinds[self._var_key(layer.depthwise_kernel)] = "depthwise"
         return kinds
-
-    def _value_of(self, schedule: Any) -> tf.Tensor:
-        return tf.convert_to_tensor(schedule(self.iterations))
 
     def _serialized(self, schedule: Any) -> Any:
         return tf_keras.optimizers.schedules.serialize(schedule)
