@@ -129,7 +129,7 @@ def test_classes_are_public_and_registered(info):
         ("tf_lbopt.optimizers.base.LargeBatchOptimizer", "rule"),
         ("tf_lbopt.tf_keras.base.LargeBatchOptimizer", "rule"),
         ("tf_lbopt.optimizers.extrapolated.ExtrapolatedOptimizer", "rule"),
-        ("tf_lbopt.optimizers.extrapolation.Extrapolation", "_start.*move"),
+        ("tf_lbopt.optimizers.extrapolation.Extrapolation", "_start.*noise_of"),
         ("tf_lbopt.optimizers.gsnr_weighting.GSNRWeighting", "_start"),
     ],
 )
