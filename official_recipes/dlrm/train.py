@@ -103,7 +103,7 @@ def _check(params: Any, options: Options) -> None:
         ("embeddings.optimizer", config.embeddings.optimizer),
     ):
         # This recipe's step takes its gradients at the weights themselves.
-        if optimizer.type.startswith("extrap_"):
+        if (optimizer.type or "").startswith("extrap_"):
             raise FlagValueError(
                 "params_override",
                 f"trainer.optimizer_config.{name}.type: one that does not extrapolate",
