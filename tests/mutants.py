@@ -217,6 +217,20 @@ MUTANTS = (
         "test_guard.py:overflow",
     ),
     Mutant(
+        "compiled by XLA, a bad update is written",
+        "rules/writer.py",
+        "return new if self._sound is None else tf.where(self._sound, new, old)",
+        "return new",
+        "test_guard.py:compiled_by_xla",
+    ),
+    Mutant(
+        "compiled by XLA, a bad update of a stock optimizer is written",
+        "rules/writer.py",
+        "variable.assign(tf.where(self._sound, variable, value))",
+        "pass",
+        "test_guard.py:compiled_by_xla",
+    ),
+    Mutant(
         "clipping enlarges short gradients",
         "rules/clip.py",
         "return limit / tf.maximum(norm, limit)",

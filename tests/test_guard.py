@@ -14,6 +14,7 @@ from harness import (
     Run,
     assert_replicas_identical,
     assert_states_equal,
+    graph_nodes,
     sub_batch_gradients,
     taking_gradients,
 )
@@ -59,6 +60,65 @@ def test_skips_the_whole_update(case, replicas, micro_steps, where, value):
     state = run.state()
     never_poisoned = run.restart().updates([good[0], good[2]])
     assert_states_equal(never_poisoned.state(), state)
+
+
+def compiled(step):
+    return tf.function(step, jit_compile=True)
+
+
+def around_adam(learning_rate=0.01, **kwargs):
+    return tf_lbopt.VarianceReduced(keras.optimizers.Adam(learning_rate), **kwargs)
+
+
+@pytest.mark.parametrize("make", [*CASES, around_adam], ids=lambda make: getattr(make, "name", ""))
+@pytest.mark.quick(make=(*KINDS, around_adam))
+def test_compiled_by_xla_nothing_of_a_bad_update_is_written(make):
+    """There the guard is no condition: all is written, as it was where the update is bad."""
+    good = sub_batch_gradients(3, sub_batches=2)
+
+    def begun():
+        run = Run(make, 1, 2, function=compiled, use_ema=True, ema_overwrite_frequency=2)
+        run.variables[0].constraint = keras.constraints.MaxNorm(0.5)
+        return run.update(good[0])
+
+    run = begun()
+    before = run.state()
+    assert np.linalg.norm(run.weights()[0], axis=0).max() < 0.501
+    run.update(poisoned(good[1], 1, np.nan))
+    assert_states_equal(before, run.state())
+    assert run.optimizer.skipped_updates.numpy() == 1
+    run.update(good[2])
+    assert run.optimizer.iterations.numpy() == 2
+    assert_states_equal(begun().update(good[2]).state(), run.state())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: tf_lbopt.SGD(0.1, momentum=0.9, weight_decay=0.1),
+        lambda: tf_lbopt.SNGM(0.1, weight_decay=0.1),
+        lambda: tf_lbopt.LARS(0.1, weight_decay=0.1, trust_ratio_denominator="sum_of_norms"),
+        lambda: tf_lbopt.CLARS(0.1, weight_decay=0.1, max_trust_ratio=1.0),
+        lambda: tf_lbopt.AdamW(0.1, global_clipnorm=1.0),
+        lambda: tf_lbopt.LAMB(0.1, weight_decay=0.1, use_ema=True, ema_overwrite_frequency=3),
+        lambda: tf_lbopt.LANS(0.1, weight_decay=0.1),
+    ],
+    ids=["sgd", "sngm", "lars", "clars", "adamw", "lamb", "lans"],
+)
+def test_a_compiled_update_has_no_conditions(optimizer):
+    variables = [keras.Variable(np.ones(shape, "float32")) for shape in ([300, 300], [5], [])]
+    gradients = [tf.ones(v.shape) for v in variables]
+    optimizer = optimizer()
+    optimizer.build(variables)
+    conditions = []
+    for jit_compile in (False, True):
+        step = tf.function(
+            lambda: optimizer.apply(gradients, variables), jit_compile=jit_compile, autograph=False
+        )
+        nodes = graph_nodes(step.get_concrete_function())
+        conditions.append(sum(node.op in ("If", "StatelessIf", "Case", "While") for node in nodes))
+    assert conditions[0] > 0
+    assert conditions[1] == 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

@@ -17,36 +17,6 @@ _PACKAGE = "official_recipes"
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class SGD(keras.optimizers.SGD):
-    """Keras's SGD with coupled weight decay: λ w is added to the gradient.
-
-    The `weight_decay` of Keras's own SGD is decoupled: it does not pass through the momentum, so
-    that the same number decays weights ten times less at momentum 0.9. Papers mean the coupled one.
-
-    Args:
-        learning_rate: A number or schedule.
-        coupled_weight_decay: λ ≥ 0. Defaults to 0.0.
-        **kwargs: Of `keras.optimizers.SGD`.
-    """
-
-    def __init__(self, learning_rate: Any = 0.01, coupled_weight_decay: float = 0.0, **kwargs: Any):
-        super().__init__(learning_rate, **kwargs)
-        self.coupled_weight_decay = coupled_weight_decay
-
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """One variable's update, with the mean gradient over all replicas."""
-        if self.coupled_weight_decay:
-            gradient = gradient + self.coupled_weight_decay * keras.ops.cast(
-                variable, gradient.dtype
-            )
-        super().update_step(gradient, variable, learning_rate)
-
-    def get_config(self) -> dict[str, Any]:
-        """The arguments that make an equal optimizer."""
-        return {**super().get_config(), "coupled_weight_decay": self.coupled_weight_decay}
-
-
-@keras.saving.register_keras_serializable(package=_PACKAGE)
 class InverseSqrtDecay(keras.optimizers.schedules.LearningRateSchedule):
     """``η √(W / (W + t))``, t updates after a warm-up of W updates: the Transformer's schedule.
 
@@ -145,15 +115,11 @@ def make_optimizer(
         raise FlagValueError("optimizer", f"one of {', '.join(known_optimizers())}", repr(name))
     schedule = make_schedule(options.schedule, options.batch_size, updates_per_epoch, epochs)
     factory, arguments = _stock(options) if name in _STOCK else _ours(options)
-    accepted = {
-        *inspect.signature(factory).parameters,
-        *(inspect.signature(keras.optimizers.SGD).parameters if factory is SGD else ()),
-        *_OF_ALL,
-    }
+    accepted = {*inspect.signature(factory).parameters, *_OF_ALL}
     for argument in arguments:
         if argument not in accepted:
             raise FlagValueError(
-                argument.removeprefix("coupled_"),
+                argument,
                 f"not to be given with --optimizer={name}, which has no such argument",
                 arguments[argument],
             )
@@ -184,8 +150,9 @@ def _stock(options: TrainingOptions) -> tuple[Any, dict[str, Any]]:
         )
     arguments = {**defaults, **options.optimizer_arguments}
     if factory is keras.optimizers.SGD and arguments.get("weight_decay"):
-        arguments["coupled_weight_decay"] = arguments.pop("weight_decay")
-        return SGD, arguments
+        # Keras's is decoupled: it does not pass through the momentum, so that the same number
+        # decays weights ten times less at momentum 0.9. Papers mean the coupled one.
+        return tf_lbopt.SGD, arguments
     return factory, arguments
 
 

@@ -158,13 +158,15 @@ class Pipeline:
 
     def _reduced(self, gradients: list[Any] | None, gradient_norms: Any) -> Sums:
         """Sums over the replicas of the gradients, or of those accumulated, and of statistics."""
-        counted = VARIANCE in self.statistics or MEAN_NORM in self.statistics
-        if not counted and gradients is not None:
-            own = [gradients] if OWN_GRADIENT in self.statistics and not self.summed else []
-            return Sums(self._summed(gradients, self.variables), own=own)
         # With a single sub-batch the mean norm is the norm, which the update computes anyway.
         single = self.strategy.num_replicas_in_sync == 1 and self.accumulation is None
         with_norms = MEAN_NORM in self.statistics and not (single and gradient_norms is None)
+        counted = VARIANCE in self.statistics or with_norms
+        if not counted and gradients is not None:
+            if self.summed:
+                return Sums(list(gradients))
+            totals = sum_over_replicas(self.strategy, gradients, self.variables)
+            return Sums(totals, own=[gradients] if OWN_GRADIENT in self.statistics else [])
 
         def read(local: list[Gradient] | None, local_norms: tf.Tensor | None) -> list[Any]:
             own = self._own_statistics(local)
@@ -176,8 +178,10 @@ class Pipeline:
         own = bundle(on_each_replica(self.strategy, self.anchor, read, gradients, gradient_norms))
         size = len(self.indices)
         end = size + counted + with_norms
-        destinations = [*self.variables, *[self.anchor] * (end - size)]
-        totals = self._summed(own[:end], destinations)
+        totals = own[:end]
+        if not self.summed:
+            destinations = [*self.variables, *[self.anchor] * (end - size)]
+            totals = sum_over_replicas(self.strategy, totals, destinations)
         numbers = totals[size:]
         live = numbers[0] if counted else None
         deviations = None
@@ -190,11 +194,6 @@ class Pipeline:
             deviations,
             self._own_parts(own[:size]) if OWN_GRADIENT in self.statistics else (),
         )
-
-    def _summed(self, values: list[Any], destinations: Sequence[tf.Variable]) -> list[Any]:
-        if self.summed or self.strategy.num_replicas_in_sync == 1:
-            return list(values)
-        return sum_over_replicas(self.strategy, values, destinations)
 
     def _own_statistics(self, local: list[Gradient] | None) -> ReplicaStatistics:
         """This replica's: of the gradients themselves, or of those accumulated."""

@@ -343,7 +343,11 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             decayed=[bound.decayed[index] for index in indices],
             adapted=[bound.adapted[index] for index in indices],
             statistics=statistics,
-            mean_norms=self._mean_norms(sums, mean_norms, scaled_by),
+            mean_norms=(
+                self._mean_norms(sums, mean_norms, scaled_by)
+                if MEAN_NORM in self.statistics
+                else None
+            ),
         )
         step = Step(learning_rate, tf.convert_to_tensor(bound.iterations))
         update = self.rule().update(parameters, step)
@@ -352,7 +356,9 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         def write(where: tf.Tensor | None = None) -> tf.Tensor:
             writer = Writer(where)
             update.write(writer)
-            self._write_beyond_rule(writer, parameters, means, self._own_means(sums, divisor))
+            own = self._own_means(sums, divisor) if sums.own else []
+            self._write_beyond_rule(writer, parameters, means, own)
+            writer.assign(bound.iterations, bound.iterations + 1)
             return writer.complete()
 
         if _compat.in_xla_context():
@@ -368,10 +374,8 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     def _mean_norms(
         self, sums: Sums, norms_of_means: tf.Tensor, scaled_by: tf.Tensor | None
-    ) -> tf.Tensor | None:
+    ) -> tf.Tensor:
         """[n], the means over the live sub-batches of the norms of the loss's own gradients."""
-        if MEAN_NORM not in self.statistics:
-            return None
         if sums.norms is None:
             return norms_of_means
         factor = self._replicas() * tf.math.reciprocal_no_nan(sums.live)
@@ -400,7 +404,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         means: list[Gradient],
         own: list[list[Gradient]],
     ) -> None:
-        """Writes constrained weights, their averages and the count of updates.
+        """Writes constrained weights and their averages.
 
         Args:
             writer: By which the rule has written.
@@ -412,8 +416,6 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         self._constrain(writer, parameters.indices, parameters.variables)
         if self.use_ema:
             self._average(writer)
-        iterations = tensorflow_variable(self._iterations)
-        writer.assign(iterations, iterations + 1)
 
     def _constrain(
         self, writer: Writer, indices: Sequence[int], targets: Sequence[tf.Variable]

@@ -169,7 +169,7 @@ class LANS(LargeBatchOptimizer):
 
     References:
         Zheng, Lin, Zha, Li 2020, "Accelerated Large Batch Optimization of BERT Pretraining in 54
-        minutes" (arXiv:2006.13484), Algorithm 2.
+        minutes" (arXiv:2006.13484), which was not at hand: equation numbers were not looked up.
     """
 
     rule_class = rules.LANS

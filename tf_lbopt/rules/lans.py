@@ -12,7 +12,7 @@ from tf_lbopt.rules.writer import Writer
 
 @dataclasses.dataclass(frozen=True)
 class LANS(AdamMoments):
-    """LANS, Algorithm 2, with φ the identity: LAMB along the momentum and along the gradient.
+    """LANS, with φ the identity: LAMB along the momentum and along the gradient.
 
     ``ĝ = g / ‖g‖``, of which m and v are the moments; ``r = m̂ / (√v̂ + ε) + λ w`` and
     ``c = ĝ / (√v̂ + ε) + λ w``; ``w ← w − η (β₁ ‖w‖/‖r‖ r + (1−β₁) ‖w‖/‖c‖ c)``.

@@ -4,7 +4,7 @@ Squares of float32 numbers below 1e-19 vanish and above 1e19 overflow, so the us
 ``sqrt(sum(x**2))`` silently turns a small gradient into "no gradient". Here the usual form is taken
 where it is exact, and one of scaled elements where it is not: in a graph by a second pass that is
 rarely made. Compiled by XLA, without branches, squares are summed in float64; on a TPU, which has
-no float64, three sums are taken in one pass.
+no float64, three sums are taken, of squares, and of squares of enlarged and of reduced elements.
 """
 
 import dataclasses
