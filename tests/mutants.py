@@ -268,13 +268,13 @@ def fails(tests: str, package: pathlib.Path) -> tuple[bool, float]:
     """
     file, _, pattern = tests.partition(":")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "not long", str(ROOT / "tests" / file)]
+    command += ["-c", str(ROOT / "pyproject.toml"), "-m", "not long", str(ROOT / "tests" / file)]
     command += ["-k", pattern] if pattern else []
     start = time.monotonic()
     done = subprocess.run(
         command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(package), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=package,  # which `-m` puts first on the path
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
