@@ -17,7 +17,7 @@ from tf_lbopt.aggregation.accumulators import (
     deviation_weights,
 )
 from tf_lbopt.aggregation.replica_state import ReplicaState
-from tf_lbopt.aggregation.sparse import merge_repeated_indices
+from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 
@@ -303,7 +303,7 @@ class Accumulation(ReplicaState):
         if self.parts > 1:
             parts = [self.read_part(indices, part) for part in range(self.parts)]
             return ReplicaStatistics(
-                [_sum(of_all) for of_all in zip(*parts, strict=True)], None, count
+                [added(of_all) for of_all in zip(*parts, strict=True)], None, count
             )
         pairs = [self.accumulators[0, index].read(count) for index in indices]
         followed = VARIANCE in self.statistics
@@ -379,16 +379,6 @@ def _ones_at(indices: Iterable[int], size: int) -> tf.Tensor:
     ones = np.zeros(size, np.float32)
     ones[list(indices)] = 1.0
     return tf.constant(ones)
-
-
-def _sum(gradients: Sequence[Gradient]) -> Gradient:
-    if not any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
-        return tf.add_n(list(gradients))
-    return tf.IndexedSlices(
-        tf.concat([gradient.values for gradient in gradients], 0),
-        tf.concat([gradient.indices for gradient in gradients], 0),
-        dense_shape=gradients[0].dense_shape,
-    )
 
 
 def _first(value: Any) -> Any:

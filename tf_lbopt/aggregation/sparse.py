@@ -1,5 +1,7 @@
 """Arithmetic on gradients that may be sparse."""
 
+from collections.abc import Iterable
+
 import tensorflow as tf
 
 from tf_lbopt.rules.norms import Gradient
@@ -21,6 +23,20 @@ def merge_repeated_indices(gradient: Gradient) -> Gradient:
     indices, positions = tf.unique(gradient.indices)
     values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.shape(indices)[0])
     return tf.IndexedSlices(values, indices, dense_shape=gradient.dense_shape)
+
+
+def added(gradients: Iterable[Gradient | None]) -> Gradient | None:
+    """The sum of those that are not `None`; sparse if all are."""
+    several = [gradient for gradient in gradients if gradient is not None]
+    if len(several) < 2:
+        return several[0] if several else None
+    if all(isinstance(gradient, tf.IndexedSlices) for gradient in several):
+        return tf.IndexedSlices(
+            tf.concat([gradient.values for gradient in several], axis=0),
+            tf.concat([tf.cast(gradient.indices, tf.int64) for gradient in several], axis=0),
+            dense_shape=several[0].dense_shape,
+        )
+    return tf.add_n([tf.convert_to_tensor(gradient) for gradient in several])
 
 
 def divide(gradient: Gradient, divisor: tf.Tensor) -> Gradient:

@@ -1,14 +1,14 @@
 """From a recording to gradients and norms, by the rules of layers or one example at a time."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat
-from tf_lbopt.aggregation.sparse import merge_repeated_indices
+from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.per_example.contributions import Contribution, known_size, squares_and_sum
 from tf_lbopt.per_example.recording import Recording, Use
 from tf_lbopt.per_example.registry import LayerCall
@@ -257,20 +257,6 @@ def _tensors(reads: _Reads) -> list[tf.Tensor]:
 def has_rows(tensor: tf.Tensor, batch: int | None) -> bool:
     """Whether the first axis of a tensor is the batch, as far as static shapes tell."""
     return bool(tensor.shape.rank) and tensor.shape[0] in (None, batch)
-
-
-def added(gradients: Iterable[Gradient | None]) -> Gradient | None:
-    """The sum of those that are not `None`; sparse if all are."""
-    several = [gradient for gradient in gradients if gradient is not None]
-    if len(several) < 2:
-        return several[0] if several else None
-    if all(isinstance(gradient, tf.IndexedSlices) for gradient in several):
-        return tf.IndexedSlices(
-            tf.concat([gradient.values for gradient in several], axis=0),
-            tf.concat([tf.cast(gradient.indices, tf.int64) for gradient in several], axis=0),
-            dense_shape=several[0].dense_shape,
-        )
-    return tf.add_n([tf.convert_to_tensor(gradient) for gradient in several])
 
 
 def _masked(gradient: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

@@ -6,8 +6,7 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.aggregation.sparse import divide
-from tf_lbopt.per_example.backward import added
+from tf_lbopt.aggregation.sparse import added, divide
 from tf_lbopt.per_example.losses import AnyLoss, Structure, example_losses
 from tf_lbopt.per_example.tape import PerExampleTape
 from tf_lbopt.rules.norms import Gradient

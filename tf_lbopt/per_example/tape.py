@@ -9,8 +9,9 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
+from tf_lbopt.aggregation.sparse import added
 from tf_lbopt.per_example.axes import find_rows
-from tf_lbopt.per_example.backward import Backward, added
+from tf_lbopt.per_example.backward import Backward
 from tf_lbopt.per_example.recording import Recording
 from tf_lbopt.rules.norms import Gradient
 

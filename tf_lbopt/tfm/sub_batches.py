@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_lbopt.aggregation.sparse import added
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.extrapolation import Extrapolation
@@ -174,7 +175,7 @@ class _Collecting(_StandIn):
 
     def _apply(self, gradients: list[Any], variables: list[Any], kwargs: dict[str, Any]) -> Any:
         so_far = self._collected.gradients or [None] * len(gradients)
-        totals = [_sum(*pair) for pair in zip(so_far, gradients, strict=True)]
+        totals = [added(pair) for pair in zip(so_far, gradients, strict=True)]
         self._collected.gradients = totals
         if self._index < self._number - 1:
             return None
@@ -221,18 +222,6 @@ def _accumulates(optimizer: Any, number: int) -> bool:
             f"{number}. Received: gradient_accumulation_steps={steps}"
         )
     return steps == number
-
-
-def _sum(first: Any, second: Any) -> Any:
-    if first is None or second is None:
-        return second if first is None else first
-    if isinstance(first, tf.IndexedSlices) and isinstance(second, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            tf.concat([first.values, second.values], 0),
-            tf.concat([first.indices, second.indices], 0),
-            dense_shape=first.dense_shape,
-        )
-    return tf.convert_to_tensor(first) + tf.convert_to_tensor(second)
 
 
 def _scaled(gradient: Any, factor: float) -> Any:
