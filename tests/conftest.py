@@ -10,12 +10,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import functools
 import pathlib
+import sys
 
 import pytest
 import tensorflow as tf
 from tensorflow.python.framework import config as tensorflow_config
 
 from official_recipes.common.input_pipeline import without_autotuning
+
+# For `benchmarks`, which is not installed; at the end, so that the installed package is tested.
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 _FIRST_DEVICE = {2: 1, 4: 3, 8: 7}
 tf.config.set_logical_device_configuration(

@@ -8,7 +8,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def assert_bad_flag_ends_in_one_line(benchmark, flag, arguments, monkeypatch, capsys):
     """In this process: a program of its own takes longest to import TensorFlow."""
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(ROOT)
     program = importlib.import_module(f"benchmarks.{benchmark}")
     assert program.main([benchmark, *arguments]) == 2

@@ -86,9 +86,8 @@ def test_bad_flag_ends_in_one_line(flag, value, more, monkeypatch, capsys):
     assert_bad_flag_ends_in_one_line("step_time", flag, arguments, monkeypatch, capsys)
 
 
-def test_resnet20_has_the_parameters_of_the_paper(monkeypatch):
+def test_resnet20_has_the_parameters_of_the_paper():
     pytest.importorskip("rich")
-    monkeypatch.syspath_prepend(ROOT)
     from benchmarks import step_time
 
     model = step_time.build_model(step_time.MODELS["resnet20"])

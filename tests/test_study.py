@@ -13,10 +13,6 @@ import pytest
 import tensorflow as tf
 
 import tf_lbopt
-
-# Benchmarks are not part of the package; at the end, so that the installed package is tested.
-sys.path.append(str(Path(__file__).parents[1]))
-
 from benchmarks.study import regression, runner
 from benchmarks.study.__main__ import main, summary
 from benchmarks.study.documents import DOCS, render_pages

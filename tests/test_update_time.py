@@ -129,8 +129,7 @@ def test_bad_flag_ends_in_one_line(flag, value, monkeypatch, capsys):
     assert_bad_flag_ends_in_one_line("update_time", flag, arguments, monkeypatch, capsys)
 
 
-def test_shapes_are_those_of_the_models(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_shapes_are_those_of_the_models():
     from benchmarks import shapes
 
     assert (len(shapes.resnet50()), shapes.count(shapes.resnet50())) == (161, 25_557_032)
