@@ -12,7 +12,7 @@ import tensorflow as tf
 from conftest import strategy_of
 
 import tf_lbopt
-from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
+from tf_lbopt.optimizers.trained import path_of, tensorflow_variable
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 SHAPES = [(6, 5), (5,), (3, 3, 2, 4)]

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from harness import Run, assert_states_equal, sub_batch_gradients
 
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.trained import tensorflow_variable
 
 # -- into a fresh run ------------------------------------------------------------------------------
 

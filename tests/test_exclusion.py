@@ -187,15 +187,12 @@ def test_keras_names_are_searched_as_keras_does(pattern):
 # -- other names for the same variables ------------------------------------------------------------
 
 
-class Named:
-    def __init__(self, path):
-        self.path = path
-
-
 def built(entries, paths):
+    """An exclusion that was built for variables of these names, and the numbers of those in it."""
     exclusion = Exclusion("exclude_from_weight_decay", entries)
-    exclusion.build([Named(path) for path in paths])
-    return exclusion
+    variables = [tf.Variable(0.0, name=path) for path in paths]
+    exclusion.build(variables)
+    return exclusion, [number for number, v in enumerate(variables) if v in exclusion]
 
 
 # Former paths, entries, paths now, which of these are excluded.
@@ -241,19 +238,19 @@ RENAMED = {
 def test_variables_under_other_names(case):
     former, entries, paths, excluded = RENAMED[case]
     if former is not None:
-        entries = json.loads(json.dumps(built(entries, former).config()))
-    exclusion = built(entries, paths)
-    assert [i for i, flag in enumerate(exclusion.excluded) if flag] == excluded
+        entries = json.loads(json.dumps(built(entries, former)[0].config()))
+    exclusion, found = built(entries, paths)
+    assert found == excluded
     # And once more: what is built knows these names, and says the same as what was not yet.
-    again = built(exclusion.config(), paths)
-    assert again.excluded == exclusion.excluded
+    again, found = built(exclusion.config(), paths)
+    assert found == excluded
     assert again.config() == exclusion.config()
 
 
 def test_entries_that_are_added_to_a_configuration():
     paths = ["net/a/w", "net/a/bias", "net/b/bias"]
-    config = [*built(["^net/a/bias"], paths).config(), "b/bias"]
-    assert built(config, ["a/w", "a/bias", "b/bias"]).excluded == [False, True, True]
+    config = [*built(["^net/a/bias"], paths)[0].config(), "b/bias"]
+    assert built(config, ["a/w", "a/bias", "b/bias"])[1] == [1, 2]
     assert Exclusion("exclude_from_weight_decay", config).config() == config
 
 

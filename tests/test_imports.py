@@ -1,6 +1,7 @@
 """What importing the package pulls in, and where private names are used."""
 
 import ast
+import importlib
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 
 import tf_lbopt
 from tf_lbopt import _requirements
+from tf_lbopt.optimizers.declared import Declared
 
 ROOT = pathlib.Path(tf_lbopt.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -86,12 +88,103 @@ def test_no_file_imports_anything_optional(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_private_names_are_in_one_file_for_each_framework(path):
+def test_private_modules_are_imported_in_one_file(path):
     private = [name for name in imported_modules(path) if starts_with(name, PRIVATE)]
-    if path in (ROOT / "_compat.py", ROOT / "tf_keras" / "_compat.py"):
+    if path == ROOT / "_compat.py":
         assert private, "the scan does not find private imports where they are known to be"
     else:
         assert private == []
+
+
+def framework_objects():
+    """One of each kind that this package meets, for the names of their private attributes."""
+    import keras
+    import tensorflow as tf
+    import tf_keras
+
+    objects = [
+        tf.Variable(0.0),
+        tf.constant(0.0),
+        tf.distribute.get_strategy(),
+        tf.IndexedSlices(tf.zeros([1]), tf.zeros([1], tf.int32)),
+        keras.Variable(0.0),
+        keras.callbacks.Callback(),
+        keras.callbacks.CallbackList(),
+        keras.callbacks.SwapEMAWeights(),
+        keras.losses.MeanSquaredError(),
+        keras.metrics.Mean(),
+    ]
+    for of in (keras, tf_keras):
+        layer = of.layers.Dense(1)
+        layer.build((None, 1))
+        optimizer = of.optimizers.SGD(0.1, use_ema=True)
+        model = of.Sequential([layer])
+        model.compile(optimizer, "mse")
+        if of is keras:
+            scaled = of.optimizers.LossScaleOptimizer(of.optimizers.SGD(0.1))
+        else:
+            scaled = of.mixed_precision.LossScaleOptimizer(of.optimizers.SGD(0.1))
+        schedule = of.optimizers.schedules.CosineDecay(0.1, 1)
+        objects += [layer, model, optimizer, scaled, schedule]
+    return objects
+
+
+def private(names):
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
+def accessed_names(tree):
+    """Attributes that code has to do with, by name or as a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("attr"):
+            yield from ((a.value, a.lineno) for a in node.args[1:2] if isinstance(a, ast.Constant))
+
+
+def defined_names(node):
+    """Attributes that a class defines, itself or on ``self``."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef):
+            yield part.name
+        elif isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+            yield part.attr
+        elif isinstance(part, (ast.AnnAssign, ast.Assign)):
+            targets = [part.target] if isinstance(part, ast.AnnAssign) else part.targets
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_private_attributes_of_the_frameworks_are_in_one_file_for_each():
+    objects = framework_objects()
+    theirs = private(name for thing in objects for name in dir(thing))
+    assert {"_iterations", "_learning_rate", "_trainable_variables", "_unique_id"} <= theirs
+    frameworks = [type(thing) for thing in objects if type(thing).__name__ == "SGD"]
+    found = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        module = importlib.import_module(module.removesuffix(".__init__"))
+        ours = set()
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                cls = getattr(module, node.name)
+                # Mix-ins of optimizers are optimizers of both frameworks in the end.
+                bases = [*cls.__mro__, *frameworks] if issubclass(cls, Declared) else cls.__mro__
+                of_bases = [o for o in objects if any(type(o) in b.__mro__ for b in bases)]
+                inherited = private(name for o in of_bases for name in dir(o))
+                inherited |= private(
+                    name
+                    for base in bases
+                    if base.__module__.partition(".")[0] in ("keras", "tf_keras", "tensorflow")
+                    for name in dir(base)
+                )
+                ours |= private(defined_names(node)) - inherited
+        found[path] = [f"{n}:{line}" for n, line in accessed_names(tree) if n in theirs - ours]
+    for path, names in found.items():
+        if path.name == "_compat.py":
+            assert names, "the scan does not find private names where they are known to be"
+        else:
+            assert names == [], path
 
 
 def _import_with(code, **environment):

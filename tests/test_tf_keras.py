@@ -102,8 +102,8 @@ def test_equals_the_keras_3_class_to_the_last_bit(case, replicas, micro_steps):
     theirs = Run(KERAS_CASES[case.name], replicas, micro_steps, **run).updates(gradients)
     for a, b in zip(ours.weights(), theirs.weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    for name, slots in theirs.inner._slots.items():
-        for a, b in zip(ours.inner._slots[name], slots, strict=True):
+    for name, slots in theirs.inner.trained.slots.items():
+        for a, b in zip(ours.inner.trained.slots[name], slots, strict=True):
             np.testing.assert_array_equal(a.numpy(), b.numpy())
     if extra:
         averages = zip(

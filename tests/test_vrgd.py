@@ -78,7 +78,7 @@ class Recorder(LargeBatchOptimizer):
 
 def recorded(run, name, layer=0):
     """One statistic of the sub-batches."""
-    return run.inner._slots[name][layer].numpy().astype(np.float64)
+    return run.inner.trained.slots[name][layer].numpy().astype(np.float64)
 
 
 NOISE = (1e-5, 1e-3, 1.0, 1e3)  # σ²/ḡ²

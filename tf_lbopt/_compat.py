@@ -97,7 +97,7 @@ def _without_distribution() -> Iterator[None]:
 
 
 def keras_update(
-    optimizer: keras.optimizers.Optimizer, gradients: Sequence[Any], variables: Sequence[Any]
+    optimizer: keras.optimizers.Optimizer, gradients: Sequence[tf.Tensor], variables: Sequence[Any]
 ) -> None:
     """One update by a stock Keras optimizer, on the replica whose update context this is.
 
@@ -165,7 +165,7 @@ def _install_hooks() -> None:
             return _original_call(operation, *args, **kwargs)
         return stack[-1][0](_original_call, operation, *args, **kwargs)
 
-    def value(variable: Any) -> Any:
+    def value(variable: keras.Variable) -> Any:
         stack = getattr(_hooks, "stack", None)
         if stack:
             substitute = stack[-1][1](variable)
@@ -367,12 +367,46 @@ class _Written(Trackable):
         return tf.no_op()
 
 
-def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
+# -- optimizers ------------------------------------------------------------------------------------
+
+
+def key_of(variable: keras.Variable | tf.Variable) -> str:
+    """The same for a Keras variable, the variable in it, and the copy of it on any replica.
+
+    Checked on TensorFlow 2.20.0, Keras 3.15.1 and tf_keras 2.20.1.
+    """
+    value = variable._value if isinstance(variable, keras.Variable) else variable
+    distributed = getattr(value, "_distributed_container", None)
+    return (value if distributed is None else distributed())._unique_id
+
+
+def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The variables that an optimizer was built with.
 
     There is no public list of them. Checked on Keras 3.15.1.
     """
     return list(optimizer._trainable_variables)
+
+
+def averages(optimizer: Any) -> list[Any]:
+    """The moving averages of the variables that an optimizer, of either framework, was built with.
+
+    Checked on Keras 3.15.1 and tf_keras 2.20.1.
+    """
+    return list(optimizer._model_variables_moving_average)
+
+
+def counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """What an optimizer counts; `iterations` divides it by the micro-steps of its own accumulation.
+
+    Checked on Keras 3.15.1.
+    """
+    return optimizer._iterations
+
+
+def has_schedule(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether the learning rate is none that can be set. Checked on Keras 3.15.1."""
+    return callable(optimizer._learning_rate)
 
 
 def let_optimizers_wrap_training() -> None:

@@ -69,7 +69,7 @@ def real(
     return number
 
 
-def integer(name: str, value: Any, *, low: int, optional: bool = False) -> Any:
+def integer(name: str, value: object, *, low: int, optional: bool = False) -> Any:
     """Checks that ``value`` is a whole number of at least ``low`` and returns it as int.
 
     Raises:
@@ -89,7 +89,7 @@ def integer(name: str, value: Any, *, low: int, optional: bool = False) -> Any:
     return int(value)
 
 
-def boolean(name: str, value: Any) -> bool:
+def boolean(name: str, value: object) -> bool:
     """Checks that ``value`` is True or False.
 
     Raises:
@@ -103,7 +103,7 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Checks that ``value`` is one of a few strings.
 
     Raises:

@@ -10,7 +10,7 @@ from keras.layers import Layer
 
 from tf_lbopt import _compat
 from tf_lbopt._validation import integer, listed, shown
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.trained import tensorflow_variable
 
 _logger = logging.getLogger(__name__)
 

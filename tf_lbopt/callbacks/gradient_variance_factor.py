@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.callbacks.epoch_numbers import EpochNumbers
-from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.optimizers.trained import path_of
 from tf_lbopt.per_example import per_example_gradient_norms
 
 

@@ -8,7 +8,6 @@ knows the constructor, the variables and the saving of one framework is an adapt
 
 import abc
 import contextlib
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,9 @@ from tf_lbopt.aggregation.replicas import (
 from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
 from tf_lbopt.optimizers import saved_state
 from tf_lbopt.optimizers.declared import Declared
-from tf_lbopt.optimizers.exclusion import Exclusion, listed, path_of, tensorflow_variable
+from tf_lbopt.optimizers.exclusion import Exclusion, listed
+from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate
+from tf_lbopt.optimizers.trained import Gradients, Trained, Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
@@ -39,24 +40,6 @@ from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Bound:
-    """What updates need of what an optimizer was built with.
-
-    A class of its own, so that Keras and TensorFlow do not track what is in it a second time.
-    """
-
-    variables: Sequence[Any]
-    targets: list[tf.Variable]
-    dtypes: list[tf.DType]
-    paths: list[str]
-    slots: dict[str, list[tf.Variable]]
-    decayed: list[bool]
-    adapted: list[bool]
-    iterations: tf.Variable
-    skipped_updates: tf.Variable
 
 
 class Algorithm(Declared, saved_state.SavedState, abc.ABC):
@@ -78,12 +61,12 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     # Of the framework's optimizer.
     built: bool
-    _iterations: Any
-    _trainable_variables: Sequence[Any]
-    _model_variables_moving_average: Sequence[Any]
-    _var_key: Callable[[Any], Any]
+    iterations: Variable
 
-    def _set_up(self, values: dict[str, Any]) -> None:
+    trained: Trained
+    """The variables that it was built with; there is none before `build`."""
+
+    def _set_up(self, values: Arguments) -> None:
         framework = {name: values.pop(name) for name in self.common_arguments}
         self._start(self._rate_or_schedule(values.pop("learning_rate", 0.0)), framework)
         decay, adaptation = "exclude_from_weight_decay", "exclude_from_layer_adaptation"
@@ -98,8 +81,6 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         if self.statistics or self.gradient_accumulation_steps:
             self._check_strategy()
         self._let_checkpoints_say_whose()
-        self._slots: dict[str, list[Any]] = {}
-        self._bound_to: _Bound | None = None
         self._accumulation = (
             Accumulation(
                 self._strategy,
@@ -132,7 +113,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     # -- what an adapter provides ------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _start(self, learning_rate: Any, arguments: dict[str, Any]) -> None:
+    def _start(self, learning_rate: LearningRate, arguments: Arguments) -> None:
         """Calls the framework's constructor; sets `gradient_accumulation_steps`.
 
         Args:
@@ -141,7 +122,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         """
 
     @abc.abstractmethod
-    def _schedule(self, learning_rate: Any) -> Any:
+    def _schedule(self, learning_rate: LearningRate) -> Any:
         """What the framework takes as a learning rate that is no number."""
 
     @abc.abstractmethod
@@ -149,16 +130,12 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         """A new integer variable among the framework's optimizer variables."""
 
     @abc.abstractmethod
-    def _add_slot(self, variable: Any, name: str) -> Any:
+    def _add_slot(self, variable: Variable, name: str) -> Any:
         """A new variable like a trainable one, in the dtype of the arithmetic on it."""
 
     @abc.abstractmethod
-    def _build_framework(self, variables: list[Any]) -> None:
+    def _build_framework(self, variables: list[Variable]) -> None:
         """The framework's own part of `build`; sets `_trainable_variables`."""
-
-    @abc.abstractmethod
-    def _index_of(self, variable: Any) -> int | None:
-        """The number of a trainable variable, or `None` if it is not one of them."""
 
     @abc.abstractmethod
     def _read_learning_rate(self) -> tf.Tensor:
@@ -166,7 +143,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     # -- variables ---------------------------------------------------------------------------------
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def build(self, variables: Sequence[Variable]) -> None:
         """Creates the slots (and accumulators) for a list of trainable variables.
 
         Raises:
@@ -180,23 +157,32 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             self._check_trainable(variable)
         with inside_scope(self._strategy):
             self._create_variables(variables)
-        self._bound()
 
-    def _create_variables(self, variables: list[Any]) -> None:
+    def _create_variables(self, variables: list[Variable]) -> None:
         self._build_framework(variables)
-        self._slots = {name: [] for name in self.own_slots()}
-        for variable in variables:
-            with self._strategy.extended.colocate_vars_with(tensorflow_variable(variable)):
-                for name, slots in self._slots.items():
-                    slots.append(self._add_slot(variable, name))
+        slots: dict[str, list[tf.Variable]] = {name: [] for name in self.own_slots()}
+        targets = [tensorflow_variable(variable) for variable in variables]
+        for variable, target in zip(variables, targets, strict=True):
+            with self._strategy.extended.colocate_vars_with(target):
+                for name, of_all in slots.items():
+                    of_all.append(tensorflow_variable(self._add_slot(variable, name)))
         self._decay_exclusion.build(variables)
         self._adaptation_exclusion.build(variables)
+        self.trained = Trained(
+            variables,
+            targets,
+            slots,
+            decayed=[self.decays(variable) for variable in variables],
+            adapted=[self.adapts(variable) for variable in variables],
+            iterations=tensorflow_variable(self.iterations),
+            skipped_updates=tensorflow_variable(self.skipped_updates),
+        )
         if self._accumulation is not None:
             # The last of all: without accumulation the others have the same places.
             self._pending_micro_steps = self._add_counter("pending_micro_steps")
             self._accumulation.micro_step = tensorflow_variable(self._pending_micro_steps)
 
-    def _check_trainable(self, variable: Any) -> None:
+    def _check_trainable(self, variable: Variable) -> None:
         if not tf.as_dtype(variable.dtype).is_floating:
             raise TypeError(
                 f"{type(self).__name__} trains variables of real floating-point numbers. "
@@ -219,8 +205,8 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     def _prepared_update(
         self,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
+        grads: Gradients,
+        variables: Sequence[Variable],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
@@ -246,50 +232,34 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         if len(pairs) < len(known):
             known = self._known_indices([variable for _, variable in pairs])
         context = replica_context_of(self._strategy)
-        bound = self._bound()
+        trained = self.trained
+        targets = [trained.targets[index] for index in known]
         pipeline = Pipeline(
             strategy=self._strategy,
             indices=known,
-            variables=[bound.targets[index] for index in known],
+            variables=targets,
             paths=[
                 path if getattr(variable, "trainable", True) else None
-                for path, variable in zip(bound.paths, self._trainable_variables, strict=True)
+                for path, variable in zip(trained.paths, trained.variables, strict=True)
             ],
-            anchor=bound.iterations,
+            anchor=trained.iterations,
             statistics=self.statistics,
             micro_step=self._micro_step(),
             accumulation=self._accumulation,
             summed=summed,
             prepare=self._read_learning_rate,
-            update=functools.partial(self._update_on_replica, bound, known, loss_scale, after),
+            update=functools.partial(self._update_on_replica, known, loss_scale, after),
         )
         own = prepared(
             [gradient for gradient, _ in pairs],
-            pipeline.variables,
-            [bound.dtypes[index] for index in known],
+            targets,
+            [compute_dtype(target.dtype) for target in targets],
         )
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
 
-    def _bound(self) -> "_Bound":
-        variables = self._trainable_variables
-        if self._bound_to is None or self._bound_to.variables is not variables:
-            self._bound_to = _Bound(
-                variables,
-                [tensorflow_variable(variable) for variable in variables],
-                [compute_dtype(variable.dtype) for variable in variables],
-                [path_of(variable) for variable in variables],
-                self._slots_of(range(len(variables))),
-                [self.decays(variable) for variable in variables],
-                [self.adapts(variable) for variable in variables],
-                tensorflow_variable(self._iterations),
-                tensorflow_variable(self.skipped_updates),
-            )
-        return self._bound_to
-
     def _update_on_replica(
         self,
-        bound: "_Bound",
         indices: Sequence[int],
         loss_scale: Callable[[], tf.Tensor] | None,
         after: Callable[[tf.Tensor], None] | None,
@@ -302,6 +272,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         Compiled by XLA it has no condition: what is written is ``where(sound, new, old)``.
         """
         del anchor
+        trained = self.trained
         totals = [
             merge_repeated_indices(total) if isinstance(total, tf.IndexedSlices) else total
             for total in sums.totals
@@ -335,13 +306,13 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             sound &= squares_fit(mean_norms * unit, [gradient.dtype for gradient in gradients])
         parameters = Parameters(
             indices=indices,
-            variables=[bound.targets[index] for index in indices],
+            variables=[trained.targets[index] for index in indices],
             gradients=gradients,
             gradient_norms=gradient_norms,
             norm_bounds=gradient_norms,
-            slots={name: [of[index] for index in indices] for name, of in bound.slots.items()},
-            decayed=[bound.decayed[index] for index in indices],
-            adapted=[bound.adapted[index] for index in indices],
+            slots={name: [of[index] for index in indices] for name, of in trained.slots.items()},
+            decayed=[trained.decayed[index] for index in indices],
+            adapted=[trained.adapted[index] for index in indices],
             statistics=statistics,
             mean_norms=(
                 self._mean_norms(sums, mean_norms, scaled_by)
@@ -349,7 +320,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
                 else None
             ),
         )
-        step = Step(learning_rate, tf.convert_to_tensor(bound.iterations))
+        step = Step(learning_rate, tf.convert_to_tensor(trained.iterations))
         update = self.rule().update(parameters, step)
         sound &= update.sound
 
@@ -358,14 +329,14 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             update.write(writer)
             own = self._own_means(sums, divisor) if sums.own else []
             self._write_beyond_rule(writer, parameters, means, own)
-            writer.assign(bound.iterations, bound.iterations + 1)
+            writer.assign(trained.iterations, trained.iterations + 1)
             return writer.complete()
 
         if _compat.in_xla_context():
             complete = write(sound)
         else:
             complete = tf.cond(sound, write, lambda: tf.constant(False))
-        bound.skipped_updates.assign_add(tf.cast(~complete, tf.int64))
+        trained.skipped_updates.assign_add(tf.cast(~complete, tf.int64))
         if self._accumulation is not None:
             self._accumulation.finish()
         if after is not None:
@@ -422,12 +393,12 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     ) -> None:
         """Applies the variables' constraints to what holds their weights."""
         for index, target in zip(indices, targets, strict=True):
-            constraint = getattr(self._trainable_variables[index], "constraint", None)
+            constraint = getattr(self.trained.variables[index], "constraint", None)
             if constraint is not None:
                 writer.assign(target, constraint(tf.convert_to_tensor(target)))
 
     def _average(self, writer: Writer) -> None:
-        count = tf.convert_to_tensor(self._iterations)
+        count = tf.convert_to_tensor(self.trained.iterations)
         due: tf.Tensor | None = None
         if self.ema_overwrite_frequency:
             due = tf.cast(count + 1, tf.int32) % self.ema_overwrite_frequency == 0
@@ -443,12 +414,6 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             if due is not None:
                 weights = tf.convert_to_tensor(variable)
                 writer.assign(variable, tf.where(due, tf.cast(mean, weights.dtype), weights))
-
-    def _slots_of(self, indices: Sequence[int]) -> dict[str, list[tf.Variable]]:
-        return {
-            name: [tensorflow_variable(slots[index]) for index in indices]
-            for name, slots in self._slots.items()
-        }
 
     @contextlib.contextmanager
     def micro_step(self, number: int) -> Iterator[None]:
@@ -493,10 +458,10 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     def _micro_step(self) -> MicroStep:
         return _micro_steps.get((id(self), replica_number()), MicroStep())
 
-    def _known_indices(self, variables: Sequence[Any]) -> list[int]:
+    def _known_indices(self, variables: Sequence[Variable]) -> list[int]:
         indices = []
         for variable in variables:
-            index = self._index_of(variable)
+            index = self.trained.numbers.get(_compat.key_of(variable))
             if index is None:
                 raise ValueError(
                     f"Unknown variable: {path_of(variable)}. {type(self).__name__} can only be "
@@ -506,7 +471,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         return indices
 
     def _gradient_norms(
-        self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
+        self, variables: Sequence[Variable], loss_scale: Callable[[], tf.Tensor] | None
     ) -> tf.Tensor | None:
         """[n], what stands for the norms of this replica's gradients in the mean norm.
 
@@ -532,13 +497,11 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     def _weights_and_averages(self) -> list[tuple[tf.Variable, tf.Variable]]:
         return [
-            (tensorflow_variable(variable), tensorflow_variable(average))
-            for variable, average in zip(
-                self._trainable_variables, self._model_variables_moving_average, strict=True
-            )
+            (target, tensorflow_variable(average))
+            for target, average in zip(self.trained.targets, _compat.averages(self), strict=True)
         ]
 
-    def _put_averages(self, variables: Sequence[Any]) -> None:
+    def _put_averages(self, variables: Sequence[Variable]) -> None:
         """Puts their averages into the place of these variables, outside of replicas."""
         pairs = self._weights_and_averages()
         with inside_scope(self._strategy):
@@ -548,7 +511,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     # -- exclusions --------------------------------------------------------------------------------
 
     def exclude_from_weight_decay(
-        self, var_list: Sequence[Any] | None = None, var_names: Sequence[str] | None = None
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
     ) -> None:
         """Excludes variables from weight decay, in Keras's way; kept by `get_config`.
 
@@ -577,36 +540,32 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     def _exclude_name(self, pattern: str) -> None:
         self._decay_exclusion.add_name(pattern)
 
-    def decays(self, variable: Any) -> bool:
+    def decays(self, variable: Variable) -> bool:
         """Whether weight decay applies to a variable."""
-        return not self._is_excluded(variable, self._decay_exclusion)
+        return variable not in self._decay_exclusion
 
-    def _is_excluded(self, variable: Any, exclusion: Exclusion) -> bool:
-        index = self._index_of(variable) if self.built else None
-        return variable in exclusion if index is None else exclusion.excluded[index]
-
-    def adapts(self, variable: Any) -> bool:
+    def adapts(self, variable: Variable) -> bool:
         """Whether layer-wise adaptation, if the optimizer has it, applies to a variable."""
         if not self._adaptation_exclusion.given:
             return self.decays(variable)
-        return not self._is_excluded(variable, self._adaptation_exclusion)
+        return variable not in self._adaptation_exclusion
 
     # -- configuration and state -------------------------------------------------------------------
 
-    def _rate_or_schedule(self, learning_rate: Any) -> Any:
+    def _rate_or_schedule(self, learning_rate: LearningRate) -> Any:
         # A dictionary is a serialized schedule, inside from_config.
         if callable(learning_rate) or isinstance(learning_rate, dict):
             return self._schedule(learning_rate)
         return learning_rate
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+    def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
         """The optimizer that `get_config` describes."""
         # A copy: the framework's writes a schedule that it makes into its argument.
         config = {cls.former_names.get(name, name): value for name, value in config.items()}
         return super().from_config(config, custom_objects)  # type: ignore[misc]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = super().get_config()  # type: ignore[misc]  # the framework's
         config.update(self.hyperparameters())
@@ -631,7 +590,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
 
 def build_at_first_call(
-    optimizer: Any, variables: Iterable[Any] | None, argument: str
+    optimizer: Any, variables: Iterable[Variable] | None, argument: str
 ) -> list[Any] | None:
     """Builds an optimizer that is not built yet for the variables of a call.
 
@@ -657,7 +616,7 @@ def build_at_first_call(
     return given
 
 
-def without_missing(grads: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Gradient, Any]]:
+def without_missing(grads: Gradients, variables: Sequence[Variable]) -> list[tuple[Gradient, Any]]:
     """The pairs of a gradient and its variable; warns of variables without one.
 
     Raises:

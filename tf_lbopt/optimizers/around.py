@@ -1,7 +1,7 @@
 """What the optimizers around another Keras optimizer have in common."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -11,8 +11,8 @@ import tensorflow as tf
 from tf_lbopt import _compat, _validation, rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.declared import REQUIRED
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
-from tf_lbopt.optimizers.hyperparameters import checked_new_learning_rate
+from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
+from tf_lbopt.optimizers.trained import tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.writer import Writer
@@ -30,7 +30,7 @@ def require_same_strategy(
     Raises:
         ValueError: They were; the message says what to do.
     """
-    if not strategy.extended.variable_created_in_scope(tensorflow_variable(inner._iterations)):
+    if not strategy.extended.variable_created_in_scope(tensorflow_variable(_compat.counter(inner))):
         raise ValueError(
             "`inner_optimizer` must be created under the same strategy as "
             f"{type(outer).__name__}: call both constructors inside `with strategy.scope():`. "
@@ -109,12 +109,12 @@ class WithInnerOptimizer:
     inner_optimizer: keras.optimizers.Optimizer
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> LearningRate:
         """The inner optimizer's current learning rate."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
+    def learning_rate(self, learning_rate: LearningRate) -> None:
         self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -154,19 +154,19 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
         """
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
-    def _set_up(self, values: dict[str, Any]) -> None:
+    def _set_up(self, values: Arguments) -> None:
         super()._set_up(values)
         require_same_strategy(self, self.inner_optimizer, self._strategy)
 
     @classmethod
-    def rule_of(cls, values: Mapping[str, Any]) -> rules.Rule:
+    def rule_of(cls, values: Arguments) -> rules.Rule:
         """The inner optimizer's."""
         inner = values["inner_optimizer"]
         return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(inner)
 
     @classmethod
     def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+        cls, config: Arguments, custom_objects: dict[str, type] | None = None
     ) -> "AroundOptimizer":
         """The optimizer that `get_config` describes."""
         config = dict(config)

@@ -16,8 +16,8 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.documentation import completed
-from tf_lbopt.optimizers.exclusion import path_of
-from tf_lbopt.optimizers.hyperparameters import checked_new_learning_rate
+from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
+from tf_lbopt.optimizers.trained import Gradients, Variable, path_of
 from tf_lbopt.rules.norms import compute_dtype
 
 OPTIMIZERS: dict[str, type["LargeBatchOptimizer"]] = {}
@@ -88,13 +88,13 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             "under TF_USE_LEGACY_KERAS=1) see tf_lbopt.tf_keras>"
         )
 
-    def _start(self, learning_rate: Any, arguments: dict[str, Any]) -> None:
+    def _start(self, learning_rate: LearningRate, arguments: Arguments) -> None:
         keras.optimizers.Optimizer.__init__(self, learning_rate, **arguments)
         self._loss_scaled_from_outside = False
         self._rounding_errors = _RoundingErrors()
         self.averages_are_swapped = False
 
-    def _schedule(self, learning_rate: Any) -> Any:
+    def _schedule(self, learning_rate: LearningRate) -> Any:
         if isinstance(learning_rate, dict):
             return keras.saving.deserialize_keras_object(learning_rate)
         return learning_rate
@@ -106,7 +106,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             shape=(), dtype="int64", aggregation="only_first_replica", name=name
         )
 
-    def _build_framework(self, variables: list[Any]) -> None:
+    def _build_framework(self, variables: list[Variable]) -> None:
         replicas = self._strategy.num_replicas_in_sync
         if replicas > 1 and not _compat.fit_divides_by_replicas():
             warnings.warn(
@@ -123,11 +123,11 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         finally:
             self.__dict__["gradient_accumulation_steps"] = steps
 
-    def _add_slot(self, variable: Any, name: str) -> keras.Variable:
+    def _add_slot(self, variable: Variable, name: str) -> keras.Variable:
         return self.add_variable_from_reference(variable, name)
 
     def add_variable_from_reference(
-        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+        self, reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
     ) -> keras.Variable:
         """Adds a variable like a trainable one, as Keras's own optimizers do.
 
@@ -145,20 +145,17 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             name=f"{path_of(reference_variable).replace('/', '_')}_{name or 'var'}",
         )
 
-    def _index_of(self, variable: Any) -> int | None:
-        return self._trainable_variables_indices.get(self._var_key(variable))
-
     def _read_learning_rate(self) -> tf.Tensor:
         return tf.convert_to_tensor(self.learning_rate)
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> LearningRate:
         """The current learning rate; what is assigned is checked as in the constructor."""
         return keras.optimizers.Optimizer.learning_rate.fget(self)
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        if callable(self._learning_rate) and not callable(learning_rate):
+    def learning_rate(self, learning_rate: LearningRate) -> None:
+        if _compat.has_schedule(self) and not callable(learning_rate):
             # Keras says so of a schedule, and calls `assign` of a plain callable.
             raise TypeError(
                 f"This {type(self).__name__} was created with a `LearningRateSchedule` or a "
@@ -172,12 +169,14 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     @property
     def iterations(self) -> keras.Variable:
         """How many updates were made; skipped ones and micro-steps do not count."""
-        return self._iterations
+        return _compat.counter(self)
 
     # -- the update --------------------------------------------------------------------------------
 
     @tf.autograph.experimental.do_not_convert
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+    def apply(
+        self, grads: Gradients, trainable_variables: Sequence[Variable] | None = None
+    ) -> None:
         """Updates the variables, or, in mid-accumulation, adds to the accumulators.
 
         Args:
@@ -198,8 +197,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
 
     def apply_scaled(
         self,
-        grads: Sequence[Any],
-        trainable_variables: Sequence[Any] | None,
+        grads: Gradients,
+        trainable_variables: Sequence[Variable] | None,
         loss_scale: Callable[[], tf.Tensor],
         after: Callable[[tf.Tensor], None],
     ) -> None:
@@ -217,8 +216,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
 
     def _checked_update(
         self,
-        grads: Sequence[Any],
-        trainable_variables: Sequence[Any] | None,
+        grads: Gradients,
+        trainable_variables: Sequence[Variable] | None,
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
     ) -> Callable[[], tf.Tensor] | None:
@@ -226,13 +225,14 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         if not grads:
             return None
         given = build_at_first_call(self, trainable_variables, "trainable_variables")
-        variables = list(self._trainable_variables) if given is None else given
+        variables = self.trained.variables if given is None else given
         if len(grads) != len(variables):
             raise ValueError(
                 "`grads` must have one entry per trainable variable. "
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
-        self._warn_of_foreign_loss_scaling()
+        if self._loss_scaled_from_outside:
+            self._warn_of_foreign_loss_scaling()
         if loss_scale is None and self.loss_scale_factor is not None:
             loss_scale = self._constant_loss_scale
         return self._prepared_update(grads, variables, loss_scale, after)
@@ -240,7 +240,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     def _constant_loss_scale(self) -> tf.Tensor:
         return tf.constant(self.loss_scale_factor, tf.float32)
 
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Puts their averages into the place of these variables, at the end of `fit`.
 
         Warns if that `fit` was too short for one update.
@@ -287,7 +287,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         """Tells the optimizer that a wrapper scales the loss, and how well."""
         self._loss_scaled_from_outside = not right_across_replicas
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name == "loss_scale_factor":
             # The optimizers around this one give it no other sign of themselves.
             setter = _compat.caller_of_caller()
@@ -309,7 +309,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         super().__setattr__(name, value)
 
     def _warn_of_foreign_loss_scaling(self) -> None:
-        if self._loss_scaled_from_outside and self._strategy.num_replicas_in_sync > 1:
+        if self._strategy.num_replicas_in_sync > 1:
             self._loss_scaled_from_outside = False
             warnings.warn(
                 "This optimizer is wrapped by Keras's LossScaleOptimizer, which looks for overflow "

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import keras  # noqa: F401  # for the examples
 import tensorflow as tf
 
-from tf_lbopt import _validation, rules
+from tf_lbopt import _compat, _validation, rules
 from tf_lbopt.aggregation.replicas import replica_number
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, optimizer
 from tf_lbopt.optimizers.declared import REQUIRED
-from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.optimizers.trained import Variable, path_of
 from tf_lbopt.rules.norms import widest
 
 # Norms on their way to an optimizer, by optimizer and replica; each by variable.
-_given: dict[tuple[int, int], dict[int, tf.Tensor]] = {}
+_given: dict[tuple[int, int], dict[str, tf.Tensor]] = {}
 
 
 class ExampleNorms(Algorithm):
@@ -25,7 +25,7 @@ class ExampleNorms(Algorithm):
     norm_estimator: str
 
     @contextlib.contextmanager
-    def example_norms(self, norms: Sequence[Any], variables: Sequence[Any]) -> Iterator[None]:
+    def example_norms(self, norms: Sequence[Any], variables: Sequence[Variable]) -> Iterator[None]:
         """Gives the next `apply` in this block the norms that `"per_example"` needs.
 
         For custom training loops; called by every replica with the norms of its own examples.
@@ -61,7 +61,7 @@ class ExampleNorms(Algorithm):
         key = id(self), replica_number()
         before = _given.get(key)
         _given[key] = {
-            self._var_key(variable): _mean(tf.convert_to_tensor(norm))
+            _compat.key_of(variable): _mean(tf.convert_to_tensor(norm))
             for norm, variable in zip(norms, variables, strict=True)
         }
         try:
@@ -73,7 +73,7 @@ class ExampleNorms(Algorithm):
                 _given[key] = before
 
     def _gradient_norms(
-        self, variables: Sequence[Any], loss_scale: Callable[[], tf.Tensor] | None
+        self, variables: Sequence[Variable], loss_scale: Callable[[], tf.Tensor] | None
     ) -> tf.Tensor | None:
         if self.norm_estimator != "per_example":
             return None
@@ -85,7 +85,7 @@ class ExampleNorms(Algorithm):
                 "`tf_lbopt.PerExampleNormsModel`, pass them to `optimizer.example_norms(...)` in "
                 "a custom loop, or use norm_estimator='sub_batch'. Received: gradients alone"
             )
-        missing = [v for v in variables if self._var_key(v) not in given]
+        missing = [v for v in variables if _compat.key_of(v) not in given]
         if missing:
             raise ValueError(
                 "CLARS(norm_estimator='per_example') needs norms for every variable that has a "
@@ -94,7 +94,7 @@ class ExampleNorms(Algorithm):
         # A replica's gradients arrive divided by the number of replicas, multiplied by the scale.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         scale = 1.0 if loss_scale is None else loss_scale()
-        own = [given[self._var_key(variable)] for variable in variables]
+        own = [given[_compat.key_of(variable)] for variable in variables]
         dtype = widest([norm.dtype for norm in own])
         return tf.stack([tf.cast(n, dtype) for n in own]) * tf.cast(scale / replicas, dtype)
 

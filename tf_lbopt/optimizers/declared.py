@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from tf_lbopt import _validation
-from tf_lbopt.optimizers.hyperparameters import checked
+from tf_lbopt.optimizers.hyperparameters import Arguments, checked
 from tf_lbopt.rules.rule import Rule
 
 REQUIRED = inspect.Parameter.empty
@@ -75,7 +75,7 @@ class Declared:
             _, *parameters = of_function.parameters.values()
             cls.__signature__ = of_function.replace(parameters=parameters)
         if "arguments" in vars(cls) and hasattr(cls, "rule_class"):
-            rule = cls.rule_of(cls.arguments)
+            rule = cls.rule_of(dict(cls.arguments))
             cls.slots = rule.slot_names()
             cls.statistics = tuple(dict.fromkeys((*cls.statistics, *rule.statistics)))
 
@@ -89,7 +89,7 @@ class Declared:
             )
         self._set_up(self._given(args, kwargs))
 
-    def _set_up(self, values: dict[str, Any]) -> None:
+    def _set_up(self, values: Arguments) -> None:
         """The rest of the constructor, with the checked values of all arguments."""
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class Declared:
         )
 
     @classmethod
-    def _given(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _given(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """All arguments by name, checked.
 
         Raises:
@@ -135,7 +135,7 @@ class Declared:
     # -- the rule ----------------------------------------------------------------------------------
 
     @classmethod
-    def rule_of(cls, values: Mapping[str, Any]) -> Rule:
+    def rule_of(cls, values: Arguments) -> Rule:
         """The algorithm with these values of the hyper-parameters."""
         return made_of(cls.rule_class, values)
 
@@ -143,13 +143,13 @@ class Declared:
         """The algorithm with the current hyper-parameters."""
         return self.rule_of(self.hyperparameters())
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> Arguments:
         """The current values of its own arguments, without the learning rate and exclusions."""
         names = [name for name in self.arguments if name not in _NO_ATTRIBUTES]
         return {name: getattr(self, name) for name in names}
 
 
-def made_of(rule_class: type[Rule], values: Mapping[str, Any]) -> Rule:
+def made_of(rule_class: type[Rule], values: Arguments) -> Rule:
     """A rule whose fields have these values, those that there are; other values are left out."""
     fields = inspect.signature(rule_class).parameters
     return rule_class(**{name: values[name] for name in fields if name in values})

@@ -8,26 +8,17 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tf_lbopt import _validation
+from tf_lbopt import _compat, _validation
+from tf_lbopt.optimizers.trained import Variable, path_of
 
 _EXPECTED = "a list of variables or of regular expressions over the variable path"
-
-
-def path_of(variable: Any) -> str:
-    """The path of a Keras variable, or the name of a TensorFlow one without its output number."""
-    return getattr(variable, "path", None) or variable.name.split(":")[0]
-
-
-def tensorflow_variable(variable: Any) -> tf.Variable:
-    """The TensorFlow variable in a Keras one (or the thing itself)."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 class _Entry(NamedTuple):
     """One entry of a list: what stands for it in a configuration, and which variables it fits."""
 
     config: Any
-    fits: Callable[[Any], bool]
+    fits: Callable[[Variable], bool]
     path: str | None = None
     """Of the one variable meant, if it is known by its path only."""
 
@@ -58,8 +49,7 @@ class Exclusion:
         self._entries: list[_Entry] = []
         self._built: dict[str, Any] | None = None
         self._entries_built = 0
-        self.excluded: list[bool] = []
-        """Of the variables that the optimizer was built with, whether each is excluded."""
+        self._excluded: dict[str, bool] = {}  # by key, of variables that it was built for
         for entry in listed(argument, entries):
             self.add(entry)
 
@@ -69,9 +59,9 @@ class Exclusion:
             pattern = self._compiled(entry)
             self._entries.append(_Entry(entry, lambda v: bool(pattern.search(path_of(v)))))
         elif isinstance(entry, (keras.Variable, tf.Variable)):
-            own = tensorflow_variable(entry)
+            own = _compat.key_of(entry)
             self._entries.append(
-                _Entry({"path": path_of(entry)}, lambda v: tensorflow_variable(v) is own)
+                _Entry({"path": path_of(entry)}, lambda v: _compat.key_of(v) == own)
             )
         elif isinstance(entry, dict) and list(entry) == ["name"]:
             self.add_name(entry["name"])
@@ -90,7 +80,7 @@ class Exclusion:
         """Adds a regular expression over the variable's own name, the last part of its path."""
         compiled = self._compiled(pattern)
 
-        def fits(variable: Any) -> bool:
+        def fits(variable: Variable) -> bool:
             return bool(compiled.search(path_of(variable).rpartition("/")[2]))
 
         self._entries.append(_Entry({"name": pattern}, fits))
@@ -104,21 +94,24 @@ class Exclusion:
                 f"Received: {_validation.shown(pattern)}, which is no regular expression ({error})"
             ) from error
 
-    def __contains__(self, variable: Any) -> bool:
-        return any(entry.fits(variable) for entry in self._entries)
+    def __contains__(self, variable: Variable) -> bool:
+        excluded = self._excluded.get(_compat.key_of(variable))
+        if excluded is None:
+            return any(entry.fits(variable) for entry in self._entries)
+        return excluded
 
-    def build(self, variables: Sequence[Any]) -> None:
+    def build(self, variables: Sequence[Variable]) -> None:
         """Finds out which of an optimizer's variables are excluded.
 
         Warns of entries that fit none of them.
         """
         paths = [path_of(variable) for variable in variables]
-        self.excluded = [False] * len(paths)
+        excluded = [False] * len(paths)
         entries = self._entries
         if self._built is not None:
             numbers = _numbers_of(paths, self._built["built"])
             if numbers is not None:
-                self.excluded = [number in self._built["excluded"] for number in numbers]
+                excluded = [number in self._built["excluded"] for number in numbers]
                 entries = entries[self._entries_built :]
         in_vain = []
         for entry in entries:
@@ -128,7 +121,7 @@ class Exclusion:
                 fitting = similar if sum(similar) == 1 else fitting
             if not any(fitting):
                 in_vain.append(entry.config)
-            self.excluded = [a or b for a, b in zip(self.excluded, fitting, strict=True)]
+            excluded = [a or b for a, b in zip(excluded, fitting, strict=True)]
         if in_vain:
             warnings.warn(
                 f"`{self.argument}` has entries that fit none of the trainable variables: "
@@ -137,9 +130,11 @@ class Exclusion:
                 stacklevel=2,
             )
         if self._entries:
-            numbers = [number for number, excluded in enumerate(self.excluded) if excluded]
+            numbers = [number for number, is_excluded in enumerate(excluded) if is_excluded]
             self._built = {"built": paths, "excluded": numbers}
             self._entries_built = len(self._entries)
+        keys = map(_compat.key_of, variables)
+        self._excluded = dict(zip(keys, excluded, strict=True))
 
     def config(self) -> list[Any] | None:
         """Entries that stand for the same variables in a fresh process, or another model.

@@ -23,13 +23,13 @@ class AdamExtrapolation(Extrapolation):
     def noise_of(self, index: int, past: tf.Variable | None, point: tf.Tensor) -> tf.Tensor:
         """The past gradient of one variable, preconditioned; see `ExtrapAdam`."""
         del point
-        dtype = compute_dtype(self._trainable_variables[index].dtype)
+        dtype = compute_dtype(self.trained.targets[index].dtype)
         return preconditioned(
             tf.convert_to_tensor(past),
-            tf.cast(self._slots_of([index])["velocity"][0], dtype),
+            tf.cast(self.trained.slots["velocity"][index], dtype),
             RunningMean(
                 tf.constant(self.beta_2, dtype),
-                tf.cast(tf.convert_to_tensor(self._iterations), dtype),
+                tf.cast(tf.convert_to_tensor(self.trained.iterations), dtype),
             ),
             self.epsilon,
         )

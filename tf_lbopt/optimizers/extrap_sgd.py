@@ -7,12 +7,12 @@ import keras  # noqa: F401  # for the example
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt import rules
+from tf_lbopt import _compat, rules
 from tf_lbopt.optimizers.base import optimizer
 from tf_lbopt.optimizers.declared import REQUIRED, made_of
-from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
+from tf_lbopt.optimizers.trained import path_of, tensorflow_variable
 from tf_lbopt.rules.extrapolation import filter_axes, filter_scaled, raw_noise
 from tf_lbopt.rules.norms import compute_dtype
 
@@ -65,15 +65,15 @@ class SGDExtrapolation(Extrapolation):
 
     def look_ahead(self, index: int) -> tuple[tf.Variable | None, float]:
         """What β v is of one variable, as v and β; ``None`` without `nesterov`."""
-        (velocity,) = self._slots_of([index]).get("momentum", [None]) if self.nesterov else [None]
-        return velocity, self.momentum
+        slots = self.trained.slots.get("momentum") if self.nesterov else None
+        return None if slots is None else slots[index], self.momentum
 
     def _random_noise(self, index: int, point: tf.Tensor) -> tf.Tensor:
-        variable = self._trainable_variables[index]
+        variable = self.trained.variables[index]
         dtype = compute_dtype(variable.dtype)
         seed = tf.stack([tf.convert_to_tensor(self._seed), index])
         fold_in = tf.random.experimental.stateless_fold_in
-        seed = fold_in(seed, tf.cast(tf.convert_to_tensor(self._iterations), tf.int32))
+        seed = fold_in(seed, tf.cast(tf.convert_to_tensor(self.trained.iterations), tf.int32))
         if not self.shared_noise:
             seed = fold_in(seed, point)
         raw = raw_noise(self.noise, variable.shape, dtype, seed)
@@ -83,8 +83,8 @@ class SGDExtrapolation(Extrapolation):
     def _kind_of(self, variable: Any) -> str:
         # `fit` knows the layers; in a custom loop there are only the names that Keras gives.
         for kinds in self._filters.values():
-            if self._var_key(variable) in kinds:
-                return kinds[self._var_key(variable)]
+            if _compat.key_of(variable) in kinds:
+                return kinds[_compat.key_of(variable)]
         path = path_of(variable)
         if path.endswith("embeddings"):
             return "embedding"

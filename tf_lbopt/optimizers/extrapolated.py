@@ -1,6 +1,6 @@
 """The Keras 3 side of extrapolated optimizers: `fit`, schedules and loss scaling."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -15,8 +15,6 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
 
     steps_of_its_own = True
 
-    _var_key: Callable[[Any], Any]
-
     def _let_wrap_training(self) -> None:
         _compat.let_optimizers_wrap_training()
 
@@ -27,11 +25,11 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
         kinds = {}
         for layer in _all_layers(model):
             if isinstance(layer, keras.layers.Embedding):
-                kinds.update({self._var_key(v): "embedding" for v in layer.trainable_variables})
+                kinds.update({_compat.key_of(v): "embedding" for v in layer.trainable_variables})
             elif isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
-                kinds[self._var_key(layer.kernel)] = "depthwise"
+                kinds[_compat.key_of(layer.kernel)] = "depthwise"
             elif isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
-                kinds[self._var_key(layer.depthwise_kernel)] = "depthwise"
+                kinds[_compat.key_of(layer.depthwise_kernel)] = "depthwise"
         return kinds
 
     def _serialized(self, schedule: Any) -> Any:

@@ -22,8 +22,8 @@ from tf_lbopt.aggregation.replicas import on_each_replica
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
-from tf_lbopt.optimizers.exclusion import path_of, tensorflow_variable
 from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, variable_like
+from tf_lbopt.optimizers.trained import path_of, tensorflow_variable
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, dense
@@ -45,7 +45,7 @@ class ExtrapolationAdapter(abc.ABC):
 
     @abc.abstractmethod
     def _kinds_of_filters(self, model: Any) -> dict[Any, str]:
-        """By `_var_key`, which variables are an ``embedding`` or a ``depthwise`` kernel."""
+        """By `_compat.key_of`, which variables are an ``embedding`` or a ``depthwise`` kernel."""
 
     @abc.abstractmethod
     def _serialized(self, schedule: Any) -> Any:
@@ -119,7 +119,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         if rate is None:
             return self._read_learning_rate() / self.points
         if hasattr(rate, "get_config"):  # a schedule, of one of the frameworks
-            return tf.convert_to_tensor(rate(self._iterations))
+            return tf.convert_to_tensor(rate(self.iterations))
         return tf.convert_to_tensor(rate() if callable(rate) else rate, tf.float32)
 
     def _create_variables(self, variables: list[Any]) -> None:
@@ -169,7 +169,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
                 f"{self.sub_batches}. Received: sub_batch={sub_batch!r}"
             )
         given = build_at_first_call(self, variables, "variables")
-        variables = list(self._trainable_variables) if given is None else given
+        variables = self.trained.variables if given is None else given
         indices = self._known_indices(variables)
         micro_step = MicroStep(sub_batch, self.sub_batches)
         with (
@@ -205,11 +205,11 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
                     past = None if self._past is None else self._past.variables[sub_batch, index]
                     noise = self.noise_of(index, past, point) if noisy else None
                     velocity, momentum = self.look_ahead(index)
-                    variable = tensorflow_variable(self._trainable_variables[index])
+                    variable = self.trained.targets[index]
                     apply_extrapolation(variable, velocity, noise, rate, momentum)
             return [tf.constant(True)]
 
-        on_each_replica(strategy, tensorflow_variable(self._iterations), move, replica, rate)
+        on_each_replica(strategy, self.trained.iterations, move, replica, rate)
 
     def recover(self) -> None:
         """Puts x_t back after a step that ended in an error. `fit` does this by itself."""
@@ -235,7 +235,8 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
             "call `apply_gradients` once, in `with optimizer.extrapolated(variables):` in the "
             "replica function. Received: gradients from outside of such a block",
         )
-        not_moved = [v for v in variables if self._index_of(v) not in block.indices]
+        indices = self._known_indices(variables)
+        not_moved = [v for v, n in zip(variables, indices, strict=True) if n not in block.indices]
         if not_moved:
             raise ValueError(
                 "`extrapolated` must be given all variables that are trained. "

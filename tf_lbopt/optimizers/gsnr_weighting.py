@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import tensorflow as tf
@@ -10,7 +10,8 @@ import tensorflow as tf
 from tf_lbopt import _validation, rules
 from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import Algorithm
-from tf_lbopt.optimizers.exclusion import path_of
+from tf_lbopt.optimizers.hyperparameters import Arguments
+from tf_lbopt.optimizers.trained import path_of
 from tf_lbopt.rules.gsnr import SUMMARY, summarize
 
 # With fewer sub-batches the ratio of two random numbers is not that of their means.
@@ -34,7 +35,7 @@ class GSNRWeighting(Algorithm):
     _warned_of_few = False
 
     @classmethod
-    def rule_of(cls, values: Mapping[str, Any]) -> rules.Rule:
+    def rule_of(cls, values: Arguments) -> rules.Rule:
         """The base's algorithm behind the weighting."""
         return rules.VRGD(super().rule_of(values), values["gamma"], values.get("beta_3"))
 
@@ -62,7 +63,7 @@ class GSNRWeighting(Algorithm):
         every = _validation.integer("every", every, low=1)
         with inside_scope(self._strategy):
             numbers = tf.Variable(
-                tf.fill([len(self._trainable_variables), len(SUMMARY)], float("nan")),
+                tf.fill([len(self.trained.variables), len(SUMMARY)], float("nan")),
                 trainable=False,
                 name="gsnr_summaries",
             )
@@ -82,7 +83,7 @@ class GSNRWeighting(Algorithm):
         return {
             path_of(variable): dict(zip(SUMMARY, map(float, row), strict=True))
             for variable, row in zip(
-                self._trainable_variables, self._watch.numbers.numpy(), strict=True
+                self.trained.variables, self._watch.numbers.numpy(), strict=True
             )
         }
 

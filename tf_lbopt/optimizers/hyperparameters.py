@@ -3,12 +3,19 @@
 import functools
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
+
+Arguments: TypeAlias = dict[str, Any]
+"""Arguments of a constructor by name, as a configuration has them."""
+LearningRate: TypeAlias = (
+    float | tf.Tensor | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
+)
 
 
 class _Kind(NamedTuple):
@@ -24,7 +31,7 @@ class _Kind(NamedTuple):
     check: Callable[..., Any]
 
 
-def checked(name: str, value: Any, default: Any) -> Any:
+def checked(name: str, value: object, default: Any) -> Any:
     """Checks the value of an argument and returns it, as a float where it is a real number.
 
     Args:
@@ -47,7 +54,7 @@ def type_of(name: str, default: Any) -> Any:
     return kind | None if default is None or name == "weight_decay" else kind
 
 
-def checked_learning_rate(name: str, value: Any, optional: bool = False) -> Any:
+def checked_learning_rate(name: str, value: object, optional: bool = False) -> Any:
     """Checks a learning rate; schedules, serialized ones and callables pass.
 
     Raises:
@@ -69,7 +76,7 @@ def checked_learning_rate(name: str, value: Any, optional: bool = False) -> Any:
         ) from error
 
 
-def checked_new_learning_rate(learning_rate: Any) -> Any:
+def checked_new_learning_rate(learning_rate: LearningRate) -> Any:
     """`checked_learning_rate` of what is assigned to an optimizer that exists.
 
     That may also be an array, a tensor or a variable; in a graph only the update can look at it.

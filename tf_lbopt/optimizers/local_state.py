@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt.aggregation.replica_state import ReplicaState, header_of
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.origin import Origin, assign_all, variable_like
+from tf_lbopt.optimizers.trained import tensorflow_variable
 
 _logger = logging.getLogger(__name__)
 

@@ -21,9 +21,11 @@ from tf_lbopt.optimizers.around import (
     stock_squares_fit,
 )
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.saved_state import SavedState
+from tf_lbopt.optimizers.trained import Gradients, Variable
 from tf_lbopt.rules.bounds import is_rate
-from tf_lbopt.rules.norms import all_finite, norms
+from tf_lbopt.rules.norms import Gradient, all_finite, norms
 
 # Beyond these a scale is no longer a scale: 0 and Inf would never be left again. And squares of
 # gradients in its units, which VRGD takes, must be neither.
@@ -142,7 +144,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         """The inner optimizer's (Keras's own class has counted apart before 3.9)."""
         return self.inner_optimizer.iterations
 
-    def build(self, var_list: Sequence[Any]) -> None:
+    def build(self, var_list: Sequence[Variable]) -> None:
         """Builds the inner optimizer for a list of trainable variables."""
         if self.built:
             return
@@ -155,12 +157,14 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         return keras.ops.multiply(loss, self.dynamic_scale)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+    def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
         """The optimizer that `get_config` describes."""
         return super().from_config(dict(config), custom_objects)
 
     @tf.autograph.experimental.do_not_convert
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+    def apply(
+        self, grads: Gradients, trainable_variables: Sequence[Variable] | None = None
+    ) -> None:
         """Updates the variables with gradients of the scaled loss.
 
         Args:
@@ -182,7 +186,9 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         else:
             self._apply_stock(grads, trainable_variables)
 
-    def _apply_stock(self, grads: list[Any], trainable_variables: Sequence[Any] | None) -> None:
+    def _apply_stock(
+        self, grads: list[Gradient | None], trainable_variables: Sequence[Variable] | None
+    ) -> None:
         context = replica_context_of(self._strategy)
         finite, sound = self._are_sound(grads, trainable_variables)
         flags = tf.cast(tf.stack([~finite, ~sound]), tf.float32)
@@ -212,7 +218,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         context.merge_call(cross_replica, args=(flags, grads))
 
     def _are_sound(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None
+        self, grads: Gradients, trainable_variables: Sequence[Variable] | None
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Whether this replica's gradients are finite, and whether an update can be made of them.
 

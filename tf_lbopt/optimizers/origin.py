@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt.aggregation.replicas import on_each_replica, replica_context_of, replica_number
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
+from tf_lbopt.optimizers.trained import Trained
 
 
 class Origin:
@@ -136,7 +136,7 @@ class StepsInBlocks:
     """Mixin of an optimizer whose gradients are taken, and applied once, in a block."""
 
     _strategy: tf.distribute.Strategy
-    _iterations: Any
+    trained: Trained
     _origin: Origin
 
     def recover(self) -> None:
@@ -187,7 +187,7 @@ class StepsInBlocks:
             fn(*own)
             return [tf.constant(True)]
 
-        anchor = tensorflow_variable(self._iterations)
+        anchor = self.trained.iterations
         self._merge(lambda strategy, *all_: on_each_replica(strategy, anchor, call, *all_), *args)
 
     def _recovering(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:

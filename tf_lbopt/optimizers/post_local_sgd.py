@@ -25,10 +25,10 @@ from tf_lbopt.aggregation.replicas import (
 from tf_lbopt.optimizers.algorithm import build_at_first_call, without_missing
 from tf_lbopt.optimizers.around import AroundOptimizer
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.optimizers.local_state import LocalState
 from tf_lbopt.optimizers.origin import StepsInBlocks
+from tf_lbopt.optimizers.trained import tensorflow_variable
 from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import OWN_GRADIENT
@@ -158,18 +158,21 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
         self.start = start
         self.period = period
         self.average_momentum = average_momentum
-        # One set of counters: the schedule's updates are those that decide about the phase.
-        self._iterations = inner_optimizer._iterations
         if isinstance(inner_optimizer, LargeBatchOptimizer):
             self.skipped_updates = inner_optimizer.skipped_updates
         self._updates_since_average = self._add_counter("updates_since_average")
         self._local = LocalState(
-            self._strategy, self._iterations, self.skipped_updates, self._updates_since_average
+            self._strategy, self.iterations, self.skipped_updates, self._updates_since_average
         )
         self._warned_of_lost_updates = False
         _compat.let_optimizers_wrap_training()
 
     # -- the inner optimizer -----------------------------------------------------------------------
+
+    @property
+    def iterations(self) -> keras.Variable:
+        """The inner optimizer's: its schedule and the phases go by the same updates."""
+        return _compat.counter(self.inner_optimizer)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -202,8 +205,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             if variable is not rate and tf.as_dtype(variable.dtype).is_floating
         ]
         alone = self._strategy.num_replicas_in_sync == 1
-        targets = [] if alone else self._trainable_variables
-        self._local.create([tensorflow_variable(variable) for variable in targets], slots)
+        self._local.create([] if alone else self.trained.targets, slots)
 
     # -- which kind of step ------------------------------------------------------------------------
 

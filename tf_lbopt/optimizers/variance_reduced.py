@@ -1,17 +1,16 @@
 """VRGD in front of any Keras optimizer."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import keras
-import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.around import AroundOptimizer
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, registered
 from tf_lbopt.optimizers.declared import REQUIRED
-from tf_lbopt.optimizers.exclusion import tensorflow_variable
 from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
+from tf_lbopt.optimizers.hyperparameters import Arguments
+from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.vrgd import GSNR_SLOT
 from tf_lbopt.rules.writer import Writer
 
@@ -80,45 +79,41 @@ class VarianceReduced(GSNRWeighting, AroundOptimizer):
                 )
         super().__init__(*args, **kwargs)
 
-    def _set_up(self, values: dict[str, Any]) -> None:
+    def _set_up(self, values: Arguments) -> None:
         _check_inner(values["inner_optimizer"])
         super()._set_up(values)
 
     @property
     def variables(self) -> list[keras.Variable]:
         """Its own variables and the inner optimizer's."""
-        return self._variables + self.inner_optimizer.variables
+        return [*super().variables, *self.inner_optimizer.variables]
 
-    def _create_variables(self, variables: list[Any]) -> None:
-        super()._create_variables(variables)
+    def _create_variables(self, variables: list[Variable]) -> None:
         self.inner_optimizer.build(variables)
+        super()._create_variables(variables)
+        if isinstance(self.inner_optimizer, LargeBatchOptimizer):
+            self.trained.slots.update(self.inner_optimizer.trained.slots)
 
     def own_slots(self) -> tuple[str, ...]:
         """That of r's running mean, if there is one; the others are the inner optimizer's."""
         return () if self.beta_3 is None else (GSNR_SLOT,)
 
-    def _slots_of(self, indices: Sequence[int]) -> dict[str, list[tf.Variable]]:
-        slots = super()._slots_of(indices)
-        if isinstance(self.inner_optimizer, LargeBatchOptimizer):
-            slots |= self.inner_optimizer._slots_of(indices)
-        return slots
-
-    def decays(self, variable: Any) -> bool:
+    def decays(self, variable: Variable) -> bool:
         """Whether the inner optimizer, if one of this package, decays a variable."""
         inner = self.inner_optimizer
         return not isinstance(inner, LargeBatchOptimizer) or inner.decays(variable)
 
-    def adapts(self, variable: Any) -> bool:
+    def adapts(self, variable: Variable) -> bool:
         """Whether the inner optimizer, if one of this package, adapts a variable's rate."""
         inner = self.inner_optimizer
         return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
 
     def _write_beyond_rule(self, writer: Writer, *args: Any) -> None:
         super()._write_beyond_rule(writer, *args)
-        iterations = tensorflow_variable(self.inner_optimizer._iterations)
+        iterations = tensorflow_variable(_compat.counter(self.inner_optimizer))
         writer.assign(iterations, iterations + 1)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = super().get_config()
         del config["learning_rate"], config["weight_decay"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
-from tensorflow.python.trackable.data_structures import NoDependency
 
 from tf_lbopt.aggregation.replicas import inside_scope, once_for_all_replicas
 
@@ -32,7 +31,7 @@ def serialized_learning_rate(optimizer: tf_keras.optimizers.Optimizer) -> Any:
     return rate if isinstance(rate, dict) else float(rate)
 
 
-def build(optimizer: tf_keras.optimizers.Optimizer, variables: Sequence[Any]) -> None:
+def build(optimizer: tf_keras.optimizers.Optimizer, variables: Sequence[tf.Variable]) -> None:
     """The base class's part of `build`, which leaves it to subclasses to say that it is done."""
     tf_keras.optimizers.Optimizer.build(optimizer, variables)
     optimizer._built = True
@@ -41,16 +40,6 @@ def build(optimizer: tf_keras.optimizers.Optimizer, variables: Sequence[Any]) ->
 def is_built(optimizer: tf_keras.optimizers.Optimizer) -> bool:
     """Whether `build` was called."""
     return getattr(optimizer, "_built", False)
-
-
-def index_of(optimizer: tf_keras.optimizers.Optimizer, variable: Any) -> int | None:
-    """The number of a variable, whichever replica's copy it is; `None` if it is unknown."""
-    return optimizer._index_dict.get(optimizer._var_key(variable))
-
-
-def untracked(value: Any) -> Any:
-    """Set as an attribute, this is ``value``, left out of checkpoints (TensorFlow 2.20.0)."""
-    return NoDependency(value)
 
 
 def is_loss_scaled(optimizer: tf_keras.optimizers.Optimizer) -> bool:
@@ -112,7 +101,7 @@ class _WithStep:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self._model, name, value)
 
 

@@ -14,9 +14,9 @@ import tf_keras
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.replicas import once_for_all_replicas
 from tf_lbopt.optimizers.algorithm import Algorithm
-from tf_lbopt.optimizers.exclusion import path_of
-from tf_lbopt.optimizers.hyperparameters import checked_new_learning_rate
-from tf_lbopt.rules.norms import compute_dtype
+from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
+from tf_lbopt.optimizers.trained import Variable, path_of
+from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.tf_keras import _compat
 from tf_lbopt.tf_keras.schedules import KerasSchedule
 
@@ -53,7 +53,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         # What Keras 3 says that it can not interpret, where it is given one.
         return f"<{type(self).__name__}, an optimizer for tf_keras; for Keras 3 see tf_lbopt>"
 
-    def _start(self, learning_rate: Any, arguments: dict[str, Any]) -> None:
+    def _start(self, learning_rate: LearningRate, arguments: Arguments) -> None:
         jit_compile, mesh = arguments["jit_compile"], arguments.pop("mesh")
         if jit_compile:
             raise ValueError(
@@ -80,7 +80,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         self.gradient_accumulation_steps = steps
         _compat.set_learning_rate(self, learning_rate)
 
-    def _schedule(self, learning_rate: Any) -> Any:
+    def _schedule(self, learning_rate: LearningRate) -> Any:
         schedules = tf_keras.optimizers.schedules
         if isinstance(learning_rate, dict):
             return schedules.deserialize(learning_rate)
@@ -89,7 +89,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         return KerasSchedule(learning_rate)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+    def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
         """The optimizer that `get_config` describes."""
         # What tf_keras writes into every configuration is no argument of a constructor.
         config = {key: value for key, value in config.items() if key != "is_legacy_optimizer"}
@@ -102,7 +102,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         """Whether the slots exist."""
         return _compat.is_built(self)
 
-    def build(self, var_list: Sequence[Any]) -> None:
+    def build(self, var_list: Sequence[Variable]) -> None:
         """Creates the slots for a list of trainable variables, wherever it is called from.
 
         Raises:
@@ -113,7 +113,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         var_list = list(var_list)
         once_for_all_replicas(lambda: super(LargeBatchOptimizer, self).build(var_list))
 
-    def _check_trainable(self, variable: Any) -> None:
+    def _check_trainable(self, variable: Variable) -> None:
         if isinstance(variable, keras.Variable):
             raise TypeError(
                 f"tf_lbopt.tf_keras.{type(self).__name__} trains variables of tf_keras; for Keras "
@@ -121,14 +121,13 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             )
         super()._check_trainable(variable)
 
-    def _build_framework(self, variables: list[Any]) -> None:
+    def _build_framework(self, variables: list[Variable]) -> None:
         _compat.build(self, variables)
-        self._trainable_variables = _compat.untracked(variables)
 
     def _add_counter(self, name: str) -> tf.Variable:
         return self.add_variable((), tf.int64, name=name)
 
-    def _add_slot(self, variable: Any, name: str) -> tf.Variable:
+    def _add_slot(self, variable: Variable, name: str) -> tf.Variable:
         # In float32 for half-precision weights, whose own dtype has no room for a second moment.
         return self.add_variable(
             variable.shape, compute_dtype(variable.dtype), name=f"{name}/{path_of(variable)}"
@@ -136,7 +135,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
 
     def add_variable_from_reference(
         self,
-        model_variable: Any,
+        model_variable: Variable,
         variable_name: str,
         shape: Any = None,
         initial_value: Any = None,
@@ -159,17 +158,14 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         return variable
 
     @property
-    def learning_rate(self) -> Any:
+    def learning_rate(self) -> LearningRate:
         """The current learning rate; what is assigned is checked as in the constructor."""
         return tf_keras.optimizers.Optimizer.learning_rate.fget(self)
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
+    def learning_rate(self, learning_rate: LearningRate) -> None:
         rate = self._rate_or_schedule(checked_new_learning_rate(learning_rate))
         tf_keras.optimizers.Optimizer.learning_rate.fset(self, rate)
-
-    def _index_of(self, variable: Any) -> int | None:
-        return _compat.index_of(self, variable)
 
     def _read_learning_rate(self) -> tf.Tensor:
         return _compat.read_learning_rate(self)
@@ -179,7 +175,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
     @tf.autograph.experimental.do_not_convert
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[tuple[Any, Any]],
+        grads_and_vars: Iterable[tuple[Gradient | None, tf.Variable]],
         name: str | None = None,
         skip_gradients_aggregation: bool = False,
         experimental_aggregate_gradients: bool = True,
@@ -215,7 +211,9 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         return self.iterations
 
     @tf.autograph.experimental.do_not_convert
-    def aggregate_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> list[Any]:
+    def aggregate_gradients(
+        self, grads_and_vars: Iterable[tuple[Gradient | None, tf.Variable]]
+    ) -> list[Any]:
         """Sums gradients over the replicas.
 
         Only a `LossScaleOptimizer` calls this: to check the sums, and to call `apply_gradients`
@@ -236,7 +234,9 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         check = tf.where(finite, 0.0, float("nan"))
         return [(_Applied(tf.identity(check)), variable) for _, variable in grads_and_vars]
 
-    def _apply(self, grads_and_vars: list[tuple[Any, Any]], summed: bool = False) -> tf.Tensor:
+    def _apply(
+        self, grads_and_vars: list[tuple[Gradient | None, tf.Variable]], summed: bool = False
+    ) -> tf.Tensor:
         """The update. Returns whether gradients were finite (true before it is due)."""
         if not grads_and_vars:
             return tf.constant(True)
@@ -270,7 +270,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         # tf_keras searches in the whole name, which is a path.
         self._decay_exclusion.add(pattern)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""
         return {
             **super().get_config(),

@@ -1,10 +1,10 @@
 """The tf_keras side of extrapolated optimizers: `fit` and schedules."""
 
-from collections.abc import Callable
 from typing import Any
 
 import tf_keras
 
+from tf_lbopt._compat import key_of
 from tf_lbopt.optimizers.extrapolation import ExtrapolationAdapter
 from tf_lbopt.tf_keras import _compat
 from tf_lbopt.tf_keras.base import LargeBatchOptimizer
@@ -15,8 +15,6 @@ _SEPARABLE = (tf_keras.layers.SeparableConv1D, tf_keras.layers.SeparableConv2D)
 
 class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
     """Base of the tf_keras optimizers whose algorithm is an `Extrapolation`."""
-
-    _var_key: Callable[[Any], Any]
 
     def _let_wrap_training(self) -> None:
         _compat.let_optimizers_wrap_training()
@@ -30,9 +28,9 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
         kinds = {}
         for layer in model.submodules:
             if isinstance(layer, tf_keras.layers.Embedding):
-                kinds.update({self._var_key(v): "embedding" for v in layer.trainable_variables})
+                kinds.update({key_of(v): "embedding" for v in layer.trainable_variables})
             elif isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)) and layer.built:
-                kinds[self._var_key(layer.depthwise_kernel)] = "depthwise"
+                kinds[key_of(layer.depthwise_kernel)] = "depthwise"
         return kinds
 
     def _serialized(self, schedule: Any) -> Any:
