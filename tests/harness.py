@@ -146,19 +146,22 @@ class Run:
 
     def micro_step(self, per_replica: Sequence[Sequence[Any]]) -> None:
         """One call, with ``[replica][layer]`` gradients."""
+        self._step(self._distributed(per_replica))
+
+    def _distributed(self, per_replica: Sequence[Sequence[Any]]) -> Sequence[Any]:
         if self.replicas == 1:
-            self._step(per_replica[0])
-            return
-        self._step(
-            [
-                self.strategy.experimental_distribute_values_from_function(
-                    lambda context, layer=layer: per_replica[context.replica_id_in_sync_group][
-                        layer
-                    ]
-                )
-                for layer in range(len(per_replica[0]))
-            ]
-        )
+            return per_replica[0]
+        return [
+            self.strategy.experimental_distribute_values_from_function(
+                lambda context, layer=layer: per_replica[context.replica_id_in_sync_group][layer]
+            )
+            for layer in range(len(per_replica[0]))
+        ]
+
+    def traced(self, per_replica: Sequence[Sequence[Any]]) -> Any:
+        """The concrete function of a micro-step."""
+        tensors = [[_as_tensor(g) for g in layers] for layers in per_replica]
+        return self._step.get_concrete_function(self._distributed(tensors))
 
     def update(self, sub_batches: Sequence[Sequence[Any]]) -> "Run":
         """One update, from ``replicas × micro_steps`` sub-batches."""

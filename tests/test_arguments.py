@@ -87,6 +87,7 @@ COMMON = {
         "an integer >= 2 or None",
         {ValueError: [1, 0, -2], TypeError: [2.5, 2.0, "2", True]},
     ),
+    "jit_compile": ("True, False or 'auto'", {ValueError: ["yes", ""], TypeError: [None, 1]}),
 }
 
 OWN = {

@@ -78,7 +78,7 @@ def test_names_arguments_and_documentation(case):
     own = [parameter for parameter in there if parameter.kind is not parameter.KEYWORD_ONLY]
     assert here[: len(own)] == own
     names = {parameter.name for parameter in here}
-    assert names ^ {p.name for p in there} == {"loss_scale_factor", "jit_compile", "mesh"}
+    assert names ^ {p.name for p in there} == {"loss_scale_factor", "mesh"}
     assert (case.cls.slots, case.cls.statistics) == (theirs.slots, theirs.statistics)
     text = inspect.getdoc(case.cls)
     assert text.splitlines()[0] == inspect.getdoc(theirs).splitlines()[0]
@@ -453,7 +453,7 @@ def test_a_single_sub_batch_is_refused_by_those_that_need_two(case):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"jit_compile": True}, ValueError, r"model\.compile\(jit_compile=True\)"),
+        ({"jit_compile": "yes"}, ValueError, "`jit_compile` must be True, False or 'auto'"),
         ({"mesh": object()}, ValueError, "DTensor"),
         ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "At most one"),
         ({"clipnorm": -1.0}, ValueError, "clipnorm"),

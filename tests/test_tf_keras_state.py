@@ -64,7 +64,7 @@ def test_config_round_trip(case):
     assert config["gradient_accumulation_steps"] == 3
     assert config["exclude_from_weight_decay"] == ["bias$"]
     assert config["weight_decay"] == 0.25
-    assert config["jit_compile"] is False
+    assert config["jit_compile"] == "auto"
     for argument, value in case.arguments.items():
         if argument not in ("weight_decay", "learning_rate"):
             assert config[argument] == value

@@ -103,6 +103,21 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
+def boolean_or_auto(name: str, value: object) -> bool | str:
+    """Checks that ``value`` is `True`, `False` or `"auto"`.
+
+    Raises:
+        TypeError, ValueError: It is not.
+    """
+    if isinstance(value, bool) or value == "auto":
+        return value  # type: ignore[return-value]
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(
+        f"`{name}` must be True, False or 'auto'. Received: {name}={shown(value)} "
+        f"(of type {type(value).__name__})"
+    )
+
+
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """Checks that ``value`` is one of a few strings.
 

@@ -35,7 +35,7 @@ from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
-from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Step
+from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Step, dense
 from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
@@ -68,7 +68,9 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     def _set_up(self, values: Arguments) -> None:
         framework = {name: values.pop(name) for name in self.common_arguments}
+        jit_update = framework.pop("jit_compile")
         self._start(self._rate_or_schedule(values.pop("learning_rate", 0.0)), framework)
+        self._jit_update = jit_update
         decay, adaptation = "exclude_from_weight_decay", "exclude_from_layer_adaptation"
         self._decay_exclusion = Exclusion(decay, values.pop(decay, None))
         self._adaptation_exclusion = Exclusion(adaptation, values.pop(adaptation, None))
@@ -176,6 +178,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             adapted=[self.adapts(variable) for variable in variables],
             iterations=tensorflow_variable(self.iterations),
             skipped_updates=tensorflow_variable(self.skipped_updates),
+            on_gpu=any(":GPU:" in target.device for target in targets),
         )
         if self._accumulation is not None:
             # The last of all: without accumulation the others have the same places.
@@ -234,6 +237,8 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         context = replica_context_of(self._strategy)
         trained = self.trained
         targets = [trained.targets[index] for index in known]
+        compiles = trained.on_gpu if self._jit_update == "auto" else self._jit_update
+        update = self._compiled_update if compiles else self._update_on_replica
         pipeline = Pipeline(
             strategy=self._strategy,
             indices=known,
@@ -248,7 +253,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             accumulation=self._accumulation,
             summed=summed,
             prepare=self._read_learning_rate,
-            update=functools.partial(self._update_on_replica, known, loss_scale, after),
+            update=functools.partial(update, known, loss_scale, after),
         )
         own = prepared(
             [gradient for gradient, _ in pairs],
@@ -257,6 +262,32 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         )
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
+
+    def _compiled_update(
+        self,
+        indices: Sequence[int],
+        loss_scale: Callable[[], tf.Tensor] | None,
+        after: Callable[[tf.Tensor], None] | None,
+        anchor: tf.Variable,
+        learning_rate: tf.Tensor,
+        sums: Sums,
+    ) -> list[tf.Tensor]:
+        """`_update_on_replica` as one program, compiled by XLA.
+
+        Not where all is compiled already, nor where it runs eagerly: a program for each update.
+        """
+        leaves = tf.nest.flatten(sums)
+        sparse = any(isinstance(leaf, tf.IndexedSlices) for leaf in leaves)
+        update = functools.partial(self._update_on_replica, indices, loss_scale, after, anchor)
+        if (
+            tf.executing_eagerly()
+            or _compat.in_xla_context()
+            or _compat.in_tpu_replica()
+            or (sparse and self._jit_update == "auto")
+        ):
+            return update(learning_rate, sums)
+        program = tf.function(update, jit_compile=True, autograph=False)
+        return program(learning_rate, tf.nest.map_structure(dense, sums))
 
     def _update_on_replica(
         self,
@@ -568,7 +599,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = super().get_config()  # type: ignore[misc]  # the framework's
-        config.update(self.hyperparameters())
+        config.update(self.hyperparameters(), jit_compile=self._jit_update)
         exclusions = (self._decay_exclusion, self._adaptation_exclusion)
         parameters = self._declared_signature().parameters
         config.update({e.argument: e.config() for e in exclusions if e.argument in parameters})

@@ -76,6 +76,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         "ema_overwrite_frequency": None,
         "loss_scale_factor": None,
         "gradient_accumulation_steps": None,
+        "jit_compile": "auto",
     }
 
     steps_of_its_own: ClassVar[bool] = False

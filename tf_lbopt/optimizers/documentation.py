@@ -23,8 +23,10 @@ _COMMON = {
             gradient in one micro-step of an update must have one in those that follow, zeros for
             ``None``; an error says so if not (in a step that XLA compiles the update is
             discarded).""",
-    "jit_compile": """Must be `False`, which is the default here: the update is not compiled apart
-            from the training step. To compile both, `model.compile(jit_compile=True)`.""",
+    "jit_compile": """Whether XLA compiles the update, without the reductions in front of it, to one
+            program for each replica; not in a step that runs eagerly or is compiled as a whole.
+            `True` makes sparse gradients dense. Defaults to `"auto"`: on a GPU, for updates
+            without sparse gradients.""",
     "mesh": "Must be `None`: DTensor is not supported.",
 }
 

@@ -124,6 +124,7 @@ _KINDS = {
     "gamma": _real(low=0.0, low_open=True, high=1.0),
     "global_clipnorm": _POSITIVE,
     "gradient_accumulation_steps": _integer(low=2),
+    "jit_compile": _Kind(bool, _validation.boolean_or_auto),
     "learning_rate": _RATE,
     "loss_scale_factor": _POSITIVE,
     "max_trust_ratio": _POSITIVE,

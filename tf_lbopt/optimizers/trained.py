@@ -39,6 +39,7 @@ class Trained:
         adapted: Whether layer-wise adaptation does.
         iterations: Counts the updates.
         skipped_updates: Counts those that were discarded.
+        on_gpu: Whether the variables are on GPUs.
         paths: Of the variables.
         numbers: Of the variables, by what `_compat.key_of` says.
     """
@@ -50,6 +51,7 @@ class Trained:
     adapted: list[bool]
     iterations: tf.Variable
     skipped_updates: tf.Variable
+    on_gpu: bool
     paths: list[str] = dataclasses.field(init=False, default_factory=list)
     numbers: dict[str, int] = dataclasses.field(init=False, default_factory=dict)
 

@@ -45,7 +45,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         "ema_momentum": 0.99,
         "ema_overwrite_frequency": None,
         "gradient_accumulation_steps": None,
-        "jit_compile": False,
+        "jit_compile": "auto",
         "mesh": None,
     }
 
@@ -54,14 +54,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         return f"<{type(self).__name__}, an optimizer for tf_keras; for Keras 3 see tf_lbopt>"
 
     def _start(self, learning_rate: LearningRate, arguments: Arguments) -> None:
-        jit_compile, mesh = arguments["jit_compile"], arguments.pop("mesh")
-        if jit_compile:
-            raise ValueError(
-                "`jit_compile` must be False: an update that looks at all replicas and all "
-                "variables can not be compiled variable by variable. Compile the whole training "
-                f"step by `model.compile(jit_compile=True)`. "
-                f"Received: jit_compile={_validation.shown(jit_compile)}"
-            )
+        mesh = arguments.pop("mesh")
         if mesh is not None:
             raise ValueError(
                 f"`mesh` must be None: DTensor is not supported. "
@@ -69,7 +62,8 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
             )
         arguments["name"] = arguments["name"] or type(self).__name__
         steps = arguments.pop("gradient_accumulation_steps")
-        tf_keras.optimizers.Optimizer.__init__(self, **arguments)
+        # Its own field of that name is for updates that are compiled variable by variable.
+        tf_keras.optimizers.Optimizer.__init__(self, **arguments, jit_compile=False)
         clips = [self.clipnorm, self.clipvalue, self.global_clipnorm]
         if sum(clip is not None for clip in clips) > 1:
             raise ValueError(
