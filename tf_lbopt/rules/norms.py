@@ -127,6 +127,7 @@ def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
             tf.reduce_all(tf.equal(factors, 1.0)),
             lambda: usual,
             lambda: _scaled_norms(values, factors),
+            name="rarely",
         )
     enlarged = _scaled_norms(values, ones * safe.factor)
     reduced = _scaled_norms(values, ones / safe.factor)
