@@ -38,32 +38,6 @@ def require_same_strategy(
         )
 
 
-def stock_update(
-    optimizer: keras.optimizers.Optimizer,
-    gradients: Sequence[Gradient],
-    norm_bounds: tf.Tensor,
-    variables: Sequence[keras.Variable],
-) -> rules.Update:
-    """One update by a stock Keras optimizer, on the replica whose update context this is.
-
-    What it does with the gradients is not known; it may keep their squares, in the dtype of the
-    variables. Only these are checked, not its steps.
-
-    Args:
-        optimizer: It.
-        gradients: Finite.
-        norm_bounds: [n], what their norms do not exceed.
-        variables: Theirs.
-    """
-
-    def write(writer: Writer) -> None:
-        written = [tensorflow_variable(v) for v in (*variables, *optimizer.variables)]
-        with writer.restoring(written):
-            _compat.keras_update(optimizer, gradients, variables)
-
-    return rules.Update(stock_squares_fit(gradients, norm_bounds, variables), write)
-
-
 def stock_squares_fit(
     gradients: Sequence[Gradient],
     norm_bounds: tf.Tensor,
@@ -178,17 +152,24 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
 
 @dataclasses.dataclass(frozen=True)
 class _Stock(rules.Rule):
-    """A stock Keras optimizer as a rule: its slots and its rate are its own."""
+    """A stock Keras optimizer as a rule: its slots and its rate are its own.
+
+    What it does with the gradients is not known; it may keep their squares, in the dtype of the
+    variables. Only these are checked, not its steps.
+    """
 
     optimizer: keras.optimizers.Optimizer
 
     def update(self, parameters: rules.Parameters, step: rules.Step) -> rules.Update:
         """One update by Keras's own code."""
         del step
-        variables = _compat.trained_variables(self.optimizer)
-        return stock_update(
-            self.optimizer,
-            parameters.gradients,
-            parameters.norm_bounds,
-            [variables[index] for index in parameters.indices],
-        )
+        trained = _compat.trained_variables(self.optimizer)
+        variables = [trained[index] for index in parameters.indices]
+        gradients = parameters.gradients
+
+        def write(writer: Writer) -> None:
+            written = [tensorflow_variable(v) for v in (*variables, *self.optimizer.variables)]
+            with writer.restoring(written):
+                _compat.keras_update(self.optimizer, gradients, variables)
+
+        return rules.Update(stock_squares_fit(gradients, parameters.norm_bounds, variables), write)
