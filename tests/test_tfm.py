@@ -559,7 +559,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_optimizer_did(trial
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2x"])
 def test_sub_batches_must_be_a_positive_integer(value):
-    with pytest.raises(ValueError, match=r"`task\.sub_batches` must be an integer >= 1"):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"`task\.sub_batches` must be an integer >= 1"
+    ):
         task_factory.get_task(_experiment("sgd", sub_batches=value).task)
 
 

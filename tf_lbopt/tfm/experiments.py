@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import inspect
 import types
-from typing import Any
+from typing import Any, TypeVar
 
-from official.core import exp_factory, task_factory
+from official.core import config_definitions, exp_factory, task_factory
 from official.modeling import optimization
+from official.modeling.hyperparams import base_config
 from official.modeling.optimization import optimizer_factory
 
 from tf_lbopt.tfm.configs import REGISTRATIONS
 from tf_lbopt.tfm.sub_batches import SubBatchTask
+
+_Config = TypeVar("_Config", bound=base_config.Config)
 
 
 def register_optimizers() -> None:
@@ -40,14 +43,16 @@ def extend_experiments() -> None:
         return
 
     @functools.wraps(original)
-    def get_exp_config(exp_name: str) -> Any:
+    def get_exp_config(exp_name: str) -> config_definitions.ExperimentConfig:
         return extended(original(exp_name))
 
     get_exp_config.extends_experiments = True  # type: ignore[attr-defined]
     exp_factory.get_exp_config = get_exp_config
 
 
-def extended(experiment: Any) -> Any:
+def extended(
+    experiment: config_definitions.ExperimentConfig,
+) -> config_definitions.ExperimentConfig:
     """Gives an experiment's configuration the fields of this package, in place.
 
     Args:
@@ -63,10 +68,8 @@ def extended(experiment: Any) -> Any:
     if isinstance(optimization_config, optimization.OptimizationConfig):
         trainer.optimizer_config = with_optimizers(optimization_config)
     task: Any = getattr(experiment, "task", None)
-    given_cls: Any = type(task)
-    task_cls = _extended_task_config(given_cls)
-    if task_cls is not None:
-        experiment.task = _as(task_cls, task)
+    if task is not None:
+        experiment.task = _as(_extended_task_config(_class_of(task)), task)
     return experiment
 
 
@@ -87,21 +90,23 @@ def with_optimizers(
         >>> config.optimizer.get().gamma
         0.2
     """
-    cls: Any = type(config)
-    given_cls: Any = type(config.optimizer)
-    optimizer_cls = _extended_optimizer_config(given_cls)
-    copied = _as(_extended_optimization_config(cls, optimizer_cls), config)
+    optimizer_cls = _extended_optimizer_config(_class_of(config.optimizer))
+    copied = _as(_extended_optimization_config(_class_of(config), optimizer_cls), config)
     copied.optimizer = _as(optimizer_cls, config.optimizer)
     return copied
 
 
-def _as(cls: type, config: Any) -> Any:
+def _as(cls: type[_Config], config: base_config.Config) -> _Config:
     """A copy of a configuration as one of a subclass of its class."""
     if type(config) is cls:
         return config
     copied = cls()
     vars(copied).update(copy.deepcopy(vars(config)))
     return copied
+
+
+def _class_of(config: base_config.Config) -> Any:  # mypy takes a `type` for not hashable
+    return type(config)
 
 
 @functools.cache
@@ -123,15 +128,16 @@ def _extended_optimization_config(cls: Any, optimizer_cls: Any) -> Any:
 
 @functools.cache
 def _extended_task_config(cls: Any) -> Any:
-    if not dataclasses.is_dataclass(cls) or "sub_batches" in cls.__dataclass_fields__:
-        return None
+    fields = getattr(cls, "__dataclass_fields__", None)
+    if fields is None or "sub_batches" in fields:
+        return cls
     builder = getattr(cls, "_BUILDER", None)
     try:
         task_cls = task_factory.get_task_cls(cls) if builder is None else builder
     except LookupError:
-        return None
+        return cls
     if not inspect.isclass(task_cls):
-        return None
+        return cls
     extended_cls = _dataclass(cls, [("sub_batches", int, 1)])
     extended_task = types.new_class(task_cls.__name__, (SubBatchTask, task_cls))
     extended_task.__module__ = task_cls.__module__
@@ -143,7 +149,7 @@ def _extended_task_config(cls: Any) -> Any:
     return extended_cls
 
 
-def _dataclass(base: Any, fields: list[tuple[str, Any, Any]]) -> Any:
+def _dataclass(base: type[_Config], fields: list[tuple[str, type, object]]) -> type[_Config]:
     cls = dataclasses.make_dataclass(base.__name__, fields, bases=(base,))
     cls.__module__ = base.__module__
     cls.__doc__ = base.__doc__

@@ -1,19 +1,23 @@
 """Tasks that take each replica's batch in parts: gradient accumulation within one training step."""
 
-import abc
 import contextlib
 import copy
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
+import tf_keras
+from official.core import config_definitions
+from official.modeling import optimization
+from tf_keras.optimizers import Optimizer
 
+from tf_lbopt import _validation
 from tf_lbopt.aggregation.sparse import added
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.rules.clip import scale
+from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.tfm.configs import REGISTRATIONS
 
 
@@ -35,32 +39,24 @@ class SubBatchTask:
     The task's `train_step` must call `apply_gradients` of the optimizer that it is given, once.
 
     Raises:
-        ValueError: `sub_batches` is no positive integer, or the optimizer is one of this package
-            and is to be wrapped by what takes legacy optimizers only.
+        TypeError, ValueError: `sub_batches` is no positive integer.
+        ValueError: The optimizer is one of this package and is to be wrapped by what takes legacy
+            optimizers only.
     """
 
-    task_config: Any
+    task_config: config_definitions.TaskConfig
     loss: str
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any):
-        sub_batches = params.sub_batches
-        if (
-            isinstance(sub_batches, bool)
-            or not isinstance(sub_batches, numbers.Integral)
-            or sub_batches < 1
-        ):
-            raise ValueError(
-                "`task.sub_batches` must be an integer >= 1. "
-                f"Received: task.sub_batches={sub_batches!r}"
-            )
+    def __init__(self, params: config_definitions.TaskConfig, *args: object, **kwargs: object):
+        _validation.integer("task.sub_batches", params.sub_batches, low=1)
         super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
 
     def create_optimizer(
         self,
-        optimizer_config: Any,
-        runtime_config: Any = None,
-        dp_config: Any = None,
-    ) -> Any:
+        optimizer_config: optimization.OptimizationConfig,
+        runtime_config: config_definitions.RuntimeConfig | None = None,
+        dp_config: object = None,
+    ) -> Optimizer:
         """The task's optimizer; one of this package accumulates over the parts."""
         given = {} if dp_config is None else {"dp_config": dp_config}
         kind = optimizer_config.optimizer.type
@@ -84,108 +80,90 @@ class SubBatchTask:
             optimizer_config, runtime_config, **given
         )
 
-    def train_step(self, inputs: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_step(
+        self,
+        inputs: object,
+        model: tf_keras.Model,
+        optimizer: Optimizer,
+        *args: object,
+        **kwargs: object,
+    ) -> dict[str, Any]:
         """One update by the task's own steps on the parts of a replica's batch."""
         step = super().train_step  # type: ignore[misc]
         number = self.task_config.sub_batches
         accumulates = _accumulates(optimizer, number)
         if number == 1:
-            with _in_turn(optimizer, model, inputs, 0, accumulates):
+            with _block(optimizer, model, inputs, 0, accumulates):
                 return step(inputs, model, optimizer, *args, **kwargs)
         # A task that does not divide its loss by the replicas sums gradients over them, and so over
         # the parts.
         summed = getattr(self.task_config, "scale_loss", True) is False
-        parts = split(inputs, number, "task.sub_batches")
+        stand_in = _StandIn(optimizer, number, accumulates, summed)
         logs: list[dict[str, Any]] = []
-        collected = _Collected()
-        for index, part in enumerate(parts):
+        for index, part in enumerate(split(inputs, number, "task.sub_batches")):
             # Without the wait all parts would be in memory together.
-            with tf.control_dependencies(collected.latest):
+            with tf.control_dependencies(stand_in.latest):
                 part = tf.nest.map_structure(tf.identity, part)
-            stand_in: Any = (_Passing if accumulates else _Collecting)(
-                optimizer, collected, index, number, summed
-            )
-            with _in_turn(optimizer, model, part, index, accumulates):
+            with _block(optimizer, model, part, index, accumulates):
                 logs.append(step(part, model, stand_in, *args, **kwargs))
-            if collected.calls != index + 1:
+            if stand_in.calls != index + 1:
                 raise ValueError(
                     f"task.sub_batches={number} needs a task whose `train_step` calls "
                     f"`apply_gradients` of its optimizer once; that of {type(self).__name__} "
-                    f"called it {collected.calls - index} times."
+                    f"called it {stand_in.calls - index} times."
                 )
         losses = [tf.convert_to_tensor(log[self.loss]) for log in logs]
         return {**logs[-1], self.loss: tf.add_n(losses) / number}
 
 
-class _Collected:
-    """What one replica has of the parts of its batch so far."""
+class _StandIn:
+    """Stands for an optimizer while the parts are traced; for all but the update it is that.
 
-    def __init__(self) -> None:
-        self.gradients: list[Any] = []
-        self.latest: list[tf.Tensor] = []
+    Args:
+        optimizer: If it accumulates, to a mean, it is given the gradients of each part; any other
+            those of all parts in one call.
+        number: Of parts.
+        accumulates: Whether it does.
+        summed: Whether the task takes the sum of all parts for their mean.
+    """
+
+    def __init__(self, optimizer: Optimizer, number: int, accumulates: bool, summed: bool):
         self.calls = 0
-
-
-class _StandIn(abc.ABC):
-    """Stands for an optimizer while one part is traced; for all but the update it is that."""
-
-    def __init__(
-        self, optimizer: Any, collected: _Collected, index: int, number: int, summed: bool
-    ):
+        self.latest: list[tf.Tensor] = []
         self._optimizer = optimizer
-        self._collected = collected
-        self._index = index
         self._number = number
+        self._accumulates = accumulates
         self._summed = summed
+        self._totals: list[Gradient | None] = []
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # tasks ask whether it is a LossScaleOptimizer
         return type(self._optimizer)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._optimizer, name)
 
     @tf.autograph.experimental.do_not_convert
-    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], **kwargs: Any) -> Any:
-        pairs = list(grads_and_vars)
-        self._collected.calls += 1
-        self._collected.latest = [
-            gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-            for gradient, _ in pairs
-            if gradient is not None
-        ]
-        return self._apply([g for g, _ in pairs], [v for _, v in pairs], kwargs)
-
-    @abc.abstractmethod
-    def _apply(self, gradients: list[Any], variables: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What becomes of one part's gradients."""
-
-
-class _Passing(_StandIn):
-    """For an optimizer that accumulates, to the mean over the parts, by itself."""
-
-    def _apply(self, gradients: list[Any], variables: list[Any], kwargs: dict[str, Any]) -> Any:
-        if self._summed:
-            gradients = [_scaled(gradient, self._number) for gradient in gradients]
-        return self._optimizer.apply_gradients(zip(gradients, variables, strict=True), **kwargs)
+    def apply_gradients(
+        self, grads_and_vars: Iterable[tuple[Gradient | None, tf.Variable]], **kwargs: object
+    ) -> object:
+        gradients, variables = map(list, zip(*grads_and_vars, strict=True))
+        self.calls += 1
+        self.latest = [getattr(g, "values", g) for g in gradients if g is not None]
+        factor = self._number if self._summed else 1.0
+        if not self._accumulates:
+            totals = self._totals or [None] * len(gradients)
+            gradients = self._totals = [added(pair) for pair in zip(totals, gradients, strict=True)]
+            if self.calls < self._number:
+                return None
+            factor /= self._number
+        return self._optimizer.apply_gradients(
+            [(_scaled(g, factor), v) for g, v in zip(gradients, variables, strict=True)], **kwargs
+        )
 
 
-class _Collecting(_StandIn):
-    """For an optimizer that knows nothing of parts."""
-
-    def _apply(self, gradients: list[Any], variables: list[Any], kwargs: dict[str, Any]) -> Any:
-        so_far = self._collected.gradients or [None] * len(gradients)
-        totals = [added(pair) for pair in zip(so_far, gradients, strict=True)]
-        self._collected.gradients = totals
-        if self._index < self._number - 1:
-            return None
-        if not self._summed:
-            totals = [_scaled(total, 1 / self._number) for total in totals]
-        return self._optimizer.apply_gradients(list(zip(totals, variables, strict=True)), **kwargs)
-
-
-def _in_turn(
-    optimizer: Any, model: Any, inputs: Any, part: int, accumulates: bool
+def _block(
+    optimizer: Optimizer, model: tf_keras.Model, inputs: object, part: int, accumulates: bool
 ) -> contextlib.AbstractContextManager[None]:
     """What the step of one part must be taken in."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
@@ -197,7 +175,7 @@ def _in_turn(
     return contextlib.nullcontext()
 
 
-def _accumulates(optimizer: Any, number: int) -> bool:
+def _accumulates(optimizer: Optimizer, number: int) -> bool:
     """Whether an optimizer takes the parts' gradients one by one.
 
     Raises:
@@ -224,5 +202,7 @@ def _accumulates(optimizer: Any, number: int) -> bool:
     return steps == number
 
 
-def _scaled(gradient: Any, factor: float) -> Any:
-    return None if gradient is None else scale(gradient, tf.cast(factor, gradient.dtype))
+def _scaled(gradient: Gradient | None, factor: float) -> Gradient | None:
+    if gradient is None or factor == 1:
+        return gradient
+    return scale(gradient, tf.cast(factor, gradient.dtype))
