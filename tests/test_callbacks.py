@@ -45,11 +45,10 @@ OPTIMIZERS = {
     ),
 }
 over_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
-quick = pytest.mark.quick(name=(*KINDS, *(name for name in OPTIMIZERS if "loss scale" in name)))
 
 
 @over_optimizers
-@quick
+@pytest.mark.quick(name=(*KINDS, *(name for name in OPTIMIZERS if "loss scale" in name)))
 def test_some_bad_batches(name):
     optimizer = OPTIMIZERS[name]()
     model, history, unchanged = train(optimizer, bad_batches=(1, 4), epochs=2)
@@ -61,7 +60,8 @@ def test_some_bad_batches(name):
 
 
 @over_optimizers
-@quick
+@pytest.mark.quick(name=("lamb", "extrap_sgd", "loss scale around stock"))
+@pytest.mark.quick(name="Keras's loss scale around sngm")
 def test_only_bad_batches(name, caplog):
     optimizer = OPTIMIZERS[name]()
     with caplog.at_level("ERROR", logger="tf_lbopt"):
@@ -76,7 +76,7 @@ def test_only_bad_batches(name, caplog):
 
 
 @over_optimizers
-@quick
+@pytest.mark.quick(name=("clars", "loss scale around stock", "Keras's loss scale around sngm"))
 def test_no_bad_batch(name):
     optimizer = OPTIMIZERS[name]()
     model, history, _ = train(optimizer, epochs=2, callback=SkippedUpdates(max_consecutive=1))

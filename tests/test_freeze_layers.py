@@ -180,7 +180,7 @@ def train_by_hand(replicas, optimizer_name, frozen_epochs, epochs):
 
 
 @over(["sngm", "lamb", "vr_adam", "keras sgd", "keras adam"])
-@pytest.mark.quick(name="vr_adam")
+@pytest.mark.quick(name="vr_adam", replicas=2)
 @pytest.mark.quick(name="keras adam")
 def test_equals_a_custom_loop(name, replicas):
     with strategy_of(replicas).scope():
@@ -368,6 +368,7 @@ def unchanged_after_training(model, layers):
     ],
     ids=str,
 )
+@pytest.mark.quick(layers=("^backbone/low", "^low$", ("backbone", "low"), "fc|low"))
 def test_regular_expressions(layers, frozen):
     model = nested_model()
     expected = {v.path for v in model.weights if v.path.startswith(tuple(frozen))}

@@ -236,7 +236,8 @@ VARIANTS = {
         ("momentum", 8, 1, 3),
     ],
 )
-@pytest.mark.quick(replicas=(1, 2, 4))
+@pytest.mark.quick(replicas=1)
+@pytest.mark.quick(variant=("momentum", "averaged momentum", "decay"), start=(0, 1), replicas=2)
 def test_equals_the_reference_after_every_update(variant, replicas, start, period):
     arguments = VARIANTS[variant]
     data = batches(9, ROWS * replicas)
@@ -260,7 +261,8 @@ def test_averaging_momentum_makes_a_difference():
     assert np.abs(one[-1][0] - other[-1][0]).max() > 1e-4
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.quick(replicas=2)
 def test_schedule_counts_every_update(replicas):
     schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 10, 0.01)
     data = batches(8, ROWS * replicas)
@@ -274,7 +276,7 @@ def test_schedule_counts_every_update(replicas):
 @pytest.mark.parametrize(
     ("variant", "replicas"), [("plain", 2), ("momentum", 4), ("decay", 2), ("averaged momentum", 2)]
 )
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(variant=("decay", "averaged momentum"))
 def test_averaged_after_each_step_it_is_synchronous_sgd(variant, replicas):
     arguments = VARIANTS[variant]
     data = batches(6, ROWS * replicas)
@@ -300,7 +302,7 @@ def test_averaged_after_each_step_it_is_synchronous_sgd(variant, replicas):
     ],
     ids=str,
 )
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=2, period=3)
 def test_extrapolated_sgd_then_nesterovs_on_each_replica(arguments, replicas, start, period):
     data = batches(8, ROWS * replicas)
     loop = Loop(extrap_sgd(start, period, **arguments), replicas)
@@ -344,6 +346,7 @@ RULES = {
 @pytest.mark.parametrize(
     ("rule", "replicas"), [*((rule, 2) for rule in RULES), ("sngm", 4), ("lamb", 4)]
 )
+@pytest.mark.quick(rule=("lamb", "extrap_adam", "stock adam"), replicas=2)
 def test_each_replica_takes_the_steps_of_any_rule(rule, replicas):
     case = BY_NAME["extrap_adam" if rule == "stock adam" else rule]
     gradients = sub_batch_gradients(4, replicas)
@@ -365,6 +368,7 @@ def test_each_replica_takes_the_steps_of_any_rule(rule, replicas):
 @pytest.mark.parametrize(
     ("rule", "averaged"), [("lamb", False), ("lamb", True), ("stock adam", True)]
 )
+@pytest.mark.quick(rule="lamb")
 def test_all_slots_are_averaged_if_momentum_is(rule, averaged):
     run = LocalRun(RULES[rule], 0, 2, 2, average_momentum=averaged)
     run.updates(sub_batch_gradients(2, 2))
@@ -560,6 +564,7 @@ UNNOTICED = {
 
 
 @pytest.mark.parametrize("use", [*USES, *UNNOTICED])
+@pytest.mark.quick(use=("evaluate", "test_on_batch", "save", "Checkpoint", "predict"))
 def test_a_use_in_mid_period_sees_the_last_average_and_warns_once(use, tmp_path):
     model, data = in_mid_period()  # one synchronous update, three local steps
     expected, own = reference(data, 2, 1, 4, momentum=0.9)
@@ -730,6 +735,7 @@ def test_a_checkpoint_of_the_first_phase_is_restored_in_the_second(tmp_path):
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.quick(replicas=4)
 def test_another_number_of_replicas_begins_at_the_average(replicas, tmp_path, caplog):
     data = batches(6, ROWS * 4)
     two, other = loops(sgd(1, 4, momentum=0.9), data, 4, 2, replicas)
@@ -749,6 +755,7 @@ def test_another_number_of_replicas_begins_at_the_average(replicas, tmp_path, ca
 
 
 @pytest.mark.parametrize("make", [sgd, extrap_sgd])
+@pytest.mark.quick(make="extrap_sgd")
 def test_model_file_goes_on_as_the_model(make, tmp_path):
     model, data = in_mid_period(make)
     model.save(tmp_path / "model.keras")
@@ -838,6 +845,8 @@ def by_file(model, weights, path):
         (extrap_sgd, by_assign),
     ],
 )
+@pytest.mark.quick(load="by_file")
+@pytest.mark.quick(make="extrap_sgd")
 def test_training_goes_on_from_loaded_weights(load, make, tmp_path):
     model, data = in_mid_period(make)
     kernel, _ = initial()
@@ -889,6 +898,7 @@ def test_a_callback_that_changes_weights_in_mid_period_is_told(period, warned):
     ("make", "replica", "run_eagerly"),
     [(sgd, 0, False), (sgd, 1, False), (extrap_sgd, 1, False), (sgd, 1, True)],
 )
+@pytest.mark.quick(replica=1)
 def test_an_error_in_a_local_step_leaves_all_as_it_was(make, replica, run_eagerly):
     data = batches(8, ROWS * 2)
     loop = Loop(make(1, 4, momentum=0.9), 2, run_eagerly=run_eagerly)
@@ -955,6 +965,8 @@ def test_fit_puts_the_average_back(error):
 
 # The last one's gradient is finite, but not the square that a stock optimizer might keep.
 @pytest.mark.parametrize(("make", "bad_value"), [(sgd, np.nan), (extrap_sgd, np.inf), (sgd, 1e25)])
+@pytest.mark.quick(make="extrap_sgd")
+@pytest.mark.quick(bad_value=1e25)
 def test_a_replica_leaves_out_a_step_without_finite_gradient(make, bad_value):
     data = batches(8, ROWS * 4)
     bad = [a.copy() for a in data]

@@ -286,6 +286,13 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """A layer and all inside it; a shared one comes again after everything that it is in."""
+    yield layer
+    for sublayer in sublayers(layer):
+        yield from all_layers(sublayer)
+
+
 def caller_of_caller() -> Any:
     """The object whose method called the method that asks, or ``None``.
 

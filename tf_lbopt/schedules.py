@@ -9,13 +9,15 @@ import numbers
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from tf_lbopt import _validation
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
-class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+class Warmup(LearningRateSchedule):
     """Linear warm-up, then any schedule.
 
     With t counted from 0, W warm-up steps and a schedule η: ``start + (η(0) − start) t / W`` for
@@ -40,7 +42,7 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(
         self,
-        schedule: keras.optimizers.schedules.LearningRateSchedule | float,
+        schedule: LearningRateSchedule | float,
         steps: int,
         start: float = 0.0,
         name: str | None = None,
@@ -48,7 +50,7 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
         super().__init__()
         if isinstance(schedule, numbers.Real):
             schedule = _validation.real("schedule", schedule, low=0.0)
-        elif not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        elif not isinstance(schedule, LearningRateSchedule):
             raise TypeError(
                 "`schedule` must be a keras.optimizers.schedules.LearningRateSchedule or a real "
                 f"number >= 0. Received: schedule={_validation.shown(schedule)} "
@@ -59,7 +61,7 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
         self.start = _validation.real("start", start, low=0.0)
         self.name = name
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: int | tf.Tensor) -> tf.Tensor:
         """The learning rate of the update with this number, counted from 0."""
         step = ops.convert_to_tensor(step)
         rate = self.schedule
@@ -71,7 +73,7 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
         warming = self.start + (rate - self.start) * ops.cast(step, rate.dtype) / self.steps
         return ops.where(step < self.steps, warming, rate)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, object]:
         """The arguments that make an equal schedule, for Keras serialization."""
         return {
             "schedule": keras.saving.serialize_keras_object(self.schedule),

@@ -1,8 +1,8 @@
 """Averaging the replicas' weights while training goes on."""
 
-from typing import Any
-
 import keras
+
+from tf_lbopt.callbacks.common import Logs
 
 
 class EndPeriod(keras.callbacks.Callback):
@@ -40,14 +40,12 @@ class EndPeriod(keras.callbacks.Callback):
                 f"Received: {type(model.optimizer).__name__}"
             )
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Averages."""
         self.model.optimizer.end_period()
 
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Averages."""
         self.model.optimizer.end_period()
 
-    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Averages."""
-        self.model.optimizer.end_period()
+    on_predict_begin = on_test_begin

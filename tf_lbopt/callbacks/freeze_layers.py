@@ -3,13 +3,13 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import keras
 from keras.layers import Layer
 
 from tf_lbopt import _compat
 from tf_lbopt._validation import integer, listed, shown
+from tf_lbopt.callbacks.common import Logs, build_optimizer
 from tf_lbopt.optimizers.trained import tensorflow_variable
 
 _logger = logging.getLogger(__name__)
@@ -78,55 +78,50 @@ class FreezeLayers(keras.callbacks.Callback):
         self._entries = _checked_entries(layers)
         self._due = False
         self._matched: list[Layer] = []
-        self._flags: list[tuple[Any, bool]] = []  # the former ones, while layers are frozen
+        self._flags: list[
+            tuple[Layer | keras.Variable, bool]
+        ] = []  # the former ones, while layers are frozen
         self._frozen_model: keras.Model | None = None  # whose train function leaves them out
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Finds the layers and builds the optimizer for all of them."""
         self.unfreeze()
         self._due = False
+        build_optimizer(self)
         model = self.model
-        if not model.built:
-            raise ValueError(
-                "FreezeLayers needs a model whose variables exist. Give it a `keras.Input` or call "
-                f"it once before `fit`. Received the model {model.name!r}, which is not built."
-            )
-        found = [list(_outermost(model, entry)) for entry in self._entries]
-        missing = [entry for entry, layers in zip(self._entries, found, strict=True) if not layers]
+        found = {entry: list(_outermost(model, entry)) for entry in self._entries}
+        missing = [entry for entry, layers in found.items() if not layers]
         if missing:
             names = (repr(e) if isinstance(e, str) else f"the layer {_path(e)}" for e in missing)
-            inside = list(_with_sublayers(model))[1:]
+            _, *inside = _compat.all_layers(model)
             paths = dict.fromkeys(_path(layer) for layer in inside if layer.weights)
             raise ValueError(
                 f"FreezeLayers found no layer for {listed(names)} in the model {model.name!r}. "
                 f"Expected: {_EXPECTED}. Its layers with weights are: {listed(paths)}"
             )
-        self._matched = list(dict.fromkeys(layer for layers in found for layer in layers))
-        if not model.optimizer.built:
-            with model.distribute_strategy.scope():
-                model.optimizer.build(model.trainable_variables)
+        self._matched = list(dict.fromkeys(layer for layers in found.values() for layer in layers))
         _check(model, self._matched)
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Freezes the layers, or lets them join in."""
         self._due = epoch >= self.epochs
         if not self._due or self._frozen_model is not None:
             self._freeze()
         self.on_train_batch_begin(0)
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Lets the layers join in when the update that was under way is made."""
         if self._due and self._frozen_model and not _in_mid_accumulation(self.model.optimizer):
             self.unfreeze()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Gives the layers their flags back, for whatever looks at the model between epochs."""
         # `fit` ends with averages of the weights, if asked to, and pairs them by these flags.
         for owner, trainable in self._flags:
             owner.trainable = trainable
         self._flags = []
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Leaves the model as it was found."""
         if self._due and self._frozen_model is not None:
             _logger.warning(
@@ -148,7 +143,7 @@ class FreezeLayers(keras.callbacks.Callback):
     def _freeze(self) -> None:
         # A layer hands its flag down to all that is inside: so inner ones after outer ones, a
         # shared one after all that it is in, variables last.
-        layers = [inner for layer in self._matched for inner in _with_sublayers(layer)]
+        layers = [inner for layer in self._matched for inner in _compat.all_layers(layer)]
         owners = [*layers, *(variable for layer in layers for variable in layer.variables)]
         self._flags = self._flags or [(owner, owner.trainable) for owner in owners]
         for layer in self._matched:
@@ -189,13 +184,6 @@ def _check(model: keras.Model, layers: list[Layer]) -> None:
         )
 
 
-def _with_sublayers(layer: Layer) -> Iterator[Layer]:
-    """A layer and all inside it; a shared one comes again after everything that it is in."""
-    yield layer
-    for sublayer in _compat.sublayers(layer):
-        yield from _with_sublayers(sublayer)
-
-
 def _outermost(layer: Layer, entry: str | Layer) -> Iterator[Layer]:
     """The layers inside a layer that an entry fits, without those inside others that it fits."""
     for inner in _compat.sublayers(layer):
@@ -219,7 +207,7 @@ def _path(layer: Layer) -> str:
     return layer.path or layer.name
 
 
-def _checked_entries(layers: Any) -> list[str | Layer]:
+def _checked_entries(layers: object) -> list[str | Layer]:
     expected = f"`layers` must be {_EXPECTED}. Received"
     entries = [layers] if isinstance(layers, str | Layer) else layers
     if isinstance(entries, bytes | dict) or not isinstance(entries, Iterable):

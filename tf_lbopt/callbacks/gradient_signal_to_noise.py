@@ -1,11 +1,9 @@
 """Looking at VRGD's signal-to-noise ratios."""
 
-from typing import Any
-
 import keras
 
 from tf_lbopt import _validation
-from tf_lbopt.callbacks.epoch_numbers import EpochNumbers
+from tf_lbopt.callbacks.common import EpochNumbers, Logs, build_optimizer
 from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
 
 
@@ -48,22 +46,15 @@ class GradientSignalToNoise(EpochNumbers):
         super().__init__(log_dir)
         self.every = _validation.integer("every", every, low=1)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Makes the optimizer keep summaries."""
         optimizer = self._optimizer()
-        if not self.model.built:
-            raise ValueError(
-                "GradientSignalToNoise needs a model whose variables exist. Give it a "
-                "`keras.Input` or call it once before `fit`. Received the model "
-                f"{self.model.name!r}, which is not built."
-            )
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
+        build_optimizer(self)
         optimizer.watch_gsnr(self.every)
         self.model.make_train_function(force=True)
         super().on_train_begin(logs)
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Makes it stop."""
         self._optimizer().unwatch_gsnr()
         self.model.make_train_function(force=True)

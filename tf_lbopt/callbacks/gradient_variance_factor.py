@@ -1,15 +1,16 @@
 """Looking at how much a layer's gradient varies from example to example."""
 
-from typing import Any
+from collections.abc import Callable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.callbacks.epoch_numbers import EpochNumbers
+from tf_lbopt.callbacks.common import EpochNumbers, Logs
 from tf_lbopt.optimizers.trained import path_of
 from tf_lbopt.per_example import per_example_gradient_norms
+from tf_lbopt.per_example.losses import AnyLoss, Structure
 
 
 class GradientVarianceFactor(EpochNumbers):
@@ -61,10 +62,10 @@ class GradientVarianceFactor(EpochNumbers):
 
     def __init__(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any = None,
-        loss: Any = None,
+        x: Structure,
+        y: Structure,
+        sample_weight: Structure = None,
+        loss: AnyLoss | None = None,
         batch_size: int = 128,
         every: int = 1,
         log_dir: str | None = None,
@@ -82,10 +83,10 @@ class GradientVarianceFactor(EpochNumbers):
                 f"Received: {sorted(sizes)}"
             )
         (self._examples,) = sizes
-        self._measure: Any = None
+        self._measure: Callable[..., tuple[list[tf.Tensor], list[tf.Tensor]]] | None = None
         self._measured: list[int] = []  # the variables that `_measure` was made for
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Looks for the loss."""
         loss = self._loss()
         if loss is None or isinstance(loss, (list, tuple, dict)):
@@ -97,7 +98,7 @@ class GradientVarianceFactor(EpochNumbers):
         self._measure = None
         super().on_train_begin(logs)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Measures, and writes what it finds."""
         if (epoch + 1) % self.every == 0:
             super().on_epoch_end(epoch, logs)
@@ -129,7 +130,9 @@ class GradientVarianceFactor(EpochNumbers):
         with np.errstate(divide="ignore", invalid="ignore"):
             return [float(s / np.sum(m**2)) for s, m in zip(squares, means, strict=True)]
 
-    def _squares_and_gradients(self, x: Any, y: Any, weight: Any = None) -> Any:
+    def _squares_and_gradients(
+        self, x: Structure, y: Structure, weight: Structure = None
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """For each variable, the sum of the squared norms of a batch and the mean gradient."""
         norms, gradients = per_example_gradient_norms(
             self.model, x, y, self._loss(), weight, training=False
@@ -140,5 +143,5 @@ class GradientVarianceFactor(EpochNumbers):
         ]
         return [tf.reduce_sum(tf.cast(n, tf.float64) ** 2) for n in norms], dense
 
-    def _loss(self) -> Any:
+    def _loss(self) -> AnyLoss | None:
         return getattr(self.model, "loss", None) if self.loss is None else self.loss

@@ -2,11 +2,12 @@
 
 import logging
 import math
-from typing import Any
 
 import keras
+from keras.optimizers import Optimizer
 
 from tf_lbopt import _compat, _validation
+from tf_lbopt.callbacks.common import Logs
 
 _logger = logging.getLogger(__name__)
 
@@ -51,12 +52,12 @@ class SkippedUpdates(keras.callbacks.Callback):
         self._scale = math.inf
         self._halvings = 0
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Starts counting from the optimizer's present state."""
         self._scale, self._halvings = math.inf, 0
         self._last = self._counts()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Stops the training when the limit is reached."""
         for key, (updates, skipped) in self._counts().items():
             skipped += self._halvings
@@ -71,7 +72,7 @@ class SkippedUpdates(keras.callbacks.Callback):
                 )  # fmt: skip
                 self.model.stop_training = True
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Adds the total to the logs."""
         if logs is not None:
             skipped = sum(skipped for _, skipped in self._counts().values())
@@ -101,7 +102,7 @@ class SkippedUpdates(keras.callbacks.Callback):
         }
 
 
-def _counting(optimizer: Any) -> list[Any]:
+def _counting(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that count what they skip: this one, or those in it."""
     if hasattr(optimizer, "skipped_updates"):
         return [optimizer]

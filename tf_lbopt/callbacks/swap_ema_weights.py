@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from tf_lbopt import _validation
+from tf_lbopt.callbacks.common import Logs
 
 
 class SwapEMAWeights(keras.callbacks.Callback):
@@ -57,30 +58,25 @@ class SwapEMAWeights(keras.callbacks.Callback):
             )
         self._optimizer = keeping[0]
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Puts the weights back."""
         self._show_averages(False)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Puts the averages into the place of the weights, if `swap_on_epoch`."""
         if self.swap_on_epoch:
             self._show_averages(True)
 
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Puts the averages into the place of the weights."""
         self._show_averages(True)
 
-    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_test_end(self, logs: Logs = None) -> None:
         """Puts the weights back."""
         self._show_averages(False)
 
-    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Puts the averages into the place of the weights."""
-        self._show_averages(True)
-
-    def on_predict_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Puts the weights back."""
-        self._show_averages(False)
+    on_predict_begin = on_test_begin
+    on_predict_end = on_test_end
 
     def _show_averages(self, shown: bool) -> None:
         if shown != self._optimizer.averages_are_swapped:

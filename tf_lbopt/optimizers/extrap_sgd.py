@@ -12,7 +12,7 @@ from tf_lbopt.optimizers.base import optimizer
 from tf_lbopt.optimizers.declared import REQUIRED, made_of
 from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
-from tf_lbopt.optimizers.trained import path_of, tensorflow_variable
+from tf_lbopt.optimizers.trained import Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.extrapolation import filter_axes, filter_scaled, raw_noise
 from tf_lbopt.rules.norms import compute_dtype
 
@@ -42,7 +42,7 @@ class SGDExtrapolation(Extrapolation):
                 f"default_trust_ratio={values['default_trust_ratio']!r}, trust_coefficient=None"
             )
         super()._set_up(values)
-        self._seed: Any = None
+        self._seed: Variable | None = None
         if random:
             if seed is None:
                 seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1)
@@ -80,7 +80,7 @@ class SGDExtrapolation(Extrapolation):
         axes = filter_axes(len(variable.shape), self._kind_of(variable))
         return filter_scaled(raw, tf.cast(tensorflow_variable(variable), dtype), axes)
 
-    def _kind_of(self, variable: Any) -> str:
+    def _kind_of(self, variable: Variable) -> str:
         # `fit` knows the layers; in a custom loop there are only the names that Keras gives.
         for kinds in self._filters.values():
             if _compat.key_of(variable) in kinds:

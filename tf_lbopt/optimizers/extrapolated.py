@@ -1,9 +1,9 @@
 """The Keras 3 side of extrapolated optimizers: `fit`, schedules and loss scaling."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import keras
+import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
@@ -18,12 +18,12 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
     def _let_wrap_training(self) -> None:
         _compat.let_optimizers_wrap_training()
 
-    def _build_model(self, model: keras.Model, data: Any) -> None:
+    def _build_model(self, model: keras.Model, data: object) -> None:
         _compat.build_by_shapes(model, keras.utils.unpack_x_y_sample_weight(data)[0])
 
-    def _kinds_of_filters(self, model: keras.Model) -> dict[Any, str]:
+    def _kinds_of_filters(self, model: keras.Model) -> dict[str, str]:
         kinds = {}
-        for layer in _all_layers(model):
+        for layer in _compat.all_layers(model):
             if isinstance(layer, keras.layers.Embedding):
                 kinds.update({_compat.key_of(v): "embedding" for v in layer.trainable_variables})
             elif isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
@@ -32,7 +32,7 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
                 kinds[_compat.key_of(layer.depthwise_kernel)] = "depthwise"
         return kinds
 
-    def _serialized(self, schedule: Any) -> Any:
+    def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:
         if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
             return keras.saving.serialize_keras_object(schedule)
         return schedule
@@ -45,9 +45,3 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
                 "the weights are put back. Use tf_lbopt.LossScaleOptimizer("
                 f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
             )
-
-
-def _all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    yield layer
-    for child in _compat.sublayers(layer):
-        yield from _all_layers(child)

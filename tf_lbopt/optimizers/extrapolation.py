@@ -10,9 +10,8 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-import keras
 import tensorflow as tf
 
 from tf_lbopt import _validation
@@ -22,14 +21,16 @@ from tf_lbopt.aggregation.replicas import on_each_replica
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
-from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, variable_like
-from tf_lbopt.optimizers.trained import path_of, tensorflow_variable
+from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, TrainingStep, variable_like
+from tf_lbopt.optimizers.trained import Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, dense
 from tf_lbopt.rules.writer import Writer
 
 _logger = logging.getLogger(__name__)
+
+Model: TypeAlias = Any  # of one of the frameworks
 
 
 class ExtrapolationAdapter(abc.ABC):
@@ -40,15 +41,15 @@ class ExtrapolationAdapter(abc.ABC):
         """Makes the framework's trainer offer its training step to `wrap_training`."""
 
     @abc.abstractmethod
-    def _build_model(self, model: Any, data: Any) -> None:
+    def _build_model(self, model: Model, data: object) -> None:
         """Creates the variables of a model that is not built yet, given a batch of its data."""
 
     @abc.abstractmethod
-    def _kinds_of_filters(self, model: Any) -> dict[Any, str]:
+    def _kinds_of_filters(self, model: Model) -> dict[str, str]:
         """By `_compat.key_of`, which variables are an ``embedding`` or a ``depthwise`` kernel."""
 
     @abc.abstractmethod
-    def _serialized(self, schedule: Any) -> Any:
+    def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:
         """A schedule as `get_config` has it."""
 
     def _check_wrapper(self) -> None:  # noqa: B027  # not every framework has such a wrapper
@@ -81,7 +82,9 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         keeps_past = self.keeps_past()
         self._past = _PastGradients(self._strategy, self.sub_batches) if keeps_past else None
         # By model, what is known of the filters of its variables.
-        self._filters: Any = weakref.WeakKeyDictionary()
+        self._filters: weakref.WeakKeyDictionary[Model, dict[str, str]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._let_wrap_training()
 
     def keeps_past(self) -> bool:
@@ -122,7 +125,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
             return tf.convert_to_tensor(rate(self.iterations))
         return tf.convert_to_tensor(rate() if callable(rate) else rate, tf.float32)
 
-    def _create_variables(self, variables: list[Any]) -> None:
+    def _create_variables(self, variables: list[Variable]) -> None:
         super()._create_variables(variables)
         targets = [tensorflow_variable(variable) for variable in variables]
         self._origin = Origin(self._strategy, targets)
@@ -131,9 +134,13 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     # -- the block ---------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
     def extrapolated(
-        self, variables: Sequence[Any] | None = None, sub_batch: int = 0
-    ) -> contextlib.AbstractContextManager[None]:
+        self,
+        variables: Sequence[Variable] | None = None,
+        sub_batch: int = 0,
+        noisy: bool = True,
+    ) -> Iterator[None]:
         """Within this block a replica's weights are at the point where its gradient is to be taken.
 
         `fit` does this by itself. A custom training loop takes its gradients and calls
@@ -150,19 +157,14 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
             variables: What is going to be trained; by default all that the optimizer was built
                 with.
             sub_batch: Which of `sub_batches` parts this is, from 0; they come in turn.
+            noisy: Whether ζ is taken; without it the point is x + β v, as in the local steps of
+                `PostLocalSGD`.
 
         Raises:
             ValueError: Called in the cross-replica context, for unknown variables, for a part that
                 does not exist, or within another such block; or the update is not made in the
                 block itself, but in a condition, loop or `tf.function` inside it.
         """
-        return self._extrapolated(variables, sub_batch)
-
-    @contextlib.contextmanager
-    def _extrapolated(
-        self, variables: Sequence[Any] | None, sub_batch: int = 0, noisy: bool = True
-    ) -> Iterator[None]:
-        """The block; without noise in the local phase of post-local SGD."""
         if not 0 <= sub_batch < self.sub_batches:
             raise ValueError(
                 f"`sub_batch` must be from 0 to {self.sub_batches - 1}, as sub_batches="
@@ -171,10 +173,9 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         given = build_at_first_call(self, variables, "variables")
         variables = self.trained.variables if given is None else given
         indices = self._known_indices(variables)
-        micro_step = MicroStep(sub_batch, self.sub_batches)
         with (
-            self._in_block("extrapolated", indices=indices) as block,
-            self._in_micro_step(micro_step),
+            self._in_block("extrapolated", indices) as block,
+            self._in_micro_step(MicroStep(sub_batch, self.sub_batches)),
         ):
             replica = tf.distribute.get_replica_context()
             number = 0 if replica is None else replica.replica_id_in_sync_group
@@ -190,7 +191,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
     def _move(
         self,
         strategy: tf.distribute.Strategy,
-        replica: Any,
+        replica: tf.Tensor,
         indices: list[int],
         sub_batch: int,
         noisy: bool,
@@ -221,8 +222,8 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     def _prepared_update(
         self,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
+        grads: Sequence[Gradient | None],
+        variables: Sequence[Variable],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
@@ -243,7 +244,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
                 f"Received gradients also of {_validation.listed(map(path_of, not_moved))}"
             )
         # A gradient may be a variable itself, which is about to change.
-        grads = [tf.identity(g) if _is_variable(g) else g for g in grads]
+        grads = [tf.identity(g) if isinstance(g, Variable) else g for g in grads]
         self._on_each_replica(lambda: self._origin.restore(block.indices))
         block.applied = True
         return super()._prepared_update(grads, variables, loss_scale, after, summed)
@@ -265,7 +266,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     # -- the framework's trainer -------------------------------------------------------------------
 
-    def prepare_model(self, model: Any, data: Any) -> None:
+    def prepare_model(self, model: Model, data: object) -> None:
         """Makes sure that a model has variables to be moved, and finds out what its layers are.
 
         For random noise, whose size is that of a filter; without this, variables' names must do.
@@ -280,10 +281,10 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     def wrap_training(
         self,
-        model: Any,
-        train_step: Callable[[Any], Any],
-        make_function: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
-    ) -> Callable[[Any], Any]:
+        model: Model,
+        train_step: TrainingStep,
+        make_function: Callable[[TrainingStep], TrainingStep],
+    ) -> TrainingStep:
         """Makes `fit`'s training function, once for every one that the framework makes.
 
         Args:
@@ -293,7 +294,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         """
 
         @tf.autograph.experimental.do_not_convert
-        def step(data: Any) -> Any:
+        def step(data: object) -> object:
             self.prepare_model(model, data)
             logs = None
             for part, own in enumerate(split(data, self.sub_batches, "sub_batches")):
@@ -305,7 +306,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     # -- configuration and state -------------------------------------------------------------------
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, object]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         rate = self.extrapolation_rate
         rate = self._serialized(rate) if callable(rate) else rate
@@ -338,20 +339,16 @@ class _PastGradients(ReplicaState):
             return None
         return {f"{part}.{index}": v for (part, index), v in self.variables.items()}
 
-    def header(self) -> dict[str, Any] | None:
+    def header(self) -> dict[str, int]:
         return {"parts": self._parts}
 
-    def accept(self, header: Mapping[str, Any]) -> bool:
+    def accept(self, header: Mapping[str, int]) -> bool:
         return header["parts"] == self._parts
 
-    def lost(self, header: Mapping[str, Any]) -> None:
+    def lost(self, header: Mapping[str, int]) -> None:
         _logger.warning(
             "The checkpoint has the past gradients of %d replicas with sub_batches=%d; here there "
             "are %d replicas and sub_batches=%d. They start empty: the next update is made without "
             "extrapolation by them, nothing else changes.",
             header["replicas"], header["parts"], self._strategy.num_replicas_in_sync, self._parts,
         )  # fmt: skip
-
-
-def _is_variable(gradient: Any) -> bool:
-    return isinstance(gradient, (keras.Variable, tf.Variable))

@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -73,13 +72,6 @@ class LocalState(ReplicaState):
     def adopt(self) -> tf.Tensor:
         """Goes on from what the model's variables hold where that is not the last average."""
 
-        def written() -> tf.Tensor:
-            differing = [
-                tf.reduce_any(tf.not_equal(target.read_value(), average.read_value()))
-                for target, average in zip(self.targets, self.origin.copies, strict=True)
-            ]
-            return tf.reduce_any(tf.stack(differing))
-
         def take_over() -> tf.Tensor:
             # The averages last: an error before leaves a difference that is seen the next time.
             with tf.control_dependencies(assign_all(self.weights, self.targets)):
@@ -88,7 +80,11 @@ class LocalState(ReplicaState):
                 self.since_average.assign(tf.zeros_like(self.since_average))
             return tf.constant(True)
 
-        new = tf.cond(tf.equal(self.since_average, 0), lambda: tf.constant(True), written)
+        differing = [
+            tf.reduce_any(tf.not_equal(target.read_value(), average.read_value()))
+            for target, average in zip(self.targets, self.origin.copies, strict=True)
+        ]
+        new = tf.reduce_any(tf.stack([tf.equal(self.since_average, 0), *differing]))
         return tf.cond(new, take_over, lambda: tf.constant(False))
 
     def leave(self, iterations: tf.Tensor, skipped_updates: tf.Tensor) -> None:
@@ -195,23 +191,23 @@ class LocalState(ReplicaState):
             state |= {f"weights.{index}": own, f"average.{index}": average}
         return {**state, "skipped": self.skipped}
 
-    def header(self) -> dict[str, Any]:
+    def header(self) -> dict[str, int]:
         """Where in the period it is."""
         return {"updates": self.steps()}
 
-    def accept(self, header: Mapping[str, Any]) -> bool:
+    def accept(self, header: Mapping[str, int]) -> bool:
         """Whether it has a place here, if it is that of as many replicas."""
-        return header["complete"]
+        return bool(header["complete"])
 
     def reset(self) -> None:
         """Forgets which steps were left out; all else is what the optimizer's variables say."""
         self._assign(self.skipped, 0)
 
-    def restored(self, header: Mapping[str, Any]) -> None:
+    def restored(self, header: Mapping[str, int]) -> None:
         """The replicas' slots are their own again."""
         self.apart = True
 
-    def lost(self, header: Mapping[str, Any]) -> None:
+    def lost(self, header: Mapping[str, int]) -> None:
         """Warns of what is lost on another number of replicas."""
         _logger.warning(
             "The checkpoint was written in the local phase of post-local SGD on %d replicas, %d "
@@ -224,7 +220,7 @@ class LocalState(ReplicaState):
     def _local_copies(self, variable: tf.Variable) -> tuple[tf.Variable, ...]:
         return self._strategy.experimental_local_results(variable)
 
-    def _assign(self, variable: tf.Variable, value: Any) -> None:
+    def _assign(self, variable: tf.Variable, value: float | np.ndarray) -> None:
         for copy in self._local_copies(variable):
             copy.assign(tf.cast(value, copy.dtype))
 

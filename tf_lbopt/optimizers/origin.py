@@ -8,13 +8,17 @@ back, so that replicas stay equal to the last bit.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tf_lbopt.aggregation.replicas import on_each_replica, replica_context_of, replica_number
 from tf_lbopt.optimizers.trained import Trained
+from tf_lbopt.rules.norms import Gradient
+
+# Of `fit`: a training step of a batch, or a training function of an iterator over batches.
+TrainingStep: TypeAlias = Callable[[Any], object]
 
 
 class Origin:
@@ -43,7 +47,7 @@ class Origin:
         with tf.control_dependencies(done(self._moved.assign(marks, read_value=False))):
             yield
 
-    def save(self, indices: Sequence[int] | None = None) -> list[Any]:
+    def save(self, indices: Sequence[int] | None = None) -> list[tf.Operation]:
         """Takes what these variables hold for their origin.
 
         Returns:
@@ -51,7 +55,7 @@ class Origin:
         """
         return assign_all(_chosen(self.copies, indices), _chosen(self._variables, indices))
 
-    def restore(self, indices: Sequence[int] | None = None) -> list[Any]:
+    def restore(self, indices: Sequence[int] | None = None) -> list[tf.Operation]:
         """Puts these variables back; returns what must be done before anything that follows."""
         restored = assign_all(_chosen(self._variables, indices), _chosen(self.copies, indices))
         with tf.control_dependencies(restored):
@@ -92,7 +96,9 @@ def variable_like(
         return tf.Variable(zeros, trainable=False, name="of_replica")
 
 
-def assign_all(targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]) -> list[Any]:
+def assign_all(
+    targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]
+) -> list[tf.Operation]:
     """Assigns variables to others; returns operations to wait for."""
     return done(
         *(
@@ -102,9 +108,13 @@ def assign_all(targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]) -
     )
 
 
-def done(*operations: Any) -> list[Any]:
+def done(*operations: tf.Operation | None) -> list[tf.Operation]:
     """Operations to wait for; eagerly there are none."""
     return [operation for operation in operations if operation is not None]
+
+
+def _current_graph() -> tf.Graph | None:
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 @dataclasses.dataclass
@@ -121,15 +131,11 @@ class Block:
     indices: Sequence[int] = ()
     local: bool = False
     applied: bool = False
-    graph: tf.Graph | None = dataclasses.field(default_factory=lambda: _current_graph())
+    graph: tf.Graph | None = dataclasses.field(default_factory=_current_graph)
 
 
 # Those that are open, by optimizer and replica.
 _blocks: dict[tuple[int, int], Block] = {}
-
-
-def _current_graph() -> tf.Graph | None:
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 class StepsInBlocks:
@@ -144,11 +150,13 @@ class StepsInBlocks:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def _in_block(self, name: str, **attributes: Any) -> Iterator[Block]:
+    def _in_block(
+        self, name: str, indices: Sequence[int] = (), local: bool = False
+    ) -> Iterator[Block]:
         key = id(self), replica_number()
         if key in _blocks:
             raise ValueError(f"`{name}` blocks can not be nested. Received: a block in a block")
-        _blocks[key] = Block(**attributes)
+        _blocks[key] = Block(indices, local)
         try:
             yield _blocks[key]
         except BaseException:
@@ -176,24 +184,24 @@ class StepsInBlocks:
             )
         return block
 
-    def _merge(self, cross_replicas: Callable[..., Any], *args: Any) -> Any:
+    def _merge(self, cross_replicas: Callable[..., object], *args: Gradient) -> Any:
         """Calls a function once for all replicas, which all call this, with their own tensors."""
         return replica_context_of(self._strategy).merge_call(cross_replicas, args=args)
 
-    def _on_each_replica(self, fn: Callable[..., Any], *args: Any) -> None:
+    def _on_each_replica(self, fn: Callable[..., object], *args: tf.Tensor) -> None:
         """Calls a function on each replica, which all call this, with its own tensors."""
 
-        def call(*own: Any) -> list[tf.Tensor]:
+        def call(*own: tf.Tensor) -> list[tf.Tensor]:
             fn(*own)
             return [tf.constant(True)]
 
         anchor = self.trained.iterations
         self._merge(lambda strategy, *all_: on_each_replica(strategy, anchor, call, *all_), *args)
 
-    def _recovering(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _recovering(self, function: TrainingStep) -> TrainingStep:
         """A training function after whose errors the weights are put back."""
 
-        def recovering(iterator: Any) -> Any:
+        def recovering(iterator: object) -> object:
             try:
                 return function(iterator)
             except BaseException:

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -27,8 +26,8 @@ from tf_lbopt.optimizers.around import AroundOptimizer
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.optimizers.local_state import LocalState
-from tf_lbopt.optimizers.origin import StepsInBlocks
-from tf_lbopt.optimizers.trained import tensorflow_variable
+from tf_lbopt.optimizers.origin import StepsInBlocks, TrainingStep
+from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import OWN_GRADIENT
@@ -194,7 +193,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
         """None: they are the inner optimizer's."""
         return ()
 
-    def _create_variables(self, variables: list[Any]) -> None:
+    def _create_variables(self, variables: list[Variable]) -> None:
         super()._create_variables(variables)
         inner = self.inner_optimizer
         inner.build(variables)
@@ -266,7 +265,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             with self._strategy.scope():
                 self._averaging()
 
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Averages the weights, at the end of `fit`.
 
         Args:
@@ -278,7 +277,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
     # -- custom training loops ---------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def step(self, variables: Sequence[Any] | None = None, *, local: bool) -> Iterator[None]:
+    def step(self, variables: Sequence[Variable] | None = None, *, local: bool) -> Iterator[None]:
         """Within this block a replica takes its gradient and applies it.
 
         `fit` does this by itself. A custom training loop has one trace for each kind of step:
@@ -319,11 +318,11 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             variables = build_at_first_call(self, variables, "variables")
             if local:
                 self._on_each_replica(self._local.enter)
-            with contextlib.ExitStack() as stack:
-                if isinstance(self.inner_optimizer, Extrapolation):
-                    stack.enter_context(
-                        self.inner_optimizer._extrapolated(variables, noisy=not local)
-                    )
+            inner = self.inner_optimizer
+            if isinstance(inner, Extrapolation):
+                with inner.extrapolated(variables, noisy=not local):
+                    yield
+            else:
                 yield
             if local and not block.applied:
                 self._on_each_replica(self._local.origin.restore)
@@ -342,15 +341,10 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
     def wrap_training(
         self,
         model: keras.Model,
-        train_step: Callable[[Any], Any],
-        make_function: Callable[[Callable[[Any], Any]], Callable[[Any], Any]],
-    ) -> Callable[[Any], Any]:
-        """Makes `fit`'s training function; see `_compat.let_optimizers_wrap_training`.
-
-        Args:
-            model: The model.
-            train_step: Its `train_step`.
-            make_function: Makes a training function of a step.
+        train_step: TrainingStep,
+        make_function: Callable[[TrainingStep], TrainingStep],
+    ) -> TrainingStep:
+        """Makes `fit`'s training function; see `Extrapolation.wrap_training`.
 
         Raises:
             ValueError: The model is compiled with `steps_per_execution` > 1.
@@ -363,12 +357,12 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             )
 
         @tf.autograph.experimental.do_not_convert
-        def synchronous_step(data: Any) -> Any:
+        def synchronous_step(data: object) -> object:
             with self._in_block("step"):
                 return train_step(data)
 
         @tf.autograph.experimental.do_not_convert
-        def local_step(data: Any) -> Any:
+        def local_step(data: object) -> object:
             with self.step(model.trainable_variables, local=True):
                 return train_step(data)
 
@@ -379,7 +373,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             synchronous = make_function(synchronous_step)
         local = make_function(local_step)
 
-        def training(iterator: Any) -> Any:
+        def training(iterator: object) -> object:
             self.end_update()  # an interrupt may have come between a step and this
             function = local if self._next_is_local() else synchronous
             before = self._local.steps()
@@ -411,8 +405,8 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
 
     def _prepared_update(
         self,
-        grads: Sequence[Any],
-        variables: Sequence[Any],
+        grads: Sequence[Gradient | None],
+        variables: Sequence[Variable],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
@@ -435,35 +429,36 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
         targets = [tensorflow_variable(variable) for variable in variables]
         dtypes = [compute_dtype(target.dtype) for target in targets]
         own = prepared([gradient for gradient, _ in pairs], targets, dtypes)
-        *own, iterations, skipped = self._merge(self._own_gradients, *own)
+        before = [tf.identity(c) for c in (self._local.iterations, self._local.skipped_updates)]
+        own = self._merge(self._own_gradients, *own)
         # The synchronous update, but that nothing is summed, of the weights that are in the model.
         update = update_by(own, variables, summed=True)
 
         def update_and_leave() -> tf.Tensor:
             finite = update()
-            self._on_each_replica(self._local.leave, iterations, skipped)
+            self._on_each_replica(self._local.leave, *before)
             return finite
 
         return update_and_leave
 
-    def _own_gradients(self, strategy: tf.distribute.Strategy, *gradients: Any) -> list[Any]:
-        """The gradients of each replica's own mean loss, and the counters.
+    def _own_gradients(
+        self, strategy: tf.distribute.Strategy, *gradients: Gradient
+    ) -> list[Gradient]:
+        """The gradients of each replica's own mean loss.
 
         Not before all replicas have theirs: an error in one leaves all as they are.
         """
         replicas = strategy.num_replicas_in_sync
-        counters = [self._local.iterations, self._local.skipped_updates]
         everywhere = tf.nest.flatten(
             [strategy.experimental_local_results(gradient) for gradient in gradients],
             expand_composites=True,
         )
 
-        def ready(*own: Gradient) -> list[Any]:
+        def ready(*own: Gradient) -> list[Gradient]:
             with tf.control_dependencies(everywhere):
-                scaled = [scale(gradient, tf.cast(replicas, gradient.dtype)) for gradient in own]
-                return [*scaled, *map(tf.identity, counters)]
+                return [scale(gradient, tf.cast(replicas, gradient.dtype)) for gradient in own]
 
-        return bundle(on_each_replica(strategy, counters[0], ready, *gradients))
+        return bundle(on_each_replica(strategy, self._local.iterations, ready, *gradients))
 
     # -- averaging ---------------------------------------------------------------------------------
 
@@ -517,7 +512,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
 
     # -- configuration and state -------------------------------------------------------------------
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, object]:
         """The arguments that make an equal optimizer, for Keras serialization."""
         return {
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -531,7 +526,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
         return super()._replica_states() | {"local_state": self._local}
 
 
-def _check_inner(inner: Any) -> None:
+def _check_inner(inner: object) -> None:
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise TypeError(
             "`inner_optimizer` must be an optimizer of tf_lbopt or keras.optimizers, of Keras 3. "

@@ -1,7 +1,8 @@
 """The tf_keras side of extrapolated optimizers: `fit` and schedules."""
 
-from typing import Any
+from collections.abc import Callable
 
+import tensorflow as tf
 import tf_keras
 
 from tf_lbopt._compat import key_of
@@ -19,12 +20,12 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
     def _let_wrap_training(self) -> None:
         _compat.let_optimizers_wrap_training()
 
-    def _build_model(self, model: tf_keras.Model, data: Any) -> None:
+    def _build_model(self, model: tf_keras.Model, data: object) -> None:
         _compat.build_by_shapes(
             model, tf_keras.utils.unpack_x_y_sample_weight(data)[0], self._strategy
         )
 
-    def _kinds_of_filters(self, model: tf_keras.Model) -> dict[Any, str]:
+    def _kinds_of_filters(self, model: tf_keras.Model) -> dict[str, str]:
         kinds = {}
         for layer in model.submodules:
             if isinstance(layer, tf_keras.layers.Embedding):
@@ -33,5 +34,5 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
                 kinds[key_of(layer.depthwise_kernel)] = "depthwise"
         return kinds
 
-    def _serialized(self, schedule: Any) -> Any:
+    def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:
         return tf_keras.optimizers.schedules.serialize(schedule)

@@ -1,10 +1,11 @@
 """Schedules of Keras 3 under optimizers of tf_keras."""
 
-from typing import Any
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 import tf_keras
+from keras.optimizers.schedules import LearningRateSchedule
 
 
 @tf_keras.utils.register_keras_serializable(package="tf_lbopt")
@@ -24,18 +25,20 @@ class KerasSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         [1.0, 0.75, 0.5]
     """
 
-    def __init__(self, schedule: Any):
+    def __init__(self, schedule: LearningRateSchedule | Callable[[], float] | dict[str, object]):
         super().__init__()
-        if isinstance(schedule, dict):
-            schedule = keras.saving.deserialize_keras_object(schedule)
-        self.schedule = schedule
+        self.schedule: LearningRateSchedule | Callable[[], float] = (
+            keras.saving.deserialize_keras_object(schedule)
+            if isinstance(schedule, dict)
+            else schedule
+        )
 
-    def __call__(self, step: Any) -> tf.Tensor:
+    def __call__(self, step: int | tf.Tensor) -> tf.Tensor:
         """The learning rate of the update with this number, counted from 0."""
-        if isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule):
+        if isinstance(self.schedule, LearningRateSchedule):
             return tf.convert_to_tensor(self.schedule(tf.convert_to_tensor(step)))
         return tf.convert_to_tensor(self.schedule(), tf.float32)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, object]:
         """The argument that makes an equal schedule."""
         return {"schedule": keras.saving.serialize_keras_object(self.schedule)}

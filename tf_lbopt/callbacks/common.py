@@ -1,10 +1,30 @@
-"""What callbacks have in common that log numbers."""
+"""What callbacks have in common."""
 
 import math
-from typing import Any
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
+
+Logs: TypeAlias = dict[str, float] | None
+
+
+def build_optimizer(callback: keras.callbacks.Callback) -> None:
+    """Builds the optimizer of a callback's model, for all variables that the model trains.
+
+    Raises:
+        ValueError: The model itself is not built.
+    """
+    model = callback.model
+    if not model.built:
+        raise ValueError(
+            f"{type(callback).__name__} needs a model whose variables exist. Give it a "
+            "`keras.Input` or call it once before `fit`. Received the model "
+            f"{model.name!r}, which is not built."
+        )
+    if not model.optimizer.built:
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
 
 
 class EpochNumbers(keras.callbacks.Callback):
@@ -23,12 +43,12 @@ class EpochNumbers(keras.callbacks.Callback):
         """What is to be logged now, by name."""
         raise NotImplementedError
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Opens the event file."""
         if self.log_dir is not None:
             self._writer = tf.summary.create_file_writer(str(self.log_dir))
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Writes the numbers."""
         numbers = self.numbers()
         if logs is not None:
@@ -40,7 +60,7 @@ class EpochNumbers(keras.callbacks.Callback):
                         tf.summary.scalar(name, value)
                 self._writer.flush()
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Closes the event file."""
         if self._writer is not None:
             self._writer.close()
