@@ -34,6 +34,8 @@ def averages_of(optimizer):
 
 @HALF
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.quick(dtype="bfloat16", replicas=2)
+@pytest.mark.quick(dtype="float16", micro_steps=2)
 def test_averages_of_half_precision_move(dtype, replicas, micro_steps):
     run = Run(
         tf_lbopt.SNGM, replicas, micro_steps, weights=WEIGHTS, dtype=dtype,
@@ -115,6 +117,7 @@ class _Watch(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.quick(dtype="bfloat16")
 def test_swapping_loses_nothing(name, dtype):
     x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
     replicas = 2 if name == "scaled" else 1

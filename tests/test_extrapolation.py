@@ -175,7 +175,8 @@ VARIANTS = {
 @pytest.mark.parametrize(("replicas", "sub_batches"), SPLITS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.quick(variant="defaults")
-@pytest.mark.quick(replicas=2, sub_batches=2)
+@pytest.mark.quick(replicas=1, sub_batches=1)
+@pytest.mark.quick(variant=("local rate", "stochastic noise"), replicas=2, sub_batches=2)
 def test_equals_the_reference(variant, replicas, sub_batches):
     if (replicas, sub_batches) not in [(1, 1), (4, 1), (2, 2)] and variant != "defaults":
         pytest.skip("one code path for all splits")
@@ -195,8 +196,8 @@ def test_equals_the_reference(variant, replicas, sub_batches):
 
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("rate", [0.02, None])
-@pytest.mark.quick(replicas=2)
-@pytest.mark.quick(rate=None, replicas=1)
+@pytest.mark.quick(rate=None, replicas=2)
+@pytest.mark.quick(rate=0.02, replicas=1)
 def test_adam_equals_the_reference(replicas, sub_batches, rate):
     points = replicas * sub_batches
     data = batches(8, ROWS * points)
@@ -214,7 +215,7 @@ def test_adam_equals_the_reference(replicas, sub_batches, rate):
 
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("noise", ["past_gradient", "stochastic_noise"])
-@pytest.mark.quick(sub_batches=2)
+@pytest.mark.quick(sub_batches=2, noise="stochastic_noise")
 @pytest.mark.quick(replicas=1, noise="past_gradient")
 def test_accumulation_keeps_one_past_gradient(replicas, sub_batches, noise):
     points = replicas * sub_batches
@@ -232,6 +233,7 @@ def test_accumulation_keeps_one_past_gradient(replicas, sub_batches, noise):
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.quick(replicas=1)
 def test_schedules_of_both_rates(replicas):
     schedule = keras.optimizers.schedules.PolynomialDecay
     data = batches(6, ROWS * replicas)
@@ -249,6 +251,7 @@ def test_schedules_of_both_rates(replicas):
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.quick(replicas=1)
 def test_without_extrapolation_it_is_nesterovs_sgd(replicas):
     """Keras stores x + β v where x is stored here."""
     data = batches(10, ROWS * replicas)
@@ -313,8 +316,8 @@ def points_of(optimizer, replicas, updates=2, variables=None):
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.quick(replicas=2)
-@pytest.mark.quick(noise="gaussian", shared=False)
+@pytest.mark.quick(noise="gaussian", replicas=2)
+@pytest.mark.quick(noise="uniform", replicas=1)
 def test_random_noise_has_the_norm_of_the_filters(noise, replicas, sub_batches, shared):
     history = points_of(
         lambda: tf_lbopt.ExtrapSGD(

@@ -121,6 +121,7 @@ def test_train_on_batch():
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(replicas=2)
 def test_a_second_fit_goes_on(replicas):
     data = batches(6, ROWS * replicas)
     model = model_of(lambda: tf_lbopt.ExtrapSGD(**ARGUMENTS), replicas)
@@ -152,6 +153,8 @@ class Failing(keras.Model):
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(replicas=2, run_eagerly=False)
+@pytest.mark.quick(replicas=1, run_eagerly=True)
 def test_an_error_in_mid_step_leaves_the_weights(replicas, run_eagerly):
     data = batches(4, ROWS * replicas)
     with strategy_of(replicas).scope():
@@ -193,6 +196,7 @@ class Refusing(keras.Model):
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 @pytest.mark.parametrize("micro_steps", [None, 2])
+@pytest.mark.quick(micro_steps=2)
 def test_an_error_in_a_later_part_leaves_nothing_to_the_next_step(micro_steps, run_eagerly):
     """The first part is in the accumulators by then."""
     data = batches(6, 2 * ROWS)
@@ -247,7 +251,8 @@ def test_mixed_precision_and_a_loss_scale():
     assert_close(exact.get_weights(), reference(data, 2, **ARGUMENTS)[-1][0])
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.quick(replicas=2)
 def test_an_overflow_on_one_replica_changes_nothing(replicas):
     data = batches(5, ROWS * replicas)
     bad = [a.copy() for a in data]
@@ -280,7 +285,7 @@ def _by_store(one, other, tmp_path):
 @pytest.mark.parametrize("save", [_by_checkpoint, _by_store])
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("stop", [3, 4], ids=["between updates", "mid-accumulation"])
-@pytest.mark.quick(replicas=2, save="_by_checkpoint")
+@pytest.mark.quick(replicas=2, save="_by_checkpoint", stop=4)
 @pytest.mark.quick(replicas=1, save="_by_store", stop=4)
 def test_resumes_in_lockstep(save, replicas, sub_batches, stop, tmp_path):
     def make():
@@ -302,6 +307,7 @@ def test_resumes_in_lockstep(save, replicas, sub_batches, stop, tmp_path):
 
 
 @pytest.mark.parametrize("save", [_by_checkpoint, _by_store])
+@pytest.mark.quick(save="_by_checkpoint")
 def test_on_another_number_of_replicas_past_gradients_are_lost_with_a_warning(
     save, tmp_path, caplog
 ):

@@ -128,8 +128,8 @@ def over(names):
 
 
 @over(OPTIMIZERS)
-@pytest.mark.quick(name=("vr_adam", "loss scale"), replicas=2)
-@pytest.mark.quick(name=("lamb", "vr around sgd", "keras adam"), replicas=1)
+@pytest.mark.quick(name="loss scale", replicas=2)
+@pytest.mark.quick(name=("lamb", "vr around sgd"), replicas=1)
 def test_frozen_weights_keep_every_bit(name, replicas):
     with strategy_of(replicas).scope():
         optimizer = OPTIMIZERS[name]()
@@ -297,10 +297,14 @@ def mean_gradient(model, batches, variables):
 @pytest.mark.parametrize(
     ("make", "replicas"),
     [
-        (lambda **kw: tf_lbopt.LARS(0.5, trust_coefficient=0.1, **kw), 1),
+        pytest.param(
+            lambda **kw: tf_lbopt.LARS(0.5, trust_coefficient=0.1, **kw), 1, marks=pytest.mark.long
+        ),
         (lambda **kw: tf_lbopt.LossScaleOptimizer(tf_lbopt.SNGM(0.1, **kw)), 2),
         # Keras's own accumulation does not work on several replicas.
-        (lambda **kw: keras.optimizers.SGD(0.1, momentum=0.9, **kw), 1),
+        pytest.param(
+            lambda **kw: keras.optimizers.SGD(0.1, momentum=0.9, **kw), 1, marks=pytest.mark.long
+        ),
         (lambda **kw: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1, **kw)), 1),
     ],
     ids=["LARS", "LossScaleOptimizer", "Keras's SGD", "Keras's LossScaleOptimizer"],

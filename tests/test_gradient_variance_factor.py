@@ -98,6 +98,7 @@ def test_layers_frozen_in_between():
 
 
 @pytest.mark.parametrize("freeze_first", [False, True])
+@pytest.mark.quick(freeze_first=False)
 def test_layers_frozen_by_a_callback(freeze_first):
     x, y, weights = data()
     model = model_of()

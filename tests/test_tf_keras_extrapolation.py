@@ -96,7 +96,8 @@ VARIANTS = {
         *((variant, 2, 1) for variant in VARIANTS if variant != "defaults"),
     ],
 )
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(sub_batches=2)
+@pytest.mark.quick(variant=("stochastic noise", "gaussian"))
 def test_equals_the_keras_3_class_on_least_squares(variant, replicas, sub_batches):
     """Every replica has other examples, and so another point after the first update."""
     arguments = {**ARGUMENTS, **VARIANTS[variant], "sub_batches": sub_batches}
@@ -110,7 +111,7 @@ def test_equals_the_keras_3_class_on_least_squares(variant, replicas, sub_batche
 
 
 @pytest.mark.parametrize(("wrapper", "replicas"), [*((w, 2) for w in WRAPPERS), ("dynamic", 1)])
-@pytest.mark.quick(wrapper=("plain", "dynamic"))
+@pytest.mark.quick(wrapper="dynamic")
 def test_equals_the_reference(wrapper, replicas):
     data = batches(6, ROWS * replicas)
     loop = TfKerasLoop(lambda: ExtrapSGD(**ARGUMENTS), replicas, WRAPPERS[wrapper], build=False)
@@ -197,6 +198,8 @@ def test_configuration_round_trip(schedule):
 @pytest.mark.parametrize("wrapper", ["plain", "dynamic"])
 @pytest.mark.parametrize(("replicas", "sub_batches"), [(1, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("build", [False, True], ids=["restored before build", "after it"])
+@pytest.mark.quick(wrapper="dynamic", replicas=2, build=False)
+@pytest.mark.quick(wrapper="plain", replicas=1, build=True)
 def test_a_checkpoint_has_every_replicas_past_gradients(
     wrapper, replicas, sub_batches, build, tmp_path
 ):
@@ -299,6 +302,7 @@ def test_ways_to_compile(replicas, compile_arguments):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(replicas=2)
 def test_a_model_that_is_built_by_its_first_batch(replicas):
     class Linear(tf_keras.Model):
         def __init__(self):
@@ -374,6 +378,7 @@ def test_an_error_in_mid_step_leaves_the_weights(replicas, run_eagerly):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(replicas=2)
 def test_mixed_precision(replicas):
     """`compile` adds the wrapper; an overflow on the last replica alone halves its scale."""
     tf_keras.mixed_precision.set_global_policy("mixed_float16")

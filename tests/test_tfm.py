@@ -282,7 +282,7 @@ def _train(params, replicas, batches, build=True):
     ],
 )
 @pytest.mark.quick(kind="sgd")
-@pytest.mark.quick(kind=("vr_lars", "clars", "extrap_sgd"), replicas=2)
+@pytest.mark.quick(kind=("vr_lars", "extrap_sgd"), replicas=2)
 def test_sub_batches_are_as_good_as_replicas(kind, replicas):
     expected, metrics, loss, _ = _train(_experiment(kind), 4, _batches())
     params = _experiment(kind, sub_batches=4 // replicas)
@@ -296,7 +296,7 @@ def test_sub_batches_are_as_good_as_replicas(kind, replicas):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("kind", ["vr_lars", "extrap_sgd"])
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(kind="vr_lars", replicas=2)
 def test_the_update_is_traced_once(kind, replicas, monkeypatch):
     """Not with every part, of which only the last one can have an update."""
     cls, traced = tf_lbopt.tfm.REGISTRATIONS[kind].cls, []
@@ -388,7 +388,6 @@ def test_statistics_see_the_parts():
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("sub_batches", [1, 2])
 @pytest.mark.quick(replicas=2, sub_batches=2)
-@pytest.mark.quick(replicas=1, sub_batches=1)
 def test_extrapolated_sgd_takes_its_gradients_elsewhere(replicas, sub_batches):
     """As a loop that takes the points by hand; without the past gradients it comes elsewhere."""
     k = replicas * sub_batches
