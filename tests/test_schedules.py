@@ -67,6 +67,8 @@ def test_values(after, arguments):
 
 @over_cases
 @pytest.mark.parametrize("dtype", [tf.int64, tf.int32, tf.float32])
+@pytest.mark.quick(dtype="int64")
+@pytest.mark.quick(after="polynomial")
 def test_inside_a_function(after, arguments, dtype):
     schedule = schedules.Warmup(AFTER[after][0], **arguments)
     traced = tf.function(schedule, input_signature=[tf.TensorSpec([], dtype)])
@@ -100,7 +102,7 @@ def test_round_trips(after, arguments):
     ):
         assert type(again) is schedules.Warmup
         assert again.get_config() == config
-        for step in STEPS:
+        for step in (1, 4, 9):
             assert float(again(step)) == float(schedule(step))
 
 
