@@ -22,7 +22,7 @@ from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, TrainingStep, variable_like
-from tf_lbopt.optimizers.trained import Variable, path_of, tensorflow_variable
+from tf_lbopt.optimizers.trained import Gradients, Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, dense
@@ -222,7 +222,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     def _prepared_update(
         self,
-        grads: Sequence[Gradient | None],
+        grads: Gradients,
         variables: Sequence[Variable],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,

@@ -27,7 +27,7 @@ from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.optimizers.local_state import LocalState
 from tf_lbopt.optimizers.origin import StepsInBlocks, TrainingStep
-from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
+from tf_lbopt.optimizers.trained import Gradients, Variable, tensorflow_variable
 from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import OWN_GRADIENT
@@ -405,7 +405,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
 
     def _prepared_update(
         self,
-        grads: Sequence[Gradient | None],
+        grads: Gradients,
         variables: Sequence[Variable],
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
