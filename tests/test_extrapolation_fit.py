@@ -459,10 +459,11 @@ def test_no_variance_reduction_around_it():
         tf_lbopt.VarianceReduced(tf_lbopt.ExtrapSGD(0.1))
 
 
-def test_the_wrapper_that_keras_adds_is_refused():
-    model = model_of(lambda: keras.optimizers.LossScaleOptimizer(tf_lbopt.ExtrapSGD(0.1)))
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_wrapper_that_keras_adds_is_refused(replicas):
+    model = model_of(lambda: keras.optimizers.LossScaleOptimizer(tf_lbopt.ExtrapSGD(0.1)), replicas)
     with pytest.raises(ValueError, match=r"tf_lbopt\.LossScaleOptimizer\(ExtrapSGD"):
-        fit(model, batches(1, ROWS))
+        fit(model, batches(1, ROWS * replicas))
     assert_close(model.get_weights(), initial())
 
 

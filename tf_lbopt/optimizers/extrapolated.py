@@ -37,11 +37,10 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
             return keras.saving.serialize_keras_object(schedule)
         return schedule
 
-    def _check_wrapper(self) -> None:
-        if self._loss_scaled_from_outside:
-            raise ValueError(
-                f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
-                "`compile` adds for mixed_float16): it leaves out the update, and with it that "
-                "the weights are put back. Use tf_lbopt.LossScaleOptimizer("
-                f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
-            )
+    def _warn_of_foreign_loss_scaling(self) -> None:
+        raise ValueError(
+            f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
+            "`compile` adds for mixed_float16): it leaves out the update, and with it that "
+            "the weights are put back. Use tf_lbopt.LossScaleOptimizer("
+            f"{type(self).__name__}(...)). Received: gradients from Keras's LossScaleOptimizer"
+        )

@@ -52,9 +52,6 @@ class ExtrapolationAdapter(abc.ABC):
     def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:
         """A schedule as `get_config` has it."""
 
-    def _check_wrapper(self) -> None:  # noqa: B027  # not every framework has such a wrapper
-        """Raises if what is wrapped around the optimizer leaves out updates."""
-
 
 class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
     """Mix-in, placed before a base, whose gradients are taken at ``x − γ̂ ζ + β v``.
@@ -228,7 +225,6 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         after: Callable[[tf.Tensor], None] | None = None,
         summed: bool = False,
     ) -> Callable[[], tf.Tensor]:
-        self._check_wrapper()
         block = self._block_of_update(
             "extrapolated",
             f"{type(self).__name__} needs gradients that were taken at extrapolated weights. "

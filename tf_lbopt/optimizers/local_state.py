@@ -185,10 +185,10 @@ class LocalState(ReplicaState):
         """The variables that are saved; right after an average no weights."""
         if not self._created:
             return None
-        weights = zip(self.weights, self.origin.copies, strict=True) if self.steps() else ()
-        state = {f"momentum.{index}": slot for index, slot in enumerate(self.slots)}
-        for index, (own, average) in enumerate(weights):
-            state |= {f"weights.{index}": own, f"average.{index}": average}
+        groups = {"momentum": self.slots}
+        if self.steps():
+            groups |= {"weights": self.weights, "average": self.origin.copies}
+        state = {f"{name}.{i}": v for name, group in groups.items() for i, v in enumerate(group)}
         return {**state, "skipped": self.skipped}
 
     def header(self) -> dict[str, int]:
