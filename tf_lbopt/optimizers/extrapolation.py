@@ -17,7 +17,6 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
 from tf_lbopt.aggregation.replica_state import ReplicaState
-from tf_lbopt.aggregation.replicas import on_each_replica
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
@@ -176,38 +175,22 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         ):
             replica = tf.distribute.get_replica_context()
             number = 0 if replica is None else replica.replica_id_in_sync_group
-            self._merge(
-                functools.partial(self._move, indices=indices, sub_batch=sub_batch, noisy=noisy),
-                # An object of this replica's own: one that they share would not be per replica.
-                tf.identity(tf.cast(number, tf.int32)),
-            )
+            # An object of this replica's own: one that they share would not be per replica.
+            point = tf.identity(tf.cast(number, tf.int32)) * self.sub_batches + sub_batch
+            self._on_each_replica(functools.partial(self._move, indices, sub_batch, noisy), point)
             yield
             if not block.applied:
                 self._on_each_replica(lambda: self._origin.restore(indices))
 
-    def _move(
-        self,
-        strategy: tf.distribute.Strategy,
-        replica: tf.Tensor,
-        indices: list[int],
-        sub_batch: int,
-        noisy: bool,
-    ) -> None:
+    def _move(self, indices: list[int], sub_batch: int, noisy: bool, point: tf.Tensor) -> None:
+        """Moves weights to where a sub-batch's gradient is taken, on one replica."""
         rate = self.current_extrapolation_rate() if noisy else tf.constant(0.0)
-
-        def move(replica: tf.Tensor, rate: tf.Tensor) -> list[tf.Tensor]:
-            point = replica * self.sub_batches + sub_batch
-            saved = self._origin.save(indices)
-            with tf.control_dependencies(saved), self._origin.left(indices):
-                for index in indices:
-                    past = None if self._past is None else self._past.variables[sub_batch, index]
-                    noise = self.noise_of(index, past, point) if noisy else None
-                    velocity, momentum = self.look_ahead(index)
-                    variable = self.trained.targets[index]
-                    apply_extrapolation(variable, velocity, noise, rate, momentum)
-            return [tf.constant(True)]
-
-        on_each_replica(strategy, self.trained.iterations, move, replica, rate)
+        with tf.control_dependencies(self._origin.save(indices)), self._origin.left(indices):
+            for index in indices:
+                past = None if self._past is None else self._past.variables[sub_batch, index]
+                noise = self.noise_of(index, past, point) if noisy else None
+                velocity, momentum = self.look_ahead(index)
+                apply_extrapolation(self.trained.targets[index], velocity, noise, rate, momentum)
 
     def recover(self) -> None:
         """Puts x_t back after a step that ended in an error. `fit` does this by itself."""
