@@ -78,9 +78,8 @@ class FreezeLayers(keras.callbacks.Callback):
         self._entries = _checked_entries(layers)
         self._due = False
         self._matched: list[Layer] = []
-        self._flags: list[
-            tuple[Layer | keras.Variable, bool]
-        ] = []  # the former ones, while layers are frozen
+        # The former ones, while layers are frozen.
+        self._flags: list[tuple[Layer | keras.Variable, bool]] = []
         self._frozen_model: keras.Model | None = None  # whose train function leaves them out
 
     def on_train_begin(self, logs: Logs = None) -> None:
