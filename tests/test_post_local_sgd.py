@@ -687,7 +687,8 @@ def _by_store(one, other, tmp_path):
         (extrap_sgd, _by_checkpoint, 4),
     ],
 )
-@pytest.mark.quick(stop=4)
+@pytest.mark.quick(make="extrap_sgd", stop=4)
+@pytest.mark.quick(save="_by_store")
 def test_resumes_in_lockstep(save, make, stop, tmp_path):
     data = batches(9, ROWS * 2)
     one, other = loops(make(2, 4, momentum=0.9), data, stop)
@@ -1188,6 +1189,7 @@ def test_what_else_is_refused():
 
 
 @pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.quick(start=0)
 def test_a_saved_model(start, tmp_path):
     with strategy_of(2).scope():
         model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])

@@ -509,6 +509,7 @@ def _trainer(params, replicas, batches):
 
 
 @pytest.mark.parametrize(("kind", "replicas"), [("lbopt_lars", 2), ("extrap_sgd", 2)])
+@pytest.mark.quick(kind="extrap_sgd")
 def test_a_skipped_update_is_a_step_but_none_of_the_schedule(kind, replicas, tmp_path):
     """Checkpoints keep both counts; the schedule goes by the updates that were made."""
     batches = list(_batches(4))

@@ -157,12 +157,9 @@ class LocalState(ReplicaState):
         super().load(stored)
         if stored and not self.apart:
             replicas = range(header_of(stored)["replicas"])
-            own = [
-                [stored.get(f"momentum.{index}.{replica}", np.zeros([0])) for replica in replicas]
-                for index in range(len(self.slots))
-            ]
-            if all(o[0].shape == slot.shape for o, slot in zip(own, self.slots, strict=True)):
-                for slot, copies in zip(self.slots, own, strict=True):
+            for index, slot in enumerate(self.slots):
+                copies = [stored.get(f"momentum.{index}.{r}", np.zeros([0])) for r in replicas]
+                if copies[0].shape == slot.shape:
                     self._assign(slot, _mean(copies))
             self._assign(self.since_average, 0)
 
