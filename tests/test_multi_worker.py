@@ -1,34 +1,23 @@
 """Two worker processes that train together, through TF_CONFIG."""
 
-import contextlib
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from harness_recipes import SMALL_RESNET
+from harness_workers import LIMIT_S, ROOT, Workers, config_of
 
 from official_recipes.common import multi_worker
 from official_recipes.common.multi_worker import Cluster, ClusterError, cluster_from_environment
 from official_recipes.resnet50 import train
 
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 300
-
 SMALL = SMALL_RESNET.replace("global_batch_size: 16", "global_batch_size: 8").replace(
     "float32}", "float32, distribution_strategy: multi_worker_mirrored, all_reduce_alg: ring}"
 )
-
-
-def _config(jobs, job, index):
-    return json.dumps({"cluster": jobs, "task": {"type": job, "index": index}})
 
 
 # -- who is who ------------------------------------------------------------------------------------
@@ -38,10 +27,10 @@ def _config(jobs, job, index):
     ("config", "expected"),
     [
         ("", Cluster(1, 0)),
-        (_config({"worker": ["a:1"]}, "worker", 0), Cluster(1, 0)),
-        (_config({"worker": ["a:1", "b:1"]}, "worker", 1), Cluster(2, 1)),
-        (_config({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, "chief", 0), Cluster(3, 0)),
-        (_config({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, "worker", 0), Cluster(3, 1)),
+        (config_of({"worker": ["a:1"]}, "worker", 0), Cluster(1, 0)),
+        (config_of({"worker": ["a:1", "b:1"]}, "worker", 1), Cluster(2, 1)),
+        (config_of({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, "chief", 0), Cluster(3, 0)),
+        (config_of({"chief": ["a:1"], "worker": ["b:1", "c:1"]}, "worker", 0), Cluster(3, 1)),
     ],
 )
 def test_cluster(config, expected, monkeypatch):
@@ -56,8 +45,8 @@ def test_cluster(config, expected, monkeypatch):
         "{",
         "[1]",
         '{"cluster": {"worker": ["a:1", "b:1"]}}',
-        _config({"worker": ["a:1", "b:1"]}, "worker", 2),
-        _config({"worker": ["a:1", "b:1"]}, "ps", 0),
+        config_of({"worker": ["a:1", "b:1"]}, "worker", 2),
+        config_of({"worker": ["a:1", "b:1"]}, "ps", 0),
     ],
 )
 def test_unusable_cluster(config, monkeypatch, capsys):
@@ -81,7 +70,7 @@ def test_unusable_cluster(config, monkeypatch, capsys):
 )
 def test_flags_that_workers_can_not_have(arguments, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "small.yaml").write_text(SMALL)
-    monkeypatch.setenv("TF_CONFIG", _config({"worker": ["a:1", "b:1"]}, "worker", 0))
+    monkeypatch.setenv("TF_CONFIG", config_of({"worker": ["a:1", "b:1"]}, "worker", 0))
     flags = [f"--config_file={tmp_path / 'small.yaml'}", f"--model_dir={tmp_path / 'model'}"]
     assert train.main(["train", *flags, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()
@@ -107,66 +96,19 @@ def test_signal_that_all_agree_on(own, others, expected, monkeypatch):
 # -- training --------------------------------------------------------------------------------------
 
 
-class _Job:
-    """Two workers; what they print goes to files."""
+class _Job(Workers):
+    """Two workers of the ResNet recipe."""
 
     def __init__(self, folder, name, *arguments, workers=2, own_arguments=((), ())):
         config = folder / "small.yaml"
         config.write_text(SMALL)
-        self.files = [folder / f"{name}-{index}" for index in range(workers)]
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in self.files]
-            for each in sockets:
-                each.bind(("localhost", 0))
-            hosts = [f"localhost:{each.getsockname()[1]}" for each in sockets]
-        self.processes = []
-        for index, file in enumerate(self.files):
-            with (
-                file.with_suffix(".out").open("w") as out,
-                file.with_suffix(".err").open("w") as err,
-            ):
-                self.processes.append(
-                    subprocess.Popen(
-                        [
-                            *[sys.executable, "-u", "-m", "tests.multi_worker_run"],
-                            *[str(file.with_suffix(".npz")), f"--config_file={config}"],
-                            *[f"--model_dir={folder / 'model'}", *arguments],
-                            *own_arguments[index],
-                        ],
-                        cwd=ROOT,
-                        env={
-                            **os.environ,
-                            "TF_CONFIG": _config({"worker": hosts}, "worker", index),
-                        },
-                        stdout=out,
-                        stderr=err,
-                    )
-                )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def said(self, index, stream="out"):
-        return self.files[index].with_suffix(f".{stream}").read_text()
-
-    def wait_for(self, text):
-        """Until the chief has printed it."""
-        end = time.monotonic() + LIMIT_S
-        while text not in self.said(0):
-            assert time.monotonic() < end, self.said(0) + self.said(0, "err")
-            assert all(process.poll() is None for process in self.processes), self.errors()
-            time.sleep(0.05)
-
-    def errors(self):
-        return "\n".join(self.said(index, "err")[-3000:] for index in range(len(self.files)))
-
-    def exit_codes(self):
-        return [process.wait(LIMIT_S) for process in self.processes]
+        flags = [f"--config_file={config}", f"--model_dir={folder / 'model'}", *arguments]
+        program = ["-m", "tests.multi_worker_run"]
+        files = [str(folder / f"{name}-{index}.npz") for index in range(workers)]
+        commands = [
+            [*program, file, *flags, *own] for file, own in zip(files, own_arguments, strict=False)
+        ]
+        super().__init__(folder, name, commands)
 
     def ends(self):
         """What the workers had at their ends, which must be the same."""
@@ -216,24 +158,12 @@ def test_every_optimizer_agrees(tmp_path, kind):
 @pytest.mark.long
 def test_workers_are_replicas(tmp_path):
     """Updates on two workers are those on two replicas of one process, to the last bit."""
-    program = [sys.executable, "-m", "tests.multi_worker_updates"]
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for each in sockets:
-            each.bind(("localhost", 0))
-        hosts = [f"localhost:{each.getsockname()[1]}" for each in sockets]
-    configs = [_config({"worker": hosts}, "worker", index) for index in (0, 1)]
     files = [tmp_path / f"{index}.npz" for index in range(3)]
-    processes = [
-        subprocess.Popen([*program, str(file)], cwd=ROOT, env={**os.environ, "TF_CONFIG": config})
-        for file, config in zip(files, configs, strict=False)
-    ]
-    try:
-        subprocess.run([*program, str(files[2])], cwd=ROOT, timeout=LIMIT_S, check=True)
-        assert [process.wait(LIMIT_S) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    program = ["-m", "tests.multi_worker_updates"]
+    with Workers(tmp_path, "job", [[*program, str(file)] for file in files[:2]]) as job:
+        alone = [sys.executable, *program, str(files[2])]
+        subprocess.run(alone, cwd=ROOT, timeout=LIMIT_S, check=True)
+        assert job.exit_codes() == [0, 0], job.errors()
     expected = dict(np.load(files[2]))
     for file in files[:2]:
         state = dict(np.load(file))

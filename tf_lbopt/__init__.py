@@ -1,7 +1,7 @@
 """Large-batch optimizers for TensorFlow and Keras, exact under `tf.distribute`."""
 
 # First: it says what is missing.
-from tf_lbopt import _requirements, callbacks, optimizers, schedules  # noqa: F401
+from tf_lbopt import _requirements, callbacks, distribution, optimizers, schedules  # noqa: F401
 from tf_lbopt._version import __version__
 from tf_lbopt.optimizers import *  # noqa: F403
 from tf_lbopt.per_example import PerExampleNormsModel, per_example_gradient_norms
@@ -12,6 +12,7 @@ __all__ = [
     "PerExampleNormsModel",
     "__version__",
     "callbacks",
+    "distribution",
     "list_optimizers",
     "per_example_gradient_norms",
     "schedules",

@@ -5,8 +5,12 @@ Each function says what it needs the private name for, and on which version it w
 
 import contextlib
 import functools
+import json
+import os
 import sys
+import tempfile
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +18,7 @@ import keras
 import tensorflow as tf
 from keras.src import backend as keras_backend
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.tensorflow import trainer as keras_trainer
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as keras_loss
@@ -527,3 +532,231 @@ def build_by_shapes(model: keras.Model, x: Any) -> None:
         return
     with tf.init_scope():
         keras_backend.compute_output_spec(model, _symbolic(x), training=False)
+
+
+# -- fit on several workers ------------------------------------------------------------------------
+
+
+def on_several_workers(strategy: Any) -> bool:
+    """Whether a strategy has replicas in other processes, which run the same program."""
+    return isinstance(
+        strategy, tf.distribute.MultiWorkerMirroredStrategy
+    ) and strategy.num_replicas_in_sync > len(strategy.extended.worker_devices)
+
+
+class _TwoWorkers(tf.distribute.MultiWorkerMirroredStrategy):
+    """What Keras's trainer takes for a strategy of two workers; notes how values are reduced.
+
+    It starts no server and no operation: a real strategy can be made only before those.
+    """
+
+    num_replicas_in_sync = 2
+    extended = types.SimpleNamespace(_in_multi_worker_mode=lambda: True, worker_devices=("",))
+
+    def __init__(self) -> None:
+        self.axes: list[int | None] = []
+
+    def scope(self) -> Any:
+        return contextlib.nullcontext()
+
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
+        self.axes.append(axis)
+        return value
+
+    def experimental_local_results(self, value: Any) -> tuple[Any, ...]:
+        return (value,)
+
+
+def _builds_from_reduced_batch() -> bool:
+    """Whether Keras reduces a batch over workers to see its shapes, which fails."""
+    for numbers in ((0, 0), (0,)):  # of a batch, the first and the last; one before Keras 3.11
+        strategy = _TwoWorkers()
+        model = types.SimpleNamespace(
+            _distribute_strategy=strategy,
+            distribute_strategy=strategy,
+            steps_per_execution=1,
+            _symbolic_build=lambda **_: None,
+        )
+        batches = iter([per_replica([object()])])
+        with contextlib.suppress(ValueError):  # other numbers
+            TensorFlowTrainer._maybe_symbolic_build(model, iterator=[(*numbers, batches)])
+            return bool(strategy.axes)
+    raise ValueError("the trainer's epoch iterator")
+
+
+def _reduces_scalars_along_an_axis() -> bool:
+    """Whether Keras averages logs over workers along an axis that a scalar does not have."""
+    strategy = _TwoWorkers()
+    keras_trainer.reduce_per_replica(per_replica([object()]), strategy, "auto")
+    return strategy.axes != [None]
+
+
+def mend_trainer_on_several_workers() -> None:
+    """Mends, from now on, what keeps `fit` and `evaluate` of Keras from several workers.
+
+    Only what is found wrong is touched (https://github.com/keras-team/keras/issues/20585). Trained
+    with on Keras 3.7.0 and TensorFlow 2.16.2, Keras 3.15.1 and TensorFlow 2.20.0 and 2.21.0; both
+    faults are found in Keras 3.8.0 to 3.13.0 too.
+
+    Raises:
+        AttributeError, TypeError, ValueError: Keras's trainer is not what is known here.
+    """
+    builds, reduces = _builds_from_reduced_batch(), _reduces_scalars_along_an_axis()
+    if builds:
+        symbolic_build = TensorFlowTrainer._maybe_symbolic_build
+
+        @functools.wraps(symbolic_build)
+        def build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
+            strategy = model._distribute_strategy
+            if iterator is not None and on_several_workers(strategy):
+                if model.steps_per_execution != 1:  # they fail under MirroredStrategy, too
+                    raise ValueError(
+                        "`fit` and `evaluate` on several workers need `steps_per_execution=1`. "
+                        f"Received: steps_per_execution={model.steps_per_execution!r}"
+                    )
+                *_, batches = next(iter(iterator))
+                # Shapes and dtypes are all that is wanted, and any replica's part has them.
+                data_batch = keras.tree.map_structure(
+                    lambda value: strategy.experimental_local_results(value)[0], next(batches)
+                )
+                iterator = None
+            symbolic_build(model, iterator=iterator, data_batch=data_batch)
+
+        TensorFlowTrainer._maybe_symbolic_build = build
+    if reduces:
+        reduce_per_replica = keras_trainer.reduce_per_replica
+
+        @functools.wraps(reduce_per_replica)
+        def reduce(values: Any, strategy: Any, reduction: str) -> Any:
+            if reduction != "auto" or not on_several_workers(strategy):
+                return reduce_per_replica(values, strategy, reduction)
+            return keras.tree.map_structure(
+                lambda value: (
+                    strategy.reduce("MEAN", value, axis=None)
+                    if isinstance(value, (tf.Tensor, tf.distribute.DistributedValues))
+                    else value
+                ),
+                values,
+            )
+
+        keras_trainer.reduce_per_replica = reduce
+
+
+_WRITING = {
+    keras.callbacks.ModelCheckpoint: ("_save_model", ("filepath",)),
+    keras.callbacks.BackupAndRestore: (
+        "_save_model",
+        (
+            "backup_dir",
+            "_weights_path",
+            "_training_metadata_path",
+            "_prev_weights_path",
+            "_prev_training_metadata_path",
+        ),
+    ),
+    keras.callbacks.CSVLogger: ("on_train_begin", ("filename",)),
+}
+"""Which method of a callback opens files, and which attributes say where."""
+
+
+_elsewhere: list[str] = []
+"""The temporary folder that a callback writes to now, with a slash."""
+
+
+def path_asked_for(path: str) -> str:
+    """What a path would be if the callback that writes were the chief's."""
+    return path.removeprefix(_elsewhere[-1]) if _elsewhere else path
+
+
+def let_callbacks_write_once(
+    is_chief: Callable[[Any], bool],
+    check_backup: Callable[[Any, str, list[int]], None],
+    wait: Callable[[Any], Any],
+) -> None:
+    """Makes Keras's callbacks on several workers leave what they write to one of them.
+
+    The others write as well, since reading a variable may take all workers, but to folders that are
+    removed. Checked on Keras 3.7.0 and 3.15.1.
+
+    Args:
+        is_chief: Whether this is the worker that writes, by the strategy.
+        check_backup: Called by all workers before they restore a backup, with the strategy, the
+            folder, and whether there are weights (0 or 1) and of which epoch.
+        wait: Waits until all workers have called it, given the strategy.
+
+    Raises:
+        AttributeError: Keras's callbacks are not what is known here.
+    """
+
+    def others(callback: Any) -> bool:
+        strategy = callback.model.distribute_strategy
+        return on_several_workers(strategy) and not is_chief(strategy)
+
+    def elsewhere(original: Any, names: Sequence[str]) -> Any:
+        def write(callback: Any, *args: Any, **kwargs: Any) -> Any:
+            if not others(callback):
+                return original(callback, *args, **kwargs)
+            paths = {name: getattr(callback, name) for name in names}
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    _elsewhere.append(f"{folder}/")
+                    for name, path in paths.items():
+                        setattr(callback, name, f"{folder}/{path}")
+                        os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
+                    return original(callback, *args, **kwargs)
+                finally:
+                    vars(callback).update(paths)
+                    _elsewhere.pop()
+
+        return write
+
+    def restoring(original: Any) -> Any:
+        def restore(callback: Any) -> None:
+            strategy = callback.model.distribute_strategy
+            if on_several_workers(strategy):
+                epoch, path = -1, callback._training_metadata_path
+                if tf.io.gfile.exists(path):
+                    with tf.io.gfile.GFile(path) as file:
+                        epoch = json.loads(file.read())["epoch"]
+                found = int(tf.io.gfile.exists(callback._weights_path))
+                check_backup(strategy, callback.backup_dir, [found, epoch])
+            original(callback)
+
+        return restore
+
+    def deleting(original: Any) -> Any:
+        def delete(callback: Any, logs: Any = None) -> None:
+            strategy = callback.model.distribute_strategy
+            if on_several_workers(strategy):
+                wait(strategy)  # for what others write beside it
+            if not others(callback):
+                original(callback, logs)
+
+        return delete
+
+    def logging(original: Any) -> Any:
+        def set_model(callback: Any, model: Any) -> None:
+            strategy = model.distribute_strategy
+            if on_several_workers(strategy) and not is_chief(strategy):
+                callback._folder = tempfile.TemporaryDirectory()
+                callback.log_dir = callback._folder.name
+            original(callback, model)
+
+        return set_model
+
+    backup, board = keras.callbacks.BackupAndRestore, keras.callbacks.TensorBoard
+    for cls, (method, names) in _WRITING.items():
+        replace(cls, method, functools.partial(elsewhere, names=names))
+    replace(backup, "_load_model", restoring)
+    replace(backup, "on_train_end", deleting)
+    replace(board, "set_model", logging)
+
+
+def replace(cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replaces a class's own method by what a function makes of it, once."""
+    original = vars(cls)[name]
+    if getattr(original, "replaced", False):
+        return
+    replaced: Any = functools.wraps(original)(wrapper(original))
+    replaced.replaced = True
+    setattr(cls, name, replaced)

@@ -36,6 +36,15 @@ def check() -> None:
     _check_backend(keras.config.backend())
 
 
+def warn_if_untried(what: str) -> None:
+    """Warns that something was not tried with this TensorFlow or Keras, which are newer."""
+    import keras
+    import tensorflow as tf
+
+    _check_version("TensorFlow", tf.__version__, *_TENSORFLOW, what)
+    _check_version("Keras", keras.__version__, *_KERAS, what)
+
+
 def _check_backend(backend: str) -> None:
     if backend != "tensorflow":
         raise ImportError(
@@ -46,19 +55,23 @@ def _check_backend(backend: str) -> None:
 
 
 def _check_version(
-    name: str, version: str, oldest: tuple[int, int], newest: tuple[int, int]
+    name: str,
+    version: str,
+    oldest: tuple[int, int],
+    newest: tuple[int, int],
+    what: str = "tf_lbopt",
 ) -> None:
     found = re.match(r"(\d+)\.(\d+)", version)
     number = (int(found[1]), int(found[2])) if found else (0, 0)
     if number < oldest:
         hint = f" {_INSTALL}." if name == "TensorFlow" else ""
         raise ImportError(
-            f"tf_lbopt needs {name} {oldest[0]}.{oldest[1]} or later.{hint} "
+            f"{what} needs {name} {oldest[0]}.{oldest[1]} or later.{hint} "
             f"Received: {name} {version}"
         )
     if number > newest:
         warnings.warn(
-            f"tf_lbopt was tried with {name} up to {newest[0]}.{newest[1]}. Received: {version}; "
+            f"{what} was tried with {name} up to {newest[0]}.{newest[1]}. Received: {version}; "
             "if something fails, try that one",
             stacklevel=4,
         )

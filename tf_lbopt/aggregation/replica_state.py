@@ -28,6 +28,9 @@ class ReplicaState(tf.train.experimental.PythonState):
         super().__init__()
         self._strategy = strategy
         self._pending: dict[str, np.ndarray] | None = None
+        self._missed: dict[str, Any] | None = None
+        # Whether saved state without what workers keep is followed by that (`load_part`).
+        self.awaits_part = False
 
     @abc.abstractmethod
     def state(self) -> dict[str, tf.Variable] | None:
@@ -61,19 +64,41 @@ class ReplicaState(tf.train.experimental.PythonState):
             self.load(self._pending)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What there is to store: a header and every replica's copies by name, or nothing."""
+        """What there is to store: a header and every replica's copies by name, or nothing.
+
+        Without copies where some are other workers'; each has them in its `part`.
+        """
+        arrays = self._stored()
+        complete = not arrays or header_of(arrays)["complete"]
+        return arrays if complete else {_HEADER: arrays[_HEADER]}
+
+    def part(self) -> dict[str, np.ndarray]:
+        """What `arrays` is, with the copies of this worker's replicas only."""
+        return self._stored()
+
+    def _stored(self) -> dict[str, np.ndarray]:
         if self.state() is None:
             return self._pending or {}
         header = self.header()
-        if header is None:
-            return {}
-        return self._arrays(header, self._copies())
+        return {} if header is None else self._arrays(header, self._copies())
+
+    def lacks_part(self) -> bool:
+        """Whether what was loaded last is without what workers keep."""
+        pending = header_of(self._pending) if self._pending else None
+        return self._missed is not None or (pending is not None and not pending["complete"])
+
+    def load_part(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Restores `part` after `load`; without one, says what is lost."""
+        missed, self._missed = self._missed, None
+        if arrays:
+            self.load(arrays)
+        elif missed:
+            self.lost(missed)
 
     def _arrays(
         self, header: Mapping[str, Any], copies: Mapping[str, tuple[tf.Variable, ...]]
     ) -> dict[str, np.ndarray]:
         replicas = self._strategy.num_replicas_in_sync
-        # Other workers' copies can not be reached from here; loading will start empty.
         complete = all(len(local) == replicas for local in copies.values())
         header = {**header, "replicas": replicas, "complete": complete}
         return {
@@ -82,7 +107,6 @@ class ReplicaState(tf.train.experimental.PythonState):
                 f"{name}.{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
                 for name, local in copies.items()
                 for replica, copy in enumerate(local)
-                if complete
             },
         }
 
@@ -95,7 +119,7 @@ class ReplicaState(tf.train.experimental.PythonState):
         if self.state() is None:
             self._pending = dict(arrays)
             return
-        self._pending = None
+        self._pending = self._missed = None
         self.reset()
         if not arrays:
             return
@@ -112,7 +136,10 @@ class ReplicaState(tf.train.experimental.PythonState):
             )
         )
         if not fits:
-            self.lost(header)
+            if self.awaits_part and not header["complete"]:
+                self._missed = header
+            else:
+                self.lost(header)
             return
         for name, local in copies.items():
             for replica, variable in enumerate(local):

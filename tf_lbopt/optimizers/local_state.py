@@ -174,6 +174,10 @@ class LocalState(ReplicaState):
         self.warn_if_behind("saved")
         return super().arrays()
 
+    def part(self) -> dict[str, np.ndarray]:
+        """Nothing: on several workers training goes on from the last average."""
+        return {}
+
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps `arrays` for `settle`."""
         self._pending = dict(arrays)
