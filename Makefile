@@ -14,7 +14,7 @@ JOBS ?= 2
 # For `make recipes`: a folder of small real data sets, or nothing.
 DATA ?= $(wildcard ../shared/data)
 
-.PHONY: setup quickstart recipes evidence test test-all matrix lint types format benchmark clean
+.PHONY: setup quickstart recipes evidence test test-all matrix lint types format benchmark tpu-check clean
 
 setup: .venv/.installed
 
@@ -66,5 +66,15 @@ format: setup
 benchmark: setup
 	$(BIN)/python -m benchmarks.update_time
 
+# The TPU's compiler, in an environment of its own; needs Python 3.11 or later.
+.venv-tpu/.installed: benchmarks/tpu_check/requirements.txt
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --progress-bar on --requirement $<
+	touch $@
+
+# Updates compiled for a TPU: all, or those whose names fit ONLY (a regex).
+tpu-check: setup .venv-tpu/.installed
+	$(BIN)/python -m benchmarks.tpu_check --only='$(ONLY)'
+
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv .venv-tpu build dist *.egg-info runs

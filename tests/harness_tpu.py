@@ -18,53 +18,8 @@ from harness import Run
 from tensorflow.python.distribute import tpu_strategy, tpu_util, tpu_values
 from tensorflow.python.ops import control_flow_util
 from tensorflow.python.tpu.ops import tpu_ops
-from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
-
-class _Device:
-    device_type = "TPU"
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-class _Resolver:
-    """Names one host's cores."""
-
-    tpu_hardware_feature = 0
-
-    def __init__(self, cores: int):
-        self._cores = cores
-
-    def get_tpu_system_metadata(self) -> TPUSystemMetadata:
-        names = [f"/job:localhost/replica:0/task:0/device:TPU:{i}" for i in range(self._cores)]
-        return TPUSystemMetadata(
-            num_cores=self._cores,
-            num_hosts=1,
-            num_of_cores_per_host=self._cores,
-            topology=None,
-            devices=[_Device(name) for name in names],
-        )
-
-    def cluster_spec(self) -> None:
-        return None
-
-    def master(self) -> str:
-        return ""
-
-
-@functools.cache
-def tpu_strategy_of(replicas: int, packed: bool = True) -> tf.distribute.TPUStrategy:
-    """The process's TPUStrategy for a number of replicas.
-
-    Args:
-        replicas: How many.
-        packed: Whether a variable's copies have one handle, as they have on a TPU. Without, eager
-            writes from outside of replicas (restoring) reach all copies, also on absent devices.
-    """
-    strategy = tf.distribute.TPUStrategy(_Resolver(replicas))
-    strategy._enable_packed_variable_in_eager_mode = packed
-    return strategy
+from benchmarks.tpu_check._compat import tpu_strategy_of
 
 
 class _TracedError(Exception):

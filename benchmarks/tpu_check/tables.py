@@ -1,0 +1,54 @@
+"""How figures are shown. Needs nothing but Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+COLUMNS = (
+    "MB moved",
+    "all-reduces",
+    "MB in them",
+    "loops",
+    "conditions",
+    "sorts",
+    "64-bit divisions",
+    "program KB",
+    "seconds",
+)
+
+
+def cells(row: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """A row's figures, one for each of `COLUMNS`."""
+    if "error" in row:
+        return [row["error"].splitlines()[0][:60]]
+    moved = f"{row['bytes'] / 1e6:,.0f}"
+    if stored and stored["bytes"] != row["bytes"]:
+        moved += f" ({(row['bytes'] - stored['bytes']) / 1e6:+,.1f})"
+    return [
+        moved,
+        str(row["all_reduces"]),
+        f"{row['reduced_bytes'] / 1e6:,.1f}",
+        str(row["loops"]),
+        str(row["conditions"]),
+        str(row["sorts"]),
+        str(row["long_divisions"]),
+        f"{row['program_bytes'] / 1e3:,.0f}",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def pages(content: Mapping[str, Any]) -> dict[str, str]:
+    """The blocks of docs/accelerators.md."""
+    rows, versions = content["rows"], content["versions"]
+    heading = ["one update of", *COLUMNS]
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "updates": markdown(heading, ([name, *cells(row, {})] for name, row in rows.items())),
+    }
+
+
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
