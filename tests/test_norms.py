@@ -9,6 +9,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tf_lbopt import _compat
 from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.norms import all_finite, compute_dtype, global_norm, norm, norms
@@ -27,8 +28,19 @@ def _fresh_keras_state():
 eager = norms
 traced = tf.function(norms)
 compiled = tf.function(norms, jit_compile=True)
+
+
+def compiled_for_tpu(tensors):
+    """As on a TPU, which has no float64, but by the XLA of CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_compat, "in_tpu_replica", lambda: True)
+        return tf.function(norms, jit_compile=True)(tensors)
+
+
 MODES = pytest.mark.parametrize(
-    "mode", [eager, traced, compiled], ids=["eager", "function", "compiled"]
+    "mode",
+    [eager, traced, compiled, compiled_for_tpu],
+    ids=["eager", "function", "compiled", "tpu"],
 )
 MAGNITUDES = [10.0**e for e in (-35, -30, -25, -20, -10, -1, 0, 1, 10, 18, 20, 25, 30, 35)]
 
@@ -234,7 +246,9 @@ def test_global_norm_of_zeros_and_of_mixed_dtypes():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [3, LARGE])
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-12, 1.0, 1e25])
-def test_compiled_norms_of_what_the_compiler_knows(value, size, dtype):
+@pytest.mark.parametrize("on_tpu", [False, True])
+def test_compiled_norms_of_what_the_compiler_knows(value, size, dtype, on_tpu, monkeypatch):
+    monkeypatch.setattr(_compat, "in_tpu_replica", lambda: on_tpu)
     known = np.full(size, value, dtype)
     of_known = tf.function(lambda x: norms([tf.constant(known), x]), jit_compile=True)
     for other in ([3.0, 4.0], [3e30, 4e30]):

@@ -80,7 +80,8 @@ def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
         if value.dtype not in _RANGES:
             value = tf.cast(value, tf.float32)
         size = value.shape.num_elements()
-        is_large = size is None or size > _SMALL
+        # Of what is compiled nothing branches.
+        is_large = _compat.in_xla_context() or size is None or size > _SMALL
         groups.setdefault((value.dtype, is_large), {})[index] = value
     parts = [_norms_of_alike(list(group.values())) for group in groups.values()]
     if len(parts) == 1:
@@ -110,35 +111,42 @@ def all_finite(norms_of_all: tf.Tensor) -> tf.Tensor:
 
 def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
     """Norms of tensors of one dtype; in a graph all are computed again if one of them needs it."""
-    compiled = _compat.in_xla_context()
-    if compiled and values[0].dtype == tf.float32 and not _compat.in_tpu_replica():
-        squares = 2.0 * tf.stack([tf.nn.l2_loss(tf.cast(value, tf.float64)) for value in values])
-        return tf.cast(tf.sqrt(squares), tf.float32)
+    if _compat.in_xla_context():
+        if values[0].dtype == tf.float32 and not _compat.in_tpu_replica():
+            wide = [tf.cast(value, tf.float64) for value in values]
+            return tf.cast(tf.sqrt(2.0 * tf.stack([tf.nn.l2_loss(v) for v in wide])), tf.float32)
+        return _norms_of_three_sums(values)
     # `l2_loss` is half of it: one pass, without a temporary for the squares.
     squares = 2.0 * tf.stack([tf.nn.l2_loss(value) for value in values])
-    usual = tf.sqrt(squares)
     # What each tensor must be multiplied by before it is squared; 1 where that loses nothing.
     safe = _RANGES[squares.dtype]
     ones = tf.ones_like(squares)
     down = tf.where(squares > safe.greatest, ones / safe.factor, ones)  # NaN stays as it is
     factors = tf.where(squares < safe.least, ones * safe.factor, down)
-    if not compiled:
-        return tf.cond(
-            tf.reduce_all(tf.equal(factors, 1.0)),
-            lambda: usual,
-            lambda: _scaled_norms(values, factors),
-            name="rarely",
-        )
-    enlarged = _scaled_norms(values, ones * safe.factor)
-    reduced = _scaled_norms(values, ones / safe.factor)
-    return tf.where(factors == 1.0, usual, tf.where(factors > 1.0, enlarged, reduced))
+    return tf.cond(
+        tf.reduce_all(tf.equal(factors, 1.0)),
+        lambda: tf.sqrt(squares),
+        lambda: _scaled_norms(values, factors),
+        name="rarely",
+    )
 
 
 def _scaled_norms(values: list[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
-    # Through `maximum` XLA can not square value and factor apart from each other. Else it does so
-    # where it knows the value: 0 is then multiplied by a square that overflows.
-    scaled = [
-        tf.maximum(tf.abs(v * f), 0)
-        for v, f in zip(values, tf.unstack(factors, num=len(values)), strict=True)
-    ]
+    scaled = [v * f for v, f in zip(values, tf.unstack(factors, num=len(values)), strict=True)]
     return tf.sqrt(2.0 * tf.stack([tf.nn.l2_loss(value) for value in scaled])) / factors
+
+
+def _norms_of_three_sums(values: list[tf.Tensor]) -> tf.Tensor:
+    """Blue's way, but that every element is in each of the three sums, of which one has all."""
+    safe = _RANGES[values[0].dtype]
+    sums = []
+    for value in values:
+        magnitude = tf.abs(value)
+        sums.append(tf.reduce_sum(magnitude * magnitude))
+        for factor in (safe.factor, 1.0 / safe.factor):
+            scaled = magnitude * factor
+            # XLA makes x f x f to x x f f, whose squares vanish and overflow; but not x f |x f|.
+            sums.append(tf.reduce_sum(scaled * tf.abs(scaled)))
+    squares, enlarged, reduced = tf.unstack(tf.reshape(tf.stack(sums), [len(values), 3]), 3, axis=1)
+    beyond = tf.where(squares > safe.greatest, tf.sqrt(reduced) * safe.factor, tf.sqrt(squares))
+    return tf.where(squares < safe.least, tf.sqrt(enlarged) / safe.factor, beyond)
