@@ -8,6 +8,7 @@ from typing import Any
 
 COMPARED = (
     "bytes",
+    "memory_bytes",
     "all_reduces",
     "reduced_bytes",
     "loops",
@@ -21,9 +22,18 @@ COMPARED = (
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
 _SIZES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
-# "  ROOT %name = TYPE opcode(": a type is a tuple or one word, with a layout behind it.
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\(")
-_ARRAY = re.compile(r"([a-z][a-z0-9]+)\[([\d,]*)\]")
+# "  ROOT %name = TYPE opcode(OPERANDS), ...": a type is a tuple or one word; in braces behind an
+# array is its layout, with "S(1)" where it is on the chip and not in the chip's memory (HBM).
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*?)\)(?:, |$)"
+)
+_ARRAY = re.compile(r"([a-z][a-z0-9]+)\[([\d,]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_FUSED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_MOVES_NOTHING = {
+    "bitcast", "conditional", "constant", "get-tuple-element", "parameter", "tuple", "while",
+    "all-reduce-done", "async-done", "copy-done", "slice-done",
+}  # fmt: skip
 
 
 def figures(text: str) -> dict[str, int]:
@@ -33,21 +43,40 @@ def figures(text: str) -> dict[str, int]:
         text: An HloModule as text.
 
     Returns:
-        "all_reduces" and the "reduced_bytes" that they have for a result on each replica, "loops",
+        "memory_bytes", which the instructions read from the chip's memory and write there;
+        "all_reduces" and the "reduced_bytes" that they have for a result on each replica; "loops",
         "conditions" and "sorts".
     """
     opcodes: collections.Counter[str] = collections.Counter()
-    reduced = 0
+    fused = {*_FUSED.findall(text)}
+    computation, memory, reduced = "", 0, 0
+    in_memory: dict[str, int] = {}
     for line in text.splitlines():
+        if begin := _COMPUTATION.match(line):
+            computation, in_memory = begin[1], {}
+            continue
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
-        made, opcode = match.groups()
+        name, made, opcode, operands = match.groups()
+        arrays = [
+            (_size(dtype, shape), "S(" in layout) for dtype, shape, layout in _ARRAY.findall(made)
+        ]
+        in_memory[name] = sum(size for size, on_chip in arrays if not on_chip)
+        if computation not in fused and opcode not in _MOVES_NOTHING:
+            if opcode == "copy-start":  # results are the copy and what it is of
+                memory += sum(size for size, on_chip in arrays[:2] if not on_chip)
+            elif opcode == "slice-start":
+                memory += arrays[1][0]
+            elif '"ConcatBitcast"' not in line:
+                memory += in_memory[name]
+                memory += sum(in_memory.get(o, 0) for o in re.findall(r"%([\w.\-]+)", operands))
         opcode = opcode.removesuffix("-start")
         opcodes[opcode] += 1
         if opcode == "all-reduce":
-            reduced += sum(_size(*array) for array in _ARRAY.findall(made))
+            reduced += sum(size for size, _ in arrays)
     return {
+        "memory_bytes": memory,
         "all_reduces": opcodes["all-reduce"],
         "reduced_bytes": reduced,
         "loops": opcodes["while"],

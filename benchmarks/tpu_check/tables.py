@@ -7,6 +7,7 @@ from typing import Any
 
 COLUMNS = (
     "MB moved",
+    "of memory",
     "all-reduces",
     "MB in them",
     "loops",
@@ -27,6 +28,7 @@ def cells(row: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
         moved += f" ({(row['bytes'] - stored['bytes']) / 1e6:+,.1f})"
     return [
         moved,
+        f"{row['memory_bytes'] / 1e6:,.0f}",
         str(row["all_reduces"]),
         f"{row['reduced_bytes'] / 1e6:,.1f}",
         str(row["loops"]),

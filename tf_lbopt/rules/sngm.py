@@ -28,7 +28,10 @@ class SNGM(Rule):
         else:
             norm = global_norm(parameters.own_norms())
         # Not multiplied by 1/‖g‖, which is no normal number where ‖g‖ is very great.
-        divisor = tf.where(norm > 0, norm, tf.ones_like(norm))
+        # Where it is 0 any other number does. One that depends on the rate keeps XLA on a TPU from
+        # splitting the all-reduce that the gradients come from into one for each variable.
+        other = 1.0 + tf.cast(step.learning_rate, norm.dtype)
+        divisor = tf.where(norm > 0, norm, other)
         divisors, rates = parameters.split(divisor), parameters.split(step.learning_rate)
 
         def write(writer: Writer) -> None:
