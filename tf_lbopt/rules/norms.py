@@ -73,6 +73,7 @@ def norm(tensor: Gradient) -> tf.Tensor:
 
 def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
     """Euclidean norms of n tensors, each as `norm` defines it: [n], of the widest dtype."""
+    compiled = _compat.in_xla_context()
     groups: dict[tuple[tf.DType, bool], dict[int, tf.Tensor]] = {}
     for index, tensor in enumerate(tensors):
         value = tensor.values if isinstance(tensor, tf.IndexedSlices) else tensor
@@ -81,9 +82,9 @@ def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
             value = tf.cast(value, tf.float32)
         size = value.shape.num_elements()
         # Of what is compiled nothing branches.
-        is_large = _compat.in_xla_context() or size is None or size > _SMALL
+        is_large = compiled or size is None or size > _SMALL
         groups.setdefault((value.dtype, is_large), {})[index] = value
-    parts = [_norms_of_alike(list(group.values())) for group in groups.values()]
+    parts = [_norms_of_alike(list(group.values()), compiled) for group in groups.values()]
     if len(parts) == 1:
         return parts[0]
     dtype = widest([part.dtype for part in parts])
@@ -109,9 +110,9 @@ def all_finite(norms_of_all: tf.Tensor) -> tf.Tensor:
     return tf.reduce_all(tf.math.is_finite(norms_of_all))
 
 
-def _norms_of_alike(values: list[tf.Tensor]) -> tf.Tensor:
+def _norms_of_alike(values: list[tf.Tensor], compiled: bool) -> tf.Tensor:
     """Norms of tensors of one dtype; in a graph all are computed again if one of them needs it."""
-    if _compat.in_xla_context():
+    if compiled:
         if values[0].dtype == tf.float32 and not _compat.in_tpu_replica():
             wide = [tf.cast(value, tf.float64) for value in values]
             return tf.cast(tf.sqrt(2.0 * tf.stack([tf.nn.l2_loss(v) for v in wide])), tf.float32)
