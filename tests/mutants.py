@@ -298,7 +298,7 @@ MUTANTS = (
         "optimizers/local_state.py",
         "            slot.assign(tf.zeros_like(slot))\n        self.skipped.assign_add(1)",
         "            slot.assign(tf.zeros_like(slot))",
-        "test_post_local_sgd.py:overflow",
+        "test_post_local_sgd.py:overflows",
     ),
     Mutant(
         "in tf_keras the wrapper's count of a discarded step stays",
