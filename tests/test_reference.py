@@ -310,7 +310,8 @@ def test_equals_the_optimizer_of_its_name_in_keras(ours, theirs, arguments):
     assert_close(run.updates(gradients).weights(), expected.updates(gradients).weights())
     defaults = {name: p.default for name, p in inspect.signature(theirs).parameters.items()}
     for name, parameter in inspect.signature(ours).parameters.items():
-        assert parameter.default == defaults.get(name), name
+        if name != "jit_compile":  # which Keras has not
+            assert parameter.default == defaults.get(name), name
 
 
 def test_lamb_equals_keras_lamb():
