@@ -162,8 +162,7 @@ def main(argv: list[str]) -> int:
             continue
         for compiled in (False, True) if contender.name in _ours() else (False,):
             for model in models:
-                with Console(stderr=True).status(f"{contender.name}, {model}"):
-                    counts = of_update(contender, MODELS[model](), compiled)
+                counts = of_update(contender, MODELS[model](), compiled)
                 rows.append(
                     {
                         "optimizer": contender.name,
@@ -172,6 +171,7 @@ def main(argv: list[str]) -> int:
                         **dataclasses.asdict(counts),
                     }
                 )
+                print(*rows[-1].values(), file=sys.stderr, flush=True)
     table = Table("optimizer", "compiled", "model", "launches", "waits", "on the host", "programs")
     for row in rows:
         table.add_row(*map(str, row.values()))
