@@ -137,7 +137,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     @abc.abstractmethod
     def _build_framework(self, variables: list[Variable]) -> None:
-        """The framework's own part of `build`; sets `_trainable_variables`."""
+        """The framework's own part of `build`."""
 
     @abc.abstractmethod
     def _read_learning_rate(self) -> tf.Tensor:
@@ -238,7 +238,9 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         trained = self.trained
         targets = [trained.targets[index] for index in known]
         compiles = trained.on_gpu if self._jit_update == "auto" else self._jit_update
-        update = self._compiled_update if compiles else self._update_on_replica
+        update = functools.partial(self._update_on_replica, known, loss_scale, after)
+        if compiles:
+            update = functools.partial(self._compiled, update)
         pipeline = Pipeline(
             strategy=self._strategy,
             indices=known,
@@ -253,7 +255,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             accumulation=self._accumulation,
             summed=summed,
             prepare=self._read_learning_rate,
-            update=functools.partial(update, known, loss_scale, after),
+            update=update,
         )
         own = prepared(
             [gradient for gradient, _ in pairs],
@@ -263,30 +265,26 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
 
-    def _compiled_update(
+    def _compiled(
         self,
-        indices: Sequence[int],
-        loss_scale: Callable[[], tf.Tensor] | None,
-        after: Callable[[tf.Tensor], None] | None,
+        update: Callable[[tf.Variable, tf.Tensor, Sums], list[tf.Tensor]],
         anchor: tf.Variable,
         learning_rate: tf.Tensor,
         sums: Sums,
     ) -> list[tf.Tensor]:
-        """`_update_on_replica` as one program, compiled by XLA.
+        """The update on one replica as one program, compiled by XLA.
 
         Not where all is compiled already, nor where it runs eagerly: a program for each update.
         """
-        leaves = tf.nest.flatten(sums)
-        sparse = any(isinstance(leaf, tf.IndexedSlices) for leaf in leaves)
-        update = functools.partial(self._update_on_replica, indices, loss_scale, after, anchor)
+        sparse = any(isinstance(leaf, tf.IndexedSlices) for leaf in tf.nest.flatten(sums))
         if (
             tf.executing_eagerly()
             or _compat.in_xla_context()
             or _compat.in_tpu_replica()
             or (sparse and self._jit_update == "auto")
         ):
-            return update(learning_rate, sums)
-        program = tf.function(update, jit_compile=True, autograph=False)
+            return update(anchor, learning_rate, sums)
+        program = tf.function(functools.partial(update, anchor), jit_compile=True, autograph=False)
         return program(learning_rate, tf.nest.map_structure(dense, sums))
 
     def _update_on_replica(
