@@ -338,6 +338,7 @@ RULES = {
     "sngm": lambda: BY_NAME["sngm"](),
     "lars": lambda: BY_NAME["lars"](exclude_from_layer_adaptation=[]),
     "lamb": lambda: BY_NAME["lamb"](),
+    "compiled lamb": lambda: BY_NAME["lamb"](jit_compile=True),
     "extrap_adam": lambda: BY_NAME["extrap_adam"](extrapolation_rate=0.0),
     "stock adam": lambda: keras.optimizers.AdamW(**BY_NAME["extrap_adam"].arguments),
 }
@@ -346,9 +347,9 @@ RULES = {
 @pytest.mark.parametrize(
     ("rule", "replicas"), [*((rule, 2) for rule in RULES), ("sngm", 4), ("lamb", 4)]
 )
-@pytest.mark.quick(rule=("lamb", "extrap_adam", "stock adam"), replicas=2)
+@pytest.mark.quick(rule=("lamb", "compiled lamb", "extrap_adam", "stock adam"), replicas=2)
 def test_each_replica_takes_the_steps_of_any_rule(rule, replicas):
-    case = BY_NAME["extrap_adam" if rule == "stock adam" else rule]
+    case = BY_NAME["extrap_adam" if rule == "stock adam" else rule.removeprefix("compiled ")]
     gradients = sub_batch_gradients(4, replicas)
     run = LocalRun(RULES[rule], 1, 3, replicas).updates(gradients)
     equal_on_all_replicas(run.strategy, [*run.variables, run.optimizer.iterations])

@@ -233,7 +233,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 f"Received: {len(grads)} gradients for {len(variables)} variables"
             )
         if self._loss_scaled_from_outside:
-            self._warn_of_foreign_loss_scaling()
+            self._check_foreign_loss_scaling()
         if loss_scale is None and self.loss_scale_factor is not None:
             loss_scale = self._constant_loss_scale
         return self._prepared_update(grads, variables, loss_scale, after)
@@ -309,7 +309,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             )
         super().__setattr__(name, value)
 
-    def _warn_of_foreign_loss_scaling(self) -> None:
+    def _check_foreign_loss_scaling(self) -> None:
         if self._strategy.num_replicas_in_sync > 1:
             self._loss_scaled_from_outside = False
             warnings.warn(

@@ -37,7 +37,7 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
             return keras.saving.serialize_keras_object(schedule)
         return schedule
 
-    def _warn_of_foreign_loss_scaling(self) -> None:
+    def _check_foreign_loss_scaling(self) -> None:
         raise ValueError(
             f"{type(self).__name__} can not be used under Keras's LossScaleOptimizer (which "
             "`compile` adds for mixed_float16): it leaves out the update, and with it that "

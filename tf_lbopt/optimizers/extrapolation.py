@@ -21,7 +21,7 @@ from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, TrainingStep, variable_like
-from tf_lbopt.optimizers.trained import Gradients, Variable, path_of, tensorflow_variable
+from tf_lbopt.optimizers.trained import Gradients, Variable, path_of
 from tf_lbopt.rules.extrapolation import apply_extrapolation
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.rules.rule import OWN_GRADIENT, Parameters, dense
@@ -123,10 +123,9 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
 
     def _create_variables(self, variables: list[Variable]) -> None:
         super()._create_variables(variables)
-        targets = [tensorflow_variable(variable) for variable in variables]
-        self._origin = Origin(self._strategy, targets)
+        self._origin = Origin(self._strategy, self.trained.targets)
         if self._past is not None:
-            self._past.create(targets)
+            self._past.create(self.trained.targets)
 
     # -- the block ---------------------------------------------------------------------------------
 
