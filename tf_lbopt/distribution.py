@@ -137,8 +137,9 @@ def _write(path: str, content: bytes) -> None:
     end = time.monotonic() + _WAIT_S
     while True:
         try:
-            with tf.io.gfile.GFile(path, "wb") as file:
+            with tf.io.gfile.GFile(f"{path}.partial", "wb") as file:
                 file.write(content)
+            tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)  # whole, or the former one
             return
         except tf.errors.NotFoundError as error:  # the chief may have yet to make the folder
             if time.monotonic() > end:
