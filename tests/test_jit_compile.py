@@ -89,16 +89,103 @@ def test_one_program_for_each_replica_writes_all(make):
     assert found["auto"] == found[False]  # on a CPU
 
 
+def as_on_a_gpu(run):
+    """Where "auto" compiles."""
+    optimizer = run.inner
+    optimizer.trained = dataclasses.replace(optimizer.trained, on_gpu=True)
+    return run
+
+
+def with_an_embedding(seed, sub_batches, updates, poisoned_at=None):
+    """Gradients of a table, of two layers and of a second table; rows are repeated."""
+    rng = np.random.default_rng(seed)
+    size = (3,), (5, 2), (2,)
+
+    def slices():
+        rows = tf.constant(rng.integers(0, 6, 8), tf.int64)
+        return tf.IndexedSlices(
+            tf.constant(rng.normal(size=(8, 3)), tf.float32), rows, tf.constant([6, 3], tf.int64)
+        )
+
+    made = []
+    for _ in range(updates):
+        of_layers = [
+            [rng.normal(size=s).astype("float32") for s in size] for _ in range(sub_batches)
+        ]
+        made.append([[slices(), *layers, slices()] for layers in of_layers])
+    if poisoned_at == "dense":
+        made[1][-1][2] = np.full_like(made[1][-1][2], np.nan)
+    if poisoned_at == "sparse":
+        old = made[1][-1][0]
+        made[1][-1][0] = tf.IndexedSlices(old.values * np.nan, old.indices, old.dense_shape)
+    return made
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"clipnorm": 0.5}, {"clipvalue": 0.1}, {"global_clipnorm": 0.5}, {"use_ema": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("run_class", [Run, TfKerasRun], ids=["keras", "tf_keras"])
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
+@pytest.mark.parametrize("poisoned_at", ["dense", "sparse"])
+@pytest.mark.quick(
+    name=("vr_lamb", "clars", "extrap_sgd"),
+    run_class=Run,
+    replicas=2,
+    micro_steps=2,
+    extra={},
+    poisoned_at="sparse",
+)
+@pytest.mark.quick(
+    name="lamb",
+    run_class=Run,
+    replicas=1,
+    micro_steps=2,
+    extra=({"global_clipnorm": 0.5}, {"use_ema": True}),
+    poisoned_at="dense",
+)
+@pytest.mark.quick(
+    name="vr_lamb", run_class=TfKerasRun, replicas=1, micro_steps=2, extra={}, poisoned_at="dense"
+)
+def test_dense_layers_are_compiled_beside_sparse_gradients(
+    name, replicas, micro_steps, run_class, extra, poisoned_at
+):
+    cases = CASES if run_class is Run else TF_KERAS_CASES
+    (case,) = [case for case in cases if case.name == name]
+    weights = [
+        np.random.default_rng(0).normal(size=s) for s in [(6, 3), (3,), (5, 2), (2,), (6, 3)]
+    ]
+    gradients = with_an_embedding(3, replicas * micro_steps, 4, poisoned_at)
+
+    def run(compiled):
+        made = run_class(
+            case, replicas, micro_steps, weights=weights, jit_compile=compiled, **extra
+        )
+        return as_on_a_gpu(made).updates(gradients)
+
+    compiled, graph = run("auto"), run(False)
+    for one, other in zip(compiled.copies(), graph.copies(), strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    assert compiled.inner.skipped_updates.numpy() == 1
+    assert compiled.inner.iterations.numpy() == 3
+    assert_replicas_identical(compiled)
+    made, _ = programs(compiled.traced(gradients[0][:replicas]))
+    # One for the norms of the dense gradients, and one for their variables' update.
+    assert made == (2 * replicas if compiled.inner.rule().separable else 0)
+
+
 @pytest.mark.parametrize("compiled", [True, "auto"])
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_a_sparse_gradient_stays_sparse_unless_asked_for(compiled, micro_steps):
     weights = np.ones([50, 3], "float32")
 
     def run(compiled):
-        made = Run(
-            tf_lbopt.LARS, 2, micro_steps, [weights], learning_rate=0.1, jit_compile=compiled
+        made = as_on_a_gpu(
+            Run(tf_lbopt.LARS, 2, micro_steps, [weights], learning_rate=0.1, jit_compile=compiled)
         )
-        made.optimizer.trained = dataclasses.replace(made.optimizer.trained, on_gpu=True)
         rows = [tf.constant([[1.0, 2, 3], [4, 5, 6], [r, 0, 1]]) for r in range(2 * micro_steps)]
         slices = [
             [tf.IndexedSlices(values, tf.constant([7, 3, 7]), tf.constant([50, 3]))]
@@ -113,8 +200,7 @@ def test_a_sparse_gradient_stays_sparse_unless_asked_for(compiled, micro_steps):
     assert programs_made == (2 if compiled is True else 0)
     # The same optimizer's dense updates are compiled in both cases.
     dense = Run(tf_lbopt.LARS, 2, micro_steps, [weights], learning_rate=0.1, jit_compile=compiled)
-    dense.optimizer.trained = dataclasses.replace(dense.optimizer.trained, on_gpu=True)
-    assert programs(dense.traced([[weights]] * 2))[0] == 2
+    assert programs(as_on_a_gpu(dense).traced([[weights]] * 2))[0] == 2
 
 
 def test_loss_scale_halves_and_nothing_is_written_after_an_overflow():

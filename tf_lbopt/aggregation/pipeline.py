@@ -54,6 +54,20 @@ class Sums(NamedTuple):
     deviations: list[Any] | None = None
     own: Sequence[list[Any]] = ()
 
+    def at(self, places: Sequence[int]) -> "Sums":
+        """The part of some of the gradients, on one replica."""
+
+        def chosen(of_all: list[Any]) -> list[Any]:
+            return [of_all[place] for place in places]
+
+        return Sums(
+            chosen(self.totals),
+            self.live,
+            None if self.norms is None else tf.gather(self.norms, places),
+            None if self.deviations is None else chosen(self.deviations),
+            [chosen(part) for part in self.own],
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:

@@ -8,11 +8,13 @@ knows the constructor, the variables and the saving of one framework is an adapt
 
 import abc
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
@@ -34,12 +36,33 @@ from tf_lbopt.optimizers.trained import Gradients, Trained, Variable, path_of, t
 from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
-from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
+from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms, widest
 from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Step, dense
 from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Common:
+    """What the parts of an update have in common.
+
+    Attributes:
+        step: The rate and the number of the update.
+        finite: Whether all gradients are finite.
+        sound: Whether that and the rate allow the update.
+        scaled_by: The factor in the gradients, or ``None`` for 1.
+        divisor: What the sums of the gradients are divided by, or ``None`` for 1.
+        mean_norms: [n], the norms of all mean gradients.
+    """
+
+    step: Step
+    finite: tf.Tensor
+    sound: tf.Tensor
+    scaled_by: tf.Tensor | None
+    divisor: tf.Tensor | None
+    mean_norms: tf.Tensor
 
 
 class Algorithm(Declared, saved_state.SavedState, abc.ABC):
@@ -238,9 +261,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         trained = self.trained
         targets = [trained.targets[index] for index in known]
         compiles = trained.on_gpu if self._jit_update == "auto" else self._jit_update
-        update = functools.partial(self._update_on_replica, known, loss_scale, after)
-        if compiles:
-            update = functools.partial(self._compiled, update)
+        update = self._compiled if compiles else self._update_on_replica
         pipeline = Pipeline(
             strategy=self._strategy,
             indices=known,
@@ -255,7 +276,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             accumulation=self._accumulation,
             summed=summed,
             prepare=self._read_learning_rate,
-            update=update,
+            update=functools.partial(update, known, loss_scale, after),
         )
         own = prepared(
             [gradient for gradient, _ in pairs],
@@ -267,29 +288,30 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     def _compiled(
         self,
-        update: Callable[[tf.Variable, tf.Tensor, Sums], list[tf.Tensor]],
+        known: Sequence[int],
+        loss_scale: Callable[[], tf.Tensor] | None,
+        after: Callable[[tf.Tensor], None] | None,
         anchor: tf.Variable,
         learning_rate: tf.Tensor,
         sums: Sums,
     ) -> list[tf.Tensor]:
-        """The update on one replica as one program, compiled by XLA.
+        """The update on one replica as one program that XLA compiles, or as one and a part beside.
 
         Not where all is compiled already, nor where it runs eagerly: a program for each update.
         """
-        sparse = any(isinstance(leaf, tf.IndexedSlices) for leaf in tf.nest.flatten(sums))
-        if (
-            tf.executing_eagerly()
-            or _compat.in_xla_context()
-            or _compat.in_tpu_replica()
-            or (sparse and self._jit_update == "auto")
-        ):
-            return update(anchor, learning_rate, sums)
-        program = tf.function(functools.partial(update, anchor), jit_compile=True, autograph=False)
-        return program(learning_rate, tf.nest.map_structure(dense, sums))
+        update = functools.partial(self._update_on_replica, known, loss_scale, after, anchor)
+        if tf.executing_eagerly() or _compat.in_xla_context() or _compat.in_tpu_replica():
+            return update(learning_rate, sums)
+        sparse = [n for n, total in enumerate(sums.totals) if isinstance(total, tf.IndexedSlices)]
+        if not sparse or self._jit_update is True:
+            return _program(update)(learning_rate, tf.nest.map_structure(dense, sums))
+        if len(sparse) == len(known) or not self.rule().separable:
+            return update(learning_rate, sums)
+        return self._update_in_two_parts(known, loss_scale, after, sparse, learning_rate, sums)
 
     def _update_on_replica(
         self,
-        indices: Sequence[int],
+        known: Sequence[int],
         loss_scale: Callable[[], tf.Tensor] | None,
         after: Callable[[tf.Tensor], None] | None,
         anchor: tf.Variable,
@@ -301,29 +323,123 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         Compiled by XLA it has no condition: what is written is ``where(sound, new, old)``.
         """
         del anchor
-        trained = self.trained
-        totals = [
-            merge_repeated_indices(total) if isinstance(total, tf.IndexedSlices) else total
-            for total in sums.totals
-        ]
-        total_norms = norms(totals)
+        sums = _merged(sums)
+        common = self._common(learning_rate, sums, norms(sums.totals), loss_scale)
+        judged, write = self._planned(known, sums, common)
+        sound = common.sound & judged
+        if _compat.in_xla_context():
+            complete = write(sound)
+        else:
+            complete = tf.cond(sound, write, lambda: tf.constant(False))
+        return self._finished(common, sound, complete, after)
+
+    def _update_in_two_parts(
+        self,
+        known: Sequence[int],
+        loss_scale: Callable[[], tf.Tensor] | None,
+        after: Callable[[tf.Tensor], None] | None,
+        sparse: Sequence[int],
+        learning_rate: tf.Tensor,
+        sums: Sums,
+    ) -> list[tf.Tensor]:
+        """The same, but that XLA compiles the part of the dense gradients.
+
+        Args:
+            known: For each gradient the number of its variable.
+            loss_scale: As in `_prepared_update`.
+            after: As there.
+            sparse: The places of sparse gradients among them.
+            learning_rate: η.
+            sums: Of all gradients.
+        """
+        sums = _merged(sums)
+        rest = [place for place in range(len(known)) if place not in sparse]
+        parts = [sums.at(rest), sums.at(sparse)]
+        found = [_program(norms)(parts[0].totals), norms(parts[1].totals)]
+        dtype = widest([part.dtype for part in found])
+        joined = tf.concat([tf.cast(part, dtype) for part in found], 0)
+        common = self._common(
+            learning_rate, sums, tf.gather(joined, np.argsort([*rest, *sparse])), loss_scale
+        )
+        numbers = [known[place] for place in sparse]
+        others = [n for n in range(len(self.trained.targets)) if n not in numbers]
+        sparse_judged, write_sparse = self._planned(numbers, parts[1], common, sparse, numbers)
+
+        @_program
+        def compiled() -> tuple[tf.Tensor, tf.Tensor]:
+            indices = [known[place] for place in rest]
+            judged, write = self._planned(indices, parts[0], common, rest, others)
+            sound = common.sound & sparse_judged & judged
+            return sound, write(sound)
+
+        sound, complete = compiled()
+        complete &= tf.cond(sound, write_sparse, lambda: tf.constant(False))
+        return self._finished(common, sound, complete, after)
+
+    def _common(
+        self,
+        learning_rate: tf.Tensor,
+        sums: Sums,
+        total_norms: tf.Tensor,
+        loss_scale: Callable[[], tf.Tensor] | None,
+    ) -> "_Common":
         finite = all_finite(total_norms)
         if sums.norms is not None:  # others may have computed these
             finite &= all_finite(sums.norms)
-
         # The mean gradient of the loss itself: without the loss scale, over all micro-steps.
         divisor = scaled_by = None if loss_scale is None else loss_scale()
         if self._accumulation is not None:
             steps = tf.constant(self._accumulation.steps, tf.float32)
             divisor = steps if scaled_by is None else steps * scaled_by
-        means, mean_norms = totals, total_norms
-        if divisor is not None:
-            means = [divide(total, divisor) for total in totals]
-            mean_norms = total_norms / tf.cast(divisor, total_norms.dtype)
-        gradients, gradient_norms = clip(
-            means, mean_norms, self.clipnorm, self.clipvalue, self.global_clipnorm
+        return _Common(
+            step=Step(learning_rate, tf.convert_to_tensor(self.trained.iterations)),
+            finite=finite,
+            sound=finite & is_rate(learning_rate),
+            scaled_by=scaled_by,
+            divisor=divisor,
+            mean_norms=(
+                total_norms
+                if divisor is None
+                else total_norms / tf.cast(divisor, total_norms.dtype)
+            ),
         )
-        sound = finite & is_rate(learning_rate)
+
+    def _planned(
+        self,
+        indices: Sequence[int],
+        sums: Sums,
+        common: "_Common",
+        places: Sequence[int] | None = None,
+        averaged: Sequence[int] | None = None,
+    ) -> tuple[tf.Tensor, Callable[..., tf.Tensor]]:
+        """Computes an update, or a part of it, up to what is decided from norms.
+
+        Args:
+            indices: For each gradient the number of its variable.
+            sums: Of the part's gradients.
+            common: What the parts have in common.
+            places: Of the part's gradients among all; ``None`` if these are all.
+            averaged: The numbers of the variables whose averages it writes; ``None`` for all.
+
+        Returns:
+            Whether it can be made, a boolean scalar; and what writes it, given the argument of a
+            `Writer`, and returns whether all was written.
+        """
+        trained, divisor = self.trained, common.divisor
+        means = sums.totals if divisor is None else [divide(g, divisor) for g in sums.totals]
+        mean_norms = common.mean_norms
+        if places is not None:
+            dtype = widest([mean.dtype for mean in means])
+            mean_norms = tf.cast(tf.gather(mean_norms, places), dtype)
+        gradients, gradient_norms = clip(
+            means,
+            mean_norms,
+            self.clipnorm,
+            self.clipvalue,
+            self.global_clipnorm,
+            common.mean_norms,
+        )
+        sound = tf.constant(True)
         statistics = None
         if sums.deviations is not None:
             # The deviations contain the loss scale; and the mean that makes the update counts a
@@ -332,7 +448,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             factor = factor if divisor is None else factor * divisor
             statistics = SubBatchStatistics(means, sums.deviations, sums.live, factor)
             unit = tf.cast(tf.maximum(factor, 1.0), mean_norms.dtype)
-            sound &= squares_fit(mean_norms * unit, [gradient.dtype for gradient in gradients])
+            sound = squares_fit(mean_norms * unit, [gradient.dtype for gradient in gradients])
         parameters = Parameters(
             indices=indices,
             variables=[trained.targets[index] for index in indices],
@@ -344,33 +460,39 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             adapted=[trained.adapted[index] for index in indices],
             statistics=statistics,
             mean_norms=(
-                self._mean_norms(sums, mean_norms, scaled_by)
+                self._mean_norms(sums, mean_norms, common.scaled_by)
                 if MEAN_NORM in self.statistics
                 else None
             ),
         )
-        step = Step(learning_rate, tf.convert_to_tensor(trained.iterations))
-        update = self.rule().update(parameters, step)
-        sound &= update.sound
+        update = self.rule().update(parameters, common.step)
 
         def write(where: tf.Tensor | None = None) -> tf.Tensor:
             writer = Writer(where)
             update.write(writer)
             own = self._own_means(sums, divisor) if sums.own else []
             self._write_beyond_rule(writer, parameters, means, own)
-            writer.assign(trained.iterations, trained.iterations + 1)
+            if self.use_ema:
+                self._average(writer, common.step, averaged)
             return writer.complete()
 
-        if _compat.in_xla_context():
-            complete = write(sound)
-        else:
-            complete = tf.cond(sound, write, lambda: tf.constant(False))
-        trained.skipped_updates.assign_add(tf.cast(~complete, tf.int64))
+        return sound & update.sound, write
+
+    def _finished(
+        self,
+        common: "_Common",
+        made: tf.Tensor,
+        complete: tf.Tensor,
+        after: Callable[[tf.Tensor], None] | None,
+    ) -> list[tf.Tensor]:
+        """Counts an update, whether it was made or not, and whether all of it was written."""
+        self.trained.iterations.assign_add(tf.cast(made, self.trained.iterations.dtype))
+        self.trained.skipped_updates.assign_add(tf.cast(~complete, tf.int64))
         if self._accumulation is not None:
             self._accumulation.finish()
         if after is not None:
-            after(finite)
-        return [finite]
+            after(common.finite)
+        return [common.finite]
 
     def _mean_norms(
         self, sums: Sums, norms_of_means: tf.Tensor, scaled_by: tf.Tensor | None
@@ -404,7 +526,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         means: list[Gradient],
         own: list[list[Gradient]],
     ) -> None:
-        """Writes constrained weights and their averages.
+        """Writes what is more than the rule's: constrained weights.
 
         Args:
             writer: By which the rule has written.
@@ -413,25 +535,19 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             own: For each of this replica's sub-batches its own, where they are asked for.
         """
         del means, own
-        self._constrain(writer, parameters.indices, parameters.variables)
-        if self.use_ema:
-            self._average(writer)
-
-    def _constrain(
-        self, writer: Writer, indices: Sequence[int], targets: Sequence[tf.Variable]
-    ) -> None:
-        """Applies the variables' constraints to what holds their weights."""
-        for index, target in zip(indices, targets, strict=True):
+        for index, target in zip(parameters.indices, parameters.variables, strict=True):
             constraint = getattr(self.trained.variables[index], "constraint", None)
             if constraint is not None:
                 writer.assign(target, constraint(tf.convert_to_tensor(target)))
 
-    def _average(self, writer: Writer) -> None:
-        count = tf.convert_to_tensor(self.trained.iterations)
+    def _average(self, writer: Writer, step: Step, numbers: Sequence[int] | None) -> None:
+        """Writes the averages of the weights of these variables, or of all."""
+        count = step.index
         due: tf.Tensor | None = None
         if self.ema_overwrite_frequency:
             due = tf.cast(count + 1, tf.int32) % self.ema_overwrite_frequency == 0
         pairs = self._weights_and_averages()
+        pairs = pairs if numbers is None else [pairs[number] for number in numbers]
         momentum = {
             dtype: tf.where(count == 0, tf.zeros([], dtype), tf.constant(self.ema_momentum, dtype))
             for dtype in {average.dtype for _, average in pairs}
@@ -643,6 +759,20 @@ def build_at_first_call(
             )
         once_for_all_replicas(lambda: optimizer.build(given))
     return given
+
+
+def _merged(sums: Sums) -> Sums:
+    """With sparse totals that have no repeated indices."""
+    totals = [
+        merge_repeated_indices(total) if isinstance(total, tf.IndexedSlices) else total
+        for total in sums.totals
+    ]
+    return sums._replace(totals=totals)
+
+
+def _program(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one program that XLA compiles."""
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def without_missing(grads: Gradients, variables: Sequence[Variable]) -> list[tuple[Gradient, Any]]:

@@ -160,6 +160,11 @@ class _Stock(rules.Rule):
 
     optimizer: keras.optimizers.Optimizer
 
+    @property
+    def separable(self) -> bool:
+        """No: what it does with one variable may depend on the others."""
+        return False
+
     def update(self, parameters: rules.Parameters, step: rules.Step) -> rules.Update:
         """One update by Keras's own code."""
         del step

@@ -25,8 +25,9 @@ _COMMON = {
             discarded).""",
     "jit_compile": """Whether XLA compiles the update, without the reductions in front of it, to one
             program for each replica; not in a step that runs eagerly or is compiled as a whole.
-            `True` makes sparse gradients dense. Defaults to `"auto"`: on a GPU, for updates
-            without sparse gradients.""",
+            `True` makes sparse gradients dense. Defaults to `"auto"`: on a GPU, where variables
+            with sparse gradients are updated beside the program. With sparse gradients SNGM and
+            what is around a stock optimizer are not compiled then.""",
     "mesh": "Must be `None`: DTensor is not supported.",
 }
 

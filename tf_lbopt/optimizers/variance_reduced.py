@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import keras
+import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.around import AroundOptimizer
@@ -12,7 +13,6 @@ from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
 from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.vrgd import GSNR_SLOT
-from tf_lbopt.rules.writer import Writer
 
 # What belongs to the pipeline and not to the algorithm is given to the wrapper, once.
 _OURS = (
@@ -108,10 +108,10 @@ class VarianceReduced(GSNRWeighting, AroundOptimizer):
         inner = self.inner_optimizer
         return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
 
-    def _write_beyond_rule(self, writer: Writer, *args: Any) -> None:
-        super()._write_beyond_rule(writer, *args)
+    def _finished(self, common: Any, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
         iterations = tensorflow_variable(_compat.counter(self.inner_optimizer))
-        writer.assign(iterations, iterations + 1)
+        iterations.assign_add(tf.cast(made, iterations.dtype))
+        return super()._finished(common, made, *args)
 
     def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""

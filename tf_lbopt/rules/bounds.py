@@ -31,11 +31,13 @@ def is_rate(learning_rate: tf.Tensor) -> tf.Tensor:
     return (learning_rate >= 0) & (learning_rate <= learning_rate.dtype.max)
 
 
-def _each(limits: dict[tf.DType, float], dtypes: Sequence[tf.DType]) -> np.ndarray | float:
-    """A limit for each variable, or one for all if it is the same."""
+def _each(
+    dtypes: Sequence[tf.DType], *limits: dict[tf.DType, float]
+) -> list[np.ndarray] | list[float]:
+    """Of each kind of limit one for each variable, or one for all if it is the same."""
     if len(set(dtypes)) == 1:
-        return limits[dtypes[0]]
-    return np.array([limits[dtype] for dtype in dtypes])
+        return [of[dtypes[0]] for of in limits]
+    return [np.array([of[dtype] for dtype in dtypes]) for of in limits]
 
 
 def squares_fit(lengths: tf.Tensor, dtypes: Sequence[tf.DType]) -> tf.Tensor:
@@ -52,7 +54,7 @@ def squares_fit(lengths: tf.Tensor, dtypes: Sequence[tf.DType]) -> tf.Tensor:
         >>> [bool(squares_fit(tf.constant([x]), [tf.float32])) for x in (1e18, 1e20, float("nan"))]
         [True, False, False]
     """
-    return tf.reduce_all(lengths <= _each(_GREATEST_SQUARED, dtypes))
+    return tf.reduce_all(lengths <= _each(dtypes, _GREATEST_SQUARED)[0])
 
 
 def steps_fit(
@@ -77,9 +79,10 @@ def steps_fit(
         >>> fit(1e-39, 1e30)  # is lost
         False
     """
-    short = rates * lengths <= (1.0 - momentum) * _each(_GREATEST_STEP, dtypes)
+    greatest_step, tiny, squared = _each(dtypes, _GREATEST_STEP, _TINY, _GREATEST_SQUARED)
+    short = rates * lengths <= (1.0 - momentum) * greatest_step
     # The rate for a very long direction may be no normal number, which is as good as 0.
-    kept = (rates >= _each(_TINY, dtypes)) | (lengths <= _each(_GREATEST_SQUARED, dtypes))
+    kept = (rates >= tiny) | (lengths <= squared)
     return tf.reduce_all(short & kept)
 
 

@@ -13,6 +13,7 @@ def clip(
     clipnorm: float | None = None,
     clipvalue: float | None = None,
     global_clipnorm: float | None = None,
+    norms_of_all: tf.Tensor | None = None,
 ) -> tuple[list[Gradient], tf.Tensor]:
     """Clips the mean gradients.
 
@@ -22,6 +23,8 @@ def clip(
         clipnorm: Greatest norm of one variable's.
         clipvalue: Greatest magnitude of one element.
         global_clipnorm: Greatest norm of all together.
+        norms_of_all: The norms of these and of others that are clipped together with them;
+            ``None`` if there are no others.
 
     Returns:
         The clipped gradients and their norms.
@@ -32,8 +35,9 @@ def clip(
     if clipnorm is not None:
         factors = _shrink(gradient_norms, clipnorm)
     elif global_clipnorm is not None:
-        factor = _shrink(global_norm(gradient_norms), global_clipnorm)
-        factors = tf.fill(gradient_norms.shape, factor)
+        together = gradient_norms if norms_of_all is None else norms_of_all
+        factor = _shrink(global_norm(together), global_clipnorm)
+        factors = tf.fill(gradient_norms.shape, tf.cast(factor, gradient_norms.dtype))
     else:
         return list(gradients), gradient_norms
     clipped = [

@@ -155,6 +155,11 @@ class Rule(abc.ABC):
     def update(self, parameters: Parameters, step: Step) -> Update:
         """Computes one update, up to what is decided from norms."""
 
+    @property
+    def separable(self) -> bool:
+        """Whether an update of all variables may be made in several parts, in any order."""
+        return True
+
     def slot_names(self) -> tuple[str, ...]:
         """The slots that it keeps with its hyper-parameters: no momentum where that is 0."""
         return () if getattr(self, "momentum", None) == 0.0 else self.slots

@@ -20,6 +20,11 @@ class SNGM(Rule):
     momentum: float
     weight_decay: float | None = None
 
+    @property
+    def separable(self) -> bool:
+        """No: ‖g‖ is the norm of all gradients together."""
+        return False
+
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
         gradients = [dense(g) for g in decayed_gradients(parameters, self.weight_decay)]

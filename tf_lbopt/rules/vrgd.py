@@ -30,6 +30,11 @@ class VRGD(Rule):
     beta_3: float | None = None
     observe: Callable[[Parameters, Step], None] | None = None
 
+    @property
+    def separable(self) -> bool:
+        """As the base."""
+        return self.base.separable
+
     def slot_names(self) -> tuple[str, ...]:
         """The base's slots, and r's running mean if there is one."""
         return self.base.slot_names() + (() if self.beta_3 is None else (GSNR_SLOT,))
