@@ -15,6 +15,7 @@ import tf_lbopt
 from benchmarks.tpu_check import __main__ as program
 from benchmarks.tpu_check._compat import lowered, only_first_copies, tpu_strategy_of
 from benchmarks.tpu_check.cases import Update, all_cases
+from benchmarks.tpu_check.steps import TrainingStep
 from benchmarks.tpu_check.figures import COMPARED, above, figures
 from benchmarks.tpu_check.tables import COLUMNS, cells, markdown
 
@@ -119,6 +120,17 @@ def test_lowers_an_update(case, small):
     assert not {"while", "sort"} & {*opcodes}
     assert bool(opcodes["all-reduce"]) == (case.chips > 1)
     assert case.lower() == (lowered, long_divisions)
+
+
+@pytest.mark.long
+def test_lowers_a_training_step():
+    """With the update in it: the gradients' all-reduce, that of the deviations, and the model's."""
+    lowered, long_divisions = TrainingStep("vr_lamb", "bert").lower()
+    opcodes = collections.Counter(i.opcode for i in _instructions(lowered))
+    assert long_divisions == 0
+    assert not {"while", "sort"} & {*opcodes}
+    assert opcodes["dot"] > 20
+    assert opcodes["all-reduce"] >= 2
 
 
 def test_an_embedding_is_given_as_rows(monkeypatch):

@@ -1,4 +1,7 @@
-"""What is compiled: one update of every optimizer, as TPUStrategy runs it on each replica."""
+"""What is compiled: one update of every optimizer, as TPUStrategy runs it on each replica.
+
+And the training steps of `benchmarks.tpu_check.steps`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import tf_lbopt
 import tf_lbopt.tf_keras
 from benchmarks.shapes import Shape, bert_base, resnet50
 from benchmarks.tpu_check._compat import lowered, only_first_copies, tpu_strategy_of
+from benchmarks.tpu_check.steps import TrainingStep, training_steps
 
 EIGHT: tuple[Shape, ...] = (*[(2048, 1024)] * 4, *[(1024,)] * 4)
 """8.4 million parameters."""
@@ -154,6 +158,6 @@ def _updates() -> Iterator[Update]:
             yield Update(name, model)
 
 
-def all_cases() -> dict[str, Update]:
+def all_cases() -> dict[str, Update | TrainingStep]:
     """All, by name, in the order in which they are compiled."""
-    return {case.name: case for case in _updates()}
+    return {case.name: case for case in (*_updates(), *training_steps())}
