@@ -15,8 +15,8 @@ import tf_lbopt
 from benchmarks.tpu_check import __main__ as program
 from benchmarks.tpu_check._compat import lowered, only_first_copies, tpu_strategy_of
 from benchmarks.tpu_check.cases import Update, all_cases
-from benchmarks.tpu_check.steps import TrainingStep
 from benchmarks.tpu_check.figures import COMPARED, above, figures
+from benchmarks.tpu_check.steps import TrainingStep
 from benchmarks.tpu_check.tables import COLUMNS, cells, markdown
 
 COMPILED = """\
