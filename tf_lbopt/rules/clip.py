@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from tf_lbopt.rules.norms import Gradient, global_norm, norms
@@ -27,7 +28,8 @@ def clip(
             ``None`` if there are no others.
 
     Returns:
-        The clipped gradients and their norms.
+        The clipped gradients and their norms; NaN, which discards the update, where a gradient is
+        so long that the number to multiply it by would be lost in denormals.
     """
     if clipvalue is not None:
         clipped = [tf.clip_by_value(gradient, -clipvalue, clipvalue) for gradient in gradients]
@@ -58,4 +60,5 @@ def scale(gradient: Gradient, factor: tf.Tensor) -> Gradient:
 
 def _shrink(norm: tf.Tensor, limit: float) -> tf.Tensor:
     limit = tf.constant(limit, norm.dtype)
-    return limit / tf.maximum(norm, limit)
+    factor = limit / tf.maximum(norm, limit)
+    return tf.where(factor >= np.finfo(norm.dtype.as_numpy_dtype).tiny, factor, float("nan"))
