@@ -507,6 +507,26 @@ def test_rates_that_are_none_discard_the_update(name, rate):
     assert np.all(np.abs(weights) < 2)
 
 
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("name", ["sngm", "lars", "lamb", "extrap_sgd", "around_sgd"])
+def test_a_clipped_gradient_that_is_lost_is_counted(name, clip):
+    """Of a norm of 1.8e38 that is clipped to 1 nothing is left."""
+
+    def make():
+        if name != "around_sgd":
+            return LAYERWISE[name](0.1, **{clip: 1.0})
+        sgd = keras.optimizers.SGD(0.1)
+        return tf_lbopt.VarianceReduced(sgd, gradient_accumulation_steps=2, **{clip: 1.0})
+
+    weights, *counts = after(make(), [9e37])
+    assert counts == [0, 1]
+    assert np.all(weights == 1)
+    if name != "around_sgd":  # which squares what is not clipped yet
+        weights, *counts = after(make(), [1e37])
+        assert counts == [1, 0]
+        assert np.all(weights < 1)
+
+
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_decay_that_makes_weights_grow_ends_before_infinity(name):
     arguments = {"trust_coefficient": 3.0} if name == "clars" else {}
