@@ -340,6 +340,33 @@ def test_several_optimizers_are_no_loss_scaling():
         assert np.all(weight != old)
 
 
+def test_loss_scale_around_several_optimizers():
+    """Each has a learning rate of its own."""
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+
+    def weights(scaled, rate=0.1):
+        keras.utils.set_random_seed(0)
+        with strategy_of(2).scope():
+            model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+            several = keras.optimizers.MultiOptimizer(
+                keras.optimizers.OptimizerMap(
+                    tf_lbopt.SNGM(0.1), {".*bias": keras.optimizers.SGD(lambda: rate)}
+                )
+            )
+            model.compile(tf_lbopt.LossScaleOptimizer(several) if scaled else several, "mse")
+        before = model.get_weights()
+        model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0)
+        if scaled:
+            skipped = int(model.optimizer.skipped_updates.numpy())
+            assert skipped == (2 if np.isnan(rate) else 0)
+        return before, model.get_weights()
+
+    for one, other in zip(weights(True)[1], weights(False)[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    for one, other in zip(*weights(True, np.nan), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 # -- finite, and too large -------------------------------------------------------------------------
 
 ONES = np.ones(4, "float32")
@@ -495,18 +522,6 @@ def test_a_rate_that_is_lost_is_counted(name):
     assert np.all(weights == 1)
 
 
-@pytest.mark.parametrize("name", LAYERWISE)
-@pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf, 3e38])
-def test_rates_that_are_none_discard_the_update(name, rate):
-    rates = iter([0.1, rate, 0.1, 0.1, 0.1])
-    optimizer = LAYERWISE[name](lambda: tf.constant(next(rates), tf.float32))
-    if hasattr(optimizer, "extrapolated"):
-        optimizer.extrapolation_rate = 0.0
-    weights, updates, skipped = after(optimizer, [1, 1, 1])
-    assert (updates, skipped) == (2, 1)
-    assert np.all(np.abs(weights) < 2)
-
-
 @pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
 @pytest.mark.parametrize("name", ["sngm", "lars", "lamb", "extrap_sgd", "around_sgd"])
 def test_a_clipped_gradient_that_is_lost_is_counted(name, clip):
@@ -525,6 +540,18 @@ def test_a_clipped_gradient_that_is_lost_is_counted(name, clip):
         weights, *counts = after(make(), [1e37])
         assert counts == [1, 0]
         assert np.all(weights < 1)
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+@pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf, 3e38])
+def test_rates_that_are_none_discard_the_update(name, rate):
+    rates = iter([0.1, rate, 0.1, 0.1, 0.1])
+    optimizer = LAYERWISE[name](lambda: tf.constant(next(rates), tf.float32))
+    if hasattr(optimizer, "extrapolated"):
+        optimizer.extrapolation_rate = 0.0
+    weights, updates, skipped = after(optimizer, [1, 1, 1])
+    assert (updates, skipped) == (2, 1)
+    assert np.all(np.abs(weights) < 2)
 
 
 @pytest.mark.parametrize("name", LAYERWISE)

@@ -250,6 +250,13 @@ sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
             ["ValueError", "LARS, an optimizer for Keras 3", "see tf_lbopt.tf_keras"],
         ),
         (
+            "import tensorflow, tf_lbopt\n"
+            "model = tensorflow.keras.Sequential([tensorflow.keras.layers.Dense(1)])\n"
+            "model.compile(tf_lbopt.LossScaleOptimizer(tf_lbopt.LARS(0.1)), 'mse')",
+            {"TF_USE_LEGACY_KERAS": "1"},
+            ["ValueError", "LossScaleOptimizer, an optimizer for Keras 3", "see tf_lbopt.tf_keras"],
+        ),
+        (
             "import keras, tf_lbopt.tf_keras\n"
             "model = keras.Sequential([keras.layers.Dense(1)])\n"
             "model.compile(tf_lbopt.tf_keras.LARS(0.1), 'mse')",
@@ -266,6 +273,7 @@ sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
         "no_tf_keras",
         "no_tf_models",
         "legacy",
+        "legacy_loss_scale",
         "other_way",
     ],
 )

@@ -132,6 +132,8 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
                 (), dtype="int64", aggregation="only_first_replica", name="skipped_updates"
             )
 
+    __repr__ = LargeBatchOptimizer.__repr__
+
     @property
     def skipped_updates(self) -> keras.Variable:
         """How many updates were discarded; an integer variable, saved with the state."""
@@ -235,8 +237,10 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         longer = tf.stack([_repetitions(g, local_norms.dtype) for g in gradients])
         longer *= tf.cast(factor, longer.dtype)
         fits = stock_squares_fit(gradients, local_norms, variables, longer)
-        rate = tf.convert_to_tensor(self.inner_optimizer.learning_rate)
-        return finite, finite & fits & is_rate(rate)
+        # A MultiOptimizer has no rate of its own.
+        for optimizer in getattr(self.inner_optimizer, "optimizers", [self.inner_optimizer]):
+            fits &= is_rate(tf.convert_to_tensor(optimizer.learning_rate))
+        return finite, finite & fits
 
     def _adjust_scale(self, finite: tf.Tensor) -> None:
         """Halves or doubles this replica's copy of the scale."""
