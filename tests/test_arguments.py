@@ -568,8 +568,10 @@ def test_scaled_loss(loss, dtype, built):
         lambda: tf_lbopt.LARS(schedules.Warmup(0.1, 5)),
         lambda: tf_lbopt.ExtrapSGD(0.1, extrapolation_rate=schedules.Warmup(0.1, 5)),
         lambda: tf_lbopt.LossScaleOptimizer(tf_lbopt.LARS(0.1)),
+        lambda: tf_lbopt.LossScaleOptimizer(keras.optimizers.SGD(schedules.Warmup(0.1, 5))),
         lambda: tf_lbopt.VarianceReduced(tf_lbopt.LARS(0.1)),
-        lambda: tf_lbopt.PostLocalSGD(keras.optimizers.SGD(0.1), 1, 1),
+        lambda: tf_lbopt.VarianceReduced(keras.optimizers.SGD(schedules.Warmup(0.1, 5))),
+        lambda: tf_lbopt.PostLocalSGD(keras.optimizers.SGD(schedules.Warmup(0.1, 5)), 1, 1),
         lambda: tf_lbopt.tf_keras.LARS(tf_keras.optimizers.schedules.PolynomialDecay(0.1, 5)),
     ],
 )

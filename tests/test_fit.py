@@ -92,7 +92,22 @@ def test_replicas_and_micro_steps_are_the_same_through_fit(case):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [tf_lbopt.LARS, legacy.LARS, tf_lbopt.ExtrapSGD])
+def _around_sgd(wrap, *args):
+    return lambda rate: wrap(keras.optimizers.SGD(rate), *args)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tf_lbopt.LARS,
+        legacy.LARS,
+        tf_lbopt.ExtrapSGD,
+        _around_sgd(tf_lbopt.LossScaleOptimizer),
+        _around_sgd(tf_lbopt.VarianceReduced),
+        _around_sgd(tf_lbopt.PostLocalSGD, 1, 1),
+    ],
+    ids=["LARS", "tf_keras", "ExtrapSGD", "loss scale", "variance reduced", "post-local"],
+)
 @pytest.mark.parametrize("rate", [lambda: 0.1, tf_lbopt.schedules.Warmup(0.1, 5)])
 def test_a_rate_that_is_a_function_can_not_be_reduced(make, rate):
     """As Keras says of a schedule; under a callable it has an AttributeError."""

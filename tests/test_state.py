@@ -539,6 +539,38 @@ def test_a_file_with_another_optimizer(make, received, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [_lossy, tf_lbopt.VarianceReduced, _post_local],
+    ids=["loss scale", "variance reduced", "post-local"],
+)
+def test_a_file_with_another_stock_optimizer_inside(wrap, tmp_path):
+    """Which Keras would load for this one: it has as many variables."""
+
+    def model_of(inner):
+        model = _model(wrap(inner))
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    original = model_of(keras.optimizers.Adam(0.1))
+    for number, variable in enumerate(original.optimizer.variables):
+        if tf.as_dtype(variable.dtype).is_floating:
+            variable.assign(variable + float(number))
+    file = tmp_path / "own.weights.h5"
+    original.save_weights(file)
+    model, same = model_of(keras.optimizers.Lamb(0.1)), model_of(keras.optimizers.Adam(0.1))
+    state = [v.numpy() for v in model.optimizer.variables]
+    with pytest.raises(ValueError, match="nothing of it was loaded"):
+        model.load_weights(file)
+    same.load_weights(file)
+    for one, expected in (
+        (model, state),
+        (same, [v.numpy() for v in original.optimizer.variables]),
+    ):
+        for variable, value in zip(one.optimizer.variables, expected, strict=True):
+            np.testing.assert_array_equal(variable.numpy(), value)
+
+
 @pytest.mark.parametrize("way", ["model", "weights"])
 def test_a_fit_without_an_update_is_warned_of_after_loading(way, tmp_path):
     """However many updates were made before."""

@@ -1,5 +1,6 @@
 """What the optimizers around another Keras optimizer have in common."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -9,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation, rules
-from tf_lbopt.optimizers.base import LargeBatchOptimizer
+from tf_lbopt.optimizers.base import LargeBatchOptimizer, check_settable
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
-from tf_lbopt.optimizers.trained import tensorflow_variable
+from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.writer import Writer
@@ -36,6 +37,23 @@ def require_same_strategy(
             f"{type(outer).__name__}: call both constructors inside `with strategy.scope():`. "
             f"Received: a {type(inner).__name__} from outside of it"
         )
+
+
+def load_only_with(outer: Any, inner: keras.optimizers.Optimizer) -> None:
+    """Has a stock optimizer's state not loaded where that of the one around it was refused.
+
+    Keras loads an optimizer that is inside another apart, too, and of a stock one compares no more
+    than the number of variables.
+    """
+    if isinstance(inner, LargeBatchOptimizer):
+        return
+    load = inner.load_own_variables
+
+    def load_own_variables(store: Any) -> None:
+        if not outer.refused_state:
+            load(store)
+
+    inner.load_own_variables = load_own_variables
 
 
 def stock_squares_fit(
@@ -89,6 +107,7 @@ class WithInnerOptimizer:
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: LearningRate) -> None:
+        check_settable(self.inner_optimizer, learning_rate)
         self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -128,9 +147,20 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
         """
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
+    def decays(self, variable: Variable) -> bool:
+        """Whether the inner optimizer, if one of this package, decays a variable."""
+        inner = self.inner_optimizer
+        return not isinstance(inner, LargeBatchOptimizer) or inner.decays(variable)
+
+    def adapts(self, variable: Variable) -> bool:
+        """Whether the inner optimizer, if one of this package, adapts a variable's rate."""
+        inner = self.inner_optimizer
+        return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
+
     def _set_up(self, values: Arguments) -> None:
         super()._set_up(values)
         require_same_strategy(self, self.inner_optimizer, self._strategy)
+        load_only_with(self, self.inner_optimizer)
 
     @classmethod
     def rule_of(cls, values: Arguments) -> rules.Rule:
@@ -143,7 +173,7 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
         cls, config: Arguments, custom_objects: dict[str, type] | None = None
     ) -> "AroundOptimizer":
         """The optimizer that `get_config` describes."""
-        config = dict(config)
+        config = copy.deepcopy(config)  # stock optimizers write into theirs
         inner = keras.saving.deserialize_keras_object(
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )

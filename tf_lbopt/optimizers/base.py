@@ -42,6 +42,23 @@ def registered(cls: _Class) -> _Class:
     return keras.saving.register_keras_serializable(package="tf_lbopt")(cls)
 
 
+def check_settable(optimizer: keras.optimizers.Optimizer, learning_rate: LearningRate) -> None:
+    """Raises if an optimizer's learning rate is no number, and is to be set to one.
+
+    Keras says so of a schedule, and calls `assign` of a plain callable.
+
+    Raises:
+        TypeError: It is.
+    """
+    if _compat.has_schedule(optimizer) and not callable(learning_rate):
+        raise TypeError(
+            f"This {type(optimizer).__name__} was created with a `LearningRateSchedule` or a "
+            "callable as its `learning_rate`, which can not be set to a number (as "
+            "ReduceLROnPlateau does). Make the optimizer with a number for that. "
+            f"Received: learning_rate={_validation.shown(learning_rate)}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _RoundingErrors:
     """What averages lost by rounding when they were put into the place of half-precision weights.
@@ -156,14 +173,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: LearningRate) -> None:
-        if _compat.has_schedule(self) and not callable(learning_rate):
-            # Keras says so of a schedule, and calls `assign` of a plain callable.
-            raise TypeError(
-                f"This {type(self).__name__} was created with a `LearningRateSchedule` or a "
-                "callable as its `learning_rate`, which can not be set to a number (as "
-                "ReduceLROnPlateau does). Make the optimizer with a number for that. "
-                f"Received: learning_rate={_validation.shown(learning_rate)}"
-            )
+        check_settable(self, learning_rate)
         rate = self._rate_or_schedule(checked_new_learning_rate(learning_rate))
         keras.optimizers.Optimizer.learning_rate.fset(self, rate)
 

@@ -1,5 +1,6 @@
 """Dynamic loss scaling that sees an overflow on every replica."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from tf_lbopt.aggregation.sparse import divide
 from tf_lbopt.optimizers.algorithm import build_at_first_call
 from tf_lbopt.optimizers.around import (
     WithInnerOptimizer,
+    load_only_with,
     require_same_strategy,
     stock_squares_fit,
 )
@@ -112,6 +114,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         self._let_checkpoints_say_whose()
         self._strategy = tf.distribute.get_strategy()
         require_same_strategy(self, inner_optimizer, self._strategy)
+        load_only_with(self, inner_optimizer)
         # Keras creates these two in `build` and scales the loss by a constant before: a custom
         # loop traced unbuilt would keep that constant for ever.
         self.step_counter = self.add_variable(
@@ -161,7 +164,8 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
     @classmethod
     def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
         """The optimizer that `get_config` describes."""
-        return super().from_config(dict(config), custom_objects)
+        # A copy: Keras takes the inner one's out of it, and stock optimizers write into theirs.
+        return super().from_config(copy.deepcopy(config), custom_objects)
 
     @tf.autograph.experimental.do_not_convert
     def apply(

@@ -30,6 +30,9 @@ class SavedState(_compat.CheckedBeforeRestoring):
     _pending_micro_steps: Any = None
     """The variable that counts them, if the optimizer accumulates and is built."""
 
+    refused_state = False
+    """Whether the state of another optimizer was the last to be loaded from a Keras file."""
+
     def _let_checkpoints_say_whose(self) -> None:
         """To be called in the constructor, when there is an optimizer of the framework."""
         setattr(self, _KIND_ATTRIBUTE, _Kind(self))
@@ -63,6 +66,7 @@ class SavedState(_compat.CheckedBeforeRestoring):
         problem = _mismatch(
             self, kind.get("class") or _compat.saved_name(store), [array.shape for array in found]
         )
+        self.refused_state = bool(problem)
         if problem:
             # As Keras does: a model's weights are good without the state of its optimizer, which
             # had no variables yet, or others, because a layer was trained that is frozen now.

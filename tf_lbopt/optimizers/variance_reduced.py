@@ -98,16 +98,6 @@ class VarianceReduced(GSNRWeighting, AroundOptimizer):
         """That of r's running mean, if there is one; the others are the inner optimizer's."""
         return () if self.beta_3 is None else (GSNR_SLOT,)
 
-    def decays(self, variable: Variable) -> bool:
-        """Whether the inner optimizer, if one of this package, decays a variable."""
-        inner = self.inner_optimizer
-        return not isinstance(inner, LargeBatchOptimizer) or inner.decays(variable)
-
-    def adapts(self, variable: Variable) -> bool:
-        """Whether the inner optimizer, if one of this package, adapts a variable's rate."""
-        inner = self.inner_optimizer
-        return not isinstance(inner, LargeBatchOptimizer) or inner.adapts(variable)
-
     def _finished(self, common: Any, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
         iterations = tensorflow_variable(_compat.counter(self.inner_optimizer))
         iterations.assign_add(tf.cast(made, iterations.dtype))
