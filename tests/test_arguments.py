@@ -387,10 +387,10 @@ def test_variables_that_are_no_real_numbers(package, dtype):
     with pytest.raises(TypeError, match=f"LARS trains .*Received: counts, of dtype {dtype}"):
         optimizer.build([variable])
     if package == "tf_lbopt" and dtype != "complex64":
-        with pytest.raises(TypeError, match=f"Received: mine, of dtype {dtype}"):
-            tf_lbopt.VarianceReduced(keras.optimizers.SGD()).build(
-                [keras.Variable(np.zeros(2), dtype=dtype, name="mine", trainable=False)]
-            )
+        mine = keras.Variable(np.zeros(2), dtype=dtype, name="mine", trainable=False)
+        for wrap in (tf_lbopt.VarianceReduced, tf_lbopt.LossScaleOptimizer):
+            with pytest.raises(TypeError, match=f"Received: mine, of dtype {dtype}"):
+                wrap(keras.optimizers.SGD()).build([mine])
 
 
 def test_what_belongs_to_the_other_keras():

@@ -209,11 +209,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             self._accumulation.micro_step = tensorflow_variable(self._pending_micro_steps)
 
     def _check_trainable(self, variable: Variable) -> None:
-        if not tf.as_dtype(variable.dtype).is_floating:
-            raise TypeError(
-                f"{type(self).__name__} trains variables of real floating-point numbers. "
-                f"Received: {path_of(variable)}, of dtype {tf.as_dtype(variable.dtype).name}"
-            )
+        check_floating(self, variable)
         if getattr(variable, "overwrite_with_gradient", False):
             raise ValueError(
                 f"{type(self).__name__} can not train variables that are overwritten by their "
@@ -732,6 +728,20 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     def _replica_states(self) -> dict[str, ReplicaState]:
         """What differs from replica to replica, by the name under which it is saved."""
         return {} if self._accumulation is None else {"accumulation": self._accumulation}
+
+
+def check_floating(optimizer: object, variable: Variable) -> None:
+    """Raises if an optimizer is to train a variable of integers, booleans or complex numbers.
+
+    Raises:
+        TypeError: It is.
+    """
+    dtype = tf.as_dtype(variable.dtype)
+    if not dtype.is_floating:
+        raise TypeError(
+            f"{type(optimizer).__name__} trains variables of real floating-point numbers. "
+            f"Received: {path_of(variable)}, of dtype {dtype.name}"
+        )
 
 
 def build_at_first_call(

@@ -15,7 +15,7 @@ from tf_lbopt.aggregation.replicas import (
     sum_over_replicas,
 )
 from tf_lbopt.aggregation.sparse import divide
-from tf_lbopt.optimizers.algorithm import build_at_first_call
+from tf_lbopt.optimizers.algorithm import build_at_first_call, check_floating
 from tf_lbopt.optimizers.around import (
     WithInnerOptimizer,
     load_only_with,
@@ -150,9 +150,15 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         return self.inner_optimizer.iterations
 
     def build(self, var_list: Sequence[Variable]) -> None:
-        """Builds the inner optimizer for a list of trainable variables."""
+        """Builds the inner optimizer for a list of trainable variables.
+
+        Raises:
+            TypeError: One is not of real floating-point numbers.
+        """
         if self.built:
             return
+        for variable in var_list:
+            check_floating(self, variable)
         with inside_scope(self._strategy):
             self.inner_optimizer.build(var_list)
             super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
