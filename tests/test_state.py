@@ -211,7 +211,9 @@ def _lossy(optimizer):
     return tf_lbopt.LossScaleOptimizer(optimizer, initial_scale=2.0)
 
 
-@pytest.mark.parametrize("way", [by_set_weights, by_restoring], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "way", [by_set_weights, by_loading, by_restoring], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize(
     ("make", "wrap"),
     [

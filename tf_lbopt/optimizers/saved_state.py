@@ -78,8 +78,10 @@ class SavedState(_compat.CheckedBeforeRestoring):
             return
         for variable, array in zip(_numbered(self), found, strict=True):
             variable.assign(array)
-        if self._pending_micro_steps is not None:
-            self._pending_micro_steps.assign(arrays.get(_PENDING, np.zeros([], "int64")))
+        # That of one inside is not in this store. A file has it, and Keras loads it after this.
+        for pending in _pending_counts(self):
+            own = pending is self._pending_micro_steps
+            pending.assign(arrays.get(_PENDING, 0) if own else 0)
         for prefix, state in self._replica_states().items():
             start = f"{prefix}."
             state.load(
@@ -179,6 +181,12 @@ def _numbered(optimizer: Any) -> list[Any]:
 
     So that training can go on with accumulation where it was without, and the other way round.
     """
-    both = (optimizer, getattr(optimizer, "inner_optimizer", None))
-    pending = [one._pending_micro_steps for one in both if isinstance(one, SavedState)]
+    pending = _pending_counts(optimizer)
     return [v for v in optimizer.variables if not any(v is one for one in pending)]
+
+
+def _pending_counts(optimizer: Any) -> list[Any]:
+    """The counts of pending micro-steps that an optimizer, and one inside it, have."""
+    both = (optimizer, getattr(optimizer, "inner_optimizer", None))
+    counts = [one._pending_micro_steps for one in both if isinstance(one, SavedState)]
+    return [count for count in counts if count is not None]
