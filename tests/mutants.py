@@ -198,15 +198,22 @@ MUTANTS = (
     Mutant(
         "steps that overflow are written",
         "optimizers/algorithm.py",
-        "sound &= update.sound",
-        "sound &= True",
+        "return sound & update.sound, write",
+        "return sound, write",
         "test_guard.py:overflow or large or squares",
+    ),
+    Mutant(
+        "what is beside the compiled program is written though that is not",
+        "optimizers/algorithm.py",
+        "complete &= tf.cond(sound, write_sparse",
+        "complete &= tf.cond(sparse_judged, write_sparse",
+        "test_jit_compile.py:beside",
     ),
     Mutant(
         "a gradient that is not finite is written",
         "optimizers/algorithm.py",
-        "sound = finite & is_rate(learning_rate)",
-        "sound = is_rate(learning_rate)",
+        "sound=finite & is_rate(learning_rate),",
+        "sound=is_rate(learning_rate),",
         "test_guard.py",
     ),
     Mutant(

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import mutants
+
 import tf_lbopt
 from benchmarks.structure import traced
 
@@ -14,3 +16,8 @@ def test_calls_and_frames_of_a_traced_update():
     assert frames[-1] == "adam"
     assert len(frames) <= 7, frames
     assert calls <= 90
+
+
+def test_mutants_break_what_is_there():
+    for mutant in mutants.MUTANTS:
+        assert (PACKAGE / mutant.file).read_text().count(mutant.old) == 1, mutant.name
