@@ -46,9 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # the fixture below.
     if config.option.markexpr == QUICK:
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        # As many processes as cores run side by side, and tensors are small.
+        tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def graph_optimizer():
     """TensorFlow's optimizer of graphs, which `make test` does without elsewhere."""
     before = tf.config.optimizer.get_experimental_options()
@@ -84,6 +86,19 @@ def _has(parameters: dict[str, object], chosen: dict[str, object]) -> bool:
         if parameter not in values and name not in values:
             return False
     return True
+
+
+@pytest.fixture(scope="session")
+def quick_configurations():
+    """tf-models looks up the types of a configuration's fields anew for each value it sets.
+
+    That is nine tenths of what it takes to make one.
+    """
+    config = pytest.importorskip("official.modeling.hyperparams.base_config").Config
+    types_of = functools.cache(config._get_annotations.__func__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_get_annotations", classmethod(lambda cls: types_of(cls)))
+        yield
 
 
 @functools.cache

@@ -24,6 +24,8 @@ from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.dlrm import experiments, inputs, prepare_data, train
 from official_recipes.dlrm.optimizers import EmbeddingsApart, PlateauPolynomial
 
+pytestmark = pytest.mark.usefixtures("quick_configurations")
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "official_recipes" / "dlrm" / "configs").glob("*.yaml"))
 PUBLISHED = {"32k": 32768, "64k": 65536, "128k": 131072, "256k": 262144, "512k": 524288}

@@ -26,6 +26,8 @@ from official_recipes.common import tfm_training
 from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.flag_parsing import FlagValueError
 
+pytestmark = pytest.mark.usefixtures("quick_configurations")
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "official_recipes" / "bert" / "configs").glob("*.yaml"))
 STEPS = {  # VRGD, Table 1
