@@ -143,9 +143,20 @@ def measure(replicas, micro_steps, weight_decay):
 # -- tests -----------------------------------------------------------------------------------------
 
 
-def measured(replicas, micro_steps, weight_decay=None):
+SPLITS = {"1 x 2": (1, 2), "4 x 1": (4, 1)}
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Of both splits, and of weight decay, which is known to need a table."""
+    runs = [(*split, None) for split in SPLITS.values()]
+    *records, decayed = measured([*runs, (1, 2, 0.01)])
+    return {**dict(zip(SPLITS, records, strict=True)), "weight decay": decayed}
+
+
+def measured(runs):
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps([replicas, micro_steps, weight_decay])],
+        [sys.executable, __file__, json.dumps(runs)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -155,9 +166,9 @@ def measured(replicas, micro_steps, weight_decay=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=[(1, 2), (4, 1)], ids=["1 x 2", "4 x 1"])
-def record(request):
-    return measured(*request.param)
+@pytest.fixture(params=SPLITS)
+def record(request, records):
+    return records[request.param]
 
 
 def test_updates_are_right(record):
@@ -179,12 +190,11 @@ def test_no_memory_of_the_size_of_a_table_is_touched(record):
     assert record["touched"] < 0.75 * TABLE_MIB
 
 
-def test_the_measurement_sees_a_table():
-    """Weight decay is known to need one."""
-    record = measured(1, 2, weight_decay=0.01)
+def test_the_measurement_sees_a_table(records):
+    record = records["weight decay"]
     assert record["table_sized"]
     assert record.get("touched", math.inf) > 2 * TABLE_MIB
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*json.loads(sys.argv[1]))))
+    print(json.dumps([measure(*run) for run in json.loads(sys.argv[1])]))
