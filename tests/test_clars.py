@@ -140,7 +140,6 @@ def expected_by_example(values, means, **changes):
 @pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
 @pytest.mark.parametrize("as_means", [False, True], ids=["vectors", "means"])
 @pytest.mark.quick(replicas=2)
-@pytest.mark.quick(as_means=True, replicas=8)
 def test_norms_by_example(replicas, micro_steps, as_means):
     values, means = with_norms(4, replicas * micro_steps)
     run = GivingRun(replicas, micro_steps, as_means=as_means, **ARGUMENTS["clars"])
@@ -149,6 +148,8 @@ def test_norms_by_example(replicas, micro_steps, as_means):
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.quick(dynamic=True)
+@pytest.mark.quick(replicas=1)
 def test_norms_by_example_of_a_scaled_loss(replicas, micro_steps, dynamic):
     values, means = with_norms(4, replicas * micro_steps)
     if dynamic:

@@ -181,7 +181,6 @@ def train_by_hand(replicas, optimizer_name, frozen_epochs, epochs):
 
 @over(["sngm", "lamb", "vr_adam", "keras sgd", "keras adam"])
 @pytest.mark.quick(name="vr_adam", replicas=2)
-@pytest.mark.quick(name="keras adam")
 def test_equals_a_custom_loop(name, replicas):
     with strategy_of(replicas).scope():
         optimizer = OPTIMIZERS[name]()

@@ -130,6 +130,7 @@ def _latest_step(folder):
     return int(re.search(r'^model_checkpoint_path: "ckpt-(\d+)"', state, re.M).group(1))
 
 
+@pytest.mark.long
 def test_two_workers(tmp_path):
     """They end with the same weights and state; the chief alone speaks and writes."""
     with _Job(tmp_path, "job", "--mode=train", _kind("vr_lars")) as job:

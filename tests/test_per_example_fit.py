@@ -84,7 +84,7 @@ def assert_close(got, expected, rtol=2e-5, atol=2e-6):
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=2, weighted=True)
 def test_fit_equals_the_reference(replicas, weighted):
     data = batches()
     model = linear(replicas)
@@ -105,7 +105,7 @@ def _means(data):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("dynamic", [None, False, True])
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=2, dynamic=(None, True))
 def test_accumulation_and_a_loss_scale(replicas, dynamic):
     data = batches(6)
     kwargs = {"gradient_accumulation_steps": 3}
@@ -401,6 +401,8 @@ def saved_and_loaded(model, folder):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("subset", [2, None])
 @pytest.mark.parametrize("kind", ["functional", "subclassed", "argument", "sequential"])
+@pytest.mark.quick(compiled=False)
+@pytest.mark.quick(subset=2)
 def test_copies_keep_the_subset(kind, subset, compiled, tmp_path):
     (x, *_), (y, *_), _ = batches(1)
     model = {

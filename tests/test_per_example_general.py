@@ -104,6 +104,9 @@ SEQUENCES = {
 
 @MODES
 @pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.quick(name=("unrolled", "separable", "transposed", "time distributed", "spectral"))
+@pytest.mark.quick(name="lstm", graph=True)
+@pytest.mark.quick(name="bidirectional gru", graph=False)
 def test_layers_without_a_rule(name, graph, caplog):
     model = sequential(L.Dense(4), *SEQUENCES[name](), L.Dense(3), inputs=(5, 4))
     assert_exact(model, normal(BATCH, 5, 4), normal(BATCH, 3, seed=2), graph=graph)
@@ -205,6 +208,7 @@ def test_call_that_can_not_be_repeated(graph, caplog):
 
 
 @MODES
+@pytest.mark.quick(graph=False)
 def test_recurrent_dropout(graph):
     model = sequential(
         L.GRU(3, dropout=0.3, recurrent_dropout=0.2, seed=1, return_sequences=True), inputs=(4, 3)
@@ -327,6 +331,7 @@ WAYS = ["variable", "function", "recomputed", "loop", "branch", "mapped"]
 
 @MODES
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.quick(graph=True)
 def test_hidden_reads(way, graph, caplog):
     model = sequential(L.Dense(3), Unseen(way), L.Dense(2), inputs=(4,))
     # All rows take the same branch.

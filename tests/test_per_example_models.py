@@ -90,6 +90,8 @@ def no_general_way(caplog):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.quick(graph=True)
+@pytest.mark.quick(name="cnn")
 def test_model(name, graph, no_general_way):
     model = MODELS[name]()
     assert_exact(model, *batch_for(model), SPARSE, graph=graph)
@@ -280,6 +282,7 @@ def restore(model, state):
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.quick(graph=True)
 def test_dropout_has_the_mask_of_the_forward_pass(graph, no_general_way):
     model = transformer(dropout=0.3)
     x, y = batch_for(model)
@@ -300,6 +303,8 @@ def test_dropout_has_the_mask_of_the_forward_pass(graph, no_general_way):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2, 3, 9])
+@pytest.mark.quick(graph=True)
+@pytest.mark.quick(micro_batch_size=2)
 def test_micro_batches_and_subsets(micro_batch_size, graph, no_general_way):
     model = sequential(
         L.Embedding(10, 6),
@@ -398,6 +403,7 @@ def test_mean_of_the_losses_is_that_of_keras(reduction, weighted):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+@pytest.mark.quick(policy=("mixed_float16", "mixed_bfloat16"))
 def test_dtype_policies(policy, no_general_way):
     keras.config.set_dtype_policy(policy)
     model = sequential(

@@ -89,7 +89,7 @@ def run(code, path, **namespace):
         ("loss object", momentum),
         pytest.param("loss object", lars, marks=pytest.mark.long),
         pytest.param("function", momentum, marks=pytest.mark.long),
-        ("function", clars),
+        pytest.param("function", clars, marks=pytest.mark.long),
         pytest.param("regularization", momentum, marks=pytest.mark.long),
         ("extrapolated", lambda: tf_lbopt.ExtrapSGD(0.5, momentum=0.9)),
         ("loss scaling", lambda: tf_lbopt.LossScaleOptimizer(clars())),

@@ -235,6 +235,7 @@ def test_real_mnist():
     assert data.train_images.mean() == pytest.approx(33.32, abs=0.01)
 
 
+@pytest.mark.long
 def test_real_cifar_jpeg_test_split():
     source = image_data.find_source(real_folder("cifar10-jpeg"))
     assert source.train_size == 50000

@@ -24,6 +24,8 @@ from official_recipes.common import tfm_training
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.resnet50 import train
 
+pytestmark = pytest.mark.usefixtures("quick_configurations")
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "official_recipes" / "resnet50" / "configs").glob("*.yaml"))
 IMAGENET = 1_281_167
@@ -383,13 +385,13 @@ def test_prepare_data_mistakes(tmp_path, capsys):
 )
 def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, number):
     tree = _tree(tmp_path / "in", per_class=1)
-    for i in range(8000):
+    for i in range(2500):
         os.link(tree / "train" / "ant" / "ant0.JPEG", tree / "train" / "bee" / f"x{i}.JPEG")
     out = tmp_path / "out"
     interrupt_preparation("resnet50", [f"--source={tree}"], out, number)
     assert _prepare(f"--source={tree}", f"--output_dir={out}", "--shards=1") == 0
     assert not (tmp_path / ".out.partial").exists()
-    assert len(_examples(out, "train")) == 8003
+    assert len(_examples(out, "train")) == 2503
 
 
 def test_prepared_data_trains(tmp_path, small):

@@ -281,7 +281,7 @@ def test_translation_learns(name):
 
 
 @pytest.mark.parametrize(
-    "task", [language_task, pytest.param(translation_task, marks=pytest.mark.long)]
+    "task", [pytest.param(t, marks=pytest.mark.long) for t in (language_task, translation_task)]
 )
 def test_norms_of_examples(task):
     options = with_rate(dataclasses.replace(FAST, optimizer="clars", epochs=2, replicas=1), 1.0)
@@ -290,6 +290,7 @@ def test_norms_of_examples(task):
     assert result.train_loss[-1] < 0.95 * result.train_loss[0]
 
 
+@pytest.mark.long
 def test_sparse_gradients_in_a_call_of_several_micro_steps(monkeypatch):
     options = dataclasses.replace(FAST, optimizer="vr_momentum", replicas=1, epochs=1)
     options = dataclasses.replace(options, gradient_accumulation_steps=4)

@@ -352,6 +352,7 @@ class Failing(tf_keras.Model):
 
 
 @pytest.mark.parametrize(("replicas", "run_eagerly"), [(1, False), (2, False), (2, True)])
+@pytest.mark.quick(run_eagerly=False)
 def test_an_error_in_mid_step_leaves_the_weights(replicas, run_eagerly):
     data = batches(4, ROWS * replicas)
     strategy = strategy_of(replicas)

@@ -9,7 +9,6 @@ import tensorflow as tf
 import tf_keras
 from conftest import strategy_of
 from harness import (
-    KINDS,
     assert_states_equal,
     initial_weights,
     needs_sub_batches,
@@ -110,8 +109,10 @@ def test_serialization_with_a_schedule(case, schedule):
 @pytest.mark.parametrize(
     ("replicas", "micro_steps", "save_after"), [(2, 1, 4), (1, 3, 8), (2, 2, 5)]
 )
-@pytest.mark.quick(replicas=2, micro_steps=2, save="by_checkpoint")
-@pytest.mark.quick(case="vr_lamb", replicas=2, micro_steps=2)
+@pytest.mark.quick(
+    case=("lamb", "clars", "extrap_sgd"), replicas=2, micro_steps=2, save="by_checkpoint"
+)
+@pytest.mark.quick(case="vr_lamb", replicas=2, micro_steps=2, wrap="dynamic")
 def test_lockstep_after_loading(case, save, wrap, replicas, micro_steps, save_after, tmp_path):
     """The last two save in mid-accumulation, where replicas have different sums."""
     if (replicas, micro_steps) != (2, 2) and (case is not VR_LAMB or save is by_own_variables):
@@ -162,6 +163,9 @@ def test_restore_before_build(wrap, tmp_path):
         (VR_LAMB, by_restoring, dynamic),
     ],
 )
+@pytest.mark.quick(case=("lamb", "vr_lamb"), way="by_set_weights")
+@pytest.mark.quick(way="by_loading")
+@pytest.mark.quick(wrap="dynamic")
 def test_pending_micro_steps_do_not_survive(case, way, wrap, tmp_path):
     """The state is set, by whatever means, after two of three micro-steps."""
     gradients = sub_batch_gradients(3, sub_batches=3)
@@ -252,8 +256,8 @@ def _saved_and_loaded(case, replicas, wrap, file, batches):
     ],
     ids=[*(case.name for case in KIND_CASES), "one replica", "loss scale", "h5"],
 )
-@pytest.mark.quick(case="vr_lamb", replicas=2)
-@pytest.mark.quick(case="extrap_sgd")
+@pytest.mark.quick(case="vr_lamb", replicas=2, wrap="dynamic")
+@pytest.mark.quick(file="model.h5")
 def test_saved_model(case, replicas, wrap, file, batches, tmp_path):
     """It goes on where it was; after 5 batches that is the middle of an update of two.
 
@@ -269,8 +273,8 @@ def test_saved_model(case, replicas, wrap, file, batches, tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrap", [lambda o: o, dynamic], ids=["plain", "loss scale"])
-@pytest.mark.quick(wrap="dynamic")
 def test_a_saved_model_in_mid_accumulation_starts_with_a_fresh_optimizer(wrap, tmp_path):
     """From this format tf_keras restores the state of no new-style optimizer, its own included."""
     _, loaded = _saved_and_loaded(VR_LAMB, 2, wrap, tmp_path / "saved_model", 5)
@@ -400,7 +404,8 @@ RATES = {"lars": 0.5, "clars": 0.5, "sngm": 0.05, "vr_sgd": 0.05, "vr_lars": 0.5
 
 @over_cases
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.quick(case=KINDS)
+@pytest.mark.quick(case=("vr_lamb", "extrap_sgd"), replicas=2)
+@pytest.mark.quick(case=("lamb", "clars"), replicas=1)
 def test_fit_learns(case, replicas):
     if replicas == 2 and case not in KIND_CASES:
         pytest.skip("`fit` under a strategy does not depend on the rule")
@@ -427,7 +432,10 @@ def test_fit_learns(case, replicas):
     ids=lambda o: next(iter(o)),
 )
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.quick(case="vr_lamb")
+@pytest.mark.quick(case="vr_lamb", replicas=2, options={"steps_per_execution": 2})
+@pytest.mark.quick(
+    case="vr_lamb", replicas=1, options=({"jit_compile": True}, {"run_eagerly": True})
+)
 def test_fit_in_other_ways_gives_the_same_weights(case, options, replicas):
     if replicas == 2 and "jit_compile" in options:
         pytest.skip("tf_keras does not compile a step under MirroredStrategy on CPUs")
@@ -496,6 +504,8 @@ def test_minimize():
 
 @over_kinds
 @pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(case="vr_lamb", replicas=2)
+@pytest.mark.quick(case="lamb", replicas=1)
 def test_fit_in_mixed_float16(case, replicas):
     """`compile` adds the wrapper; an overflow on the last replica alone halves its scale."""
     tf_keras.mixed_precision.set_global_policy("mixed_float16")

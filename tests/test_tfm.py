@@ -29,6 +29,8 @@ import tf_lbopt.tfm
 from official_recipes.common import tfm_training
 from tf_lbopt import tf_keras as lbopt_tf_keras
 
+pytestmark = pytest.mark.usefixtures("quick_configurations")
+
 KEYS = list(tf_lbopt.tfm.REGISTRATIONS)
 
 
@@ -281,7 +283,6 @@ def _train(params, replicas, batches, build=True):
         ("extrap_sgd", 2),
     ],
 )
-@pytest.mark.quick(kind="sgd")
 @pytest.mark.quick(kind=("vr_lars", "extrap_sgd"), replicas=2)
 def test_sub_batches_are_as_good_as_replicas(kind, replicas):
     expected, metrics, loss, _ = _train(_experiment(kind), 4, _batches())
@@ -465,7 +466,7 @@ def test_an_extrapolated_optimizer_with_other_parts_than_the_task_is_refused(sub
 
 @pytest.mark.parametrize("kind", ["adam", "vr_lars", "extrap_sgd"])
 @pytest.mark.parametrize("scale", ["dynamic", 8.0])
-@pytest.mark.quick(scale="dynamic")
+@pytest.mark.quick(kind="vr_lars", scale="dynamic")
 def test_with_loss_scaling(kind, scale):
     def params(sub_batches):
         params = _experiment(kind, sub_batches)

@@ -106,7 +106,7 @@ def _expected_sums(case):
     ids=_name,
 )
 @pytest.mark.quick(micro_steps=2, sparse=True)
-@pytest.mark.quick(micro_steps=1, sparse=False)
+@pytest.mark.quick(case="lamb", micro_steps=1, sparse=False)
 def test_values(run, case, micro_steps, sparse):
     gradients = _gradients(micro_steps, sparse)
     run = run(case, 2, micro_steps).updates(gradients)
@@ -123,6 +123,7 @@ def test_other_strategies_stay_as_they_are():
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
+@pytest.mark.quick(clip=CLIPS[-1])
 def test_clipping(clip):
     gradients = _gradients(1, sparse=False)
     run = TPURun(VR_LAMB, 2, **clip).updates(gradients)
@@ -199,6 +200,7 @@ class _Unpacked(TPURun):
 
 
 @pytest.mark.parametrize(("case", "micro_steps"), [(VR_LAMB, 2), (EXTRAP_ADAM, 1)], ids=str)
+@pytest.mark.quick(case="vr_lamb")
 def test_state_of_the_replicas_is_saved(case, micro_steps, tmp_path):
     gradients = _gradients(micro_steps, sparse=False)
 
@@ -292,9 +294,20 @@ FITS = {
     "local step": (keras, _post_local(_sgd, 0), {}, 0),
     "local step, extrapolated": (keras, _post_local(_extrap_sgd, 0), {}, 0),
 }  # fmt: skip
+QUICK_FITS = (
+    "accumulation",
+    "extrapolation",
+    "mixed precision",
+    "per-example norms",
+    "frozen layers",
+    "before local steps",
+    "tf_keras accumulation",
+    "local step",
+)
 
 
 @pytest.mark.parametrize("key", FITS)
+@pytest.mark.quick(key=QUICK_FITS)
 def test_training_function_of_fit(key):
     framework, make, options, sums = FITS[key]
     strategy = tpu_strategy_of(2)

@@ -112,6 +112,9 @@ VARIANCE_SPLITS = [(2, 1), (1, 2), (1, 7), (8, 1), (4, 2), (2, 4), (1, 8), (8, 8
 
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), VARIANCE_SPLITS)
+@pytest.mark.quick(replicas=1, micro_steps=(2, 7))
+@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=8, micro_steps=1)
 def test_variance_is_right_to_a_thousandth(replicas, micro_steps):
     k = replicas * micro_steps
     run = recorder_of((len(NOISE), PER_NOISE), replicas, micro_steps)
@@ -131,6 +134,7 @@ def test_variance_is_right_to_a_thousandth(replicas, micro_steps):
 
 
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(8, 1), (2, 4), (1, 7)])
+@pytest.mark.quick(micro_steps=(4, 7))
 def test_variance_is_never_negative(replicas, micro_steps):
     """Where sub-batches agree, or nearly, down to the last bit."""
     k = replicas * micro_steps
@@ -181,6 +185,7 @@ def assert_no_difference(differences, below=1e-6):
 # Powers of two do not round: about 1e-15, 1e-8, 1e8 and 1e15; at the ends of the range below, all
 # |ḡ| and |g_d − ḡ| still lie between 1e-18 and 1e18.
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(8, 1), (1, 7), (8, 8)])
+@pytest.mark.quick(micro_steps=7)
 def test_r_does_not_depend_on_a_common_scale(replicas, micro_steps):
     scales = [2.0**-50, 2.0**-27, 2.0**27, 2.0**50]
     assert_no_difference(differences_of_r(replicas, micro_steps, scales))
@@ -505,8 +510,8 @@ def check_against_reference(case, replicas, micro_steps, gradients):
     ],
     ids=str,
 )
-@pytest.mark.quick(case=("vr_sgd", "vr_lamb"), replicas=2)
-@pytest.mark.quick(case="vr_adam")
+@pytest.mark.quick(case="vr_lamb")
+@pytest.mark.quick(case="vr_adam", replicas=(1, 4))
 def test_empty_sub_batches_are_left_out(case, replicas, micro_steps):
     empty = EMPTY[replicas, micro_steps]
     full = sub_batch_gradients(len(empty), replicas * micro_steps)
@@ -594,7 +599,7 @@ def twins(names, shift=0, dtype="int64"):
     ("replicas", "micro_steps", "dtype"),
     [(4, 1, "int64"), (2, 2, "int32"), (1, 4, "int64")],
 )
-@pytest.mark.quick(replicas=2)
+@pytest.mark.quick(replicas=1)
 def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, dtype):
     """Two updates, so that the rows of one are gone by the next."""
     weights = [np.zeros((ROWS, WIDTH), np.float32)] * len(INDEX_SETS)
@@ -621,7 +626,7 @@ def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, 
     ids=str,
 )
 @pytest.mark.quick(case="vr_lamb")
-@pytest.mark.quick(replicas=1)
+@pytest.mark.quick(case="vr_adam", replicas=2)
 def test_sparse_weights_equal_those_of_the_dense_twin(case, replicas, micro_steps):
     names = ["repeated within", "own rows each", "none on the second"]
     weights = initial_weights([(ROWS, WIDTH)] * 3)
