@@ -550,7 +550,7 @@ def command(folder, *more):
 
 @pytest.mark.long
 def test_a_run_that_is_killed_and_resumed(tmp_path):
-    process = subprocess.Popen(command(tmp_path, "--epochs=6"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path, "--epochs=12"), stdout=subprocess.DEVNULL)
     checkpoints = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 300
     while not (checkpoints / "checkpoint").is_file():
@@ -561,15 +561,15 @@ def test_a_run_that_is_killed_and_resumed(tmp_path):
     process.wait()
     assert not (tmp_path / "results.jsonl").exists()
     done = subprocess.run(
-        command(tmp_path, "--epochs=6", "--resume"), capture_output=True, text=True, check=True
+        command(tmp_path, "--epochs=12", "--resume"), capture_output=True, text=True, check=True
     )
     row = json.loads((tmp_path / "results.jsonl").read_text())
     assert row["resumed_from"] >= 1
-    assert len(row["train_loss"]) == 6
-    assert row["updates"] == 6 * 22
+    assert len(row["train_loss"]) == 12
+    assert row["updates"] == 12 * 22
     assert row["optimizer"] == "sngm"
     assert row["final"]["test_accuracy"] > 0.9
-    assert f"epoch {row['resumed_from'] + 1}/6" in done.stdout
+    assert f"epoch {row['resumed_from'] + 1}/12" in done.stdout
     assert list((tmp_path / "run" / "tensorboard" / "train").iterdir())
 
 

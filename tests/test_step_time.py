@@ -28,7 +28,7 @@ def test_record_of_a_tiny_run(tmp_path):
         "--model=tiny",
         "--replicas=2",
         "--batch_per_replica=4",
-        "--optimizers=vr_lars",
+        "--optimizers=vr_sgd,vr_lars",
         "--repeats=3",
         "--warmup=1",
         f"--output={path}",
@@ -51,7 +51,7 @@ def test_record_of_a_tiny_run(tmp_path):
     (comparison,) = record["comparisons"]
     assert (comparison["replicas"], comparison["micro_steps"]) == (2, 1)
     rows = {row["name"]: row for row in comparison["rows"]}
-    assert list(rows) == ["keras_momentum", "lars", "vr_lars"]
+    assert list(rows) == ["keras_sgd", "vr_sgd", "keras_momentum", "lars", "vr_lars"]
     floor = comparison["forward_backward"]
     for row in (floor, *rows.values()):
         assert len(row["all_ms"]) == 3
@@ -63,7 +63,7 @@ def test_record_of_a_tiny_run(tmp_path):
     assert reductions == {name: 2 if name.startswith("vr_") else 1 for name in rows}
 
     pairs = {(pair["name"], pair["base"]): pair for pair in comparison["pairs"]}
-    assert set(pairs) == {("vr_lars", "lars"), ("lars", "keras_momentum")}
+    assert set(pairs) == {("vr_sgd", "keras_sgd"), ("vr_lars", "lars"), ("lars", "keras_momentum")}
     for (name, base), pair in pairs.items():
         assert pair["ratio"] == pytest.approx(rows[name]["median_ms"] / rows[base]["median_ms"])
         assert pair["p10_of_ratios"] <= pair["median_of_ratios"] <= pair["p90_of_ratios"]
