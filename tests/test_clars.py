@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from conftest import strategy_of
 from harness import ARGUMENTS, CASES, SPLITS, Run, graph_nodes, initial_weights, sub_batch_gradients
-from references import clars, mean_gradients, reference
 
 import tf_lbopt
+from benchmarks.references import clars, mean_gradients, reference
 
 (CASE,) = [case for case in CASES if case.name == "clars"]
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}

@@ -8,9 +8,9 @@ from conftest import strategy_of
 from harness import CASES, KINDS, Run, needs_sub_batches, taking_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import sngm
 
 import tf_lbopt
+from benchmarks.references import sngm
 from tf_lbopt import tf_keras as legacy
 
 RATES = {

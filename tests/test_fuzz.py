@@ -13,10 +13,10 @@ import tensorflow as tf
 from harness import Run
 from harness_tf_keras import NAMES as TF_KERAS_NAMES
 from harness_tf_keras import TfKerasRun
-from references import reference
 
 import tf_lbopt
 import tf_lbopt.tf_keras
+from benchmarks.references import reference
 
 CONFIGURATIONS = 300
 UPDATES = 5

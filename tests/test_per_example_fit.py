@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
-from references import clars
 
 import tf_lbopt
+from benchmarks.references import clars
 
 ARGUMENTS = {"learning_rate": 0.5, "trust_coefficient": 0.05, "weight_decay": 0.01}
 

@@ -5,7 +5,6 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import references
 import tensorflow as tf
 from conftest import strategy_of
 from harness import CASES, Run, initial_weights, sub_batch_gradients
@@ -14,6 +13,7 @@ from test_extrapolation import reference as extrapolated
 from test_extrapolation_fit import dataset, fit
 
 import tf_lbopt
+from benchmarks import references
 
 BAD = 1e7  # an input on which the forward pass fails
 BY_NAME = {case.name: case for case in CASES}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from harness import CASES, KINDS, SPLITS, Run, initial_weights, sub_batch_gradients
-from references import reference
 
 import tf_lbopt
+from benchmarks.references import reference
 
 # ExtrapSGD has a trust ratio only if it is asked for.
 LAYERWISE = [

@@ -70,7 +70,7 @@ def table_sized_outputs(concrete_function):
 
 def expected_rows(weights, updates):
     """The rows that were looked up, by the reference, on no more than these rows."""
-    from references import reference
+    from benchmarks.references import reference
 
     rows = np.unique([indices for update in updates for indices, _ in update])
     dense = []

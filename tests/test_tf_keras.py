@@ -20,10 +20,10 @@ from harness import (
     taking_gradients,
 )
 from harness_tf_keras import CASES, KERAS_CASES, KIND_CASES, NAMES, TfKerasRun, dynamic, fixed
-from references import reference
 
 import tf_lbopt
 import tf_lbopt.tf_keras
+from benchmarks.references import reference
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 SPLITS = [(1, 1), (2, 2), (4, 1), (1, 4)]

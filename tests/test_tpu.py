@@ -24,13 +24,13 @@ from harness import (
 )
 from harness_recipes import SMALL_RESNET
 from harness_tpu import TPURun, emulated, recipe_step, tpu_strategy_of, traced_by
-from references import reference
 from tensorflow.core.framework import types_pb2
 from test_bert import SMALL as SMALL_BERT
 from test_reference import CLIPS, _clip, assert_close
 
 import tf_lbopt
 import tf_lbopt.tf_keras
+from benchmarks.references import reference
 from official_recipes.bert import train as bert
 from official_recipes.resnet50 import train as resnet50
 

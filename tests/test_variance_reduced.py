@@ -14,9 +14,9 @@ from harness import (
     initial_weights,
     sub_batch_gradients,
 )
-from references import gsnr, variance_reduced
 
 import tf_lbopt
+from benchmarks.references import gsnr, variance_reduced
 
 STOCK = {
     name: getattr(keras.optimizers, name)

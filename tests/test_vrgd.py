@@ -16,9 +16,9 @@ from harness import (
     initial_weights,
     sub_batch_gradients,
 )
-from references import BETA_3, gsnr, reference
 
 import tf_lbopt
+from benchmarks.references import BETA_3, gsnr, reference
 from tf_lbopt import rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.rules.gsnr import SubBatchStatistics, clipped_gsnr

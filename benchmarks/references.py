@@ -213,7 +213,7 @@ def adam(
 
 
 def gsnr(sub_batches, gamma):
-    """r of one layer from its ``[sub-batch, ...]`` gradients, by the definitions of the package."""
+    """R of one layer from its ``[sub-batch, ...]`` gradients, by the definitions of the package."""
     g = np.asarray(sub_batches, np.float64)
     if len(g) < 2:
         return np.ones(g.shape[1:])
