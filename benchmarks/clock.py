@@ -64,7 +64,10 @@ class MemoryCopy:
 
 
 def interleaved(
-    tasks: Mapping[str, Callable[[], object]], repeats: int, tick: Callable[[], None]
+    tasks: Mapping[str, Callable[[], object]],
+    repeats: int,
+    tick: Callable[[], None],
+    seed: int = 0,
 ) -> dict[str, Timing]:
     """Times every task once per round, in another order each round.
 
@@ -75,10 +78,11 @@ def interleaved(
         tasks: What to time, by name.
         repeats: The number of rounds.
         tick: Called after each task.
+        seed: Of the orders.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     order = list(tasks)
-    shuffle = random.Random(0).shuffle
+    shuffle = random.Random(seed).shuffle
     for _ in range(repeats):
         shuffle(order)
         for name in order:

@@ -256,7 +256,7 @@ def parse_options(argv: Sequence[str]) -> Options | None:
         width=values.width,
         batch_per_replica=values.batch_per_replica,
         replicas=replicas,
-        optimizers=_with_bases(optimizers),
+        optimizers=with_bases(optimizers),
         repeats=values.repeats,
         warmup=values.warmup,
         output=output_file(values.output),
@@ -274,13 +274,13 @@ def _numbers_of_replicas(entries: Sequence[str]) -> tuple[int, ...]:
     return numbers
 
 
-def _with_bases(names: Sequence[str]) -> tuple[str, ...]:
+def with_bases(names: Sequence[str], bases: Mapping[str, str] = BASES) -> tuple[str, ...]:
     """Every base before what stands on it."""
     ordered: dict[str, None] = {}
 
     def add(name: str) -> None:
-        if name in BASES:
-            add(BASES[name])
+        if name in bases:
+            add(bases[name])
         ordered[name] = None
 
     for name in names:
@@ -371,15 +371,15 @@ def _measure(options: Options, replicas: int) -> Comparison:
         def tick() -> None:
             progress.advance(task)
 
-        steps: dict[str, _Step] = {}
+        steps: dict[str, TimedStep] = {}
         for name in names:
             progress.update(task, description=f"{replicas} replicas: tracing {name}")
             with strategy.scope():
-                optimizer = None if name == _NO_UPDATE else _optimizer(name, micro_steps)
+                optimizer = None if name == _NO_UPDATE else timed_optimizer(name, micro_steps)
                 if optimizer is not None:
                     optimizer.build(model.trainable_variables)
-            steps[name] = _Step(
-                _training_step(model, optimizer, micro_steps, strategy),
+            steps[name] = TimedStep(
+                training_step(model, optimizer, micro_steps, strategy),
                 batch,
                 strategy.experimental_local_results,
             )
@@ -415,7 +415,7 @@ def _measure(options: Options, replicas: int) -> Comparison:
         load_at_end=_load(),
         forward_backward=rows[0],
         rows=rows[1:],
-        pairs=_pairs(timings),
+        pairs=pairs_of(timings),
     )
 
 
@@ -457,7 +457,13 @@ def _batch(
     )
 
 
-def _optimizer(name: str, micro_steps: int) -> keras.optimizers.Optimizer:
+def timed_optimizer(name: str, micro_steps: int) -> keras.optimizers.Optimizer:
+    """An optimizer that leaves the weights where they are.
+
+    Args:
+        name: One of `BASES` or their bases, or "keras_lamb".
+        micro_steps: Per update.
+    """
     import keras
 
     import tf_lbopt
@@ -476,19 +482,28 @@ def _optimizer(name: str, micro_steps: int) -> keras.optimizers.Optimizer:
             return keras.optimizers.SGD(momentum=0.9, nesterov=True, **settings)
         case "keras_adam":
             return keras.optimizers.Adam(**settings)
+        case "keras_lamb":
+            return keras.optimizers.Lamb(**settings)
     (info,) = tf_lbopt.list_optimizers(name)
     if "momentum" in inspect.signature(info.cls).parameters:
         settings["momentum"] = 0.9
     return info.cls(**settings)
 
 
-def _training_step(
+def training_step(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer | None,
     micro_steps: int,
     strategy: tf.distribute.Strategy,
 ) -> tf.types.experimental.PolymorphicFunction:
-    """One step on all replicas; without an optimizer it ends with the replicas' own gradients."""
+    """One step on all replicas; without an optimizer it ends with the replicas' own gradients.
+
+    Args:
+        model: Returns logits.
+        optimizer: Updates its variables.
+        micro_steps: Into how many parts a replica's batch is split.
+        strategy: That the model was made under.
+    """
     import tensorflow as tf
 
     variables = model.trainable_variables
@@ -499,13 +514,9 @@ def _training_step(
         parts = zip(tf.split(images, micro_steps), tf.split(labels, micro_steps), strict=True)
         for part_images, part_labels in parts:
             with _where_gradients_are_taken(optimizer, variables):
-                with tf.GradientTape() as tape:
-                    logits = model(part_images, training=True)
-                    loss = tf.reduce_mean(
-                        tf.nn.sparse_softmax_cross_entropy_with_logits(part_labels, logits)
-                    )
-                    share = loss / strategy.num_replicas_in_sync
-                gradients = tape.gradient(share, variables)
+                loss, gradients = loss_and_gradients(
+                    model, part_images, part_labels, strategy.num_replicas_in_sync
+                )
                 losses.append(loss / sub_batches)
                 if optimizer is None:
                     # TensorFlow leaves out what no result depends on; control dependencies do not
@@ -522,6 +533,26 @@ def _training_step(
     return step
 
 
+def loss_and_gradients(
+    model: keras.Model, inputs: tf.Tensor, labels: tf.Tensor, replicas: int = 1
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """A batch's mean loss, and the gradients of a replica's share of it.
+
+    Args:
+        model: Returns logits.
+        inputs: The batch.
+        labels: The right classes.
+        replicas: How many there are.
+    """
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        logits = model(inputs, training=True)
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        share = loss / replicas
+    return loss, tape.gradient(share, model.trainable_variables)
+
+
 def _where_gradients_are_taken(
     optimizer: keras.optimizers.Optimizer | None, variables: Sequence[Any]
 ) -> contextlib.AbstractContextManager[None]:
@@ -530,7 +561,7 @@ def _where_gradients_are_taken(
     return contextlib.nullcontext()
 
 
-class _Step:
+class TimedStep:
     """Runs one training step to its end; keeps the loss."""
 
     def __init__(
@@ -546,7 +577,7 @@ class _Step:
         self.loss = 0.0
 
     def __call__(self) -> None:
-        # Reading the losses waits for all replicas.
+        """Runs it; reading the losses waits for all replicas."""
         loss, *_ = self._function(*self._batch)
         self.loss = sum(float(share) for share in self._local(loss))
 
@@ -555,10 +586,11 @@ def _load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def _pairs(timings: Mapping[str, Timing]) -> list[Pair]:
+def pairs_of(timings: Mapping[str, Timing], bases: Mapping[str, str] = BASES) -> list[Pair]:
+    """Those of which both were timed, against their bases."""
     pairs = []
-    for name, base in BASES.items():
-        if name not in timings:
+    for name, base in bases.items():
+        if not {name, base} <= {*timings}:
             continue
         own, other = timings[name], timings[base]
         ratios = Timing(tuple(a / b for a, b in zip(own.times, other.times, strict=True)))

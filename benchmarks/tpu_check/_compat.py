@@ -5,6 +5,7 @@ the CPU, and what runs on a replica can be traced, and lowered to XLA. Checked o
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,17 @@ from tensorflow.python.ops import resource_variable_ops
 from tensorflow.python.tpu.ops import tpu_ops
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
+_NUMPY_NAMES = {
+    xla_data_pb2.PRED: "bool",
+    xla_data_pb2.S32: "int32",
+    xla_data_pb2.S64: "int64",
+    xla_data_pb2.U32: "uint32",
+    xla_data_pb2.U64: "uint64",
+    xla_data_pb2.F32: "float32",
+    xla_data_pb2.F64: "float64",
+    xla_data_pb2.BF16: "bfloat16",
+    xla_data_pb2.F16: "float16",
+}
 _LONG = (xla_data_pb2.S64, xla_data_pb2.U64)
 
 
@@ -134,11 +146,41 @@ def lowered(
         integers it has.
     """
 
-    @tf.function(jit_compile=True, autograph=False)
     def step(*arguments: tf.Tensor) -> Any:
         with _on_first_replica(strategy):
             return on_replica(*arguments)
 
+    lowered_step = of_function(step, arguments)
+    return lowered_step.program, lowered_step.long_divisions
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A function as an XLA program.
+
+    Attributes:
+        program: A serialized `HloModule`, without the names that Python gave it.
+        long_divisions: How many divisions of 64-bit integers it has.
+        arguments: Shapes and dtypes of the program's.
+        variables: Which it uses, in the order of the arguments, after the function's own.
+        results: For each of the program's results the argument whose memory it takes over, or -1.
+    """
+
+    program: bytes
+    long_divisions: int
+    arguments: list[tuple[tuple[int, ...], str]]
+    variables: list[tf.Variable]
+    results: list[int]
+
+
+def of_function(function: Callable[..., Any], arguments: Sequence[tf.Tensor]) -> Lowered:
+    """Lowers a function.
+
+    Args:
+        function: It.
+        arguments: Its arguments; their values do not matter.
+    """
+    step = tf.function(function, jit_compile=True, autograph=False)
     serialized = step.experimental_get_compiler_ir(*arguments)(stage="hlo_serialized")
     program = hlo_pb2.HloModuleProto.FromString(serialized)
     program.ClearField("stack_frame_index")
@@ -153,4 +195,19 @@ def lowered(
             instruction.ClearField("metadata")
             divides = instruction.opcode in ("divide", "remainder")
             long_divisions += divides and instruction.shape.element_type in _LONG
-    return program.SerializeToString(deterministic=True), long_divisions
+    traced = step.get_concrete_function(*arguments)
+    of_handle = {id(variable.handle): variable for variable in traced.graph.variables}
+    # A single result is no tuple.
+    results = [-1] * max(1, len(program.host_program_shape.result.tuple_shapes))
+    for entry in program.input_output_alias.entries:
+        results[sum(entry.output_shape_index)] = entry.parameter_number
+    return Lowered(
+        program.SerializeToString(deterministic=True),
+        long_divisions,
+        [
+            (tuple(shape.dimensions), _NUMPY_NAMES[shape.element_type])
+            for shape in program.host_program_shape.parameters
+        ],
+        [of_handle[id(h)] for h in traced.captured_inputs if id(h) in of_handle],
+        results,
+    )

@@ -17,31 +17,22 @@ os.environ.update(
 )
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax._src.interpreters import mlir
 from jax.experimental import topologies
 from jaxlib import _jax, xla_client
-from jaxlib.mlir import ir
 
+from benchmarks._jax_compat import module_of
 from benchmarks.tpu_check.figures import figures
 
 
 def compiled(topology: Any, program: bytes, replicas: int) -> Any:
     """What libtpu makes of a serialized HloModule."""
-    text = xla_client._xla.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(program))
-    text = text.decode() if isinstance(text, bytes) else text
-    # TensorFlow's programs are full of copies, in a dialect that the portable form does not have; a
-    # reshape to the same shape is none.
-    copy = r"mhlo\.copy (%[\w#]+) : (tensor<[^>]*>)"
-    text = re.sub(copy, r"stablehlo.reshape \1 : (\2) -> \2", text)
-    with mlir.make_ir_context():
-        module = ir.Module.parse(text)
+    module = module_of(program)
     options = xla_client.CompileOptions()
     options.num_replicas, options.num_partitions = replicas, 1
     options.device_assignment = xla_client.DeviceAssignment.create(
