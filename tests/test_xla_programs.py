@@ -36,9 +36,7 @@ def programs(tmp_path_factory):
 
 def test_numbers_are_the_same_everywhere():
     argument = Argument("x", "input", (3,), "float32", ((7, -1.0, 1.0), (0, 0.5, 0.5)))
-    np.testing.assert_array_equal(
-        argument.values(), np.float32([1.3898098, 0.75019085, 0.8683598])
-    )
+    np.testing.assert_array_equal(argument.values(), np.float32([1.3898098, 0.75019085, 0.8683598]))
     assert argument.bytes == 12
     ids = Argument("x", "input", (1000,), "int32", ((7, 0, 3),)).values()
     assert set(ids) == {0, 1, 2}
