@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
+import importlib
 import platform
 import sys
 import time
@@ -63,7 +63,7 @@ _STEPS = ("sngm", "lars", "vr_lars", "lamb", "vr_lamb")
 # Examples for each replica.
 _MODELS = {"resnet50": 64, "bert_base": 32}
 _SMALL_MODELS = {"resnet_tiny": 4, "bert_small": 4}
-_DISTRIBUTIONS = ("tensorflow", "keras", "numpy", "tf-lbopt")
+_MODULES = ("tensorflow", "keras", "numpy", "tf_lbopt")
 
 
 def define_flags() -> flags.FlagValues:
@@ -201,12 +201,13 @@ def _run(values: flags.FlagValues) -> int:
         code = error.exit_code
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(_table(rows, devices))
-    for what in sorted({row["not_run"] for row in rows if "not_run" in row}):
-        names = ", ".join(f"{r['what']} {r['name']}" for r in rows if r.get("not_run") == what)
-        console.print(f"not run, {what}: {names}", soft_wrap=True)
+    not_run = _not_run(rows, strategy.num_replicas_in_sync)
+    for text in not_run:
+        console.print(f"not run: {text}", soft_wrap=True)
     if values.output is not None:
         settings = {name: values[name].value for name in values if name not in ("help", "output")}
-        versions = {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+        modules = {name: importlib.import_module(name) for name in _MODULES}
+        versions = {name: module.__version__ for name, module in modules.items()}
         record = {
             "benchmark": "device_check",
             "versions": {"python": platform.python_version(), **versions},
@@ -215,6 +216,7 @@ def _run(values: flags.FlagValues) -> int:
             "settings": settings,
             "interrupted": bool(code),
             "rows": rows,
+            "not_run": not_run,
         }
         write_json(Path(values.output), record)
         console.print(f"wrote {values.output}", soft_wrap=True)
@@ -460,6 +462,16 @@ class _Check:
                     }
 
 
+def _not_run(rows: Sequence[dict[str, Any]], replicas: int) -> list[str]:
+    """What was left out, and why."""
+    result = [f"{r['what']} {r['name']}: {r['not_run']}" for r in rows if "not_run" in r]
+    if replicas == 1:
+        result.append("comparing replicas: there is one")
+    if not any("peak_bytes" in row for row in rows):
+        result.append("peak memory: this device does not tell it, or no step was run")
+    return result
+
+
 def _table(rows: Sequence[dict[str, Any]], devices: Sequence[str]) -> Table:
     table = Table(title=f"on {', '.join(devices)}")
     for heading in ("what", "optimizer", "result"):
@@ -475,7 +487,7 @@ def _table(rows: Sequence[dict[str, Any]], devices: Sequence[str]) -> Table:
                 f"{row['p10_ms']:.1f}–{row['p90_ms']:.1f}",
                 "" if row["name"] == NO_UPDATE else f"{row['overhead_ms']:+.1f}",
                 base,
-                f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "not told",
+                f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
             ]
         table.add_row(*cells)
     return table

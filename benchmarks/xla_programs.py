@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import importlib.metadata
 import inspect
 import math
 import sys
@@ -308,6 +307,7 @@ def _program(
         ends: What weights must be after `UPDATES` calls, by their names.
         **more: Other fields of `Program`.
     """
+    import keras
     import tensorflow as tf
 
     from benchmarks.tpu_check._compat import of_function
@@ -337,7 +337,7 @@ def _program(
         # Some gradients are zero but for rounding: those of an attention's key bias.
         if np.abs(end - start).max() > 1e-6 * most
     ]
-    versions = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras")}
+    versions = {"tensorflow": tf.__version__, "keras": keras.__version__}
     return Program(
         versions=versions,
         arguments=tuple(arguments),

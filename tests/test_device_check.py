@@ -81,7 +81,8 @@ def test_what_has_no_time_is_named(run, monkeypatch, capsys):
     code, record = run("--minutes=1e-6")
     assert code == 0
     assert all(row["not_run"] == "no time left" for row in record["rows"])
-    assert "not run, no time left: update vr_sgd" in capsys.readouterr().out
+    assert "not run: update vr_sgd: no time left" in capsys.readouterr().out
+    assert "update vr_sgd: no time left" in record["not_run"]
 
 
 def test_ctrl_c_keeps_what_was_measured(run, monkeypatch, capsys):
