@@ -131,7 +131,7 @@ class Program:
         results: For each result the argument of the next call that it is, or -1.
         updates: After how many updates the weights are as expected.
         expected: Of each weight.
-        tolerance: The largest error that is right.
+        tolerance: The largest error that is right: of any weight, of a step the median of all.
         code: The serialized HloModule.
     """
 

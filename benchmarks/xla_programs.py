@@ -55,10 +55,11 @@ _VECTORS = ["bias", "gamma", "beta"]
 _SHAPES = ("eight", "resnet50", "bert_base")
 _STEPS = {"resnet20": 32, "bert_tiny": 16, "resnet_tiny": 4, "bert_small": 4}
 """Of which models whole steps are exported, and how many examples they have."""
-STEP_TOLERANCE, VR_STEP_TOLERANCE = 1e-2, 0.2
-"""Gradients in float32 differ more. Where those of two sub-batches are nearly equal, their variance
-is one of rounding errors, and VRGD's weights are relative to a layer's mean, to which such elements
-add most."""
+STEP_TOLERANCE, VR_STEP_TOLERANCE = 0.1, 0.5
+"""In float32 an activation is now and then on another side of a ReLU's kink than in float64, which
+later updates amplify. Where the gradients of two sub-batches are nearly equal their variance is one
+of rounding errors, and VRGD's weights are relative to a layer's mean, to which such elements add
+most: that tells whether a step is a wrong one, no more."""
 
 
 def define_flags() -> flags.FlagValues:
