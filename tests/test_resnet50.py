@@ -367,7 +367,7 @@ def test_prepare_data_mistakes(tmp_path, capsys):
         ("nowhere", new, "--source: expected a folder or tar archive that exists"),
         (empty, new, "no images of a known layout"),
         (broken, new, "is damaged"),
-        (unreadable, new, "is no image that can be read"),
+        (unreadable, new, "is no image that can be decoded"),
         (full, full, "--output_dir: expected a folder that is empty or does not exist"),
         ("", new, "--source: expected a path"),
     ):
@@ -377,6 +377,185 @@ def test_prepare_data_mistakes(tmp_path, capsys):
         assert said in error[0]
         assert not new.exists()
         assert not (tmp_path / ".new.partial").exists()
+
+
+class _Names:
+    """Files of which only names count, but for those with a content."""
+
+    def __init__(self, names, contents=None):
+        self._names, self._contents = names, contents or {}
+
+    def names(self):
+        return [*self._names, *self._contents]
+
+    def read(self, name):
+        return self._contents[name].encode()
+
+
+def _images(*folders, count=3):
+    return [f"{folder}/{i}.jpg" for folder in folders for i in range(count)]
+
+
+def _found(names, contents=None, **layout):
+    """Classes, and the number of training and validation images by class."""
+    from official_recipes.common.image_folders import Layout, find_images
+
+    tree = find_images(_Names(names, contents), 0.0, 1, Layout(**layout))
+    splits = [
+        "".join(f"{c}{split.labels.count(i)} " for i, c in enumerate(tree.classes)).strip()
+        for split in (tree.train, tree.validation)
+    ]
+    return (*splits, tree.left_out)
+
+
+_CLASSES = ("ant", "bee")
+
+
+def _split(train_folder, validation_folder, root=""):
+    return [
+        *_images(*(f"{root}{train_folder}/{c}" for c in _CLASSES)),
+        *_images(*(f"{root}{validation_folder}/{c}" for c in _CLASSES), count=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (_split("train", "val"), 0),
+        (_split("Train", "Test"), 0),
+        (_split("training_set", "test_set", "dataset/"), 0),
+        (_split("training_set/training_set", "test_set/test_set"), 0),
+        ([*_split("seg_train/seg_train", "seg_test/seg_test"), *_images("seg_pred/seg_pred")], 3),
+        (_split("TRAINING", "Validation", "a/b/"), 0),
+        (_split("train2017", "val2017"), 0),
+        ([*_split("train", "valid"), *_images("test")], 3),
+        ([*_split("train", "valid"), *_images("test/ant", count=2)], 2),
+        ([*_split("train", "dev", "data/"), "data/sample.png", "data/train/x.webp"], 1),
+        ([*_split("train", "val"), "train/ant/a.tif", "train/bee/b.tif", "train/ant/c.TIFF"], 3),
+        ([*_split("train", "val"), "train/stray.jpg", "val/stray.jpg"], 2),
+        ([n.replace("ant/", "ant/images/") for n in _split("train", "val")], 0),
+    ],
+)
+def test_splits_are_found(names, left_out):
+    train_images, validation_images, rest = _found(names)
+    assert (train_images, validation_images) == ("ant3 bee3", "ant1 bee1")
+    assert sum(rest.values()) == left_out
+
+
+def test_classes_that_sound_like_splits():
+    """A folder `train` between others that have images is a class."""
+    assert _found(_images("bus", "car", "train"))[0] == "bus3 car3 train3"
+    assert _found(_images("bus", "bullet_train"))[0] == "bullet_train3 bus3"
+    assert _found(_images("flask", "test_tube"))[0] == "flask3 test_tube3"
+    assert _found(_split("train", "val/images"), train_folder="train")[0] == "ant3 bee3"
+    nested = _images("ant/old", "ant/new", "bee/old")
+    assert _found(nested, train_folder=".")[0] == "ant6 bee3"
+    assert _found(_split("1", "2", "animals/"), train_folder="animals/1")[0] == "ant3 bee3"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (_images("Train", "Test"), "no images of a known layout in Train"),
+        (_split("1", "2", "animals/"), "the folders of animals (1, 2) have no images but only"),
+        (_images("ant/train", "ant/test", "bee/train", "bee/test"), "(test, train), so either"),
+        (_split("images", "labels"), "(images, labels) have no images but only folders (ant, bee)"),
+        (_images("bus", "train", "test"), "some look like splits (test, train)"),
+        (_images("ant", "bee", "Test"), "some look like splits (Test), the others like classes"),
+        (_split("train1", "train2"), "not like one of training"),
+        (_split("train", "other"), "the folders other, train look like splits, but not like one"),
+        ([*_split("train", "val"), *_images("valid/ant")], "at most one of validation"),
+        (_images("test/ant", "test/bee"), "the only split is test; say by --train_folder"),
+        (_images("train/ant"), "one class only, ant, in train"),
+        ([*_images("train/ant", "train/bee", "val")], "the 3 images of val are in no folders"),
+        ([*_images("train/ant", "train/bee", "test/images")], "the 3 images of test are in no"),
+        ([*_images("train/ant", "train/bee", "val/cat", "val/bee")], "without training images"),
+        (["ant/a.webp", "bee/b.webp"], "(found: 0 such files, 2 .webp files)"),
+        ([], "(found: 0 such files)"),
+    ],
+)
+def test_layouts_that_can_be_read_in_two_ways(names, said):
+    from official_recipes.common.data_format import DataFormatError
+
+    with pytest.raises(DataFormatError) as error:
+        _found(names)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+_FLAT = [*_images("train/ant", "train/bee"), *(f"val/ILSVRC2012_val_{i}.JPEG" for i in range(3))]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("val/imagenet_2012_validation_synset_labels.txt", "bee\nant\nbee\n"),
+        (
+            "LOC_val_solution.csv",
+            "ImageId,PredictionString\nILSVRC2012_val_2,bee 1 2 3 4 bee 1 2 3 4\n"
+            "ILSVRC2012_val_1,ant 1 2 3 4 \nILSVRC2012_val_0,bee 1 1 1 1\n",
+        ),
+        (
+            "val/val_annotations.txt",
+            "".join(
+                f"ILSVRC2012_val_{i}.JPEG\t{c}\t0\t0\n" for i, c in enumerate(["bee", "ant", "bee"])
+            ),
+        ),
+    ],
+)
+def test_labels_of_flat_validation_images(file, text, tmp_path):
+    from official_recipes.common.data_format import DataFormatError
+
+    assert _found(_FLAT, {file: text})[:2] == ("ant3 bee3", "ant1 bee2")
+    given = tmp_path / "labels"
+    given.write_text(text)
+    assert _found(_FLAT, validation_labels=given)[:2] == ("ant3 bee3", "ant1 bee2")
+    assert _found(_FLAT, validation_folder="")[:2] == ("ant3 bee3", "ant0 bee0")
+    lines = text.splitlines()
+    for wrong, said in (
+        (
+            "\n".join(lines[:-1]),
+            "has 2 lines with a class in each"
+            if "," not in text and "\t" not in text
+            else "has no line for val/ILSVRC",
+        ),
+        (
+            text.replace("ant", "cow"),
+            "has the class 'cow' for val/ILSVRC2012_val_1" if "ILS" in text else "no line for val/",
+        ),
+    ):
+        given.write_text(wrong)
+        with pytest.raises(DataFormatError, match=said):
+            _found(_FLAT, validation_labels=given)
+
+
+def test_broken_images(tmp_path, capsys):
+    """Each image is decoded once: what ends early is an error, or counted and listed."""
+    tree = _tree(tmp_path / "in")
+    ants = tree / "train" / "ant"
+    (ants / "cut.JPEG").write_bytes(_noise_jpeg()[:-200])
+    (ants / "none.png").write_bytes(b"")
+    (ants / "other.webp").write_bytes(b"RIFF")
+    out = tmp_path / "out"
+    arguments = [f"--source={tree}", f"--output_dir={out}"]
+    assert _prepare(*arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "is no image that can be decoded (--skip_broken" in error[0]
+    assert not out.exists()
+    assert _prepare(*arguments, "--skip_broken") == 0
+    printed = capsys.readouterr().out
+    assert "wrote 9 train images" in printed
+    assert "left out: 1 .webp files, 2 images that can not be decoded" in printed
+    assert (out / "broken.txt").read_text().split() == ["train/ant/cut.JPEG", "train/ant/none.png"]
+    record = json.loads((out / "dataset.json").read_text())
+    assert record["splits"]["train"]["images"] == 9 == len(_examples(out, "train"))
+    assert record["left_out"]["images that can not be decoded"] == 2
+
+
+def _noise_jpeg(size=64):
+    image = np.random.default_rng(0).integers(0, 255, (size, size, 3)).astype("uint8")
+    return tf.io.encode_jpeg(image).numpy()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")

@@ -1,19 +1,24 @@
 """Image classification data as folders or archives of image files, one folder for each class.
 
-Known layouts, each possibly inside one folder more:
+Known layouts, each possibly inside folders more:
 
     train/<class>/...                 images at any depth below
-    val/<class>/...                   (or validation/, valid/, test/), may be missing
-    val/images/*, val/val_annotations.txt      as in Tiny ImageNet
+    val/<class>/...                   may be missing
+    val/*, and a file of labels       as in ImageNet and Tiny ImageNet
     <class>/...                       no splits: some images are held out for validation
+
+Splits have names such as Train, training_set, seg_train/seg_train, valid, Test. What can be read in
+two ways is an error.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -21,9 +26,26 @@ from typing import Any, Protocol
 from official_recipes.common.data_format import DataFormatError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
-_TRAIN = ("train", "training")
-_VALIDATION = ("val", "validation", "valid", "test")
-_ANNOTATIONS = "val_annotations.txt"
+_OTHER_SUFFIXES = (".webp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm")
+_SPLITS = {
+    "train": {"train", "training", "trainset", "traindata"},
+    "validation": {"val", "valid", "validation", "dev", "eval", "evaluation", "valset"},
+    "test": {"test", "testing", "testset", "testdata"},
+    "unlabelled": {"pred", "predict", "prediction", "unlabelled", "unlabeled"},
+}
+"""Words in the names of folders that are splits, in any case and beside any other words."""
+
+_LABELS = (
+    "val_annotations.txt",
+    "imagenet_2012_validation_synset_labels.txt",
+    "LOC_val_solution.csv",
+)
+"""Files with the classes of a split without folders, as Tiny ImageNet and ImageNet have them."""
+
+_FLAGS = (
+    "say by --train_folder and --validation_folder (both inside the source) whose folders are the "
+    "classes"
+)
 _CHUNK = 1 << 20
 
 Progress = Callable[[int, int], None]
@@ -158,14 +180,40 @@ class ImageTree:
         classes: Their names, in the order of their numbers.
         train: The training split.
         validation: The validation split.
+        found: In words, where the splits are.
+        left_out: How many images are in no split, by what they are.
     """
 
     classes: tuple[str, ...]
     train: Labelled
     validation: Labelled
+    found: str
+    left_out: Mapping[str, int]
 
 
-def find_images(files: Files, validation_fraction: float, seed: int) -> ImageTree:
+@dataclass(frozen=True)
+class Layout:
+    """What a user says of the layout, where it can not be told by names.
+
+    Attributes:
+        train_folder: The folder, inside the source, whose folders are the classes.
+        validation_folder: Likewise; empty for none.
+        validation_labels: A file with the classes of validation images. A line has an image's name
+            and its class, or there is one class in each line, in the order of the images' names.
+    """
+
+    train_folder: str | None = None
+    validation_folder: str | None = None
+    validation_labels: Path | None = None
+
+
+_Parts = tuple[str, ...]
+_Images = Mapping[str, _Parts]
+
+
+def find_images(
+    files: Files, validation_fraction: float, seed: int, layout: Layout | None = None
+) -> ImageTree:
     """Finds out the layout of files and the class of each image.
 
     Args:
@@ -173,37 +221,58 @@ def find_images(files: Files, validation_fraction: float, seed: int) -> ImageTre
         validation_fraction: What share of the images to hold out where there is no validation
             split.
         seed: Of that choice.
+        layout: What is known of it.
 
     Raises:
-        DataFormatError: The layout is none of the known ones.
+        DataFormatError: The layout is none of the known ones, or can be read in two ways.
     """
+    layout = layout or Layout()
     names = sorted(name for name in files.names() if not _hidden(name))
-    split = _without_common_folder(names)
-    images = {n: p for n, p in split.items() if PurePosixPath(n).suffix.lower() in SUFFIXES}
-    train = {n: p[1] for n, p in images.items() if p[0] in _TRAIN and len(p) > 2}
-    if train:
-        validation = _validation_classes(files, split, images)
-    else:
-        train = {n: p[0] for n, p in images.items() if len(p) > 1}
-        validation = {}
+    images = {n: PurePosixPath(n).parts for n in names if _suffix(n) in SUFFIXES}
+    left_out = Counter(f"{_suffix(n)} files" for n in names if _suffix(n) in _OTHER_SUFFIXES)
+    root, train_folder, validation_folder = _splits(images, layout, left_out)
+    inside = "/".join(filter(None, (*root, train_folder))) or "the source"
+    train = _classes(_below(images, root, train_folder), inside, left_out)
     if not train:
+        said = "".join(f", {number} {kind}" for kind, number in left_out.items())
         raise DataFormatError(
-            "no images of a known layout: train/<class>/..., or <class>/..., with files ending in "
-            + ", ".join(SUFFIXES)
+            f"no images of a known layout in {inside}: train/<class>/..., or <class>/..., with "
+            f"files ending in {', '.join(SUFFIXES)} (found: {len(images)} such files{said})"
         )
-    if not validation:
+    if layout.train_folder is None:
+        _check_level(_below(images, root, train_folder), inside)
+    classes = tuple(sorted(set(train.values())))
+    if len(classes) < 2 and layout.train_folder is None:
+        raise DataFormatError(f"there is one class only, {classes[0]}, in {inside}; {_FLAGS}")
+    validation: dict[str, str] = {}
+    if validation_folder:
+        where = "/".join((*root, validation_folder))
+        validation = _validation_classes(
+            files, names, _below(images, root, validation_folder), where, layout, classes, left_out
+        )
+        found = f"classes are the folders of {inside}; validation images are those of {where}"
+    else:
+        if layout.validation_labels is not None:
+            raise DataFormatError("there is no validation split for --validation_labels")
         held_out = sorted(train)
         random.Random(seed).shuffle(held_out)
         held_out = held_out[: round(len(held_out) * validation_fraction)]
         validation = {name: train.pop(name) for name in held_out}
-    classes = tuple(sorted(set(train.values())))
+        classes = tuple(sorted(set(train.values())))
+        found = f"classes are the folders of {inside}; validation images are {len(held_out)} of its"
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted(set(validation.values()) - set(classes))
     if unknown:
         raise DataFormatError(
             f"validation images of classes without training images: {unknown[:3]}"
         )
-    return ImageTree(classes, _labelled(train, numbers), _labelled(validation, numbers))
+    return ImageTree(
+        classes,
+        _labelled(train, numbers),
+        _labelled(validation, numbers),
+        found,
+        dict(left_out),
+    )
 
 
 def _labelled(images: dict[str, str], numbers: dict[str, int]) -> Labelled:
@@ -214,34 +283,186 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") and part != "." for part in PurePosixPath(name).parts)
 
 
-def _without_common_folder(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The parts of each path, without folders that all have in common around the splits."""
-    split = {name: PurePosixPath(name).parts for name in names}
-    while split:
-        first = {parts[0] for parts in split.values()}
-        below = {parts[1] for parts in split.values() if len(parts) > 2}
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _kind(folder: str) -> str | None:
+    """Which split a folder is by its name; ``None`` for none, and for several."""
+    words = set(re.findall("[a-z]+", folder.casefold()))
+    kinds = [kind for kind, known in _SPLITS.items() if words & known]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _below(images: _Images, root: _Parts, folder: str) -> dict[str, _Parts]:
+    """The images of a folder, with the rest of their paths."""
+    path = (*root, *PurePosixPath(folder).parts)
+    return {n: p[len(path) :] for n, p in images.items() if p[: len(path)] == path}
+
+
+def _folders(parts: Iterable[_Parts]) -> list[str]:
+    return sorted({p[0] for p in parts if len(p) > 1})
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _splits(images: _Images, layout: Layout, left_out: Counter[str]) -> tuple[_Parts, str, str]:
+    """The folder in which the splits are, and the folders of the training and validation split."""
+    if layout.train_folder is not None:
+        for flag, folder in (
+            ("train_folder", layout.train_folder),
+            ("validation_folder", layout.validation_folder or "."),
+        ):
+            if not _below(images, (), folder):
+                raise DataFormatError(f"--{flag}={folder} has no images, or is not in the source")
+        return (), layout.train_folder, layout.validation_folder or ""
+    if layout.validation_folder:
+        raise DataFormatError("--validation_folder needs --train_folder too")
+    root = _common_root(images)
+    inside = _below(images, root, "")
+    folders = _folders(inside.values())
+    kinds = {folder: _kind(folder) for folder in folders}
+    of_kind = {k: [f for f in folders if kinds[f] == k] for k in (*_SPLITS, None)}
+    alike = [f for f in folders if kinds[f]]
+    if any(_kind(part) in ("validation", "test") for part in root):
+        raise DataFormatError(f"the only split is {'/'.join(root)}; {_FLAGS}")
+    has_classes = {p[0] for p in inside.values() if len(p) > 2}
+    if not has_classes & {*of_kind["train"]} and (len(alike) < 2 or len(alike) < len(folders)):
+        # A class may be called `train`; one called `test` would be the first.
+        if len(alike) > 1 or any(
+            f.casefold() in _SPLITS[kinds[f] or ""] - {"train"} for f in alike
+        ):
+            raise DataFormatError(
+                f"of the folders {_listed(folders)} some look like splits ({_listed(alike)}), the "
+                f"others like classes; {_FLAGS}"
+            )
+        return root, "", ""
+    chosen = of_kind["validation"] or of_kind["test"]
+    if len(of_kind["train"]) != 1 or len(chosen) > 1 or of_kind[None]:
+        raise DataFormatError(
+            f"the folders {_listed(folders)} look like splits, but not like one of training and at "
+            f"most one of validation; {_FLAGS}"
+        )
+    used = of_kind["train"] + (chosen if layout.validation_folder is None else [])
+    for folder in folders:
+        if folder not in used:
+            left_out[f"images in {'/'.join((*root, folder))}"] += len(_below(images, root, folder))
+    train, validation = (_inner(images, root, f) for f in [*used, ""][:2])
+    return root, train, validation
+
+
+def _common_root(images: _Images) -> _Parts:
+    """The folders that all have in common around the splits, or around the classes."""
+    root: _Parts = ()
+    while True:
+        inside = _below(images, root, "")
+        folders = _folders(inside.values())
+        kinds = {_kind(p[1]) for p in inside.values() if len(p) > 2}
         # A folder around classes alone can not be told from a class, but for its having folders.
-        nested = all(len(parts) > 2 for parts in split.values())
-        if len(first) > 1 or first & {*_TRAIN} or not (nested or below & {*_TRAIN}):
+        nested = all(len(p) > 2 for p in inside.values()) or "train" in kinds
+        if len(folders) != 1 or not nested:
+            return root
+        if _kind(folders[0]) == "train" and (None in kinds or not kinds):
+            return root
+        root = (*root, folders[0])
+
+
+def _inner(images: _Images, root: _Parts, folder: str) -> str:
+    """The folder, or the only one in it where that is called the same split again."""
+    while folder:
+        inside = _below(images, root, folder)
+        folders = _folders(inside.values())
+        if len(folders) != 1 or _kind(folders[0]) != _kind(folder.split("/")[-1]):
             break
-        split = {name: parts[1:] for name, parts in split.items() if len(parts) > 1}
-    return split
+        folder = f"{folder}/{folders[0]}"
+    return folder
+
+
+def _classes(images: _Images, where: str, left_out: Counter[str]) -> dict[str, str]:
+    direct = sum(len(parts) == 1 for parts in images.values())
+    if direct:
+        left_out[f"images in {where} itself, in no class"] += direct
+    return {name: parts[0] for name, parts in images.items() if len(parts) > 1}
+
+
+def _check_level(images: _Images, where: str) -> None:
+    """Checks that the folders which would be classes are not folders of classes."""
+    below = {folder: set[str]() for folder in _folders(images.values())}
+    for parts in images.values():
+        if len(parts) > 1:
+            below[parts[0]].add(parts[1] if len(parts) > 2 else "")
+    # One folder in each class with the same name as in all others is Tiny ImageNet's `images`.
+    inner = set[str]().union(*below.values())
+    if "" not in inner and len(inner) > 1:
+        raise DataFormatError(
+            f"the folders of {where} ({_listed(below)}) have no images but only folders "
+            f"({_listed(sorted(inner))}), so either may be the classes; {_FLAGS}"
+        )
 
 
 def _validation_classes(
-    files: Files, split: dict[str, tuple[str, ...]], images: dict[str, tuple[str, ...]]
+    files: Files,
+    names: list[str],
+    images: _Images,
+    where: str,
+    layout: Layout,
+    classes: tuple[str, ...],
+    left_out: Counter[str],
 ) -> dict[str, str]:
-    for folder in _VALIDATION:
-        inside = {n: p for n, p in images.items() if p[0] == folder}
-        annotations = [n for n, p in split.items() if p == (folder, _ANNOTATIONS)]
-        if inside and annotations:
-            lines = files.read(annotations[0]).decode("utf-8").splitlines()
-            classes = dict(line.split("\t")[:2] for line in lines if "\t" in line)
-            missing = [n for n, p in inside.items() if p[-1] not in classes]
-            if missing:
-                raise DataFormatError(f"{annotations[0]} has no line for {missing[0]}")
-            return {n: classes[p[-1]] for n, p in inside.items()}
-        found = {n: p[1] for n, p in inside.items() if len(p) > 2}
-        if found and set(found.values()) != {"images"}:  # Tiny ImageNet's test/ has no labels
-            return found
-    return {}
+    given = layout.validation_labels
+    found = [
+        name
+        for known in _LABELS
+        for name in names
+        if PurePosixPath(name).name == known
+        and PurePosixPath(name).parent in (PurePosixPath(where), *PurePosixPath(where).parents)
+    ]
+    folders = _folders(images.values())
+    flat = not folders or (len(folders) == 1 and folders[0] not in classes)
+    if given is not None:
+        return _read_labels(given.read_bytes(), str(given), images, classes)
+    if flat and found:
+        return _read_labels(files.read(found[0]), found[0], images, classes)
+    if flat:
+        raise DataFormatError(
+            f"the {len(images)} images of {where} are in no folders of classes: give their classes "
+            "by --validation_labels=FILE, or --validation_folder= (empty) to hold training images "
+            "out instead"
+        )
+    return _classes(images, where, left_out)
+
+
+def _read_labels(
+    content: bytes, where: str, images: _Images, classes: tuple[str, ...]
+) -> dict[str, str]:
+    """The class of each image by a file of labels; its lines may be fewer than the images."""
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"{where} is no text in UTF-8") from error
+    by_name = sorted(images, key=lambda name: PurePosixPath(name).name)
+    if all(line in classes for line in lines):
+        if len(lines) != len(images):
+            raise DataFormatError(
+                f"{where} has {len(lines)} lines with a class in each for {len(images)} images"
+            )
+        return dict(zip(by_name, lines, strict=True))
+    of_stem = {}
+    for line in lines:
+        name, _, rest = re.sub(r"[\t,]", "\t", line, count=1).partition(
+            "\t" if re.search(r"[\t,]", line) else " "
+        )
+        rest = rest.strip()
+        of_stem[PurePosixPath(name).stem] = rest if rest in classes else re.split(r"[\s,]", rest)[0]
+    for name in by_name:
+        label = of_stem.get(PurePosixPath(name).stem)
+        if label is None:
+            raise DataFormatError(f"{where} has no line for {name}")
+        if label not in classes:
+            raise DataFormatError(
+                f"{where} has the class {label!r} for {name}, which is none of the training images'"
+            )
+    return {name: of_stem[PurePosixPath(name).stem] for name in by_name}
