@@ -53,6 +53,11 @@ def _params(*arguments, model_dir="unused"):
     return tfm_training.parse_params(options)
 
 
+_OPTIONS = tfm_training.Options(
+    train.EXPERIMENT, (), None, "train_and_eval", "unused", None, None, None
+)
+
+
 # -- configurations --------------------------------------------------------------------------------
 
 
@@ -169,6 +174,94 @@ def test_stock_experiments_take_the_flag():
 def test_help(capsys):
     assert train.main(["train", "--help"]) == 0
     assert "--sub_batches" in capsys.readouterr().out
+
+
+# -- weight decay ----------------------------------------------------------------------------------
+
+
+def _with_optimizer(kind, fields=None, **task):
+    train._register()
+    params = _params()
+    model = {"num_classes": 4, "input_size": [32, 32, 3], "backbone": {"resnet": {"model_id": 10}}}
+    params.override({"task": {"model": model, **task}})
+    params.override(
+        {"trainer": {"optimizer_config": {"optimizer": {"type": kind, kind: fields or {}}}}}
+    )
+    return params
+
+
+def _ours():
+    from tf_lbopt.tfm import REGISTRATIONS
+
+    return [*REGISTRATIONS]
+
+
+@pytest.mark.parametrize("kind", [*_ours(), "lars", "lamb", "adamw", "adamw_experimental"])
+def test_every_optimizer_has_the_weight_decay_of_the_task(kind):
+    from official.core import task_factory, train_utils
+
+    params = _with_optimizer(kind, weight_decay=0.125, exclude_from_weight_decay=["gamma"])
+    optimizer = train_utils.create_optimizer(task_factory.get_task(params.task), params)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    values = [getattr(optimizer, name, None) for name in ("weight_decay", "weight_decay_rate")]
+    assert 0.125 in [None if v is None else float(v) for v in values]
+    if kind in _ours():
+        excluded = optimizer.get_config()["exclude_from_weight_decay"]
+    else:
+        names = ("_exclude_from_weight_decay", "exclude_from_weight_decay")
+        found = [getattr(optimizer, name, None) for name in (*names, names[0] + "_names")]
+        excluded = next(patterns for patterns in found if patterns and isinstance(patterns, list))
+    assert list(excluded) == ["gamma"]
+
+
+def test_weight_decay_in_the_loss_leaves_out_what_is_excluded():
+    """Where the optimizer has none; nothing is in the loss for one that has."""
+    from official.core import task_factory, train_utils
+
+    params = _with_optimizer("sgd", weight_decay=0.5)
+    task = task_factory.get_task(params.task)
+    model = task.build_model()
+    train_utils.create_optimizer(task, params)
+    kernels = [v for v in model.trainable_variables if "kernel" in v.name]
+    assert 10 < len(kernels) < len(model.trainable_variables)
+    expected = 0.25 * sum(np.sum(np.square(v.numpy(), dtype=np.float64)) for v in kernels)
+    np.testing.assert_allclose(sum(float(x) for x in model.losses), expected, rtol=1e-5)
+    params = _with_optimizer("lbopt_lars", weight_decay=0.5)
+    train_utils.create_optimizer(task_factory.get_task(params.task), params)
+    other = task_factory.get_task(params.task)
+    train_utils.create_optimizer(other, params)
+    assert other._decay_in_loss is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "task", "said"),
+    [
+        ("vr_lars", {}, {}, "weight decay 0.0001, not of beta, gamma, bias"),
+        ("sgd", {}, {"exclude_from_weight_decay": []}, "weight decay 0.0001 in the loss of all"),
+        ("lbopt_adamw", {"weight_decay": 0.1}, {}, "adamw, weight decay 0.1, not of"),
+        ("lbopt_lars", {"weight_decay": 0.0}, {}, "no weight decay"),
+        ("lamb", {}, {"weight_decay": 0.01}, "weight decay 0.01, not of"),
+        ("sgd", {}, {"weight_decay": 0, "losses": {"l2_weight_decay": 1e-3}}, "0.001 in the loss"),
+    ],
+)
+def test_runs_say_their_weight_decay(kind, fields, task, said, capsys):
+    train.check(_with_optimizer(kind, fields, **task), _OPTIONS)
+    assert said in capsys.readouterr().out
+
+
+def test_two_weight_decays_are_refused():
+    params = _with_optimizer("sgd", losses={"l2_weight_decay": 1e-4})
+    with pytest.raises(FlagValueError, match=r"one weight decay: .*received 0\.0001 and 0\.0001"):
+        train.check(params, _OPTIONS)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_configuration_has_a_weight_decay(file, capsys):
+    params = _params(file)
+    for kind in (params.trainer.optimizer_config.optimizer.type, "lbopt_adamw", "sgd"):
+        params.override({"trainer": {"optimizer_config": {"optimizer": {"type": kind}}}})
+        train.check(params, _OPTIONS)
+        assert re.search(rf"optimizer {kind}, weight decay 0\.0\d*1", capsys.readouterr().out)
 
 
 # -- synthetic input -------------------------------------------------------------------------------
@@ -585,6 +678,116 @@ def test_prepared_data_trains(tmp_path, small):
     images, labels = next(iter(task.build_inputs(params.task.train_data)))
     assert images.shape == (16, 32, 32, 3)
     assert set(labels.numpy()) <= {0, 1, 2}
+
+
+def _record(label=1, image=b"", name=b"x.jpg"):
+    feature = {"image/filename": tf.train.Feature(bytes_list=tf.train.BytesList(value=[name]))}
+    if image:
+        value = tf.train.BytesList(value=[image])
+        feature["image/encoded"] = tf.train.Feature(bytes_list=value)
+    if label is not None:
+        value = tf.train.Int64List(value=[label])
+        feature["image/class/label"] = tf.train.Feature(int64_list=value)
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def test_faults_of_records_are_named(tmp_path, small):
+    """A fault in the input ends in one line with the file and the record."""
+    from official.core import task_factory
+
+    from official_recipes.common.record_files import naming_faults
+
+    good = _record(3, _noise_jpeg())
+    cut = "which is no TFRecord file or ends early: 19 records can be read"
+    cases = {
+        "whole": (good, None),
+        "noimage": (_record(1), "noimage, record 9: no image in image/encoded (x.jpg)"),
+        "nolabel": (_record(None, _noise_jpeg()), "record 9: no label in image/class/label"),
+        "beyond": (_record(4, _noise_jpeg()), "record 9: label 4, not one from 0 to 3 (x.jpg)"),
+        "negative": (_record(-1, _noise_jpeg()), "record 9: label -1, not one from 0 to 3"),
+        "jpeg": (_record(1, _noise_jpeg()[:-200]), "record 9: no JPEG that can be decoded"),
+        "odd": (b"odd", "record 9: no tf.train.Example"),
+        "ends": (good, f"ends, {cut}"),
+    }
+    params = _params(Path(small[0].split("=")[1]))
+    for name, (record, said) in cases.items():
+        path = tmp_path / name
+        with tf.io.TFRecordWriter(str(path)) as out:
+            for index in range(20):
+                out.write(record if index == 9 else good)
+        if name == "ends":
+            path.write_bytes(path.read_bytes()[:-100])
+        data = {"input_path": str(path), "is_training": False, "global_batch_size": 8}
+        params.override({"task": {"validation_data": {**data, "drop_remainder": False}}})
+        task = task_factory.get_task(params.task)
+        dataset = task.build_inputs(params.task.validation_data)
+        if said is None:
+            with naming_faults(task, ("validation_data",)):
+                assert sum(len(labels) for _, labels in dataset) == 20
+            continue
+        with (
+            pytest.raises(FlagValueError) as error,
+            naming_faults(task, ("train_data", "validation_data")),
+        ):
+            list(dataset)
+        assert said in str(error.value), name
+        assert (
+            f"task.validation_data.input_path: records for this task, received {tmp_path}"
+            in str(error.value)
+        )
+    with pytest.raises(tf.errors.InvalidArgumentError), naming_faults(task, ("validation_data",)):
+        tf.debugging.assert_equal(1, 2)
+
+
+def test_classes_of_the_data_are_compared(tmp_path, small):
+    out = tmp_path / "out"
+    assert _prepare(f"--source={_tree(tmp_path / 'in')}", f"--output_dir={out}") == 0
+    params = _params(Path(small[0].split("=")[1]))
+    for field in ("train_data", "validation_data"):
+        params.override({"task": {"train_data": {"input_path": "synthetic"}}})
+        params.override({"task": {field: {"input_path": f"{out}/train*"}}})
+        with pytest.raises(
+            FlagValueError, match=r"num_classes: 3 as in .*dataset\.json, received 4"
+        ):
+            train.check(params, _OPTIONS)
+    params.override({"task": {"model": {"num_classes": 3}}})
+    train.check(params, _OPTIONS)
+
+
+def test_evaluation_without_images_on_a_replica():
+    """Metrics are means over images; no image at all changes nothing."""
+    from official.core import task_factory
+
+    params = _with_optimizer("sgd", validation_data={"drop_remainder": False})
+    task = task_factory.get_task(params.task)
+    model = task.build_model()
+    for batches in ((3, 1, 0), (4,)):
+        metrics = task.build_metrics(training=False)
+        step = tf.function(
+            lambda images, labels, metrics=metrics: task.validation_step(
+                (images, labels), model, metrics
+            ),
+            input_signature=[
+                tf.TensorSpec([None, 32, 32, 3]),
+                tf.TensorSpec([None], tf.int32),
+            ],
+        )
+        images, labels = next(iter(_synthetic(4)))
+        start = 0
+        for count in batches:
+            assert step(images[start : start + count], labels[start : start + count]) == {}
+            start += count
+        results = {metric.name: float(metric.result()) for metric in metrics}
+        if len(batches) > 1:
+            expected = results
+    assert set(results) == {"accuracy", "top_5_accuracy", "validation_loss"}
+    assert results == pytest.approx(expected, rel=1e-5)
+
+
+def _synthetic(batch):
+    from official_recipes.resnet50.experiments import synthetic_images
+
+    return synthetic_images(4, [32, 32, 3], batch, is_training=False)
 
 
 def _prepare_squares(data_dir, dataset="bright_squares", label="label"):

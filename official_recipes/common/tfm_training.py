@@ -43,6 +43,7 @@ from official_recipes.common.multi_worker import (
     runner_class,
 )
 from official_recipes.common.output_folder import INSTALL, make_folder
+from official_recipes.common.record_files import naming_faults
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -614,8 +615,12 @@ def _train(
         skips = _SkippedUpdates(runner.trainer)
         controller.train_actions = (*controller.train_actions, record.trained, skips, stop)
         controller.eval_actions = (*controller.eval_actions, record.evaluated, stop)
+        needed = (("train_data", options.trains), ("validation_data", options.evaluates))
         try:
-            with strategy.scope():
+            with (
+                naming_faults(task, tuple(name for name, reads in needed if reads)),
+                strategy.scope(),
+            ):
                 _run_mode(options.mode, controller, params.trainer)
         except RuntimeError as error:
             if _DIVERGED not in str(error):

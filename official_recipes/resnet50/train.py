@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from official_recipes.common.tfm_training import run_program, train_from_command_line
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
+from official_recipes.resnet50.prepare_data import RECORD
 
 PROGRAM = "python -m official_recipes.resnet50.train"
 SUMMARY = (
@@ -33,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         register=_register,
         default_experiment=EXPERIMENT,
         configs=Path(__file__).parent / "configs",
+        check=check,
     )
 
 
@@ -41,6 +46,54 @@ def _register() -> None:
 
     import tf_lbopt.tfm  # noqa: F401
     from official_recipes.resnet50 import experiments  # noqa: F401
+
+
+def check(params: Any, options: Options) -> None:
+    """Checks what would else go unnoticed, and says which weight decay the run trains with.
+
+    Args:
+        params: Of the experiment.
+        options: The command line.
+
+    Raises:
+        FlagValueError: The data has another number of classes, or there are two weight decays.
+    """
+    from official_recipes.resnet50.experiments import LargeBatchResNet, weight_decay_of
+
+    task = params.task
+    for needed, name in ((options.trains, "train_data"), (options.evaluates, "validation_data")):
+        if needed and hasattr(getattr(task, "model", None), "num_classes"):
+            _check_classes(task.model.num_classes, getattr(task, name).input_path)
+    if not options.trains or not isinstance(task, LargeBatchResNet):
+        return
+    optimizer = params.trainer.optimizer_config.optimizer
+    decay = weight_decay_of(params.trainer.optimizer_config, task)
+    if decay.value and task.losses.l2_weight_decay:
+        raise FlagValueError(
+            "params_override",
+            "one weight decay: task.weight_decay, or task.losses.l2_weight_decay with "
+            "task.weight_decay=0",
+            f"{decay.value:g} and {task.losses.l2_weight_decay:g}",
+        )
+    said = (
+        f"weight decay {task.losses.l2_weight_decay:g} in the loss"
+        if task.losses.l2_weight_decay
+        else decay
+    )
+    print(f"optimizer {optimizer.type}, {said}")
+
+
+def _check_classes(classes: int, paths: Any) -> None:
+    """Compares the model with what is recorded beside the data, if prepare_data.py wrote it."""
+    for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
+        file = Path(str(path).split(",")[0].strip()).parent / RECORD
+        if "://" in str(path) or not file.is_file():
+            continue
+        prepared = json.loads(file.read_text("utf-8")).get("classes")
+        if prepared is not None and prepared != classes:
+            raise FlagValueError(
+                "params_override", f"task.model.num_classes: {prepared} as in {file}", classes
+            )
 
 
 if __name__ == "__main__":
