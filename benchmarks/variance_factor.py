@@ -59,7 +59,8 @@ def define_flags() -> flags.FlagValues:
 def build_model(name: str, data: ImageData, seed: int) -> keras.Model:
     """Five layers with weights and sigmoid activations.
 
-    The paper gives neither widths nor kernel sizes; these are ours.
+    The paper gives neither widths nor kernel sizes. These are ours; docs/clars.md has those of the
+    authors' code.
 
     Args:
         name: ``"fcn"`` or ``"cnn"``.

@@ -62,7 +62,7 @@ _OPTIONS = tfm_training.Options(
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_configurations_are_consistent(file):
+def test_configurations_are_consistent(file, capsys):
     from official.core import task_factory, train_utils
     from official.modeling import optimization
 
@@ -84,14 +84,26 @@ def test_configurations_are_consistent(file):
     if not file.stem.endswith("_cpu"):
         batch = params.task.train_data.global_batch_size
         assert trainer.train_steps == 90 * (IMAGENET // batch)
-        assert batch == 1024 * int(file.stem.split("_")[1].removesuffix("k"))
+        size = file.stem.split("_")[1]
+        assert batch == int(size.removesuffix("k")) * (1024 if size.endswith("k") else 1)
+    for kind in (schedule.optimizer.type, "lbopt_adamw", "sgd"):
+        params.override({"trainer": {"optimizer_config": {"optimizer": {"type": kind}}}})
+        train.check(params, _OPTIONS)
+        assert re.search(rf"optimizer {kind}, weight decay 0\.0\d*1", capsys.readouterr().out)
     if "vrgd" in file.stem:  # the square-root rule
         assert peak == pytest.approx(25 * (batch / 16384) ** 0.5, abs=0.005)
+    if "momentum" in file.stem:  # the linear rule
+        assert peak == pytest.approx(0.1 * batch / 256)
+    if "lamb" in file.stem:
+        assert peak == pytest.approx(0.04 * (batch / 32768) ** 0.5, abs=1e-5)
+        assert warmup == round(20 * batch / 32768 * (IMAGENET // batch))
 
 
 def test_there_are_configurations_for_the_batches_of_the_papers():
     vrgd = {f"vrgd_{k}k" for k in (2, 4, 8, 16, 32, 64, 96)}
-    assert {file.stem for file in CONFIGS} >= {*vrgd, "sngm_8k", "clars_16k"}
+    momentum = {f"momentum_{size}" for size in ("256", "2k", "4k", "8k", "16k")}
+    lamb = {f"lamb_{k}k" for k in (2, 4, 8, 16, 32)}
+    assert {file.stem for file in CONFIGS} >= {*vrgd, *momentum, *lamb, "sngm_8k", "clars_16k"}
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -196,22 +208,23 @@ def _ours():
     return [*REGISTRATIONS]
 
 
-@pytest.mark.parametrize("kind", [*_ours(), "lars", "lamb", "adamw", "adamw_experimental"])
-def test_every_optimizer_has_the_weight_decay_of_the_task(kind):
+def test_every_optimizer_has_the_weight_decay_of_the_task():
     from official.core import task_factory, train_utils
 
-    params = _with_optimizer(kind, weight_decay=0.125, exclude_from_weight_decay=["gamma"])
-    optimizer = train_utils.create_optimizer(task_factory.get_task(params.task), params)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    values = [getattr(optimizer, name, None) for name in ("weight_decay", "weight_decay_rate")]
-    assert 0.125 in [None if v is None else float(v) for v in values]
-    if kind in _ours():
-        excluded = optimizer.get_config()["exclude_from_weight_decay"]
-    else:
-        names = ("_exclude_from_weight_decay", "exclude_from_weight_decay")
-        found = [getattr(optimizer, name, None) for name in (*names, names[0] + "_names")]
-        excluded = next(patterns for patterns in found if patterns and isinstance(patterns, list))
-    assert list(excluded) == ["gamma"]
+    params = _with_optimizer("sgd", weight_decay=0.125, exclude_from_weight_decay=["gamma"])
+    for kind in (*_ours(), "lars", "lamb", "adamw", "adamw_experimental"):
+        params.override({"trainer": {"optimizer_config": {"optimizer": {"type": kind}}}})
+        optimizer = train_utils.create_optimizer(task_factory.get_task(params.task), params)
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        values = [getattr(optimizer, name, None) for name in ("weight_decay", "weight_decay_rate")]
+        assert 0.125 in [None if v is None else float(v) for v in values], kind
+        if kind in _ours():
+            excluded = optimizer.get_config()["exclude_from_weight_decay"]
+        else:
+            names = ("_exclude_from_weight_decay", "exclude_from_weight_decay")
+            found = [getattr(optimizer, name, None) for name in (*names, names[0] + "_names")]
+            excluded = next(names for names in found if names and isinstance(names, list))
+        assert list(excluded) == ["gamma"], kind
 
 
 def test_weight_decay_in_the_loss_leaves_out_what_is_excluded():
@@ -233,35 +246,26 @@ def test_weight_decay_in_the_loss_leaves_out_what_is_excluded():
     assert other._decay_in_loss is None
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields", "task", "said"),
-    [
-        ("vr_lars", {}, {}, "weight decay 0.0001, not of beta, gamma, bias"),
-        ("sgd", {}, {"exclude_from_weight_decay": []}, "weight decay 0.0001 in the loss of all"),
+def test_runs_say_their_weight_decay(capsys):
+    params = _with_optimizer("sgd")
+    for kind, fields, task, said in (
+        ("vr_lars", {}, {}, "optimizer vr_lars, weight decay 0.0001, not of beta, gamma, bias"),
         ("lbopt_adamw", {"weight_decay": 0.1}, {}, "adamw, weight decay 0.1, not of"),
         ("lbopt_lars", {"weight_decay": 0.0}, {}, "no weight decay"),
         ("lamb", {}, {"weight_decay": 0.01}, "weight decay 0.01, not of"),
-        ("sgd", {}, {"weight_decay": 0, "losses": {"l2_weight_decay": 1e-3}}, "0.001 in the loss"),
-    ],
-)
-def test_runs_say_their_weight_decay(kind, fields, task, said, capsys):
-    train.check(_with_optimizer(kind, fields, **task), _OPTIONS)
-    assert said in capsys.readouterr().out
+        ("sgd", {}, {"exclude_from_weight_decay": []}, "weight decay 0.01 in the loss of all"),
+        ("sgd", {}, {"weight_decay": 0, "losses": {"l2_weight_decay": 0.1}}, "decay 0.1 in the"),
+    ):
+        optimizer = {"type": kind, kind: fields}
+        params.override({"trainer": {"optimizer_config": {"optimizer": optimizer}}, "task": task})
+        train.check(params, _OPTIONS)
+        assert said in capsys.readouterr().out
 
 
 def test_two_weight_decays_are_refused():
     params = _with_optimizer("sgd", losses={"l2_weight_decay": 1e-4})
     with pytest.raises(FlagValueError, match=r"one weight decay: .*received 0\.0001 and 0\.0001"):
         train.check(params, _OPTIONS)
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_configuration_has_a_weight_decay(file, capsys):
-    params = _params(file)
-    for kind in (params.trainer.optimizer_config.optimizer.type, "lbopt_adamw", "sgd"):
-        params.override({"trainer": {"optimizer_config": {"optimizer": {"type": kind}}}})
-        train.check(params, _OPTIONS)
-        assert re.search(rf"optimizer {kind}, weight decay 0\.0\d*1", capsys.readouterr().out)
 
 
 # -- synthetic input -------------------------------------------------------------------------------

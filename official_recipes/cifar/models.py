@@ -102,9 +102,11 @@ def vgg11(
 
 
 def sigmoid_cnn(inputs: keras.KerasTensor, classes: int) -> keras.KerasTensor:
-    """Five layers with sigmoid activations: the CLARS paper's Figure 2 (MNIST).
+    """Five layers with sigmoid activations, as in the CLARS paper's Figure 2 (MNIST).
 
-    The paper gives neither widths nor kernel sizes; these are this package's.
+    The paper gives neither widths nor kernel sizes. These are this package's: its studies were run
+    with them. The authors' code (slowbull/largebatch) has five convolutions without padding, of 20
+    channels and the last of as many as classes, with kernels 4 (stride 2), 5, 5, 3 and 3.
     """
     x = inputs
     for number, filters in enumerate((8, 16, 32)):

@@ -82,7 +82,7 @@ def weight_decay_of(config: Any, task: LargeBatchResNet) -> WeightDecay:
     """
     optimizer = config.optimizer.get()
     field = next((name for name in _DECAYS if hasattr(optimizer, name)), None)
-    value = None if field is None else getattr(optimizer, field)
+    value: Any = None if field is None else getattr(optimizer, field)
     if field is None or value == getattr(type(optimizer)(), field):  # AdamW's default is 0.004
         value = task.weight_decay
     excluded = getattr(optimizer, _EXCLUDED, None)
