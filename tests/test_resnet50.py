@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -580,6 +581,23 @@ def test_layouts_that_can_be_read_in_two_ways(names, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"train_folder": "trian"}, "--train_folder: expected a folder with images inside the"),
+        (
+            {"train_folder": "train", "validation_folder": "x"},
+            "--validation_folder: .* received 'x'",
+        ),
+        ({"validation_folder": "val"}, "--train_folder: expected a folder, as --validation_folder"),
+        ({"validation_folder": "", "validation_labels": Path("x")}, "--validation_labels: "),
+    ],
+)
+def test_layout_that_is_not_there(layout, said):
+    with pytest.raises(FlagValueError, match=said):
+        _found(_split("train", "val"), **layout)
+
+
 _FLAT = [*_images("train/ant", "train/bee"), *(f"val/ILSVRC2012_val_{i}.JPEG" for i in range(3))]
 
 
@@ -741,6 +759,13 @@ def test_faults_of_records_are_named(tmp_path, small):
         )
     with pytest.raises(tf.errors.InvalidArgumentError), naming_faults(task, ("validation_data",)):
         tf.debugging.assert_equal(1, 2)
+    # Of the file alone, where the task knows nothing of its records.
+    plain = SimpleNamespace(task_config=params.task)
+    for name, expected in (("ends", FlagValueError), ("noimage", tf.errors.InvalidArgumentError)):
+        params.override({"task": {"validation_data": {"input_path": str(tmp_path / name)}}})
+        dataset = task.build_inputs(params.task.validation_data)
+        with pytest.raises(expected), naming_faults(plain, ("validation_data",)):
+            list(dataset)
 
 
 def test_classes_of_the_data_are_compared(tmp_path, small):

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from official_recipes.common.data_format import DataFormatError
+from official_recipes.common.flag_parsing import FlagValueError
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
 _OTHER_SUFFIXES = (".webp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm")
@@ -225,6 +226,7 @@ def find_images(
 
     Raises:
         DataFormatError: The layout is none of the known ones, or can be read in two ways.
+        FlagValueError: `layout` names what is not there.
     """
     layout = layout or Layout()
     names = sorted(name for name in files.names() if not _hidden(name))
@@ -252,14 +254,17 @@ def find_images(
         )
         found = f"classes are the folders of {inside}; validation images are those of {where}"
     else:
-        if layout.validation_labels is not None:
-            raise DataFormatError("there is no validation split for --validation_labels")
+        given = layout.validation_labels
+        if given is not None:
+            raise FlagValueError(
+                "validation_labels", "no file where there is no validation split", str(given)
+            )
         held_out = sorted(train)
         random.Random(seed).shuffle(held_out)
         held_out = held_out[: round(len(held_out) * validation_fraction)]
         validation = {name: train.pop(name) for name in held_out}
         classes = tuple(sorted(set(train.values())))
-        found = f"classes are the folders of {inside}; validation images are {len(held_out)} of its"
+        found = f"classes are the folders of {inside}; {len(held_out)} of their images are held out"
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted(set(validation.values()) - set(classes))
     if unknown:
@@ -317,10 +322,10 @@ def _splits(images: _Images, layout: Layout, left_out: Counter[str]) -> tuple[_P
             ("validation_folder", layout.validation_folder or "."),
         ):
             if not _below(images, (), folder):
-                raise DataFormatError(f"--{flag}={folder} has no images, or is not in the source")
+                raise FlagValueError(flag, "a folder with images inside the source", repr(folder))
         return (), layout.train_folder, layout.validation_folder or ""
     if layout.validation_folder:
-        raise DataFormatError("--validation_folder needs --train_folder too")
+        raise FlagValueError("train_folder", "a folder, as --validation_folder has one", None)
     root = _common_root(images)
     inside = _below(images, root, "")
     folders = _folders(inside.values())

@@ -59,7 +59,10 @@ def naming_faults(task: Any, splits: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-        if _FROM_INPUT not in str(error):
+        checks = hasattr(task, "record_fault")
+        if _FROM_INPUT not in str(error) or not (
+            checks or isinstance(error, tf.errors.DataLossError)
+        ):
             raise
         for split in splits:
             data = getattr(task.task_config, split, None)
