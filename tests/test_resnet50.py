@@ -781,6 +781,14 @@ def test_classes_of_the_data_are_compared(tmp_path, small):
             train.check(params, _OPTIONS)
     params.override({"task": {"model": {"num_classes": 3}}})
     train.check(params, _OPTIONS)
+    other = shutil.copytree(out, tmp_path / "other")
+    params.override({"task": {"train_data": {"input_path": f"{other}/train*"}}})
+    train.check(params, _OPTIONS)
+    (other / "classes.txt").write_text("ant\nbee\ncow\n")
+    with pytest.raises(
+        FlagValueError, match=r"the same classes .*other/classes\.txt than in .*out/"
+    ):
+        train.check(params, _OPTIONS)
 
 
 def test_evaluation_without_images_on_a_replica():

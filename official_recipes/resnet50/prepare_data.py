@@ -44,6 +44,9 @@ SUMMARY = (
 RECORD = "dataset.json"
 """What the prepared folder has, for programs."""
 
+CLASSES = "classes.txt"
+"""The names of the classes in the order of their numbers."""
+
 _IMAGES_PER_SHARD = 1250
 _MOST_SHARDS = 1024
 _DECODED_AT_A_TIME = 64
@@ -277,7 +280,7 @@ def _example(name: str, label: int, encoded: bytes) -> bytes:
 
 
 def _write_texts(folder: Path, tree: ImageTree, record: dict[str, Any], broken: list[str]) -> None:
-    (folder / "classes.txt").write_text(
+    (folder / CLASSES).write_text(
         "".join(f"{name}\n" for name in tree.classes), "utf-8", "surrogateescape"
     )
     if broken:

@@ -10,7 +10,7 @@ from typing import Any
 
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
-from official_recipes.resnet50.prepare_data import RECORD
+from official_recipes.resnet50.prepare_data import CLASSES, RECORD
 
 PROGRAM = "python -m official_recipes.resnet50.train"
 SUMMARY = (
@@ -61,9 +61,12 @@ def check(params: Any, options: Options) -> None:
     from official_recipes.resnet50.experiments import LargeBatchResNet, weight_decay_of
 
     task = params.task
-    for needed, name in ((options.trains, "train_data"), (options.evaluates, "validation_data")):
-        if needed and hasattr(getattr(task, "model", None), "num_classes"):
-            _check_classes(task.model.num_classes, getattr(task, name).input_path)
+    if hasattr(getattr(task, "model", None), "num_classes"):
+        splits = ((options.trains, "train_data"), (options.evaluates, "validation_data"))
+        _check_classes(
+            task.model.num_classes,
+            {name: getattr(task, name).input_path for needed, name in splits if needed},
+        )
     if not options.trains or not isinstance(task, LargeBatchResNet):
         return
     optimizer = params.trainer.optimizer_config.optimizer
@@ -83,17 +86,28 @@ def check(params: Any, options: Options) -> None:
     print(f"optimizer {optimizer.type}, {said}")
 
 
-def _check_classes(classes: int, paths: Any) -> None:
-    """Compares the model with what is recorded beside the data, if prepare_data.py wrote it."""
-    for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
-        file = Path(str(path).split(",")[0].strip()).parent / RECORD
-        if "://" in str(path) or not file.is_file():
-            continue
-        prepared = json.loads(file.read_text("utf-8")).get("classes")
-        if prepared is not None and prepared != classes:
-            raise FlagValueError(
-                "params_override", f"task.model.num_classes: {prepared} as in {file}", classes
-            )
+def _check_classes(classes: int, paths_of: dict[str, Any]) -> None:
+    """Compares the model, and the splits, with what is recorded beside data of prepare_data.py."""
+    names: dict[str, Path] = {}
+    for paths in paths_of.values():
+        for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
+            file = Path(path.split(",")[0].strip()).parent / RECORD
+            if "://" in path or not file.is_file():
+                continue
+            prepared = json.loads(file.read_text("utf-8")).get("classes")
+            if prepared is not None and prepared != classes:
+                raise FlagValueError(
+                    "params_override", f"task.model.num_classes: {prepared} as in {file}", classes
+                )
+            listed = file.with_name(CLASSES)
+            if listed.is_file():
+                names.setdefault(listed.read_text("utf-8", "surrogateescape"), listed)
+    if len(names) > 1:
+        raise FlagValueError(
+            "params_override",
+            "data of the same classes for training and validation",
+            f"other names in {' than in '.join(map(str, names.values()))}",
+        )
 
 
 if __name__ == "__main__":
