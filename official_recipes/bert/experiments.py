@@ -12,41 +12,12 @@ from official.modeling import optimization
 from official.nlp.tasks import masked_lm, question_answering
 
 import tf_lbopt.tfm
-from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common import checkpoints
 
 PRETRAINING = "large_batch_bert"
 FINE_TUNING = "large_batch_squad"
 
 _EXCLUDED = ["LayerNorm", "layer_norm", "bias"]
-_FIELD = "task.init_checkpoint"
-
-
-def find_checkpoint(given: str) -> str:
-    """The path of a checkpoint.
-
-    Args:
-        given: That path, or a folder, of which it is the latest.
-
-    Raises:
-        FlagValueError: There is none.
-    """
-    found = tf.train.latest_checkpoint(given) if tf.io.gfile.isdir(given) else given
-    if not found or not tf.io.gfile.glob(f"{found}.index"):
-        raise FlagValueError(
-            "params_override", f"{_FIELD}: a checkpoint, or a run's model_dir", repr(given)
-        )
-    return found
-
-
-def _initialize(path: str, **items: Any) -> None:
-    try:
-        status = tf.train.Checkpoint(**items).read(path)
-        status.expect_partial().assert_existing_objects_matched()
-    except (AssertionError, ValueError, tf.errors.OpError) as error:
-        raise FlagValueError(
-            "params_override", f"{_FIELD}: a checkpoint of the same model", f"{path}: {error}"
-        ) from error
-    print(f"initialized from checkpoint: {path}")
 
 
 class _Sum(tf_keras.metrics.Metric):
@@ -129,12 +100,10 @@ class LargeBatchBertTask(masked_lm.MaskedLMTask):
         Args:
             model: What is to be trained.
         """
-        given = self.task_config.init_checkpoint
-        if not given:
-            return
-        path = find_checkpoint(given)
-        whole = any(name.startswith("model/") for name, _ in tf.train.list_variables(path))
-        _initialize(path, **({"model": model} if whole else model.checkpoint_items))
+        if self.task_config.init_checkpoint:
+            checkpoints.initialize(
+                self.task_config.init_checkpoint, {"model": model}, model.checkpoint_items
+            )
 
 
 @dataclasses.dataclass
@@ -153,7 +122,7 @@ class LargeBatchSquadTask(question_answering.QuestionAnsweringTask):
             model: What is to be trained.
         """
         if self.task_config.init_checkpoint:
-            _initialize(find_checkpoint(self.task_config.init_checkpoint), **model.checkpoint_items)
+            checkpoints.initialize(self.task_config.init_checkpoint, model.checkpoint_items)
 
 
 def _optimization(rate: float, steps: int, warmup: int, power: float, kind: str) -> Any:

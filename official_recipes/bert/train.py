@@ -69,14 +69,10 @@ def check(params: Any, options: Options) -> None:
         options: The command line.
 
     Raises:
-        FlagValueError: There is no checkpoint to start from, the data was prepared for another
-            model, or the masked LM task is to run in float16.
+        FlagValueError: The data was prepared for another model, or the masked LM task is to run
+            in float16.
     """
-    from official_recipes.bert.experiments import find_checkpoint
-
     task = params.task
-    if options.trains and getattr(task, "init_checkpoint", None):
-        find_checkpoint(task.init_checkpoint)
     masked_lm = hasattr(task, "scale_loss")
     if masked_lm and params.runtime.mixed_precision_dtype == "float16":
         raise FlagValueError(

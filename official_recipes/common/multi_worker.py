@@ -93,7 +93,7 @@ class Workers:
     Args:
         strategy: The strategy of all.
         cluster: What `cluster_from_environment` returned.
-        own_dir: A folder for what this worker must write if it is not the chief.
+        own_dir: A folder for what this worker must write if that is not to be in the model_dir.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, cluster: Cluster, own_dir: str = ""):
@@ -225,13 +225,23 @@ def runner_class() -> type:
     import tensorflow as tf
     from official.core import train_lib
 
+    from official_recipes.common.checkpoints import Resumption
+
     class Manager(tf.train.CheckpointManager):
         """Restores what the workers agree on; writes into its own folder."""
 
-        def __init__(self, workers: Workers, model_dir: str, *args: Any, **kwargs: Any):
+        def __init__(
+            self,
+            workers: Workers,
+            model_dir: str,
+            resumption: Resumption,
+            *args: Any,
+            **kwargs: Any,
+        ):
             super().__init__(*args, **kwargs)
             self._workers = workers
             self._model_dir = model_dir
+            self._resumption = resumption
             self._steps = kwargs["step_counter"]
             self._agreed: str | None = None
 
@@ -240,40 +250,56 @@ def runner_class() -> type:
             """What the last restoration found."""
             return self._agreed
 
+        @property
+        def resumption(self) -> Resumption:
+            """What restores."""
+            return self._resumption
+
         def restore_or_initialize(self) -> str | None:
-            path = self._workers.agreed_checkpoint(self._model_dir, self.latest_checkpoint)
+            latest = tf.train.latest_checkpoint(self._model_dir)
+            path = self._workers.agreed_checkpoint(self._model_dir, latest)
             self._agreed = path
-            if path is None or self._workers.cluster.chief:
+            if path is None:
                 return super().restore_or_initialize()
-            self.checkpoint.restore(path)
+            self._resumption.restore(path)
             # Saving is collective: the next one must be due at the same step everywhere.
             self._last_checkpoint_step = int(self._steps.numpy())
             return path
 
     class Runner(train_lib.OrbitExperimentRunner):
-        """Of one worker; all but the chief write what they must to folders of their own."""
+        """Of one worker; who does not write to the model_dir has a folder of its own."""
 
-        def __init__(self, workers: Workers, **kwargs: Any):
+        def __init__(
+            self,
+            workers: Workers,
+            optimizer_kind: str | None,
+            new_optimizer: bool,
+            model_dir: str,
+            **kwargs: Any,
+        ):
             self._workers = workers
-            self._own_dir = None if workers.cluster.chief else workers.own_dir
-            super().__init__(**kwargs, save_summary=workers.cluster.chief)
-
-        def _maybe_build_checkpoint_manager(self) -> tf.train.CheckpointManager:
-            trainer = self.params.trainer
-            return Manager(
-                self._workers,
-                self.model_dir,
-                self.trainer.checkpoint,
-                directory=self._own_dir or self.model_dir,
-                max_to_keep=1 if self._own_dir else trainer.max_to_keep,
-                step_counter=self.trainer.global_step,
-                checkpoint_interval=trainer.checkpoint_interval,
-                init_fn=self.trainer.initialize,
+            self._read_dir = model_dir
+            self._own_dir = workers.own_dir
+            self._optimizer_kind = optimizer_kind
+            self._new_optimizer = new_optimizer
+            super().__init__(
+                **kwargs,
+                model_dir=self._own_dir or model_dir,
+                save_summary=not self._own_dir,
             )
 
-        def _build_best_checkpoint_exporter(self) -> Any:
-            return train_lib.maybe_create_best_ckpt_exporter(
-                self.params, self._own_dir or self.model_dir
+        def _maybe_build_checkpoint_manager(self) -> tf.train.CheckpointManager:
+            config, trainer = self.params.trainer, self.trainer
+            return Manager(
+                self._workers,
+                self._read_dir,
+                Resumption(trainer, self._read_dir, self._optimizer_kind, self._new_optimizer),
+                trainer.checkpoint,
+                directory=self.model_dir,
+                max_to_keep=1 if self._own_dir else config.max_to_keep,
+                step_counter=trainer.global_step,
+                checkpoint_interval=config.checkpoint_interval,
+                init_fn=trainer.initialize,
             )
 
     return Runner

@@ -47,6 +47,29 @@ def exit_code_of(prepare: Callable[[], None], *mistakes: type[Exception]) -> int
     return 0
 
 
+def check_folder(flag: str, folder: Path) -> None:
+    """Checks that a folder can be written to, or be made, without making it.
+
+    Args:
+        flag: The name of the flag that gave it, for errors.
+        folder: The folder.
+
+    Raises:
+        FlagValueError: It can not.
+    """
+    absolute = there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+    except OSError as error:  # Such as a name that is too long.
+        raise FlagValueError(flag, "a folder that can be made", repr(str(folder))) from error
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    if not writable and there == absolute and there.is_dir():
+        raise FlagValueError(flag, "a folder that can be written to", repr(str(folder)))
+    if not writable:
+        raise FlagValueError(flag, "a folder that can be made", repr(str(folder)))
+
+
 def make_folder(flag: str, folder: Path) -> None:
     """Makes a folder where there is none yet.
 

@@ -2,12 +2,14 @@
 
 What its own driver leaves open is done here: mistakes end in one line, CPU replicas, sub-batches,
 and signals, on which a run saves its state at the end of the current loop and stops. Of several
-workers (`multi_worker`) all do so together.
+workers (`multi_worker`) all do so together. What a checkpoint must have is in `checkpoints`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import statistics
@@ -42,8 +44,10 @@ from official_recipes.common.multi_worker import (
     losing_workers,
     runner_class,
 )
-from official_recipes.common.output_folder import INSTALL, make_folder
+from official_recipes.common.output_folder import INSTALL, check_folder, make_folder
 from official_recipes.common.record_files import naming_faults
+from official_recipes.common.remote import is_remote, reach
+from official_recipes.common.trainer_fields import check_trainer
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -53,10 +57,14 @@ SYNTHETIC = "synthetic"
 """As `input_path`: made-up data, where the experiment's task has some."""
 
 SUMMARY_FILE = "summary.json"
-"""What a run leaves in its model_dir when it ends: see `write_summary`."""
+"""What a run that trains leaves in its model_dir when it ends: see `write_summary`."""
+EVALUATION_FILE = "evaluation.json"
+"""The same of a run that only evaluates."""
 
 _LAST_WORDS = "interrupted again: what came after the last checkpoint is lost"
 _DIVERGED = "The loss value is"  # NaN, or beyond trainer.loss_upper_bound
+_PATTERN = "*?[]\\"  # TensorFlow takes a folder's name for a pattern where it looks for checkpoints
+_LOOK_S = 1.0  # for new checkpoints
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class Options:
         cpu_replicas: Logical CPU devices, or ``None`` for what `runtime` says.
         sub_batches: Parts of a replica's batch, or ``None`` for what `task` says.
         seed: Of all that is random, or ``None`` for another one in each run.
+        dry_run: Whether to make two steps only, and to write nothing.
+        new_optimizer: Whether to go on from a checkpoint of another optimizer.
     """
 
     experiment: str
@@ -84,6 +94,8 @@ class Options:
     cpu_replicas: int | None
     sub_batches: int | None
     seed: int | None = None
+    dry_run: bool = False
+    new_optimizer: bool = False
 
     @property
     def trains(self) -> bool:
@@ -98,6 +110,10 @@ class Options:
 
 class DivergedError(RuntimeError):
     """The loss became NaN."""
+
+
+class WrongKerasError(ImportError):
+    """A recipe needs another Keras than the one that this process has imported."""
 
 
 def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoReturn:
@@ -148,7 +164,7 @@ def train_from_command_line(
         if options is None:
             return 0
         _run(options, cluster, register, check, started)
-    except (FlagValueError, ClusterError) as error:
+    except (FlagValueError, ClusterError, WrongKerasError) as error:
         return fail(error)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("tf_lbopt", "official_recipes"):
@@ -224,6 +240,19 @@ def parse_options(
         minimum=0,
         maximum=2**32 - 1,
     )
+    flags.DEFINE_boolean(
+        "dry_run",
+        False,
+        "Build everything, make two steps, say what they take, and write nothing.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "new_optimizer",
+        False,
+        "Go on from a checkpoint of another optimizer: weights and step are taken from it, the "
+        "optimizer begins without its past.",
+        flag_values=values,
+    )
     if not parse_unless_help(values, argv, program, summary, configs):
         return None
     if values.mode not in MODES:
@@ -233,7 +262,7 @@ def parse_options(
     options = Options(
         experiment=values.experiment,
         config_file=tuple(
-            file if "://" in file else str(config_path(file, configs))
+            file if is_remote(file) else str(config_path(file, configs))
             for file in values.config_file
         ),
         params_override=values.params_override,
@@ -243,11 +272,14 @@ def parse_options(
         cpu_replicas=values.cpu_replicas,
         sub_batches=values.sub_batches,
         seed=values.seed,
+        dry_run=values.dry_run,
+        new_optimizer=values.new_optimizer,
     )
+    if options.dry_run and not options.trains:
+        raise FlagValueError("dry_run", "a --mode that trains", options.mode)
     if cluster.size > 1:
         _check_cluster(options, cluster)
-    if "://" not in options.model_dir and cluster.chief:
-        _check_model_dir(Path(options.model_dir), options)
+    _check_model_dir(options, cluster)
     return options
 
 
@@ -263,14 +295,39 @@ def _check_cluster(options: Options, cluster: Cluster) -> None:
         )
 
 
-def _check_model_dir(folder: Path, options: Options) -> None:
-    if not options.trains:
-        if not folder.is_dir():
-            raise FlagValueError(
-                "model_dir", f"a folder with a checkpoint for --mode={options.mode}", repr(folder)
-            )
+def _check_model_dir(options: Options, cluster: Cluster) -> None:
+    folder = options.model_dir
+    found = [character for character in _PATTERN if character in folder]
+    if found:
+        raise FlagValueError(
+            "model_dir", f"a path without the characters {' '.join(_PATTERN)}", repr(folder)
+        )
+    if is_remote(folder) or not cluster.chief:
+        return  # `_reach_model_dir` asks for it, which takes TensorFlow.
+    if options.trains:
+        check_folder("model_dir", Path(folder))
+    elif not Path(folder).is_dir():
+        raise _no_checkpoint(options)
+
+
+def _no_checkpoint(options: Options) -> FlagValueError:
+    return FlagValueError(
+        "model_dir",
+        f"a folder with a checkpoint for --mode={options.mode}",
+        repr(options.model_dir),
+    )
+
+
+def _reach_model_dir(options: Options) -> None:
+    """Checks that a remote folder answers."""
+    import tensorflow as tf
+
+    folder = options.model_dir
+    if not is_remote(folder):
         return
-    make_folder("model_dir", folder)
+    expected = "a folder that TensorFlow can reach"
+    if not reach("model_dir", expected, folder, tf.io.gfile.exists) and not options.trains:
+        raise _no_checkpoint(options)
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -304,6 +361,8 @@ def parse_params(options: Options) -> Any:
     given = train_utils.ParseConfigOptions(options.experiment, [], options.tpu or "")
     parser = train_utils.ExperimentParser(given)
     params = parser.parse_runtime(parser.base_experiment())
+    for file in filter(is_remote, options.config_file):
+        reach("config_file", "a file that exists", file, tf.io.gfile.stat)
     for flag, overrides in (
         ("config_file", options.config_file),
         ("params_override", [options.params_override or ""]),
@@ -343,7 +402,9 @@ def _check_values(config: Any, path: str = "") -> None:
     """
     from official.modeling.hyperparams import base_config, oneof
 
+    fields = {field.name for field in dataclasses.fields(config)}
     hints = typing.get_type_hints(type(config))
+    hints = {name: hint for name, hint in hints.items() if name in fields}
     for name, hint in hints.items():
         value = getattr(config, name, None)
         if isinstance(value, base_config.Config):
@@ -372,7 +433,7 @@ def _expected(hint: Any, value: Any) -> str | None:
 
 
 def check_data(params: Any, options: Options) -> None:
-    """Checks that the files of all splits that the mode needs are there.
+    """Checks that the files of all splits that the mode needs are there, and what it begins from.
 
     Raises:
         FlagValueError: A path or pattern matches nothing, or a TFDS dataset is not prepared.
@@ -388,6 +449,10 @@ def check_data(params: Any, options: Options) -> None:
             _check_tfds(data, f"task.{name}")
         elif getattr(data, "input_path", None) != SYNTHETIC:
             _check_paths(data.input_path, f"task.{name}.input_path")
+    if options.trains and getattr(params.task, "init_checkpoint", None):
+        from official_recipes.common.checkpoints import find_checkpoint
+
+        find_checkpoint(params.task.init_checkpoint)
 
 
 def _check_paths(paths: Any, field: str) -> None:
@@ -399,10 +464,9 @@ def _check_paths(paths: Any, field: str) -> None:
     if not patterns:
         raise FlagValueError("params_override", f"{field}: {expected}", repr(paths))
     for pattern in patterns:
-        if not tf.io.gfile.glob(pattern):
-            raise FlagValueError(
-                "params_override", f"{field}: {expected}", f"{pattern!r}, which matches no file"
-            )
+        said = f"{field}: {expected}"
+        if not reach("params_override", said, pattern, tf.io.gfile.glob):
+            raise FlagValueError("params_override", said, f"{pattern!r}, which matches no file")
 
 
 def _check_tfds(data: Any, field: str) -> None:
@@ -491,14 +555,18 @@ def _run(
 
         tf_keras.utils.set_random_seed(options.seed)
     register()
+    _reach_model_dir(options)
     params = parse_params(options)
+    check_trainer(params.trainer, options.trains, options.evaluates)
     if check is not None:
         check(params, options)
     check_data(params, options)
     if cluster.size == 1:
         strategy = _strategy(params, options)
         check_batches(params, options, strategy.num_replicas_in_sync)
-        _train(params, options, strategy, Workers(strategy, cluster), started)
+        with contextlib.ExitStack() as stack:
+            own_dir = stack.enter_context(_folder()) if options.dry_run else ""
+            _train(params, options, strategy, Workers(strategy, cluster, own_dir), started)
         return
     _check_runtime(params, cluster)
     # What the chief prints is enough.
@@ -509,7 +577,8 @@ def _run(
         stack.enter_context(losing_workers(options.model_dir))
         print(f"waiting for all {cluster.size} workers", flush=True)
         strategy = _strategy(params, options)
-        own_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tf_lbopt_worker_"))
+        writes = cluster.chief and not options.dry_run
+        own_dir = "" if writes else stack.enter_context(_folder())
         workers = Workers(strategy, cluster, own_dir)
         try:
             workers.check_same_params(params)
@@ -522,6 +591,10 @@ def _run(
             workers.leave(together=False)
             raise
         workers.leave()
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tf_lbopt_worker_")
 
 
 def _check_runtime(params: Any, cluster: Cluster) -> None:
@@ -544,7 +617,12 @@ def _strategy(params: Any, options: Options) -> tf.distribute.Strategy:
     from official_recipes.common.replicas import cpu_strategy
 
     if options.cpu_replicas is not None:
-        return cpu_strategy(options.cpu_replicas)
+        try:
+            return cpu_strategy(options.cpu_replicas)
+        except RuntimeError as error:
+            raise FlagValueError(
+                "cpu_replicas", "as many as in what this process has run", error
+            ) from error
     gpus = len(tf.config.list_physical_devices("GPU"))
     if params.runtime.num_gpus > gpus:  # which tf.distribute takes for so many replicas on the CPU
         raise FlagValueError(
@@ -575,6 +653,7 @@ def _train(
     workers: Workers,
     started: float,
 ) -> None:
+    import tensorflow as tf
     from official.core import task_factory, train_utils
     from official.modeling import performance
 
@@ -590,26 +669,36 @@ def _train(
                 "params_override", "parameters that the task and the optimizer take", error
             ) from error
     params.lock()
-    if options.trains and workers.cluster.chief:
-        train_utils.serialize_config(params, options.model_dir)
     with interruption((signal.SIGINT, signal.SIGTERM), _LAST_WORDS) as interrupted:
         runner = runner_class()(
             workers,
+            optimizer_kind=_optimizer_kind(params) if options.trains else None,
+            new_optimizer=options.new_optimizer,
+            model_dir=options.model_dir,
             distribution_strategy=strategy,
             task=task,
             mode=options.mode,
             params=params,
-            model_dir=options.model_dir,
         )
-        controller = runner.controller
-        if options.mode == "eval" and runner.checkpoint_manager.restored is None:
-            raise FlagValueError(
-                "model_dir",
-                f"a folder with a checkpoint for --mode={options.mode}",
-                repr(options.model_dir),
-            )
+        controller, manager = runner.controller, runner.checkpoint_manager
+        if options.mode == "eval" and manager.restored is None:
+            raise _no_checkpoint(options)
         if options.trains:
             _build_optimizer(runner.trainer, strategy)
+        with strategy.scope():
+            manager.resumption.check()
+        if options.dry_run:
+            from official_recipes.common.dry_run import report
+
+            report(params, options, strategy, runner.trainer, manager.restored)
+            return
+        if options.trains and workers.cluster.chief:
+            if is_remote(options.model_dir):
+                expected = "a folder that can be made"
+                reach("model_dir", expected, options.model_dir, tf.io.gfile.makedirs)
+            else:
+                make_folder("model_dir", Path(options.model_dir))
+            train_utils.serialize_config(params, options.model_dir)
         record = _Record(runner.trainer)
         stop = _StopOnSignal(interrupted, controller, workers, saves=options.trains)
         skips = _SkippedUpdates(runner.trainer)
@@ -621,7 +710,10 @@ def _train(
                 naming_faults(task, tuple(name for name, reads in needed if reads)),
                 strategy.scope(),
             ):
-                _run_mode(options.mode, controller, params.trainer)
+                if options.mode == "continuous_eval":
+                    _evaluate_continuously(options.model_dir, runner, interrupted)
+                else:
+                    _run_mode(options.mode, controller, params.trainer)
         except RuntimeError as error:
             if _DIVERGED not in str(error):
                 raise
@@ -635,6 +727,7 @@ def _train(
         if record.ran and workers.cluster.chief:
             write_summary(
                 options.model_dir,
+                SUMMARY_FILE if options.trains else EVALUATION_FILE,
                 {
                     "experiment": options.experiment,
                     "mode": options.mode,
@@ -651,6 +744,16 @@ def _train(
                     ),
                 },
             )
+
+
+def _optimizer_kind(params: Any) -> str:
+    """The name of the optimizer, as `checkpoints` compares it."""
+    config = params.trainer.optimizer_config
+    kind = str(_optimizer_type(params))
+    own = getattr(config, "embeddings", None)
+    if own is not None and own.optimizer.type is not None:
+        kind += f" (embeddings: {own.optimizer.type})"
+    return kind if getattr(config, "ema", None) is None else f"{kind} (with averages)"
 
 
 def _optimizer_type(params: Any) -> str | None:
@@ -722,8 +825,8 @@ class _SkippedUpdates:
         self._seen = count
 
 
-def write_summary(model_dir: str, summary: dict[str, Any]) -> None:
-    """Writes `summary.json`, whole or not at all.
+def write_summary(model_dir: str, name: str, summary: dict[str, Any]) -> None:
+    """Writes what a run came to, whole or not at all.
 
     A run that trained or evaluated and was neither interrupted nor diverged leaves it, with the
     fields ``experiment``, ``mode``, ``optimizer``, ``steps`` (the last), ``seconds`` (wall time
@@ -733,11 +836,12 @@ def write_summary(model_dir: str, summary: dict[str, Any]) -> None:
 
     Args:
         model_dir: The folder, also one that only TensorFlow can reach.
+        name: `SUMMARY_FILE` or `EVALUATION_FILE`.
         summary: The fields.
     """
     import tensorflow as tf
 
-    path = os.path.join(model_dir, SUMMARY_FILE)
+    path = os.path.join(model_dir, name)
     partial = f"{path}.partial"
     with tf.io.gfile.GFile(partial, "w") as file:
         file.write(json_text(summary))
@@ -767,12 +871,53 @@ def _run_mode(mode: str, controller: Any, trainer: Any) -> None:
         )
     if mode in ("eval", "train_and_post_eval"):
         controller.evaluate(steps=trainer.validation_steps)
-    if mode == "continuous_eval":
-        controller.evaluate_continuously(
-            steps=trainer.validation_steps,
-            timeout=trainer.continuous_eval_timeout,
-            timeout_fn=lambda: controller.global_step.numpy() >= trainer.train_steps,
-        )
+
+
+def _evaluate_continuously(model_dir: str, runner: Any, interrupted: Interruption) -> None:
+    """Evaluates every checkpoint that it finds, until training has ended, a timeout or a signal.
+
+    tf-models' own waits without looking for signals, and goes on waiting after the timeout.
+    """
+    import tensorflow as tf
+
+    trainer, resumption = runner.params.trainer, runner.checkpoint_manager.resumption
+    timeout = trainer.continuous_eval_timeout
+    seen, since = None, time.monotonic()
+    while True:
+        path = tf.train.latest_checkpoint(model_dir)
+        if path is not None and path != seen:
+            try:
+                resumption.restore(path)
+                resumption.check()
+            except FlagValueError:
+                if tf.io.gfile.exists(f"{path}.index"):
+                    raise
+                continue  # Training has removed it: max_to_keep.
+            runner.controller.evaluate(steps=trainer.validation_steps)
+            seen, since = path, time.monotonic()
+        step = int(runner.controller.global_step.numpy())
+        if seen is not None and (step >= trainer.train_steps or _ended(model_dir, step)):
+            print(f"training has ended at step {step}")
+            return
+        interrupted.check()
+        if timeout is not None and time.monotonic() - since >= timeout:
+            print(f"no new checkpoint for trainer.continuous_eval_timeout={timeout} s")
+            return
+        time.sleep(_LOOK_S)
+
+
+def _ended(model_dir: str, step: int) -> bool:
+    """Whether the run that trained up to this step has come to its end, and no other has begun."""
+    import tensorflow as tf
+
+    summary, begun = (os.path.join(model_dir, name) for name in (SUMMARY_FILE, "params.yaml"))
+    try:
+        if tf.io.gfile.stat(summary).mtime_nsec < tf.io.gfile.stat(begun).mtime_nsec:
+            return False
+        with tf.io.gfile.GFile(summary) as file:
+            return json.loads(file.read()).get("steps") == step
+    except (tf.errors.OpError, ValueError):
+        return False
 
 
 class _StopOnSignal:

@@ -16,10 +16,13 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from official_recipes.common.tfm_training import WrongKerasError
+
 if tf.keras.Model is not tf_keras.Model:
-    raise ImportError(
-        "DLRM needs tf.keras to be tf_keras: set TF_USE_LEGACY_KERAS=1 in the environment before "
-        "tf.keras is first used (train.py does)"
+    raise WrongKerasError(
+        "TF_USE_LEGACY_KERAS: expected 1 in the environment before tf.keras is first used, as "
+        "train.py sets it, received a process that has used tf.keras without it (another recipe "
+        "ran in it?)"
     )
 
 import tensorflow_recommenders as tfrs
@@ -29,6 +32,7 @@ from official.modeling.hyperparams import base_config
 from official.modeling.optimization import optimizer_factory
 
 import tf_lbopt.tfm
+from official_recipes.common import checkpoints
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.dlrm.inputs import click_logs
 from official_recipes.dlrm.optimizers import EmbeddingsApart, PlateauPolynomial
@@ -236,6 +240,15 @@ class LargeBatchDLRMTask(base_task.Task):
         )
         self._model = model
         return model
+
+    def initialize(self, model: tf_keras.Model) -> None:
+        """Starts from `init_checkpoint`, if it is given.
+
+        Args:
+            model: What is to be trained.
+        """
+        if self.task_config.init_checkpoint:
+            checkpoints.initialize(self.task_config.init_checkpoint, {"model": model})
 
     def create_optimizer(
         self, optimizer_config: Any, runtime_config: Any = None, dp_config: Any = None

@@ -17,6 +17,7 @@ from official.vision.dataloaders import tfds_classification_decoders as tfds_dec
 from official.vision.tasks import image_classification as tasks
 
 import tf_lbopt.tfm
+from official_recipes.common import checkpoints
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import SYNTHETIC
 
@@ -142,6 +143,25 @@ class LargeBatchResNetTask(tasks.ImageClassificationTask):
 
         model.add_loss(decay_in_loss)
         return model
+
+    def initialize(self, model: Any) -> None:
+        """Starts from `init_checkpoint`, if it is given: from all of it, or from the backbone.
+
+        Args:
+            model: What is to be trained.
+        """
+        config = self.task_config
+        if not config.init_checkpoint:
+            return
+        items = {"all": {"model": model}, "backbone": {"backbone": model.backbone}}
+        modules = config.init_checkpoint_modules
+        if modules not in items:
+            raise FlagValueError(
+                "params_override",
+                "task.init_checkpoint_modules: one of all, backbone",
+                repr(modules),
+            )
+        checkpoints.initialize(config.init_checkpoint, items[modules])
 
     def build_inputs(
         self, params: Any, input_context: tf.distribute.InputContext | None = None

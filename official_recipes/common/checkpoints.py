@@ -1,0 +1,231 @@
+"""Checkpoints of tf-models' trainers: to begin from, and to go on from.
+
+TensorFlow restores what fits and says nothing of the rest. Here what does not fit is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.remote import reach
+
+_INIT_FIELD = "task.init_checkpoint"
+_KIND_KEY = "optimizer_kind/.ATTRIBUTES/py_state"
+_NAMES_SHOWN = 3
+
+
+class MismatchError(ValueError):
+    """A checkpoint is another model's, or can not be read."""
+
+
+class OptimizerKind(tf.train.experimental.PythonState):
+    """The name of the optimizer, as a part of the checkpoints that it trains.
+
+    Args:
+        name: The name in the registration.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def serialize(self) -> str:
+        """What the checkpoint stores."""
+        return self._name
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Does nothing: the name is compared before anything is restored."""
+
+
+# -- to begin from ---------------------------------------------------------------------------------
+
+
+def find_checkpoint(given: str) -> str:
+    """The path of the checkpoint that `task.init_checkpoint` names.
+
+    Args:
+        given: That path, or a folder, of which it is the latest.
+
+    Raises:
+        FlagValueError: There is none.
+    """
+    expected = f"{_INIT_FIELD}: a checkpoint, or a run's model_dir"
+
+    def find(given: str) -> str | None:
+        found = tf.train.latest_checkpoint(given) if tf.io.gfile.isdir(given) else given
+        return found if found and tf.io.gfile.exists(f"{found}.index") else None
+
+    found = reach("params_override", expected, given, find)
+    if found is None:
+        raise FlagValueError("params_override", expected, repr(given))
+    return found
+
+
+def initialize(given: str, items: dict[str, Any], alone: dict[str, Any] | None = None) -> None:
+    """Gives a new model the weights of a checkpoint, which must have all of them.
+
+    Args:
+        given: The value of `task.init_checkpoint`.
+        items: What to restore, by its name in the checkpoint.
+        alone: What to restore instead where the checkpoint has no ``model``, as one of an encoder.
+
+    Raises:
+        FlagValueError: There is no checkpoint, or it is another model's.
+    """
+    path = find_checkpoint(given)
+    try:
+        if alone is not None and not _has_model(path):
+            items = alone
+        _match(path, _read(tf.train.Checkpoint(**items), path))
+    except MismatchError as error:
+        raise FlagValueError(
+            "params_override", f"{_INIT_FIELD}: a checkpoint of the same model", error
+        ) from error
+    print(f"initialized from checkpoint: {path}")
+
+
+def _has_model(path: str) -> bool:
+    try:
+        return any(name.startswith("model/") for name, _ in tf.train.list_variables(path))
+    except tf.errors.OpError as error:
+        raise MismatchError(f"{path}, which can not be read: {_first_line(error)}") from error
+
+
+# -- to go on from ---------------------------------------------------------------------------------
+
+
+class Resumption:
+    """Restores a trainer from a checkpoint of its model_dir, if that is of the same run.
+
+    Args:
+        trainer: tf-models' trainer.
+        model_dir: The folder, for errors.
+        kind: The name of the optimizer, or ``None`` where none is needed, as in evaluation.
+        new_optimizer: Whether an optimizer may begin anew where the checkpoint is of another one.
+    """
+
+    def __init__(self, trainer: Any, model_dir: str, kind: str | None, new_optimizer: bool):
+        self._trainer = trainer
+        self._model_dir = model_dir
+        self._kind = kind
+        self._new_optimizer = new_optimizer
+        self._path = ""
+        self._status: Any = None
+
+    def restore(self, path: str) -> None:
+        """Restores step, model and optimizer; call `check` when the optimizer has its variables.
+
+        Args:
+            path: The checkpoint.
+
+        Raises:
+            FlagValueError: It is another model's or another optimizer's, or can not be read.
+        """
+        self._path, self._status = path, None
+        recorded = self._recorded()
+        if None not in (self._kind, recorded) and recorded != self._kind:
+            if not self._new_optimizer:
+                raise self._other_optimizer(f"of {recorded}")
+            self._restore_model()
+            step = self._trainer.global_step
+            for optimizer in optimizers_of(self._trainer.optimizer):
+                optimizer.iterations.assign(tf.cast(step, optimizer.iterations.dtype))
+            print(
+                f"the optimizer {self._kind} begins anew at step {step.numpy()}: the checkpoint "
+                f"is of {recorded}"
+            )
+            return
+        try:
+            self._status = _read(self._trainer.checkpoint, path)
+        except MismatchError as error:
+            self._restore_model()  # Or else it is the model's.
+            raise self._other_optimizer(str(error)) from error
+
+    def check(self) -> None:
+        """Checks that the checkpoint had everything that there is; new ones name the optimizer.
+
+        Raises:
+            FlagValueError: It had not.
+        """
+        if self._status is not None:
+            try:
+                _match(self._path, self._status)
+            except MismatchError as error:
+                self._restore_model()  # Or else it is the model's.
+                self._tell_or_raise(error)
+            self._status = None
+        if self._kind is not None:
+            self._trainer.checkpoint.optimizer_kind = OptimizerKind(self._kind)
+
+    def _tell_or_raise(self, error: MismatchError) -> None:
+        if self._kind is None:
+            return
+        # The same optimizer has more variables with other arguments, or with sub-batches.
+        if self._new_optimizer or self._recorded() == self._kind:
+            print(f"variables of the optimizer begin anew: {error}")
+            return
+        raise self._other_optimizer(str(error)) from error
+
+    def _recorded(self) -> str | None:
+        try:
+            reader = tf.train.load_checkpoint(self._path)
+            return reader.get_tensor(_KIND_KEY).decode() if reader.has_tensor(_KIND_KEY) else None
+        except (tf.errors.OpError, ValueError) as error:
+            raise FlagValueError(
+                "model_dir",
+                "a folder whose last checkpoint can be read",
+                f"{self._path}: {_first_line(error)}",
+            ) from error
+
+    def _restore_model(self) -> None:
+        trainer = self._trainer
+        saved = tf.train.Checkpoint(global_step=trainer.global_step, model=trainer.model)
+        try:
+            _match(self._path, _read(saved, self._path))
+        except MismatchError as error:
+            raise FlagValueError(
+                "model_dir", "a new folder, or one with checkpoints of the same model", error
+            ) from error
+
+    def _other_optimizer(self, received: str) -> FlagValueError:
+        return FlagValueError(
+            "model_dir",
+            f"a new folder, or one with checkpoints of the same optimizer, {self._kind} (or "
+            f"--new_optimizer, to begin with an optimizer without its past)",
+            received if self._path in received else f"{self._path} {received}",
+        )
+
+
+def optimizers_of(optimizer: Any) -> Iterator[Any]:
+    """The optimizers under one roof, or the only one."""
+    for one in getattr(optimizer, "optimizers", None) or [optimizer]:
+        yield getattr(one, "inner_optimizer", one)
+
+
+def _read(saved: tf.train.Checkpoint, path: str) -> Any:
+    try:
+        return saved.read(path).expect_partial()
+    except (ValueError, tf.errors.OpError) as error:
+        raise MismatchError(f"{path}: {_first_line(error)}") from error
+
+
+def _match(path: str, status: Any) -> None:
+    try:
+        status.assert_existing_objects_matched()
+    except AssertionError as error:
+        count = re.search(r"Found (\d+)", str(error))
+        names = dict.fromkeys(re.findall(r"<tf.Variable '([^']+)'", str(error)))
+        shown = [name.removesuffix(":0") for name in names][:_NAMES_SHOWN]
+        raise MismatchError(
+            f"{path}, which lacks {count[1] if count else 'some'} variables"
+            + (f" ({', '.join(shown)}, ...)" if shown else "")
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
