@@ -148,6 +148,14 @@ def test_parameters_that_can_not_be(override, said):
         train._check(params, options)
 
 
+def test_embeddings_need_sub_batches_too():
+    kind = "trainer.optimizer_config.embeddings.optimizer.type=vr_sgd"
+    params, options = _params(override=f"trainer.optimizer_config.optimizer.type=sgd,{kind}")
+    tfm_training.check_batches(params, options, 2)
+    with pytest.raises(FlagValueError, match=r"at least 2 sub-batches .* the optimizer vr_sgd"):
+        tfm_training.check_batches(params, options, 1)
+
+
 def test_sizes_come_from_the_record_beside_the_data(data):
     for mode, split in (("train", "train"), ("eval", "validation")):
         params, options = _params(

@@ -21,7 +21,7 @@ from harness_recipes import (
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
-from official_recipes.dlrm import prepare_data, raw_rows, synthetic, vocabulary
+from official_recipes.dlrm import prepare_data, raw_rows, synthetic, train, vocabulary
 from official_recipes.dlrm.prepare_data import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -463,40 +463,116 @@ def test_command_line(small, tmp_path):
     assert summary["train_metrics"]["training_loss"] > 0
 
 
-# By what is said of them.
-MISTAKES = {
-    "trainer.optimizer_config.optimizer.type: one that does not extrapolate": [
-        "--params_override=trainer.optimizer_config.optimizer.type=extrap_sgd",
-    ],
-    "--experiment: expected a registered experiment": ["--experiment=dlrm_criteo"],
-    "at least 2 sub-batches (replicas x --sub_batches) for the optimizer vr_sgd": [
-        "--params_override=trainer.optimizer_config.embeddings.optimizer.type=vr_sgd",
-        "--cpu_replicas=1",
-    ],
-}
+_KIND = "--params_override=trainer.optimizer_config"
+_DEEPER = "task.model.top_mlp=[8,8,1]"
+# One after the other; {} is a folder, the first part of each what is said.
+RUNS = [
+    ("one that does not extrapolate", [f"{_KIND}.optimizer.type=extrap_sgd"]),
+    ("--experiment: expected a registered experiment", ["--experiment=dlrm_criteo"]),
+    (
+        "task.init_checkpoint: a checkpoint, or a run's model_dir, received '{}'",
+        ["--params_override=task.init_checkpoint={}"],
+    ),
+    # Nothing is left by what failed and by a dry run; then some steps.
+    (None, ["--dry_run"]),
+    (None, ["--mode=train", "--params_override=trainer.train_steps=2"]),
+    (
+        "task.init_checkpoint: a checkpoint of the same model, received {}/model/ckpt-2",
+        [
+            f"--params_override=task.init_checkpoint={{}}/model,{_DEEPER}",
+            "--model_dir={}/other",
+        ],
+    ),
+    (
+        "--model_dir: expected a new folder, or one with checkpoints of the same model, received",
+        [f"--params_override={_DEEPER}"],
+    ),
+    (
+        "the same optimizer, vr_sgd (or --new_optimizer, to begin with an optimizer without its "
+        "past), received {}/model/ckpt-2 of sgd",
+        [f"{_KIND}.optimizer.type=vr_sgd"],
+    ),
+    (
+        "the same optimizer, sgd (embeddings: adagrad) (or",
+        [f"{_KIND}.embeddings.optimizer.type=adagrad"],
+    ),
+    (
+        "with checkpoints of the same model, received {}/model/ckpt-2",
+        ["--mode=eval", f"--params_override={_DEEPER}"],
+    ),
+    ("--cpu_replicas: expected as many as in what this process has run", ["--cpu_replicas=3"]),
+    (None, ["--mode=eval"]),
+]
 # All in one process: it takes longest to import.
 SEVERAL_RUNS = """
-import json, sys
+import json, os, sys
 from official_recipes.dlrm import train
-sys.exit(str([train.main(["train", *arguments]) for arguments in json.loads(sys.argv[1])]))
+model_dir, codes, there = sys.argv[2], [], []
+for arguments in json.loads(sys.argv[1]):
+    codes.append(train.main(["train", *arguments]))
+    there.append(sorted(os.listdir(model_dir)) if os.path.isdir(model_dir) else None)
+print(json.dumps([codes, there]), flush=True)
+os._exit(0)
 """
 
 
-def test_mistakes(small):
-    runs = [[*small, *arguments] for arguments in MISTAKES.values()]
+def test_mistakes_and_a_run_between_them(small, tmp_path):
+    """A mistake is one line, and changes nothing in the folder; neither does a dry run."""
+    runs = [
+        [*small, *(argument.replace("{}", str(tmp_path)) for argument in arguments)]
+        for _, arguments in RUNS
+    ]
+    model_dir = tmp_path / "model"
     result = subprocess.run(
-        [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
+        [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs), str(model_dir)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=_environment(),
     )
-    lines = result.stderr.strip().splitlines()
-    assert lines[-1] == str([2] * len(runs)), result.stderr
-    errors = [line for line in lines if line.startswith("--")]
-    assert len(errors) == len(runs)
-    for error, said in zip(errors, MISTAKES, strict=True):
+    assert result.returncode == 0, result.stderr
+    codes, there = json.loads(result.stdout.splitlines()[-1])
+    mistakes = [said.replace("{}", str(tmp_path)) for said, _ in RUNS if said is not None]
+    assert codes == [0 if said is None else 2 for said, _ in RUNS], result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("--")]
+    assert len(errors) == len(mistakes)
+    for error, said in zip(errors, mistakes, strict=True):
         assert said in error
+    assert not (tmp_path / "other").exists()
+
+    dry = 3
+    assert there[: dry + 1] == [None] * (dry + 1)
+    assert "summary.json" in there[dry + 1]
+    assert all(names == there[dry + 1] for names in there[dry + 1 : -1])
+    assert {*there[-1]} == {*there[dry + 1], "evaluation.json", "validation"}
+    for said in (
+        "dry run of large_batch_dlrm: two steps, nothing is written",
+        "devices: 2 replicas; on this worker CPU:0, CPU:1",
+        "batch: 64 in a step, 32 on a device",
+        "sub-batches: k = 2 (2 replicas x 1)",
+        "optimizer SGD",
+        "memory estimate for a device",
+        "steps to go: 8 of 8, about",
+    ):
+        assert said in result.stdout
+    summary, evaluation = (
+        json.loads((model_dir / f"{name}.json").read_text()) for name in ("summary", "evaluation")
+    )
+    assert (summary["mode"], summary["steps"], summary["metrics"]) == ("train", 2, {})
+    assert (evaluation["mode"], evaluation["steps"]) == ("eval", 2)
+    assert 0.3 < evaluation["metrics"]["auc"] < 0.9
+
+
+def test_after_another_recipe_in_the_process(small, monkeypatch, capsys):
+    """Which has used the Keras that DLRM can not use."""
+    import tensorflow as tf
+
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "0")
+    assert tf.keras.Model
+    assert train.main(["train", *small]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("TF_USE_LEGACY_KERAS: expected 1")
 
 
 @pytest.mark.long

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from harness_recipes import (
     SMALL_RESNET,
     assert_same_state,
@@ -21,8 +23,11 @@ from harness_recipes import (
     signal_when,
 )
 
-from official_recipes.common import tfm_training
+import tf_lbopt.tf_keras
+from official_recipes.common import checkpoints, remote, tfm_training
 from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.interruption import Interrupted, Interruption
+from official_recipes.common.trainer_fields import check_trainer
 from official_recipes.resnet50 import train
 
 pytestmark = pytest.mark.usefixtures("quick_configurations")
@@ -142,10 +147,23 @@ def test_there_are_configurations_for_the_batches_of_the_papers():
         (["--params_override=trainer.optimizer_config.optimizer.vr_lars.gamma=7"], "`gamma` must"),
         (["--sub_batches=3"], "1 x 3 = 3, received 16"),
         (["--params_override=task.train_data.global_batch_size=0"], "a multiple of replicas"),
+        (
+            ["--params_override=trainer.optimizer_config.optimizer.type=foo"],
+            "clars, extrap_adam, extrap_sgd, lamb",  # and no default_params in between
+        ),
+        (["--params_override=trainer.steps_per_loop=3"], "a multiple of trainer.steps_per_loop"),
+        (["--model_dir=s3://bucket/run"], "that TensorFlow can reach, received 's3://bucket/run'"),
+        (["--config_file=s3://bucket/x.yaml"], "--config_file: expected a file that exists"),
+        (["--params_override=task.train_data.input_path=s3://bucket/train*"], "'s3' not impl"),
+        (["--params_override=task.init_checkpoint=s3://bucket/run"], "a run's model_dir"),
+        (["--params_override=task.init_checkpoint=tests"], "a run's model_dir, received 'tests'"),
+        (["--model_dir=run[1]"], "without the characters * ? [ ]"),
+        (["--model_dir=run*", "--mode=eval"], "without the characters * ? [ ]"),
+        (["--dry_run", "--mode=eval"], "--dry_run: expected a --mode that trains"),
         ([], "at least 2 sub-batches"),
     ],
 )
-def test_mistakes_end_in_one_line(small, arguments, said, capsys, monkeypatch):
+def test_mistakes_end_in_one_line(small, tmp_path, arguments, said, capsys, monkeypatch):
     monkeypatch.setattr(tfm_training, "_strategy", lambda *_: tf.distribute.get_strategy())
     if "--params_override=trainer.optimizer_config.optimizer.vr_lars.gamma=7" in arguments:
         arguments = [*arguments, "--sub_batches=2"]
@@ -153,6 +171,51 @@ def test_mistakes_end_in_one_line(small, arguments, said, capsys, monkeypatch):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert said in error[0]
+    assert "default_params" not in error[0]
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"train_steps": -5}, "train_steps: a positive integer, received -5"),
+        ({"train_steps": 0}, "train_steps: a positive integer, received 0"),
+        ({"steps_per_loop": 0}, "steps_per_loop: a positive integer, received 0"),
+        ({"checkpoint_interval": 0}, "checkpoint_interval: a positive"),
+        ({"summary_interval": -1}, "summary_interval: a positive"),
+        ({"max_to_keep": 0}, "max_to_keep: a positive integer, or null"),
+        ({"validation_interval": -1}, "validation_interval: an integer >= 0"),
+        ({"validation_steps": 0}, "validation_steps: a positive integer, or -1"),
+        ({"eval_tf_while_loop": True}, "since trainer.eval_tf_while_loop is true, received -1"),
+        (
+            {"eval_tf_while_loop": True, "eval_tf_function": False},
+            "eval_tf_function: true with trainer.eval_tf_while_loop",
+        ),
+        ({"train_tf_function": False}, "train_tf_function: true with"),
+        (
+            {"train_tf_while_loop": False, "allow_tpu_summary": True},
+            "allow_tpu_summary: false without",
+        ),
+        ({"continuous_eval_timeout": -1}, "continuous_eval_timeout: seconds, or null"),
+        ({"best_checkpoint_metric_comp": "more"}, "one of higher, lower, received more"),
+    ],
+)
+def test_numbers_of_the_trainer(fields, said):
+    from official.core import config_definitions
+
+    good = config_definitions.TrainerConfig(train_steps=10, max_to_keep=None)
+    check_trainer(good, trains=True, evaluates=True)
+    good.override(fields, is_strict=False)
+    with pytest.raises(FlagValueError, match=re.escape(said)):
+        check_trainer(good, trains=True, evaluates=True)
+
+
+def test_storage_that_does_not_answer(monkeypatch):
+    """What TensorFlow says after minutes of trying again, or never, is not waited for."""
+    monkeypatch.setattr(remote, "LIMIT_S", 0.05)
+    with pytest.raises(FlagValueError, match=r"'gs://x/y': no answer within 0\.05 s"):
+        remote.reach("model_dir", "a folder", "gs://x/y", lambda _: time.sleep(5))
+    assert remote.reach("model_dir", "a folder", "gs://x/y", len) == 8
 
 
 def test_gpus_that_are_not_there(small, capsys):
@@ -282,6 +345,220 @@ def test_synthetic_images():
     images, labels = next(iter(synthetic_images(4, [16, 16, 3], 64, is_training=True)))
     means = np.stack([images.numpy()[labels.numpy() == c].mean(0) for c in range(4)])
     assert np.abs(means[0] - means[1]).mean() > 0.5
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def _trainer(optimizer, widths=(3,)):
+    """What `Resumption` needs of a trainer, after some steps."""
+    model = tf_keras.Sequential([tf_keras.layers.Dense(width) for width in widths])
+    model.build([None, 2])
+    step = tf.Variable(0, dtype=tf.int64)
+    checkpoint = tf.train.Checkpoint(global_step=step, model=model, optimizer=optimizer)
+    return SimpleNamespace(
+        global_step=step, model=model, optimizer=optimizer, checkpoint=checkpoint
+    )
+
+
+def _resumed(path, optimizer, kind, widths=(3,), new_optimizer=False):
+    trainer = _trainer(optimizer, widths)
+    resumption = checkpoints.Resumption(trainer, "runs", kind, new_optimizer)
+    resumption.restore(path)
+    if hasattr(optimizer, "build"):
+        optimizer.build(trainer.model.trainable_variables)
+    resumption.check()
+    return trainer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of SNGM after three steps, and the trainer."""
+    trainer = _trainer(tf_lbopt.tf_keras.SNGM(0.1))
+    variables = trainer.model.trainable_variables
+    for _ in range(3):
+        trainer.optimizer.apply_gradients([(tf.ones_like(v), v) for v in variables])
+        trainer.global_step.assign_add(1)
+    checkpoints.Resumption(trainer, "runs", "sngm", False).check()
+    return trainer.checkpoint.save(str(tmp_path / "ckpt")), trainer
+
+
+def test_a_run_goes_on_with_all_that_it_had(saved, capsys):
+    path, before = saved
+    after = _resumed(path, tf_lbopt.tf_keras.SNGM(0.1), "sngm")
+    assert int(after.global_step) == int(after.optimizer.iterations) == 3
+    for old, new in zip(before.optimizer.variables, after.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert any(np.any(v.numpy() != 0) for v in after.optimizer.variables if v.shape.rank == 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_another_optimizer_is_refused_and_begins_anew_where_it_may(saved, capsys):
+    path, before = saved
+    with pytest.raises(FlagValueError, match=r"the same optimizer, vr_adam .*-1 of sngm$"):
+        _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), "vr_adam")
+    after = _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), "vr_adam", new_optimizer=True)
+    assert "the optimizer vr_adam begins anew at step 3" in capsys.readouterr().out
+    assert int(after.global_step) == int(after.optimizer.iterations) == 3
+    for old, new in zip(before.model.variables, after.model.variables, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert not any(np.any(v.numpy() != 0) for v in after.optimizer.variables if v.shape.rank == 2)
+    # Stock optimizers have no variables yet when the checkpoint is read.
+    with pytest.raises(FlagValueError, match="-1 of sngm"):
+        _resumed(path, tf_keras.optimizers.legacy.SGD(), "sgd")
+    legacy = _resumed(path, tf_keras.optimizers.legacy.SGD(), "sgd", new_optimizer=True)
+    assert int(legacy.optimizer.iterations) == 3
+
+
+def test_more_variables_of_the_same_optimizer_are_told(saved, capsys):
+    """As with sub-batches, which need some."""
+    path, _ = saved
+    optimizer = tf_lbopt.tf_keras.SNGM(0.1, gradient_accumulation_steps=2)
+    after = _resumed(path, optimizer, "sngm")
+    assert "variables of the optimizer begin anew" in capsys.readouterr().out
+    assert int(after.optimizer.iterations) == 3
+
+
+def test_checkpoints_that_do_not_say_their_optimizer(saved, tmp_path):
+    """Such as those of tf-models' own driver: the variables tell."""
+    _, before = saved
+    items = {"global_step": before.global_step, "model": before.model}
+    path = tf.train.Checkpoint(**items, optimizer=before.optimizer).save(str(tmp_path / "own"))
+    assert int(_resumed(path, tf_lbopt.tf_keras.SNGM(0.1), "sngm").optimizer.iterations) == 3
+    with pytest.raises(FlagValueError, match=r"optimizer, vr_adam .* it has SNGM"):
+        _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), "vr_adam")
+    anew = _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), "vr_adam", new_optimizer=True)
+    assert int(anew.optimizer.iterations) == 3
+
+
+@pytest.mark.parametrize("kind", ["sngm", None])
+@pytest.mark.parametrize("widths", [(4,), (3, 3)])
+def test_another_models_checkpoint_is_refused(saved, widths, kind):
+    """In training and in evaluation, which needs no optimizer."""
+    path, _ = saved
+    with pytest.raises(FlagValueError, match=r"--model_dir: .* of the same model"):
+        _resumed(path, tf_lbopt.tf_keras.SNGM(0.1), kind, widths)
+    _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), None)
+
+
+def test_a_damaged_checkpoint_is_named(saved, tmp_path):
+    path, before = saved
+    for ending in (".data-00000-of-00001", ".index"):
+        file = Path(path + ending)
+        file.write_bytes(file.read_bytes()[:20])
+        with pytest.raises(FlagValueError, match=f"can be read.*{re.escape(path)}"):
+            _resumed(path, tf_lbopt.tf_keras.SNGM(0.1), "sngm")
+    with pytest.raises(FlagValueError, match=r"a checkpoint of the same model, received .*ckpt-1"):
+        checkpoints.initialize(path, {"model": before.model}, {})
+
+
+def test_begins_only_from_the_same_model(small, tmp_path):
+    """The whole model, or its backbone."""
+    from official.core import task_factory
+
+    path = Path(small[0].split("=")[1])
+    other = tf.train.Checkpoint(model=tf.train.Checkpoint(x=tf.Variable(1.0)))
+    params = _params(path)
+    params.task.init_checkpoint = other.save(str(tmp_path / "other"))
+    task = task_factory.get_task(params.task)
+    model = task.build_model()
+    for modules, said in (
+        ("all", "a checkpoint of the same model, received .*which lacks"),
+        ("backbone", "a checkpoint of the same model"),
+        ("head", "init_checkpoint_modules: one of all, backbone, received 'head'"),
+    ):
+        task.task_config.init_checkpoint_modules = modules
+        with pytest.raises(FlagValueError, match=said):
+            task.initialize(model)
+    task.task_config.init_checkpoint_modules = "all"
+    task.task_config.init_checkpoint = str(tmp_path / "same")
+    tf.train.Checkpoint(model=model).save(str(tmp_path / "same" / "ckpt"))
+    before = model.get_weights()
+    model.set_weights([0 * w for w in before])
+    task.initialize(model)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+# -- continuous evaluation -------------------------------------------------------------------------
+
+
+class _Evaluation:
+    """A runner that counts evaluations, over a folder with checkpoints."""
+
+    def __init__(self, folder, timeout=0.0, train_steps=10):
+        self.folder = folder
+        self.evaluated = []
+        self.step = tf.Variable(0, dtype=tf.int64)
+        self.interrupted = Interruption()
+        trainer = SimpleNamespace(
+            continuous_eval_timeout=timeout, train_steps=train_steps, validation_steps=-1
+        )
+        resumption = SimpleNamespace(restore=self._restore, check=lambda: None)
+        self.runner = SimpleNamespace(
+            params=SimpleNamespace(trainer=trainer),
+            checkpoint_manager=SimpleNamespace(resumption=resumption),
+            controller=SimpleNamespace(global_step=self.step, evaluate=self._evaluate),
+        )
+
+    def _restore(self, path):
+        self.step.assign(int(path.rsplit("-")[-1]))
+
+    def _evaluate(self, steps):
+        self.evaluated.append(int(self.step))
+
+    def save(self, step):
+        manager = tf.train.CheckpointManager(tf.train.Checkpoint(), str(self.folder), 1)
+        manager.save(step)
+
+    def run(self):
+        tfm_training._evaluate_continuously(str(self.folder), self.runner, self.interrupted)
+
+
+@pytest.fixture
+def evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfm_training, "_LOOK_S", 0.01)
+    return _Evaluation(tmp_path)
+
+
+def test_continuous_evaluation_ends_at_the_timeout(evaluation, capsys):
+    evaluation.run()
+    assert evaluation.evaluated == []
+    evaluation.save(5)
+    evaluation.run()
+    assert evaluation.evaluated == [5]
+    assert capsys.readouterr().out.count("no new checkpoint for") == 2
+
+
+def test_continuous_evaluation_ends_at_the_first_signal(evaluation):
+    evaluation.runner.params.trainer.continuous_eval_timeout = None
+    evaluation.save(5)
+    evaluation.interrupted._request(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        evaluation.run()
+    assert evaluation.evaluated == [5]
+
+
+@pytest.mark.parametrize("how", ["all steps", "summary"])
+def test_continuous_evaluation_ends_with_the_training(evaluation, how, monkeypatch, capsys):
+    """Of which it sees every checkpoint that is there when it looks."""
+    evaluation.runner.params.trainer.continuous_eval_timeout = 60
+    params, summary = evaluation.folder / "params.yaml", evaluation.folder / "summary.json"
+    summary.write_text('{"steps": 5}')
+    params.touch()
+    os.utime(summary, (1, 1))  # of a run before
+    evaluation.save(5)
+    last = 10 if how == "all steps" else 8
+
+    def sleep(_):
+        evaluation.save(last)
+        if how == "summary":
+            summary.write_text(json.dumps({"steps": last}))
+
+    monkeypatch.setattr(tfm_training.time, "sleep", sleep)
+    evaluation.run()
+    assert evaluation.evaluated == [5, last]
+    assert f"training has ended at step {last}" in capsys.readouterr().out
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from official_recipes.common.remote import reach
 _INIT_FIELD = "task.init_checkpoint"
 _KIND_KEY = "optimizer_kind/.ATTRIBUTES/py_state"
 _NAMES_SHOWN = 3
+_UNREADABLE = (tf.errors.OpError, ValueError, IndexError, RuntimeError)
 
 
 class MismatchError(ValueError):
@@ -92,7 +93,7 @@ def initialize(given: str, items: dict[str, Any], alone: dict[str, Any] | None =
 def _has_model(path: str) -> bool:
     try:
         return any(name.startswith("model/") for name, _ in tf.train.list_variables(path))
-    except tf.errors.OpError as error:
+    except _UNREADABLE as error:
         raise MismatchError(f"{path}, which can not be read: {_first_line(error)}") from error
 
 
@@ -131,20 +132,17 @@ class Resumption:
         if None not in (self._kind, recorded) and recorded != self._kind:
             if not self._new_optimizer:
                 raise self._other_optimizer(f"of {recorded}")
-            self._restore_model()
-            step = self._trainer.global_step
-            for optimizer in optimizers_of(self._trainer.optimizer):
-                optimizer.iterations.assign(tf.cast(step, optimizer.iterations.dtype))
-            print(
-                f"the optimizer {self._kind} begins anew at step {step.numpy()}: the checkpoint "
-                f"is of {recorded}"
-            )
+            self._begin_anew(recorded)
             return
         try:
             self._status = _read(self._trainer.checkpoint, path)
         except MismatchError as error:
             self._restore_model()  # Or else it is the model's.
-            raise self._other_optimizer(str(error)) from error
+            if self._kind is None:
+                return
+            if not self._new_optimizer:
+                raise self._other_optimizer(str(error)) from error
+            self._begin_anew("another one")
 
     def check(self) -> None:
         """Checks that the checkpoint had everything that there is; new ones name the optimizer.
@@ -162,6 +160,16 @@ class Resumption:
         if self._kind is not None:
             self._trainer.checkpoint.optimizer_kind = OptimizerKind(self._kind)
 
+    def _begin_anew(self, former: str | None) -> None:
+        self._restore_model()
+        step = self._trainer.global_step
+        for optimizer in optimizers_of(self._trainer.optimizer):
+            optimizer.iterations.assign(tf.cast(step, optimizer.iterations.dtype))
+        print(
+            f"the optimizer {self._kind} begins anew at step {step.numpy()}: the checkpoint is of "
+            f"{former}"
+        )
+
     def _tell_or_raise(self, error: MismatchError) -> None:
         if self._kind is None:
             return
@@ -175,7 +183,7 @@ class Resumption:
         try:
             reader = tf.train.load_checkpoint(self._path)
             return reader.get_tensor(_KIND_KEY).decode() if reader.has_tensor(_KIND_KEY) else None
-        except (tf.errors.OpError, ValueError) as error:
+        except _UNREADABLE as error:
             raise FlagValueError(
                 "model_dir",
                 "a folder whose last checkpoint can be read",
@@ -210,7 +218,7 @@ def optimizers_of(optimizer: Any) -> Iterator[Any]:
 def _read(saved: tf.train.Checkpoint, path: str) -> Any:
     try:
         return saved.read(path).expect_partial()
-    except (ValueError, tf.errors.OpError) as error:
+    except _UNREADABLE as error:
         raise MismatchError(f"{path}: {_first_line(error)}") from error
 
 
@@ -219,8 +227,9 @@ def _match(path: str, status: Any) -> None:
         status.assert_existing_objects_matched()
     except AssertionError as error:
         count = re.search(r"Found (\d+)", str(error))
-        names = dict.fromkeys(re.findall(r"<tf.Variable '([^']+)'", str(error)))
-        shown = [name.removesuffix(":0") for name in names][:_NAMES_SHOWN]
+        names = re.findall(r"<tf.Variable '([^':]+)", str(error))
+        names = [name for name in dict.fromkeys(names) if "/replica_" not in name]
+        shown = names[:_NAMES_SHOWN]
         raise MismatchError(
             f"{path}, which lacks {count[1] if count else 'some'} variables"
             + (f" ({', '.join(shown)}, ...)" if shown else "")
@@ -228,4 +237,6 @@ def _match(path: str, status: Any) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    line = str(error).strip().split("\n")[0]
+    _, received, state = line.partition(" Received: ")  # of an optimizer of this package
+    return f"it has {state}" if received else line
