@@ -452,6 +452,23 @@ def test_a_damaged_checkpoint_is_named(saved, tmp_path):
         checkpoints.initialize(path, {"model": before.model}, {})
 
 
+def test_tasks_of_tf_models_begin_only_from_the_same_model(saved):
+    """They have a way of their own."""
+    path, before = saved
+    for widths, said in (((4,), r": .*hape"), ((3, 3), " which lacks 2 variables"), ((3,), None)):
+        model = _trainer(before.optimizer, widths).model
+
+        def initialize(model=model):
+            status = tf.train.Checkpoint(model=model).read(path)
+            status.expect_partial().assert_existing_objects_matched()
+
+        if said is None:
+            checkpoints.begin(initialize, path)
+            continue
+        with pytest.raises(FlagValueError, match=f"a checkpoint of the same model, .*{said}"):
+            checkpoints.begin(initialize, path)
+
+
 def test_begins_only_from_the_same_model(small, tmp_path):
     """The whole model, or its backbone."""
     from official.core import task_factory

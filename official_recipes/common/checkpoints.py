@@ -6,7 +6,7 @@ TensorFlow restores what fits and says nothing of the rest. Here what does not f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -84,10 +84,34 @@ def initialize(given: str, items: dict[str, Any], alone: dict[str, Any] | None =
             items = alone
         _match(path, _read(tf.train.Checkpoint(**items), path))
     except MismatchError as error:
-        raise FlagValueError(
-            "params_override", f"{_INIT_FIELD}: a checkpoint of the same model", error
-        ) from error
+        raise _other_model(error) from error
     print(f"initialized from checkpoint: {path}")
+
+
+def begin(initialize: Callable[[], None], given: str) -> None:
+    """Calls a task's own way to begin, also that of a task of tf-models.
+
+    Args:
+        initialize: The task's method.
+        given: The value of `task.init_checkpoint`, for errors.
+
+    Raises:
+        FlagValueError: It can not begin with that.
+    """
+    try:
+        initialize()
+    except FlagValueError:
+        raise
+    except AssertionError as error:
+        raise _other_model(f"{given}, which {_lack(error)}") from error
+    except _UNREADABLE as error:
+        raise _other_model(f"{given}: {_first_line(error)}") from error
+
+
+def _other_model(received: object) -> FlagValueError:
+    return FlagValueError(
+        "params_override", f"{_INIT_FIELD}: a checkpoint of the same model", received
+    )
 
 
 def _has_model(path: str) -> bool:
@@ -226,14 +250,15 @@ def _match(path: str, status: Any) -> None:
     try:
         status.assert_existing_objects_matched()
     except AssertionError as error:
-        count = re.search(r"Found (\d+)", str(error))
-        names = re.findall(r"<tf.Variable '([^':]+)", str(error))
-        names = [name for name in dict.fromkeys(names) if "/replica_" not in name]
-        shown = names[:_NAMES_SHOWN]
-        raise MismatchError(
-            f"{path}, which lacks {count[1] if count else 'some'} variables"
-            + (f" ({', '.join(shown)}, ...)" if shown else "")
-        ) from error
+        raise MismatchError(f"{path}, which {_lack(error)}") from error
+
+
+def _lack(error: AssertionError) -> str:
+    count = re.search(r"Found (\d+)", str(error))
+    names = re.findall(r"<tf.Variable '([^':]+)", str(error))
+    names = [name for name in dict.fromkeys(names) if "/replica_" not in name]
+    shown = f" ({', '.join(names[:_NAMES_SHOWN])}, ...)" if names else ""
+    return f"lacks {count[1] if count else 'some'} variables{shown}"
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ of them only. So here workers exchange a few numbers where all come by.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -225,7 +226,7 @@ def runner_class() -> type:
     import tensorflow as tf
     from official.core import train_lib
 
-    from official_recipes.common.checkpoints import Resumption
+    from official_recipes.common.checkpoints import Resumption, begin
 
     class Manager(tf.train.CheckpointManager):
         """Restores what the workers agree on; writes into its own folder."""
@@ -290,6 +291,7 @@ def runner_class() -> type:
 
         def _maybe_build_checkpoint_manager(self) -> tf.train.CheckpointManager:
             config, trainer = self.params.trainer, self.trainer
+            given = getattr(self.params.task, "init_checkpoint", None)
             return Manager(
                 self._workers,
                 self._read_dir,
@@ -299,7 +301,9 @@ def runner_class() -> type:
                 max_to_keep=1 if self._own_dir else config.max_to_keep,
                 step_counter=trainer.global_step,
                 checkpoint_interval=config.checkpoint_interval,
-                init_fn=trainer.initialize,
+                init_fn=functools.partial(begin, trainer.initialize, given)
+                if given
+                else trainer.initialize,
             )
 
     return Runner
