@@ -501,7 +501,7 @@ RUNS = [
         ["--mode=eval", f"--params_override={_DEEPER}"],
     ),
     ("--cpu_replicas: expected as many as in what this process has run", ["--cpu_replicas=3"]),
-    (None, ["--mode=eval"]),
+    (None, ["--mode=eval", f"{_KIND}.optimizer.type=adagrad"]),
 ]
 # All in one process: it takes longest to import.
 SEVERAL_RUNS = """
@@ -560,6 +560,7 @@ def test_mistakes_and_a_run_between_them(small, tmp_path):
     )
     assert (summary["mode"], summary["steps"], summary["metrics"]) == ("train", 2, {})
     assert (evaluation["mode"], evaluation["steps"]) == ("eval", 2)
+    assert evaluation["optimizer"] == "sgd"  # which the checkpoint is of
     assert 0.3 < evaluation["metrics"]["auc"] < 0.9
 
 

@@ -132,6 +132,9 @@ class Resumption:
         model_dir: The folder, for errors.
         kind: The name of the optimizer, or ``None`` where none is needed, as in evaluation.
         new_optimizer: Whether an optimizer may begin anew where the checkpoint is of another one.
+
+    Attributes:
+        recorded: The optimizer that the last checkpoint names, or ``None``.
     """
 
     def __init__(self, trainer: Any, model_dir: str, kind: str | None, new_optimizer: bool):
@@ -140,6 +143,7 @@ class Resumption:
         self._kind = kind
         self._new_optimizer = new_optimizer
         self._path = ""
+        self.recorded: str | None = None
         self._status: Any = None
 
     def restore(self, path: str) -> None:
@@ -152,7 +156,7 @@ class Resumption:
             FlagValueError: It is another model's or another optimizer's, or can not be read.
         """
         self._path, self._status = path, None
-        recorded = self._recorded()
+        self.recorded = recorded = self._recorded()
         if None not in (self._kind, recorded) and recorded != self._kind:
             if not self._new_optimizer:
                 raise self._other_optimizer(f"of {recorded}")
@@ -198,7 +202,7 @@ class Resumption:
         if self._kind is None:
             return
         # The same optimizer has more variables with other arguments, or with sub-batches.
-        if self._new_optimizer or self._recorded() == self._kind:
+        if self._new_optimizer or self.recorded == self._kind:
             print(f"variables of the optimizer begin anew: {error}")
             return
         raise self._other_optimizer(str(error)) from error

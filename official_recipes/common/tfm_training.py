@@ -725,13 +725,14 @@ def _train(
                 f"{options.model_dir})"
             ) from error
         if record.ran and workers.cluster.chief:
+            trained_by = manager.resumption.recorded or _optimizer_type(params)
             write_summary(
                 options.model_dir,
                 SUMMARY_FILE if options.trains else EVALUATION_FILE,
                 {
                     "experiment": options.experiment,
                     "mode": options.mode,
-                    "optimizer": _optimizer_type(params),
+                    "optimizer": _optimizer_type(params) if options.trains else trained_by,
                     "steps": int(controller.global_step.numpy()),
                     "seconds": round(time.monotonic() - started, 3),
                     "step_ms": record.step_ms,
