@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -482,8 +483,8 @@ sys.exit(str([train.main(["train", *arguments]) for arguments in json.loads(sys.
 """
 
 
-def test_mistakes(small):
-    runs = [[*small, *arguments] for arguments in MISTAKES.values()]
+def _run_in_one_process(runs):
+    """Exit codes, and the lines of errors."""
     result = subprocess.run(
         [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
         cwd=ROOT,
@@ -493,10 +494,26 @@ def test_mistakes(small):
     )
     lines = result.stderr.strip().splitlines()
     assert lines[-1] == str([2] * len(runs)), result.stderr
-    errors = [line for line in lines if line.startswith("--")]
-    assert len(errors) == len(runs)
+    return [line for line in lines if line.startswith("--")]
+
+
+def test_mistakes(small):
+    errors = _run_in_one_process([[*small, *arguments] for arguments in MISTAKES.values()])
+    assert len(errors) == len(MISTAKES)
     for error, said in zip(errors, MISTAKES, strict=True):
         assert said in error
+
+
+@pytest.mark.long
+def test_a_bad_row_is_named_when_training_meets_it(small, data, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    rows = (bad / "train-00003-of-00016.tsv").read_text().splitlines()
+    rows[7] = rows[7].rpartition("\t")[0] + "\t-1"
+    (bad / "train-00003-of-00016.tsv").write_text("\n".join(rows))
+    override = f"--params_override=task.train_data.input_path={bad}/train-00003*"
+    (error,) = _run_in_one_process([[*small, override]])
+    assert "train-00003-of-00016.tsv, line 8: expected an id from 0 to" in error
 
 
 @pytest.mark.long
