@@ -47,7 +47,7 @@ def read_articles(path: Path, skipped: Counter[str] | None = None) -> list[Any]:
     """
     articles = []
     try:
-        for article in json.loads(path.read_text("utf-8"))["data"]:
+        for article in json.loads(path.read_text("utf-8-sig"))["data"]:
             paragraphs = [_usable(path, p, skipped) for p in article["paragraphs"]]
             if paragraphs := [paragraph for paragraph in paragraphs if paragraph["qas"]]:
                 articles.append({**article, "paragraphs": paragraphs})
