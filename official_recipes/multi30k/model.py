@@ -93,7 +93,11 @@ class Transformer(tf_lbopt.PerExampleNormsModel):
 
     def __init__(self, shape: Shape, pieces: int, longest: int, **kwargs: Any):
         super().__init__(**kwargs)
-        self._arguments = {"shape": dataclasses.asdict(shape), "pieces": pieces, "longest": longest}
+        self._arguments: dict[str, Any] = {
+            "shape": dataclasses.asdict(shape),
+            "pieces": pieces,
+            "longest": longest,
+        }
         dtype = self.dtype_policy  # Of the config where the model is loaded.
         self.embedded = Embedded(pieces, shape.width, longest, name="embedding", dtype=dtype)
         self.dropout = keras.layers.Dropout(shape.dropout, dtype=dtype)
@@ -112,9 +116,10 @@ class Transformer(tf_lbopt.PerExampleNormsModel):
         """Its blocks, the first one first."""
         return [getattr(self, f"decoder_{i}") for i in range(self._arguments["shape"]["layers"])]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, Any]:  # type: ignore[override]
         """The arguments that make an equal model."""
-        return {**super().get_config(), **self._arguments}
+        parent: Any = super()
+        return {**parent.get_config(), **self._arguments}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Transformer:
