@@ -41,7 +41,7 @@ from official_recipes.dlrm.raw_rows import (
     read_lines,
 )
 from official_recipes.dlrm.synthetic import BayesAUC, ClickModel
-from official_recipes.dlrm.tables import Table, chosen_columns, header_of, read_table
+from official_recipes.dlrm.tables import Table, chosen_columns, columns_of, header_of, read_table
 from official_recipes.dlrm.vocabulary import FrequencyCounter, FrequentIds, HashedIds, Ids
 
 PROGRAM = "python -m official_recipes.dlrm.prepare_data"
@@ -278,16 +278,17 @@ def _checked(values: flags.FlagValues) -> Options:
         counts_in_memory=values.counts_in_memory,
         skip_malformed=values.skip_malformed,
         seed=values.seed,
-        table=_table(values, sources["train"]),
+        table=_table(values, sources),
     )
 
 
-def _table(values: flags.FlagValues, files: Sequence[Path]) -> Table | None:
+def _table(values: flags.FlagValues, sources: dict[str, tuple[Path, ...]]) -> Table | None:
     if values.label is None:
         for flag in _OF_TABLES:
             if values[flag].value is not None:
                 raise FlagValueError(flag, "no value without --label", values[flag].value)
         return None
+    files = [file for split in SPLITS for file in sources[split]]
     if not files:
         raise FlagValueError("label", "no value with --synthetic_rows", repr(values.label))
     given = "comma" if values.delimiter is None else values.delimiter
@@ -307,7 +308,7 @@ def _table(values: flags.FlagValues, files: Sequence[Path]) -> Table | None:
         values.numeric or (),
         values.categorical,
     )
-    return Table(
+    table = Table(
         delimiter,
         columns,
         values.label,
@@ -316,6 +317,9 @@ def _table(values: flags.FlagValues, files: Sequence[Path]) -> Table | None:
         values.clicks_from,
         values.numeric_scale != "none",
     )
+    for file in files:
+        columns_of(file, table)
+    return table
 
 
 def _files(flag: str, values: flags.FlagValues) -> tuple[Path, ...]:

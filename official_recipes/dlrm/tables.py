@@ -100,6 +100,22 @@ def header_of(file: Path, delimiter: str) -> tuple[str, ...]:
     return names
 
 
+def columns_of(file: Path, table: Table) -> tuple[str, ...]:
+    """The names of a file's columns.
+
+    Raises:
+        RowError: The file cannot be read, or has not all that the table needs.
+    """
+    names = table.columns or header_of(file, table.delimiter)
+    for name in (table.label, *table.numeric, *table.categorical):
+        if name not in names:
+            raise RowError(
+                f"{file}: expected a column {name!r} as in the first file of --source, received "
+                f"{', '.join(names)}"
+            )
+    return names
+
+
 def read_table(
     files: Sequence[Path], table: Table, progress: Callable[[int], None], skip_malformed: bool
 ) -> Iterator[Chunk]:
@@ -119,8 +135,7 @@ def read_table(
     """
     first_row = 0
     for file in files:
-        names = table.columns or header_of(file, table.delimiter)
-        parser = _Parser(file, table, names)
+        parser = _Parser(file, table, columns_of(file, table))
         position = 0
         reader: Any = None
         try:
@@ -164,12 +179,6 @@ def _some(reader: Any) -> list[tuple[int, list[str] | str]]:
 
 class _Parser:
     def __init__(self, file: Path, table: Table, names: Sequence[str]) -> None:
-        for name in (table.label, *table.numeric, *table.categorical):
-            if name not in names:
-                raise RowError(
-                    f"{file}: expected a column {name!r} as in the first file of --source, "
-                    f"received {', '.join(names)}"
-                )
         self._file = file
         self._table = table
         self._names = names
