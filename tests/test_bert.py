@@ -598,6 +598,14 @@ def test_bad_answers_are_left_out_and_counted(tmp_path, vocab_file, capsys):
     assert sorted(record["unused_questions"].values()) == [1, 1]
 
 
+def test_squad_2_without_answers_to_evaluate(tmp_path, vocab_file):
+    articles = squad.read_articles(_squad(tmp_path))
+    none = squad.read_articles(_changed_squad(tmp_path, lambda p, q: q.update(is_impossible=True)))
+    settings = squad.Settings(48, 16, 8, True)
+    with pytest.raises(DataFormatError, match="no question to evaluate on has an answer"):
+        squad.write(articles, none[:1], vocab_file, tmp_path, settings)
+
+
 def test_squad_2(tmp_path, vocab_file, capsys):
     """Unanswerable questions point at [CLS]; the training asks for tf-models' metric of v2.0."""
     content = json.loads(_squad(tmp_path).read_text())

@@ -181,6 +181,8 @@ def write(
     ]
     second = has_impossible([*train, *dev])
     version = "v2.0" if second else "1.1"
+    if second and all(question["is_impossible"] for question in _questions(dev)):
+        raise DataFormatError("no question to evaluate on has an answer, which tf-models needs")
     for name, articles in ((TRAIN_JSON, first_answers), (DEV_JSON, dev)):
         text = json.dumps({"version": version, "data": articles}, ensure_ascii=False)
         (folder / name).write_text(text + "\n", "utf-8")
