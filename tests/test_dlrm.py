@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from harness_recipes import (
     assert_same_state,
     interrupt_preparation,
@@ -22,7 +23,7 @@ from harness_recipes import (
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
-from official_recipes.dlrm import prepare_data, raw_rows, synthetic, vocabulary
+from official_recipes.dlrm import prepare_data, raw_rows, synthetic, train, vocabulary
 from official_recipes.dlrm.prepare_data import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -655,6 +656,15 @@ def test_mistakes(small):
     assert len(errors) == len(MISTAKES)
     for error, said in zip(errors, MISTAKES, strict=True):
         assert said in error
+
+
+def test_after_another_recipe_in_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "0")
+    assert tf.keras.Model.__module__.startswith("keras.")
+    assert train.main(["train", f"--model_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "DLRM needs tf.keras to be tf_keras: set TF_USE_LEGACY_KERAS=1" in error
 
 
 @pytest.mark.long
