@@ -398,6 +398,32 @@ def test_models_of_checkpoints_and_files_are_whole(tmp_path):
         np.testing.assert_allclose(logits, expected[file], rtol=1e-4, atol=1e-5)
 
 
+def test_evaluation_only(tmp_path, capsys):
+    """Of a checkpoint that was written before; one of another model is refused."""
+    (tmp_path / "valid.txt").write_text("a b a b c\n" * 40)
+    (tmp_path / "test.txt").write_text("a b c\n" * 9)
+    folder = tmp_path / "model"
+    small = ["--hidden=4", "--sequence_length=5", f"--data_dir={tmp_path}", "--replicas=1"]
+    arguments = ["recipe", "--eval_only", f"--model_dir={folder}", *small]
+    assert wikitext2.main(arguments) == 2
+    assert "--eval_only: expected a --model_dir with a checkpoint" in capsys.readouterr().err
+    assert not folder.exists()
+    values = wikitext2.define_flags()
+    parse_flags(values, arguments)
+    task = wikitext2.make_task(values, lambda done, total: None)
+    model = task.build_model()
+    checkpoint = tf.train.Checkpoint(model=model)
+    tf.train.CheckpointManager(checkpoint, str(folder / "checkpoints"), 2).save()
+    assert wikitext2.main(arguments) == 0
+    found = json.loads((folder / "evaluation.json").read_text())
+    expected = task.evaluate(model, "test", final=True)
+    assert found["metrics"]["test_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert f"test_perplexity {expected['perplexity']:.4g}" in capsys.readouterr().out
+    assert wikitext2.main([*arguments, "--hidden=6"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert "--model_dir: expected a checkpoint of this model" in error[-1]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", TASKS)
 def test_what_was_trained_gives_its_metrics_again(tmp_path, name):
