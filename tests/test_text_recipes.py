@@ -422,6 +422,7 @@ def test_evaluation_only(tmp_path, capsys):
     assert wikitext2.main([*arguments, "--hidden=6"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert "--model_dir: expected a checkpoint of this model" in error[-1]
+    tf.get_logger().setLevel("WARNING")
 
 
 @pytest.mark.long

@@ -107,6 +107,10 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
     with progress_bar(console) as progress, interruption(last_words=_LAST_WORDS) as interrupted:
         task = recipe.make_task(values, Bar(progress, "reading", interrupted))
         if values.eval_only:
+            import tensorflow as tf
+
+            # It would list all that a checkpoint of another model has.
+            tf.get_logger().setLevel("ERROR")
             for name, value in evaluate(task, options, strategy).items():
                 print(f"{name} {value:.4g}")
             return None
