@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from harness_recipes import (
     assert_same_state,
     interrupt_preparation,
@@ -23,7 +22,7 @@ from harness_recipes import (
 from scipy.stats import chisquare
 from sklearn.metrics import roc_auc_score
 
-from official_recipes.dlrm import prepare_data, raw_rows, synthetic, train, vocabulary
+from official_recipes.dlrm import prepare_data, raw_rows, synthetic, vocabulary
 from official_recipes.dlrm.prepare_data import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -637,8 +636,8 @@ sys.exit(str([train.main(["train", *arguments]) for arguments in json.loads(sys.
 """
 
 
-def _run_in_one_process(runs):
-    """Exit codes, and the lines of errors."""
+def test_mistakes(small):
+    runs = [[*small, *arguments] for arguments in MISTAKES.values()]
     result = subprocess.run(
         [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
         cwd=ROOT,
@@ -648,35 +647,10 @@ def _run_in_one_process(runs):
     )
     lines = result.stderr.strip().splitlines()
     assert lines[-1] == str([2] * len(runs)), result.stderr
-    return [line for line in lines if line.startswith("--")]
-
-
-def test_mistakes(small):
-    errors = _run_in_one_process([[*small, *arguments] for arguments in MISTAKES.values()])
-    assert len(errors) == len(MISTAKES)
+    errors = [line for line in lines if line.startswith("--")]
+    assert len(errors) == len(runs)
     for error, said in zip(errors, MISTAKES, strict=True):
         assert said in error
-
-
-def test_after_another_recipe_in_one_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "0")
-    assert tf.keras.Model.__module__.startswith("keras.")
-    assert train.main(["train", f"--model_dir={tmp_path}"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "DLRM needs tf.keras to be tf_keras: set TF_USE_LEGACY_KERAS=1" in error
-
-
-@pytest.mark.long
-def test_a_bad_row_is_named_when_training_meets_it(small, data, tmp_path):
-    bad = tmp_path / "bad"
-    shutil.copytree(data, bad)
-    rows = (bad / "train-00003-of-00016.tsv").read_text().splitlines()
-    rows[7] = rows[7].rpartition("\t")[0] + "\t-1"
-    (bad / "train-00003-of-00016.tsv").write_text("\n".join(rows))
-    override = f"--params_override=task.train_data.input_path={bad}/train-00003*"
-    (error,) = _run_in_one_process([[*small, override]])
-    assert "train-00003-of-00016.tsv, line 8: expected an id from 0 to" in error
 
 
 @pytest.mark.long
@@ -691,6 +665,19 @@ def test_every_optimizer_trains(small, tmp_path, kind):
     summary = json.loads((tmp_path / "model" / "summary.json").read_text())
     assert summary["steps"] == 8
     assert summary["metrics"]["log_loss"] is not None
+
+
+@pytest.mark.long
+def test_a_bad_row_is_named_when_training_meets_it(small, data, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    rows = (bad / "train-00003-of-00016.tsv").read_text().splitlines()
+    rows[7] = rows[7].rpartition("\t")[0] + "\t-1"
+    (bad / "train-00003-of-00016.tsv").write_text("\n".join(rows))
+    result = _run(*small, f"--params_override=task.train_data.input_path={bad}/train-00003*")
+    assert result.returncode == 2
+    (error,) = result.stderr.strip().splitlines()
+    assert "train-00003-of-00016.tsv, line 8: expected an id from 0 to" in error
 
 
 @pytest.mark.long

@@ -19,7 +19,7 @@ import tf_keras
 if tf.keras.Model is not tf_keras.Model:
     raise ImportError(
         "DLRM needs tf.keras to be tf_keras: set TF_USE_LEGACY_KERAS=1 in the environment before "
-        "tf.keras is first used, as train.py does in a process of its own"
+        "tf.keras is first used (train.py does)"
     )
 
 import tensorflow_recommenders as tfrs

@@ -18,7 +18,6 @@ SUMMARY = (
     "and --cpu_replicas, --sub_batches and --seed."
 )
 EXPERIMENT = "large_batch_dlrm"
-_LEGACY_KERAS = "TF_USE_LEGACY_KERAS"
 _DENSE_ONLY = ("lars",)
 """Optimizers of tf-models that can not take the sparse gradients of embeddings."""
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         The exit code.
     """
     # TensorFlow Recommenders needs it; too late once TensorFlow has been asked for its Keras.
-    os.environ[_LEGACY_KERAS] = "1"
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
     checked: list[tuple[Any, Options]] = []
 
     def check(params: Any, options: Options) -> None:
@@ -51,8 +50,6 @@ def main(argv: Sequence[str]) -> int:
             check=check,
         )
     except Exception as error:
-        if type(error) is ImportError and _LEGACY_KERAS in str(error):
-            return fail(error)  # tf.keras is another one already in this process
         bad_row = _bad_row(error, *checked[0]) if checked else None
         if bad_row is None:
             raise
