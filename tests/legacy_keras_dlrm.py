@@ -166,6 +166,33 @@ def test_sizes_come_from_the_record_beside_the_data(data):
         assert params.task.model.vocab_sizes == recorded
 
 
+def test_columns_that_are_not_those_of_the_data(data):
+    override = f"task.train_data.input_path={data}/train*,task.model.num_dense_features=4"
+    params, options = _params(override=override)
+    with pytest.raises(FlagValueError, match="num_dense_features=13 and 26 vocab_sizes"):
+        train._check(params, options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [*[(k, 4 + 16) for k in ("sgd", "vr_sgd", "vr_adam", "sngm", "adam")]]
+    + [(k, 4 + 6) for k in ("vr_lars", "vr_lamb", "lbopt_lamb", "lans", "clars", "lamb")],
+)
+def test_layer_wise_optimizers_have_no_weights_of_zeros(kind, rows):
+    """Half of the products are zeros else, and their weights count in the norm for ever."""
+    params, task = _task(kind, interaction="dot")
+    train._check(params, _params()[1])
+    model = task.build_model()
+    assert [v.shape for v in model.dense_trainable_variables if v.shape[0] == rows] == [(rows, 8)]
+
+
+def test_the_default_is_the_configuration_for_64k():
+    default, named = _params()[0], _params(ROOT / "official_recipes/dlrm/configs/vrgd_64k.yaml")[0]
+    for params in (default, named):
+        params.task.train_data.input_path = params.task.validation_data.input_path = ""
+    assert default.as_dict() == named.as_dict()
+
+
 def test_plateau():
     schedule = PlateauPolynomial(2.0, decay_start=10, decay_steps=4, power=2)
     rates = [float(schedule(tf.constant(step))) for step in (0, 10, 11, 12, 14, 99)]
@@ -246,6 +273,56 @@ def test_empty_files_and_ids_that_are_too_large(tmp_path, data):
     config = _data_config(data, "train", 5000)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"not below task.model.vocab_sizes"):
         next(iter(inputs.click_logs(config, too_small, 13)))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("0\t1\t-1\t0", "expected an id from 0 to 4 in field 3, received -1"),
+        ("0\t1\t0\t7", "expected an id from 0 to 6 in field 4, received 7"),
+        ("0\t1\t0", "expected 4 fields separated by TABs, received 3"),
+        ("0\tone\t0\t0", "expected a number in field 2, received 'one'"),
+    ],
+)
+def test_rows_that_can_not_be_read(tmp_path, row, said, monkeypatch):
+    """An id of -1 too, which is the last row of the column before in one table of all."""
+    monkeypatch.setattr(inputs, "_ROWS", 2)
+    good = "1\t0.5\t4\t6\n"
+    (tmp_path / "train-0").write_text(4 * good)
+    (tmp_path / "train-1").write_text(3 * good + row + "\n" + good)
+    config = _data_config(tmp_path, "train", 9)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        next(iter(inputs.click_logs(config, [5, 7], 1)))
+    files = inputs.matching_files(config.input_path)
+    assert inputs.first_bad_row(files, [5, 7], 1) == f"{tmp_path / 'train-1'}, line 4: {said}"
+    assert inputs.first_bad_row(files[:1], [5, 7], 1) is None
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_a_run_that_stops_at_a_row_names_it(tmp_path, data, monkeypatch, capsys, bad):
+    for name in ("train", "validation"):
+        (tmp_path / name).write_text(("0\t" * 39 + "0\n") * 3)
+    (tmp_path / "dataset.json").write_text((data / "dataset.json").read_text())
+    if bad:
+        with (tmp_path / "validation").open("a") as file:
+            file.write("0\t" * 39 + "-1\n")
+    parts = [f"task.{s}_data.input_path={tmp_path}/{s}" for s in ("train", "validation")]
+    params, options = _params(override=",".join(parts))
+
+    def run(argv, *, check, **arguments):
+        check(params, options)
+        raise tf.errors.InvalidArgumentError(None, None, "some row")
+
+    monkeypatch.setattr(train, "train_from_command_line", run)
+    if not bad:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="some row"):
+            train.main(["train"])
+        return
+    assert train.main(["train"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "task.validation_data.input_path: rows as prepare_data.py writes them" in error
+    assert f"{tmp_path}/validation, line 4: expected an id from 0 to" in error
 
 
 def test_a_part_of_one_row_is_refused(data):

@@ -1,10 +1,12 @@
 """The BERT recipe: its data, its configurations, its command line, and short trainings."""
 
+import collections
 import gzip
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,6 +387,8 @@ def test_mistakes_in_preparation(tmp_path, vocab_file, capsys):
     broken.write_bytes(b"\x1f\x8b\x08 no")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
+    one = tmp_path / "one.txt"
+    one.write_text(text.read_text().replace("\n\n", "\n"))
     new = tmp_path / "new"
     vocabulary = f"--vocab_file={vocab_file}"
     for arguments, said in (
@@ -408,8 +412,13 @@ def test_mistakes_in_preparation(tmp_path, vocab_file, capsys):
         (["--max_seq_length=4"], "--max_seq_length: expected an integer from 8"),
         (["--max_seq_length=16", "--max_predictions_per_seq=17"], "at most --max_seq_length=16"),
         ([f"--squad_train={text}"], "--vocab_file: expected that of the pretrained model"),
-        ([f"--squad_train={text}", vocabulary], "no SQuAD v1.1 JSON"),
+        ([f"--squad_train={text}", vocabulary], "no SQuAD JSON"),
         ([f"--squad_dev={text}"], "--squad_train: expected a file"),
+        (
+            [f"--squad_train={text}", f"--squad_dev={text}", vocabulary],
+            "--squad_dev: expected another file than --squad_train",
+        ),
+        ([f"--source={one}", vocabulary], "one document, of which none can be held out: plain"),
         ([f"--squad_train={text}", f"--source={text}"], "no value together with --squad_train"),
         (["--nonsense"], "--nonsense: expected one of the flags"),
     ):
@@ -486,7 +495,11 @@ def test_squad(tmp_path, vocab_file):
     arguments = [f"--squad_train={file}", f"--vocab_file={vocab_file}", *SQUAD_LENGTHS]
     assert _prepare(*arguments, "--validation_fraction=0.3", f"--output_dir={out}") == 0
     record = json.loads((out / "dataset.json").read_text())
-    assert record["splits"]["dev"] == {"paragraphs": 3, "questions": 3}
+    assert record["splits"]["dev"] == {
+        "paragraphs": 3,
+        "questions": 3,
+        "unanswerable": 0,
+    }
     assert record["splits"]["train"]["questions_used"] == 7
     parts = [squad.read_articles(out / name) for name in ("train.json", "dev.json")]
     contexts = [{p["context"] for a in part for p in a["paragraphs"]} for part in parts]
@@ -516,7 +529,8 @@ def test_squad(tmp_path, vocab_file):
 def test_squad_with_files_of_its_own(tmp_path, vocab_file):
     file = _squad(tmp_path)
     out = tmp_path / "out"
-    arguments = [f"--squad_train={file}", f"--squad_dev={file}", f"--vocab_file={vocab_file}"]
+    dev = shutil.copy(file, tmp_path / "dev.json")
+    arguments = [f"--squad_train={file}", f"--squad_dev={dev}", f"--vocab_file={vocab_file}"]
     assert _prepare(*arguments, *SQUAD_LENGTHS, f"--output_dir={out}") == 0
     assert len(squad.read_articles(out / "dev.json")) == 10
 
@@ -524,18 +538,114 @@ def test_squad_with_files_of_its_own(tmp_path, vocab_file):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda q: q["answers"].clear(), "without answer"),
-        (lambda q: q["answers"][0].update(answer_start=1), "is not where"),
-        (lambda q: q.pop("answers"), "no SQuAD v1.1 JSON"),
+        (lambda p, q: q["answers"].clear(), "no answer, without is_impossible"),
+        (lambda p, q: q["answers"][0].update(answer_start=1), "is not where its answer_start"),
+        (lambda p, q: q["answers"][0].update(answer_start=-3), "is not where its answer_start"),
+        (lambda p, q: q["answers"][0].update(text="", answer_start=0), "an empty answer"),
+        (lambda p, q: p.update(context=" "), "an empty context"),
+        (lambda p, q: (p.update(context=""), q.update(is_impossible=True)), "an empty context"),
+        (lambda p, q: q.pop("answers"), "no SQuAD JSON"),
+        (lambda p, q: q.pop("question"), "no SQuAD JSON"),
     ],
 )
 def test_squad_that_is_none(tmp_path, change, said):
-    file = _squad(tmp_path)
-    content = json.loads(file.read_text())
-    change(content["data"][0]["paragraphs"][0]["qas"][0])
-    file.write_text(json.dumps(content))
-    with pytest.raises(DataFormatError, match=said):
+    file = _changed_squad(tmp_path, change)
+    with pytest.raises(DataFormatError, match=said) as error:
         squad.read_articles(file)
+    assert str(file) in str(error.value)
+    if "JSON" not in said:
+        skipped = collections.Counter()
+        assert len(squad.read_articles(file, skipped)) == 9
+        assert [(said in reason, n) for reason, n in skipped.items()] == [(True, 1)]
+
+
+def _changed_squad(folder, change):
+    file = _squad(folder)
+    content = json.loads(file.read_text())
+    (paragraph,) = content["data"][0]["paragraphs"]
+    change(paragraph, paragraph["qas"][0])
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_bad_answers_are_left_out_and_counted(tmp_path, vocab_file, capsys):
+    """A question stays where it has another answer; one that tf-models drops is counted too."""
+
+    def change(paragraph, question):
+        more = {**question, "id": "two", "answers": [{"text": "", "answer_start": 0}]}
+        good = {"text": "fox", "answer_start": paragraph["context"].index("fox")}
+        question["answers"] = [{"text": "fox", "answer_start": 1}, good]
+        # tf-models splits at other spaces than Python.
+        paragraph["context"] += " quick\u00a0fox"
+        text = "quick\u00a0fox"
+        begin = paragraph["context"].index(text)
+        lost = {**question, "id": "lost", "answers": [{"text": text, "answer_start": begin}]}
+        paragraph["qas"] += [more, lost]
+
+    file = _changed_squad(tmp_path, change)
+    arguments = [f"--squad_train={file}", f"--vocab_file={vocab_file}", *SQUAD_LENGTHS]
+    out = tmp_path / "out"
+    (tmp_path / "dev").mkdir()
+    arguments += [f"--squad_dev={_squad(tmp_path / 'dev')}", f"--output_dir={out}"]
+    assert _prepare(*arguments) == 2
+    assert "--squad_train: expected data that can be used" in capsys.readouterr().err
+    assert not out.exists()
+    assert _prepare(*arguments, "--skip_bad_answers") == 0
+    errors = capsys.readouterr().err
+    assert "unused questions: 1 with an empty answer" in errors
+    record = json.loads((out / "dataset.json").read_text())
+    assert "unused questions: 1 with an answer that is not in the words" in errors
+    assert record["splits"]["train"]["questions"] == 11
+    assert record["splits"]["train"]["questions_used"] == 10
+    assert sorted(record["unused_questions"].values()) == [1, 1]
+
+
+def test_squad_2_without_answers_to_evaluate(tmp_path, vocab_file):
+    articles = squad.read_articles(_squad(tmp_path))
+    none = squad.read_articles(_changed_squad(tmp_path, lambda p, q: q.update(is_impossible=True)))
+    settings = squad.Settings(48, 16, 8, True)
+    with pytest.raises(DataFormatError, match="no question to evaluate on has an answer"):
+        squad.write(articles, none[:1], vocab_file, tmp_path, settings)
+
+
+def test_squad_2(tmp_path, vocab_file, capsys):
+    """Unanswerable questions point at [CLS]; the training asks for tf-models' metric of v2.0."""
+    content = json.loads(_squad(tmp_path).read_text())
+    for article in content["data"]:
+        (paragraph,) = article["paragraphs"]
+        (question,) = paragraph["qas"]
+        none = {"id": question["id"] + "n", "question": "Who?", "is_impossible": True}
+        plausible = {"plausible_answers": question["answers"], "answers": []}
+        paragraph["qas"] = [{**question, "is_impossible": False}, {**none, **plausible}]
+    file = tmp_path / "v2.json"
+    file.write_text(json.dumps(content))
+    out = tmp_path / "out"
+    arguments = [f"--squad_train={file}", f"--vocab_file={vocab_file}", *SQUAD_LENGTHS]
+    assert _prepare(*arguments, "--validation_fraction=0.3", f"--output_dir={out}") == 0
+    record = json.loads((out / "dataset.json").read_text())
+    assert record["version_2_with_negative"] is True
+    assert record["splits"]["train"]["unanswerable"] == 7
+    assert record["splits"]["train"]["questions_used"] == 14
+    assert record["unused_questions"] == {}
+    impossible = 0
+    for raw in tf.data.TFRecordDataset(str(out / "train.tf_record")):
+        feature = tf.train.Example.FromString(raw.numpy()).features.feature
+        if feature["is_impossible"].int64_list.value[0]:
+            impossible += 1
+            assert feature["start_positions"].int64_list.value[0] == 0
+            assert feature["end_positions"].int64_list.value[0] == 0
+    assert impossible >= 7
+    override = {
+        "task.validation_data.input_path": out / "dev.json",
+        "task.validation_data.vocab_file": out / "vocab.txt",
+        "task.validation_data.seq_length": 48,
+    }
+    override = ",".join(f"{name}={value}" for name, value in override.items())
+    capsys.readouterr()
+    run = [f"--model_dir={tmp_path}", "--mode=eval", "--experiment=large_batch_squad"]
+    assert train.main(["train", *run, f"--params_override={override}"]) == 2
+    said = "task.validation_data.version_2_with_negative: True as in"
+    assert said in capsys.readouterr().err
 
 
 def test_real_squad(shared_data):

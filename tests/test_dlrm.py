@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,8 @@ def test_compressed_and_several_files(tmp_path):
         (_row(f3="1.5"), "expected an integer in field 4, received '1.5'"),
         (_row(f13="1_0"), "expected an integer in field 14, received '1_0'"),
         (_row(f1="nan"), "expected an integer in field 2, received 'nan'"),
+        (_row(f2="1" * 400), f"expected an integer in field 3, received '{40 * '1'}'..."),
+        (_row(f2="1" * 5000), f"expected an integer in field 3, received '{40 * '1'}'..."),
     ],
 )
 def test_malformed_rows(tmp_path, bad, said, capsys):
@@ -196,6 +199,10 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     full.mkdir()
     (full / "something").touch()
     new = tmp_path / "new"
+    bad = tmp_path / "bad"
+    bad.write_text("no row\n" * 3)
+    (tmp_path / "table.csv").write_text('a,b,d e\n1,"x\ny",3\nx,z,3\n')
+    table = [f"--source={tmp_path}/table.csv", "--label=a", "--categorical=b"]
     for arguments, said in (
         ([f"--source={tmp_path}/nowhere*"], "--source: expected files or patterns"),
         ([f"--source={tmp_path}"], "which is a folder"),
@@ -221,6 +228,46 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
             "--validation_source has no rows",
         ),
         ([f"--source={tmp_path}/broken.gz"], "broken.gz"),
+        (
+            [f"--source={good}", f"--validation_source={tmp_path}/./good"],
+            "--validation_source: expected files that are not in --source, received",
+        ),
+        (
+            [f"--source={tmp_path}/e*", f"--test_source={good}", f"--validation_source={good}"],
+            "--test_source: expected files that are not in --validation_source",
+        ),
+        (
+            [f"--source={bad}", "--skip_malformed"],
+            f"all rows of --source are malformed; the first: {bad}, line 1: expected 40 fields",
+        ),
+        (
+            [
+                f"--source={good}",
+                f"--test_source={bad}",
+                "--skip_malformed",
+                "--validation_fraction=0",
+            ],
+            f"all rows of --test_source are malformed; the first: {bad}, line 1",
+        ),
+        ([f"--source={good}", "--numeric=a"], "--numeric: expected no value without --label"),
+        (["--synthetic_rows=5", "--label=a"], "--label: expected no value with --synthetic_rows"),
+        ([*table, "--label=c"], "--label: expected one of the columns of the data (a, b, d e)"),
+        ([*table, "--numeric=x*"], "--numeric: expected columns of the data (a, b, d e), received"),
+        ([*table, "--numeric=b"], "--categorical: expected columns that are not in --numeric"),
+        ([*table, "--categorical=a"], "--categorical: expected columns that are not in --label"),
+        ([*table, "--categorical="], "--categorical: expected at least one column"),
+        ([*table, "--delimiter=::"], "--delimiter: expected one of comma, tab, semicolon, space"),
+        ([*table, "--numeric_scale=x"], "--numeric_scale: expected one of log, none"),
+        ([*table, "--clicks_from=nan"], "--clicks_from: expected a number"),
+        ([*table, "--columns=a,b,b"], "--columns: expected different names, received a,b,b"),
+        ([*table, "--columns=a,b"], "table.csv, line 1: expected 2 fields separated by ','"),
+        ([*table], f"{tmp_path}/table.csv, line 4: expected a number in 'a', received 'x'"),
+        ([*table, "--delimiter=tab"], "--label: expected one of the columns of the data (a,b,d e)"),
+        ([f"--source={tmp_path}/empty", *table[1:]], "expected names of columns in the first line"),
+        (
+            [f"--source={tmp_path}/table.csv", *table[1:], f"--test_source={good}"],
+            f"{good}: expected a column 'a' as in the first file of --source",
+        ),
     ):
         given = ["prepare_data", *arguments]
         if not any(a.startswith("--output_dir") for a in arguments):
@@ -231,6 +278,113 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         assert said in error[0]
         assert not new.exists()
         assert not (tmp_path / ".new.partial").exists()
+
+
+# -- other columns ---------------------------------------------------------------------------------
+
+
+def _tables(tmp_path, files, *arguments):
+    """Prepares files of text, whose names and contents are given."""
+    for name, content in files.items():
+        data = content.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    first = next(iter(files))
+    out = tmp_path / "out"
+    fixed = ["--validation_fraction=0", "--shards=1", "--min_frequency=1", f"--output_dir={out}"]
+    code = main(["prepare_data", f"--source={tmp_path / first}", *fixed, *arguments])
+    assert code == 0
+    return _written(out), _record(out)
+
+
+def test_csv_with_a_header(tmp_path):
+    """Compressed, with a mark at its beginning, quotes, floats, missing values and empty lines."""
+    content = "\ufeffid,click,price,site,age\r\n"
+    content += '7,1,2.5,"a,""b""",\r\n\r\n8,0,-1e1,"two\nlines",30\r\n9,1.0,,é,3\r\n'
+    rows, record = _tables(
+        *(tmp_path, {"a.csv.gz": content}),
+        *("--label=click", "--numeric=price,age", "--categorical=site"),
+    )
+    assert [row[0] for row in rows] == ["1", "0", "1"]
+    numbers = [[float(x) for x in row[1:3]] for row in rows]
+    expected = np.log1p([[2.5, 0], [0, 30], [0, 3]])
+    np.testing.assert_allclose(numbers, expected, rtol=1e-6)
+    assert sorted(row[3] for row in rows) == ["1", "2", "3"]
+    assert record["num_dense_features"] == 2
+    assert record["vocab_sizes"] == [4]
+    columns = {"label": "click", "numeric": ["price", "age"], "categorical": ["site"]}
+    assert record["columns"] == columns
+
+
+def test_tsv_without_a_header(tmp_path):
+    """As MovieLens has ratings: there are no numbers, which the network needs one of."""
+    rows, record = _tables(
+        *(tmp_path, {"u.data": "196\t242\t3\t881250949\n186\t302\t4\t891717742\n"}),
+        *("--columns=user,item,rating,time", "--delimiter=tab", "--label=rating"),
+        *("--clicks_from=4", "--categorical=user,item"),
+    )
+    assert [row[:2] for row in rows] == [["0", "0"], ["1", "0"]]
+    assert (record["num_dense_features"], record["vocab_sizes"]) == (1, [3, 3])
+
+
+def test_numbers_as_they_are_and_patterns(tmp_path):
+    """A pattern takes what is not taken; files may have their columns in another order."""
+    files = {"a": "I1,C1,y,I2\n-1.5,a,1,2\n", "b": "y,I2,I1,C1\n0,8,9,a\n1,0,bad,b\n"}
+    rows, record = _tables(
+        *(tmp_path, files, f"--test_source={tmp_path / 'b'}", "--skip_malformed"),
+        *("--label=y", "--numeric=I*", "--categorical=*", "--numeric_scale=none"),
+    )
+    assert rows == [["1", "-1.5", "2", "1"]]
+    assert _written(tmp_path / "out", "test") == [["0", "9", "8", "1"]]
+    assert record["columns"]["categorical"] == ["C1"]
+    assert record["skipped_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("1,2", "expected 3 fields separated by ',', received 2"),
+        ("2,1,a", "expected 0 or 1 in 'y', received '2'"),
+        (",1,a", "expected 0 or 1 in 'y', received ''"),
+        ("1,nan,a", "expected a number in 'n', received 'nan'"),
+        ("1,1_0,a", "expected a number in 'n', received '1_0'"),
+        (f"1,{400 * '1'},a", f"expected a number in 'n', received '{40 * '1'}'..."),
+        ('1,2,"a"b', "expected fields as CSV has them, received: ',' expected after"),
+        ('1,2,"a', "expected fields as CSV has them, received: unexpected end of data"),
+    ],
+)
+def test_malformed_rows_of_tables(tmp_path, row, said, capsys):
+    (tmp_path / "a.csv").write_text(f"y,n,c\n1,2,a\n\n{row}\n")
+    arguments = [f"--source={tmp_path / 'a.csv'}", "--label=y", "--numeric=n", "--categorical=c"]
+    arguments += [f"--output_dir={tmp_path / 'out'}", "--validation_fraction=0"]
+    assert main(["prepare_data", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{tmp_path}/a.csv, line 4: {said}" in error
+    code = main(["prepare_data", *arguments, "--skip_malformed"])
+    if "end of data" in said:  # which has taken all that follows
+        assert code == 2
+        return
+    assert code == 0
+    assert "left 1 malformed rows out" in capsys.readouterr().err
+    assert _record(tmp_path / "out")["rows"]["train"] == 1
+
+
+def test_criteo_rows_as_a_table(tmp_path):
+    """The same files come of the same rows, whichever way they are read."""
+    rows = [_row(i % 2, [i] * 13, [f"{i % 3:08x}"] * 26) for i in range(60)]
+    names = ["label", *(f"I{i}" for i in range(13)), *(f"C{i}" for i in range(26))]
+    source = tmp_path / "rows.txt"
+    source.write_bytes(b"\xef\xbb\xbf" + "".join(f"{row}\n" for row in rows).encode())
+    _, plain = _prepare(tmp_path, None, "--min_frequency=2")
+    arguments = ["--label=label", "--numeric=I*", "--categorical=C*", "--delimiter=tab"]
+    arguments.append(f"--columns={','.join(names)}")
+    code, table = _prepare(tmp_path, None, "--min_frequency=2", *arguments, out="table")
+    assert code == 0
+    assert _written(table) == _written(plain)
+    assert _written(table, "validation") == _written(plain, "validation")
+    record = _record(table)
+    assert record.pop("columns")["numeric"] == names[1:14]
+    assert record == _record(plain)
 
 
 def test_help_of_the_preparation(capsys):
@@ -588,6 +742,19 @@ def test_every_optimizer_trains(small, tmp_path, kind):
     summary = json.loads((tmp_path / "model" / "summary.json").read_text())
     assert summary["steps"] == 8
     assert summary["metrics"]["log_loss"] is not None
+
+
+@pytest.mark.long
+def test_a_bad_row_is_named_when_training_meets_it(small, data, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    rows = (bad / "train-00003-of-00016.tsv").read_text().splitlines()
+    rows[7] = rows[7].rpartition("\t")[0] + "\t-1"
+    (bad / "train-00003-of-00016.tsv").write_text("\n".join(rows))
+    result = _run(*small, f"--params_override=task.train_data.input_path={bad}/train-00003*")
+    assert result.returncode == 2
+    (error,) = result.stderr.strip().splitlines()
+    assert "train-00003-of-00016.tsv, line 8: expected an id from 0 to" in error
 
 
 @pytest.mark.long

@@ -2,7 +2,10 @@
 
 import dataclasses
 import gzip
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -12,8 +15,10 @@ import tensorflow as tf
 from conftest import strategy_of
 from harness_recipes import assert_same_by_single_micro_steps
 
+from official_recipes.cifar.task import ImageTask
 from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
+from official_recipes.common.image_data import DigitsSource
 from official_recipes.common.keras_optimizers import known_optimizers, make_optimizer
 from official_recipes.common.keras_options import (
     ScheduleOptions,
@@ -79,6 +84,27 @@ def test_wrong_flags_end_in_one_line(recipe, arguments, word, capsys):
     assert word in captured
 
 
+def test_languages(tmp_path, capsys):
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.en").write_text("a b\n")
+        (tmp_path / f"{split}.fr").write_text("ä b\n")
+    values = multi30k.define_flags()
+    folder = f"--data_dir={tmp_path}"
+    parse_flags(values, ["recipe", folder, "--source_language=fr", "--target_language=en"])
+    source = multi30k.make_source(values)
+    assert source.load()["train"] == (["ä b"], ["a b"])
+    assert source.name == f"pairs in {tmp_path.name}, fr to en"
+    for arguments, said in (
+        ([folder], "has no train.en and train.de"),
+        (["--target_language=fr"], "--data_dir: expected a folder with sentences of en and fr"),
+        ([folder, "--target_language=en"], "--target_language: expected another"),
+    ):
+        assert multi30k.main(["recipe", "--learning_rate=0.1", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert said in error
+
+
 def test_heads_must_divide_the_width(capsys):
     assert multi30k.main(["recipe", "--learning_rate=0.1", "--width=30"]) == 2
     assert "--heads=4" in capsys.readouterr().err
@@ -104,6 +130,9 @@ def test_lines_and_damaged_files(tmp_path):
     (tmp_path / "a.txt").write_text("ä b\n\nc\n")
     (tmp_path / "a.gz").write_bytes(gzip.compress("ä b\n\nc".encode()))
     assert read_lines(tmp_path / "a.txt") == read_lines(tmp_path / "a.gz") == ["ä b", "", "c"]
+    windows = b"\xef\xbb\xbf" + "ä b\r\n\r\nc\r\n".encode()
+    (tmp_path / "w.txt").write_bytes(windows)
+    assert read_lines(tmp_path / "w.txt") == ["ä b", "", "c"]
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"abc")[:-5])
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
     for name in ("b.gz", "c.txt", "d.txt"):
@@ -119,6 +148,7 @@ def test_texts(tmp_path):
     assert data.train.tolist() == [2, 3, 2, 1, 4, 5, 4, 1]
     assert data.held_out.tolist() == [4, 0, 1]
     assert data.held_out_name == "test"
+    assert data.name == f"text in {tmp_path.name}, trained on its validation text"
     (tmp_path / "train.txt").write_text("b\n")
     source = language.find_text(tmp_path)
     assert (source.held_out_name, source.load().vocabulary[2:]) == ("validation", ("b",))
@@ -136,7 +166,11 @@ def test_pairs(tmp_path):
         (tmp_path / f"{split}.en").write_text("a b\nc\n")
         (tmp_path / f"{split}.de.gz").write_bytes(gzip.compress("ä\nö\n".encode()))
     found = pairs.find_pairs(tmp_path)
-    assert found.load()["test"] == (["a b", "c"], ["ä", "ö"])
+    splits = found.load()
+    assert splits["test"] == (["a b", "c"], ["ä", "ö"])
+    assert found.label(splits) == f"pairs in {tmp_path.name}, en to de"
+    sizes = {"train": 29_000, "validation": 1014, "test": 1000}
+    assert found.label({k: (["a"] * n,) * 2 for k, n in sizes.items()}) == "Multi30k, en to de"
     (tmp_path / "val.en").write_text("a b\n")
     with pytest.raises(DataFormatError, match="1 lines"):
         found.load()
@@ -304,6 +338,123 @@ def test_dropout_and_accumulation():
     assert result.train_loss[-1] < result.train_loss[0]
 
 
+LOADED = """
+import json, sys
+import keras
+import numpy as np
+import official_recipes.multi30k.model  # and with it tf_lbopt
+logits = {}
+for path, arrays in json.loads(sys.argv[1]).items():
+    inputs = tuple(np.array(array, np.int32) for array in arrays)
+    model = keras.saving.load_model(path)
+    logits[path] = np.asarray(model(inputs if len(inputs) > 1 else inputs[0])).tolist()
+print(json.dumps(logits))
+"""
+
+
+def _small_images():
+    data = DigitsSource().load()
+    part = {"train_images": data.train_images[:64], "train_labels": data.train_labels[:64]}
+    return ImageTask(dataclasses.replace(data, **part), "resnet8")
+
+
+TASKS = {
+    "multi30k": (lambda: translation_task(32), [[[1, 5, 6]]] * 2),
+    "wikitext2": (language_task, [[[1, 5, 6]]]),
+    "cifar": (_small_images, [np.ones([2, 8, 8, 1]).tolist()]),
+}
+
+
+def _by_checkpoint(task, path):
+    """A new model with all of its weights from a checkpoint."""
+    model = task.build_model()
+    for weight in model.weights:
+        weight.assign(keras.ops.full_like(weight, 7))
+    status = tf.train.Checkpoint(model=model).read(path).expect_partial()
+    status.assert_existing_objects_matched()
+    assert not [weight.path for weight in model.weights if np.any(weight.numpy() == 7)]
+    return model
+
+
+def test_models_of_checkpoints_and_files_are_whole(tmp_path):
+    """A saved model needs a process with Keras and the model's own code only."""
+    files, expected = {}, {}
+    for name, (made, inputs) in TASKS.items():
+        task = made()
+        path = tf.train.Checkpoint(model=task.build_model()).write(str(tmp_path / name))
+        model = _by_checkpoint(task, path)
+        file = str(tmp_path / f"{name}.keras")
+        model.save(file)
+        files[file] = inputs
+        arrays = tuple(np.array(array, np.int32) for array in inputs)
+        expected[file] = np.asarray(model(arrays if len(arrays) > 1 else arrays[0]))
+    run = subprocess.run(
+        [sys.executable, "-c", LOADED, json.dumps(files)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for file, logits in json.loads(run.stdout.splitlines()[-1]).items():
+        np.testing.assert_allclose(logits, expected[file], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_only(tmp_path, capsys):
+    """Of a checkpoint that was written before; one of another model is refused."""
+    (tmp_path / "valid.txt").write_text("a b a b c\n" * 40)
+    (tmp_path / "test.txt").write_text("a b c\n" * 9)
+    folder = tmp_path / "model"
+    small = ["--hidden=4", "--sequence_length=5", f"--data_dir={tmp_path}", "--replicas=1"]
+    arguments = ["recipe", "--eval_only", f"--model_dir={folder}", *small]
+    assert wikitext2.main(arguments) == 2
+    assert "--eval_only: expected a --model_dir with a checkpoint" in capsys.readouterr().err
+    assert not folder.exists()
+    values = wikitext2.define_flags()
+    parse_flags(values, arguments)
+    task = wikitext2.make_task(values, lambda done, total: None)
+    model = task.build_model()
+    checkpoint = tf.train.Checkpoint(model=model)
+    tf.train.CheckpointManager(checkpoint, str(folder / "checkpoints"), 2).save()
+    assert wikitext2.main(arguments) == 0
+    found = json.loads((folder / "evaluation.json").read_text())
+    expected = task.evaluate(model, "test", final=True)
+    assert found["metrics"]["test_loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert f"test_perplexity {expected['perplexity']:.4g}" in capsys.readouterr().out
+    assert wikitext2.main([*arguments, "--hidden=6"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert "--model_dir: expected a checkpoint of this model" in error[-1]
+    tf.get_logger().setLevel("WARNING")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TASKS)
+def test_what_was_trained_gives_its_metrics_again(tmp_path, name):
+    task = TASKS[name][0]()
+    options = dataclasses.replace(FAST, replicas=1, epochs=1, seed=5, model_dir=tmp_path)
+    train(task, options, tf.distribute.get_strategy())
+    model = _by_checkpoint(task, tf.train.latest_checkpoint(str(tmp_path / "checkpoints")))
+    model.save(tmp_path / "model.keras")
+    recorded = json.loads((tmp_path / "result.json").read_text())["final"]
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for split in task.splits():
+        for metric, value in task.evaluate(loaded, split, final=True).items():
+            assert value == pytest.approx(recorded[f"{split}_{metric}"], rel=1e-5)
+
+
+def test_a_saved_translator_keeps_its_precision(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = translation_task(40).build_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    policies = {layer.dtype_policy.name for layer in loaded._flatten_layers()}
+    assert policies == {"mixed_bfloat16"}
+    ids = np.array([[1, 5, 6]], np.int32)
+    np.testing.assert_array_equal(loaded((ids, ids)), model((ids, ids)))
+
+
 def test_words_set_apart_to_tune_on():
     values = wikitext2.define_flags()
     parse_flags(values, ["recipe", "--validation_size=3", "--sequence_length=10"])
@@ -337,10 +488,12 @@ def test_real_text():
     parse_flags(values, ["recipe", f"--data_dir={SHARED / 'wikitext-2'}"])
     data = wikitext2.make_source(values).load()
     assert data.name == "WikiText-2, trained on its validation text"
-    assert (len(data.train), len(data.held_out)) == (217_646, 245_569)
+    assert (len(data.train), len(data.held_out)) == (216_347, 244_102)
     values = multi30k.define_flags()
     parse_flags(values, ["recipe", f"--data_dir={SHARED / 'multi30k'}"])
-    splits = multi30k.make_source(values).load()
+    source = multi30k.make_source(values)
+    splits = source.load()
+    assert source.label(splits) == "Multi30k, en to de"
     assert {k: len(v[0]) for k, v in splits.items()} == {
         "train": 29_000,
         "validation": 1014,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from official_recipes.common.output_folder import (
 PROGRAM = "python -m official_recipes.bert.prepare_data"
 SUMMARY = (
     "Turns raw text into TFRecords of masked LM and next sentence examples, or with --squad_train\n"
-    "SQuAD v1.1 JSON into what fine-tuning reads, in a new folder that appears when all is written."
+    "SQuAD JSON (v1.1 or v2.0) into what fine-tuning reads, in a new folder that appears when all\n"
+    "is written."
 )
 RECORD = "dataset.json"
 VOCABULARY = "vocab.txt"
@@ -48,6 +50,7 @@ class Options:
         form: Of the text, or ``None`` to recognize it.
         squad_train: SQuAD JSON to fine-tune on, or ``None`` for pretraining data.
         squad_dev: SQuAD JSON to evaluate on, or ``None`` to hold out paragraphs.
+        skip_bad_answers: Whether questions that cannot be used are counted and left out.
         output_dir: The folder to make.
         vocab_file: The vocabulary, or ``None`` to learn one.
         vocab_size: Of the vocabulary that is learned.
@@ -62,6 +65,7 @@ class Options:
     form: str | None
     squad_train: Path | None
     squad_dev: Path | None
+    skip_bad_answers: bool
     output_dir: Path
     vocab_file: Path | None
     vocab_size: int
@@ -109,10 +113,17 @@ def _define_flags() -> flags.FlagValues:
         f"Any of {', '.join(documents.FORMS)} [default: recognized for each file]. Plain text has "
         "a paragraph or sentence a line and a blank line between documents.",
     )
-    text("squad_train", "SQuAD v1.1 JSON to fine-tune on, instead of text.")
+    text("squad_train", "SQuAD JSON, v1.1 or v2.0, to fine-tune on, instead of text.")
     text(
         "squad_dev",
-        "SQuAD v1.1 JSON to evaluate on [default: paragraphs of --squad_train are held out].",
+        "SQuAD JSON to evaluate on [default: paragraphs of --squad_train are held out].",
+    )
+    flags.DEFINE_boolean(
+        "skip_bad_answers",
+        False,
+        "Count answers of SQuAD that are empty or not where answer_start says, and leave them out, "
+        "and their questions where no other answer is left.",
+        flag_values=values,
     )
     text("output_dir", "Folder to make; must be empty if it exists.")
     text("vocab_file", "WordPiece vocabulary, one entry a line [default: learned from the text].")
@@ -170,6 +181,8 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
     )
     if squad_train is None and squad_dev is not None:
         raise FlagValueError("squad_train", "a file, since --squad_dev is given", None)
+    if squad_train is not None and squad_dev is not None and squad_dev.samefile(squad_train):
+        raise FlagValueError("squad_dev", "another file than --squad_train", repr(str(squad_dev)))
     if squad_train is not None:
         if values.source is not None:
             raise FlagValueError("source", "no value together with --squad_train", values.source)
@@ -202,6 +215,7 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
         form=values.format,
         squad_train=squad_train,
         squad_dev=squad_dev,
+        skip_bad_answers=values.skip_bad_answers,
         output_dir=check_output_dir(values.output_dir),
         vocab_file=vocab_file,
         vocab_size=values.vocab_size,
@@ -267,6 +281,8 @@ def _prepare(options: Options) -> None:
         for name, split in record["splits"].items()
     )
     print(f"wrote {described}; vocabulary of {record['vocab_size']}; to {options.output_dir}")
+    for reason, number in record.get("unused_questions", {}).items():
+        print(f"unused questions: {number} with {reason}", file=sys.stderr)
 
 
 def _for_flag(flag: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -360,8 +376,16 @@ def _write_records(
         raise DataFormatError("there is no text")
     for name, share in shares.items():
         if share and not writers[name].split.examples:
+            if number == 1:
+                raise DataFormatError(
+                    "one document, of which none can be held out: plain text has a blank line "
+                    f"between documents (or --{name}_fraction=0)"
+                )
             raise FlagValueError(
-                f"{name}_fraction", f"0, or enough to hold out one of {number} documents", share
+                f"{name}_fraction",
+                f"0, or enough to hold out one of {number} documents (in plain text a blank line "
+                "is between them)",
+                share,
             )
     return {name: writer.split for name, writer in writers.items()}
 
@@ -375,9 +399,11 @@ def _write_squad(
     options: Options, vocabulary: list[str], folder: Path, show: Show
 ) -> dict[str, Any]:
     show("reading questions")
-    train = _for_flag("squad_train", squad.read_articles, options.squad_train)
+    skipped: Counter[str] = Counter()
+    counter = skipped if options.skip_bad_answers else None
+    train = _for_flag("squad_train", squad.read_articles, options.squad_train, counter)
     if options.squad_dev is not None:
-        dev = _for_flag("squad_dev", squad.read_articles, options.squad_dev)
+        dev = _for_flag("squad_dev", squad.read_articles, options.squad_dev, counter)
     else:
         train, dev = _for_flag(
             "validation_fraction",
@@ -388,12 +414,19 @@ def _write_squad(
         )
     (folder / VOCABULARY).write_text("".join(f"{entry}\n" for entry in vocabulary), "utf-8")
     show("writing questions")
-    splits = squad.write(train, dev, folder / VOCABULARY, folder, options.squad)
+    splits = _for_flag(
+        "squad_train", squad.write, train, dev, folder / VOCABULARY, folder, options.squad
+    )
+    lost = splits["train"]["questions"] - splits["train"]["questions_used"]
+    if lost:
+        skipped["an answer that is not in the words that tf-models makes of its paragraph"] = lost
     return {
         "task": "squad",
         "vocab_size": len(vocabulary),
         **asdict(options.squad),
+        "version_2_with_negative": squad.has_impossible([*train, *dev]),
         "seed": options.records.seed,
+        "unused_questions": dict(skipped),
         "splits": splits,
     }
 

@@ -129,7 +129,7 @@ def read_vocabulary(path: Path) -> list[str]:
         DataFormatError: It cannot be BERT's.
     """
     try:
-        entries = path.read_text("utf-8").splitlines()
+        entries = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataFormatError(f"{path} is no text that can be read: {error}") from error
     if missing := [token for token in SPECIAL_TOKENS if token not in entries]:

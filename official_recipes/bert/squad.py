@@ -1,9 +1,11 @@
-"""SQuAD v1.1 as tf-models' question answering task takes it: records to train, JSON to evaluate."""
+"""SQuAD as tf-models' question answering task takes it: records to train, JSON to evaluate."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,38 +34,76 @@ class Settings:
     do_lower_case: bool
 
 
-def read_articles(path: Path) -> list[Any]:
-    """The articles of a SQuAD v1.1 file.
+def read_articles(path: Path, skipped: Counter[str] | None = None) -> list[Any]:
+    """The articles of a SQuAD v1.1 or v2.0 file, without paragraphs that have no questions.
+
+    Args:
+        path: The file.
+        skipped: Where questions that cannot be used are counted by the reason, and left out;
+            without it the first is an error.
 
     Raises:
-        DataFormatError: It is none.
+        DataFormatError: It is none, or a question cannot be used.
     """
+    articles = []
     try:
-        articles = json.loads(path.read_text("utf-8"))["data"]
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    _check_question(path, paragraph["context"], question)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for article in json.loads(path.read_text("utf-8-sig"))["data"]:
+            paragraphs = [_usable(path, p, skipped) for p in article["paragraphs"]]
+            if paragraphs := [paragraph for paragraph in paragraphs if paragraph["qas"]]:
+                articles.append({**article, "paragraphs": paragraphs})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataFormatError):
             raise
-        raise DataFormatError(f"{path} is no SQuAD v1.1 JSON: {error!r}") from error
+        raise DataFormatError(f"{path} is no SQuAD JSON: {error!r}") from error
     if not articles:
-        raise DataFormatError(f"{path} has no articles")
+        raise DataFormatError(f"{path} has no questions that can be used")
     return articles
 
 
-def _check_question(path: Path, context: str, question: Any) -> None:
-    if not question["answers"]:
-        raise DataFormatError(
-            f"{path} has a question without answer, {question['id']}: that is SQuAD v2.0"
-        )
-    for answer in question["answers"]:
-        begin = answer["answer_start"]
-        if context[begin : begin + len(answer["text"])] != answer["text"]:
+def _usable(path: Path, paragraph: Any, skipped: Counter[str] | None) -> Any:
+    """A paragraph with the questions that can be used, and of these the answers that can."""
+    context = paragraph["context"]
+    questions = []
+    for question in paragraph["qas"]:
+        impossible = bool(question.get("is_impossible", False))
+        given = [] if impossible else question["answers"]
+        problems = [_problem(context, answer) for answer in given]
+        answers = [a for a, problem in zip(given, problems, strict=True) if problem is None]
+        if not context.strip():
+            problems = ["an empty context"]
+        elif not given and not impossible:
+            problems = ["no answer, without is_impossible"]
+        problem = next((p for p in problems if p is not None), None)
+        if problem is not None and skipped is None:
             raise DataFormatError(
-                f"{path}: the answer of {question['id']} is not where its answer_start says"
+                f"{path}: the question {question['id']!r} has {problem} (--skip_bad_answers leaves "
+                "such out)"
             )
+        if problem is not None and skipped is not None and (not answers or not context.strip()):
+            skipped[problem] += 1
+            continue
+        _ = question["id"], question["question"]  # which tf-models reads
+        questions.append({**question, "answers": answers, "is_impossible": impossible})
+    return {**paragraph, "qas": questions}
+
+
+def _problem(context: str, answer: Any) -> str | None:
+    text, begin = answer["text"], answer["answer_start"]
+    if not text.strip():
+        return "an empty answer"
+    found = isinstance(begin, int) and begin >= 0 and context[begin : begin + len(text)] == text
+    return None if found else "an answer that is not where its answer_start says"
+
+
+def has_impossible(articles: list[Any]) -> bool:
+    """Whether a question has no answer, as in SQuAD v2.0."""
+    return any(question["is_impossible"] for question in _questions(articles))
+
+
+def _questions(articles: list[Any]) -> Iterator[Any]:
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            yield from paragraph["qas"]
 
 
 def hold_out_paragraphs(
@@ -111,7 +151,7 @@ def hold_out_paragraphs(
 
 def write(
     train: list[Any], dev: list[Any], vocab_file: Path, folder: Path, settings: Settings
-) -> dict[str, dict[str, int]]:
+) -> dict[str, Any]:
     """Writes the training records and both parts as JSON.
 
     Args:
@@ -123,6 +163,9 @@ def write(
 
     Returns:
         By split, how many there are of what.
+
+    Raises:
+        DataFormatError: No question can be used.
     """
     from official.nlp.data import squad_lib
 
@@ -136,8 +179,12 @@ def write(
         }
         for article in train
     ]
+    second = has_impossible([*train, *dev])
+    version = "v2.0" if second else "1.1"
+    if second and all(question["is_impossible"] for question in _questions(dev)):
+        raise DataFormatError("no question to evaluate on has an answer, which tf-models needs")
     for name, articles in ((TRAIN_JSON, first_answers), (DEV_JSON, dev)):
-        text = json.dumps({"version": "1.1", "data": articles}, ensure_ascii=False)
+        text = json.dumps({"version": version, "data": articles}, ensure_ascii=False)
         (folder / name).write_text(text + "\n", "utf-8")
     record = squad_lib.generate_tf_record_from_json_file(
         str(folder / TRAIN_JSON),
@@ -147,10 +194,13 @@ def write(
         do_lower_case=settings.do_lower_case,
         max_query_length=settings.max_query_length,
         doc_stride=settings.doc_stride,
+        version_2_with_negative=second,
     )
     used = squad_lib.read_squad_examples(
-        str(folder / TRAIN_JSON), is_training=True, version_2_with_negative=False
+        str(folder / TRAIN_JSON), is_training=True, version_2_with_negative=second
     )
+    if not used:
+        raise DataFormatError("tf-models finds no answer in the words of its paragraph")
     return {
         "train": {
             **_count(train),
@@ -166,4 +216,5 @@ def _count(articles: list[Any]) -> dict[str, int]:
     return {
         "paragraphs": len(paragraphs),
         "questions": sum(len(p["qas"]) for p in paragraphs),
+        "unanswerable": sum(question["is_impossible"] for question in _questions(articles)),
     }

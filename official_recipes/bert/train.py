@@ -18,7 +18,7 @@ from official_recipes.common.tfm_training import (
 
 PROGRAM = "python -m official_recipes.bert.train"
 SUMMARY = (
-    "Pretrains BERT (large_batch_bert) or fine-tunes it on SQuAD v1.1 (large_batch_squad) as\n"
+    "Pretrains BERT (large_batch_bert) or fine-tunes it on SQuAD (large_batch_squad) as\n"
     "tf-models-official does, at large batches and with any optimizer of this package. Phase 2\n"
     "and fine-tuning start from another run's weights by task.init_checkpoint=<its model_dir>."
 )
@@ -113,6 +113,7 @@ def _check_record(params: Any, data: Any, field: str, masked_lm: bool) -> None:
         expected["max_predictions_per_seq"] = record.get("max_predictions_per_seq")
     elif not data.is_training:
         expected["do_lower_case"] = record["do_lower_case"]
+        expected["version_2_with_negative"] = record.get("version_2_with_negative", False)
     for name, value in expected.items():
         if getattr(data, name) != value:
             raise FlagValueError(

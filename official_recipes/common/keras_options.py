@@ -272,6 +272,13 @@ def define_training_flags(
     flags.DEFINE_boolean(
         "resume", False, "Go on from the last checkpoint in --model_dir.", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "eval_only",
+        False,
+        "Train nothing: evaluate the last checkpoint of --model_dir, into evaluation.json there. "
+        "The flags of data and model are those of the run.",
+        flag_values=values,
+    )
     define_integer(values, "checkpoint_every", 1, "Epochs from one checkpoint to the next.")
     flags.DEFINE_string(
         "result_file", None, "Append the result, one JSON row, to this file.", flag_values=values
@@ -337,6 +344,12 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
     Raises:
         FlagValueError: They contradict each other, or a folder cannot be made.
     """
+    if values.eval_only:
+        if not values.model_dir or not has_checkpoint(Path(values.model_dir)):
+            raise FlagValueError(
+                "eval_only", "a --model_dir with a checkpoint", repr(values.model_dir)
+            )
+        values.learning_rate = values.learning_rate or 1.0  # which nothing reads
     if values.learning_rate is None:
         raise FlagValueError("learning_rate", "a positive number", "none (it has no default)")
     if values.resume and not values.model_dir:
@@ -380,6 +393,11 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         if folder is not None:
             make_folder(flag, folder)
     return options
+
+
+def has_checkpoint(model_dir: Path) -> bool:
+    """Whether a run has left a checkpoint there."""
+    return any((model_dir / CHECKPOINTS).glob("*.index"))
 
 
 def check_batch(options: TrainingOptions, train_size: int) -> None:

@@ -14,8 +14,8 @@ from rich.console import Console
 from official_recipes.common.flag_parsing import FlagValueError, fail
 from official_recipes.common.interruption import Interrupted, interruption
 from official_recipes.common.keras_options import (
-    CHECKPOINTS,
     TrainingOptions,
+    has_checkpoint,
     parse_training_flags,
     training_options,
 )
@@ -79,12 +79,12 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
             result = _run(recipe, values, options)
         except Interrupted:
             folder = options.model_dir
-            if folder is not None and any((folder / CHECKPOINTS).glob("*.index")):
+            if folder is not None and not values.eval_only and has_checkpoint(folder):
                 print(f"{folder} has a checkpoint: --resume goes on from it", file=sys.stderr)
             raise
     except FlagValueError as error:
         return fail(error)
-    if result.diverged:
+    if result is not None and result.diverged:
         print(
             f"training diverged in epoch {len(result.train_loss)}; lower --learning_rate or "
             "lengthen --warmup_epochs",
@@ -94,18 +94,26 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
     return 0
 
 
-def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> RunResult:
+def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> RunResult | None:
     # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
     from official_recipes.common.replicas import quiet_tensorflow, training_strategy
 
     console = Console(stderr=True)
     with console.status("starting TensorFlow"):
         quiet_tensorflow()
-        from official_recipes.common.keras_training import train
+        from official_recipes.common.keras_training import evaluate, train
 
         strategy = training_strategy(options.replicas, options.device)
     with progress_bar(console) as progress, interruption(last_words=_LAST_WORDS) as interrupted:
         task = recipe.make_task(values, Bar(progress, "reading", interrupted))
+        if values.eval_only:
+            import tensorflow as tf
+
+            # It would list all that a checkpoint of another model has.
+            tf.get_logger().setLevel("ERROR")
+            for name, value in evaluate(task, options, strategy).items():
+                print(f"{name} {value:.4g}")
+            return None
         bar = Bar(progress, f"{options.optimizer}, batch {options.batch_size}", interrupted)
 
         def after_epoch(epoch: int, loss: float, metrics: dict[str, float]) -> None:

@@ -30,6 +30,7 @@ _VERSIONS = ("tensorflow", "keras", "numpy", "tf-lbopt")
 _HISTORY = "history.json"
 _RESULT = "result.json"
 _SETTINGS = "settings.json"
+_EVALUATION = "evaluation.json"
 # Flags that are called otherwise where they are settings.
 _FLAGS = {
     "kind": "schedule",
@@ -213,6 +214,43 @@ def train(
     if options.result_file is not None:
         append_row(options.result_file, run.record())
     return run
+
+
+def evaluate(task: Task, options: TrainingOptions, strategy: tf.distribute.Strategy) -> Metrics:
+    """Evaluates the last checkpoint of `options.model_dir`, and leaves ``evaluation.json`` there.
+
+    Args:
+        task: What was learned.
+        options: Those of the run; what concerns the training does not matter.
+        strategy: Where the model is made.
+
+    Returns:
+        The metrics of all splits, as ``<split>_<metric>``.
+
+    Raises:
+        FlagValueError: The checkpoint is of another model.
+    """
+    assert options.model_dir is not None
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy(options.dtype)
+    with strategy.scope():
+        model = task.build_model()
+    path = tf.train.latest_checkpoint(str(options.model_dir / CHECKPOINTS))
+    try:
+        status = tf.train.Checkpoint(model=model).read(path).expect_partial()
+        status.assert_existing_objects_matched()
+    except (AssertionError, ValueError, tf.errors.OpError) as error:
+        raise FlagValueError(
+            "model_dir", "a checkpoint of this model, with the run's flags", f"{path}: {error}"
+        ) from error
+    metrics = {
+        f"{split}_{name}": value
+        for split in task.splits()
+        for name, value in task.evaluate(model, split, final=True).items()
+    }
+    content = {"task": task.name, **task.settings, "checkpoint": path, "metrics": metrics}
+    write_json(options.model_dir / _EVALUATION, content)
+    return metrics
 
 
 def _batches(task: Task, options: TrainingOptions, first_epoch: int) -> tf.data.Dataset:

@@ -11,14 +11,17 @@ from official_recipes.common.data_format import DataFormatError
 def read_lines(path: Path) -> list[str]:
     """Returns the lines of a UTF-8 file, gzip-compressed if its name says so.
 
+    Without their ends, those of Windows too, and without a byte order mark.
+
     Raises:
         DataFormatError: It is missing, damaged or not UTF-8.
     """
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataFormatError(f"{path}: {error}") from error
+    text = text.replace("\r\n", "\n")
     return text.split("\n")[: -1 if text.endswith("\n") else None]
 
 

@@ -36,6 +36,7 @@ from official_recipes.common import checkpoints
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.dlrm.inputs import click_logs
 from official_recipes.dlrm.optimizers import EmbeddingsApart, PlateauPolynomial
+from official_recipes.dlrm.raw_rows import DENSE_FEATURES
 from tf_lbopt.tfm import REGISTRATIONS
 
 EXPERIMENT = "large_batch_dlrm"
@@ -55,9 +56,9 @@ _OptimizationConfig: Any = tf_lbopt.tfm.OptimizationConfig
 class PlateauPolynomialConfig(base_config.Config):
     """A constant rate up to step `decay_start`, then polynomial decay over `decay_steps`."""
 
-    initial_learning_rate: float = 24.0
-    decay_start: int = 48_000
-    decay_steps: int = 24_000
+    initial_learning_rate: float = 39.6
+    decay_start: int = 32_000
+    decay_steps: int = 40_000
     end_learning_rate: float = 0.0
     power: float = 2.0
 
@@ -119,7 +120,7 @@ class ModelConfig(base_config.Config):
     """The network.
 
     Attributes:
-        num_dense_features: Numbers in a row.
+        num_dense_features: Numbers in a row; none to take what is recorded beside the data.
         vocab_sizes: Of the categorical columns; empty to take what is recorded beside the data.
         embedding_dim: Width of all embeddings, and of the last layer of the bottom network.
         joint_embeddings: Whether the embeddings of all columns are one variable, and so one layer
@@ -128,16 +129,20 @@ class ModelConfig(base_config.Config):
         bottom_mlp: Widths of the layers over the numbers.
         top_mlp: Widths of the layers over the interaction; the last is 1.
         interaction: dot (DLRM) or cross (DCN).
+        skip_gather: Whether the top network is given the upper half of the products too, as zeros,
+            which is faster; none for not with layer-wise optimizers, whose norms would count the
+            weights that belong to those zeros and never change.
         concat_dense: Whether the top network sees the output of the bottom network too.
     """
 
-    num_dense_features: int = 13
+    num_dense_features: int | None = None
     vocab_sizes: list[int] = dataclasses.field(default_factory=list)
     embedding_dim: int = 128
     joint_embeddings: bool = True
     bottom_mlp: list[int] = dataclasses.field(default_factory=lambda: [512, 256, 128])
     top_mlp: list[int] = dataclasses.field(default_factory=lambda: [1024, 1024, 512, 256, 1])
     interaction: str = "dot"
+    skip_gather: bool | None = None
     concat_dense: bool = True
 
 
@@ -214,7 +219,9 @@ class LargeBatchDLRMTask(base_task.Task):
         """The model, with all its variables. It returns the log-odds of a click."""
         config = self.task_config.model
         if config.interaction == "dot":
-            interaction = tfrs.layers.feature_interaction.DotInteraction(skip_gather=True)
+            interaction = tfrs.layers.feature_interaction.DotInteraction(
+                skip_gather=config.skip_gather is not False
+            )
         else:
             interaction = tf_keras.Sequential(
                 [tf_keras.layers.Concatenate(), tfrs.layers.feature_interaction.Cross()]
@@ -232,7 +239,7 @@ class LargeBatchDLRMTask(base_task.Task):
         )
         model(
             {
-                "dense_features": tf.zeros([2, config.num_dense_features]),
+                "dense_features": tf.zeros([2, _dense_features(config)]),
                 "sparse_features": {
                     str(index): tf.zeros([2], tf.int32) for index in range(len(config.vocab_sizes))
                 },
@@ -299,7 +306,7 @@ class LargeBatchDLRMTask(base_task.Task):
                 f"{replicas} x {parts} parts of a batch",
                 params.global_batch_size,
             )
-        return click_logs(params, model.vocab_sizes, model.num_dense_features, input_context)
+        return click_logs(params, model.vocab_sizes, _dense_features(model), input_context)
 
     def build_losses(self, labels: Any, model_outputs: Any, aux_losses: Any = None) -> tf.Tensor:
         """The mean cross-entropy of a replica's rows."""
@@ -336,6 +343,11 @@ class LargeBatchDLRMTask(base_task.Task):
         return {}
 
 
+def _dense_features(model: ModelConfig) -> int:
+    given = model.num_dense_features
+    return DENSE_FEATURES if given is None else given
+
+
 def _cross_entropy(labels: Any, logits: Any) -> tf.Tensor:
     return tf.nn.sigmoid_cross_entropy_with_logits(
         tf.cast(labels, tf.float32), tf.cast(logits, tf.float32)
@@ -349,32 +361,32 @@ optimizer_factory.LR_CLS.setdefault("plateau_polynomial", PlateauPolynomial)
 
 @exp_factory.register_config_factory(EXPERIMENT)
 def large_batch_dlrm() -> config_definitions.ExperimentConfig:
-    """DLRM on Criteo Terabyte, one epoch with VR-SGD at batch 64k."""
+    """DLRM on Criteo Terabyte, one epoch with VR-SGD at batch 64k, as `vrgd_64k.yaml` has it."""
     steps = _ROWS // _BATCH
     experiment = config_definitions.ExperimentConfig(
         task=LargeBatchDLRM(
-            train_data=DataConfig(global_batch_size=_BATCH),
+            train_data=DataConfig(global_batch_size=_BATCH, shuffle_buffer_size=1_000_000),
             validation_data=DataConfig(is_training=False, global_batch_size=_BATCH),
         ),
         trainer=config_definitions.TrainerConfig(
             train_steps=steps,
             validation_steps=-1,
             validation_interval=steps,
-            checkpoint_interval=4000,
-            steps_per_loop=1000,
+            checkpoint_interval=3200,
+            steps_per_loop=100,
             train_tf_while_loop=False,  # See train.py.
-            summary_interval=1000,
+            summary_interval=100,
             optimizer_config=OptimizationConfig(
                 {
-                    "optimizer": {"type": "vr_sgd"},
+                    "optimizer": {"type": "vr_sgd", "vr_sgd": {"weight_decay": 0.0}},
                     "learning_rate": {"type": "plateau_polynomial"},
                     "warmup": {
                         "type": "linear",
-                        "linear": {"warmup_steps": 8000, "warmup_learning_rate": 0},
+                        "linear": {"warmup_steps": 3200, "warmup_learning_rate": 0},
                     },
                 }
             ),
         ),
     )
-    experiment.runtime.override({"enable_xla": False})
+    experiment.runtime.override({"enable_xla": False, "mixed_precision_dtype": "float32"})
     return experiment

@@ -5,6 +5,7 @@ Unlike that reader it shuffles, evaluates on every row, and stops at ids without
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -16,13 +17,17 @@ from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.dlrm.prepare_data import RECORD
 
 _BUFFER_BYTES = 2**20
+_ROWS = 8192
 
 
-def recorded_vocab_sizes(input_path: str) -> list[int] | None:
-    """The vocabulary sizes that are written beside some files, or `None` if there are none.
+def recorded_columns(input_path: str) -> tuple[int, list[int]] | None:
+    """What is written beside some files of their columns, or `None` if there is nothing.
 
     Args:
         input_path: Files or patterns, separated by commas.
+
+    Returns:
+        The number of dense features, and the vocabulary sizes of the categorical columns.
 
     Raises:
         FlagValueError: What is there is no record of `prepare_data`.
@@ -32,8 +37,8 @@ def recorded_vocab_sizes(input_path: str) -> list[int] | None:
         return None
     try:
         with tf.io.gfile.GFile(path) as file:
-            sizes = json.load(file)["vocab_sizes"]
-        return [int(size) for size in sizes]
+            record = json.load(file)
+        return int(record["num_dense_features"]), [int(size) for size in record["vocab_sizes"]]
     except (ValueError, KeyError, TypeError) as error:
         raise FlagValueError(
             "params_override", f"{path} as prepare_data.py writes it", repr(error)
@@ -127,14 +132,61 @@ def _parsed(
     defaults = [[0.0]] * (1 + num_dense_features) + [[0]] * len(vocab_sizes)
     label, *fields = tf.io.decode_csv(rows, defaults, field_delim="\t", use_quote_delim=False)
     ids = fields[num_dense_features:]
-    largest = tf.stack([tf.reduce_max(column) for column in ids])
-    # A GPU would look such ids up as zeros, in silence.
-    check = tf.debugging.assert_less(
-        largest,
-        tf.constant(list(vocab_sizes), tf.int32),
-        "ids in the data are not below task.model.vocab_sizes",
+    # A GPU would look an id that is too large up as zeros, in silence; a negative one is the last
+    # row of the column before where all have one table.
+    smallest, largest = (
+        tf.stack([reduced(column) for column in ids]) for reduced in (tf.reduce_min, tf.reduce_max)
+    )
+    check = tf.debugging.Assert(
+        tf.reduce_all((smallest >= 0) & (largest < tf.constant(list(vocab_sizes), tf.int32))),
+        ["ids in the data are negative or not below task.model.vocab_sizes"],
     )
     with tf.control_dependencies([check] if check is not None else []):
         dense = tf.stack(fields[:num_dense_features], axis=1)
     sparse = {str(index): column for index, column in enumerate(ids)}
     return {"dense_features": dense, "sparse_features": sparse}, label
+
+
+def first_bad_row(
+    files: Sequence[str], vocab_sizes: Sequence[int], num_dense_features: int
+) -> str | None:
+    """What is wrong with the first row that `click_logs` stops at, with its file and line.
+
+    Args:
+        files: Where to look, in this order.
+        vocab_sizes: Of the categorical columns.
+        num_dense_features: How many columns come before them.
+    """
+    for name in files:
+        lines = tf.data.TextLineDataset(name, buffer_size=_BUFFER_BYTES).batch(_ROWS)
+        start = 0
+        try:
+            for _ in lines.map(lambda rows: _parsed(rows, vocab_sizes, num_dense_features)):
+                start += _ROWS
+        except tf.errors.InvalidArgumentError:
+            with tf.io.gfile.GFile(name) as file:
+                for number, line in enumerate(itertools.islice(file, start, None), start + 1):
+                    if problem := _problem(line.rstrip("\r\n"), vocab_sizes, num_dense_features):
+                        return f"{name}, line {number}: {problem}"
+    return None
+
+
+def _problem(line: str, vocab_sizes: Sequence[int], num_dense_features: int) -> str | None:
+    first_id = 1 + num_dense_features
+    fields = line.split("\t")
+    if len(fields) != first_id + len(vocab_sizes):
+        return (
+            f"expected {first_id + len(vocab_sizes)} fields separated by TABs, received "
+            f"{len(fields)}"
+        )
+    for index, field in enumerate(fields):
+        try:
+            number = float(field or 0) if index < first_id else int(field or 0)
+        except ValueError:
+            return f"expected a number in field {index + 1}, received {field[:40]!r}"
+        if index >= first_id and not 0 <= number < vocab_sizes[index - first_id]:
+            return (
+                f"expected an id from 0 to {vocab_sizes[index - first_id] - 1} in field "
+                f"{index + 1}, received {number}"
+            )
+    return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from absl import flags
 from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import (
     BELOW_ONE,
+    CheckedParser,
     FlagValueError,
     define_integer,
     parse_unless_help,
@@ -38,18 +41,23 @@ from official_recipes.dlrm.raw_rows import (
     read_lines,
 )
 from official_recipes.dlrm.synthetic import BayesAUC, ClickModel
+from official_recipes.dlrm.tables import Table, chosen_columns, columns_of, header_of, read_table
 from official_recipes.dlrm.vocabulary import FrequencyCounter, FrequentIds, HashedIds, Ids
 
 PROGRAM = "python -m official_recipes.dlrm.prepare_data"
 SUMMARY = (
-    "Turns raw Criteo rows (label, 13 integers, 26 categories, separated by TABs; also .gz), or\n"
-    "made-up ones, into the files that tf-models' CriteoTsvReader reads, in a new folder, which\n"
-    "appears when all is written. Rows stream through; memory does not grow with their number."
+    "Turns raw Criteo rows (label, 13 integers, 26 categories, separated by TABs; also .gz), rows\n"
+    "of CSV or TSV files with other columns (--label and so on), or made-up ones into the files\n"
+    "that tf-models' CriteoTsvReader reads, in a new folder, which appears when all is written.\n"
+    "Rows stream through; memory does not grow with their number."
 )
 RECORD = "dataset.json"
 SPLITS = ("train", "validation", "test")
 IDS = ("frequency", "hashed")
 _MOST_ID = 2**31  # CriteoTsvReader reads ids as int32.
+_DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "space": " "}
+_SCALES = ("log", "none")
+_OF_TABLES = ("numeric", "categorical", "columns", "delimiter", "clicks_from", "numeric_scale")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Options:
         counts_in_memory: How many counts of categories to keep before they go to disk.
         skip_malformed: Whether malformed rows are counted and left out.
         seed: Of what is held out, of the rows' order, and of made-up rows.
+        table: The columns of the sources, or ``None`` for Criteo's.
     """
 
     sources: dict[str, tuple[Path, ...]]
@@ -83,6 +92,17 @@ class Options:
     counts_in_memory: int
     skip_malformed: bool
     seed: int
+    table: Table | None = None
+
+    @property
+    def categories(self) -> int:
+        """How many categorical columns there are."""
+        return CATEGORIES if self.table is None else len(self.table.categorical)
+
+    @property
+    def dense_features(self) -> int:
+        """How many numbers are written for a row: at least one, which may be 0 always."""
+        return DENSE_FEATURES if self.table is None else max(1, len(self.table.numeric))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,6 +140,47 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
             + ("." if split == "train" else "; instead of a share of --source."),
             flag_values=values,
         )
+    flags.DEFINE_string(
+        "label",
+        None,
+        "The column of clicks, where rows are not Criteo's. --source then has CSV files, plain or "
+        "gzip, with the names of the columns in the first line, or see --columns.",
+        flag_values=values,
+    )
+    for name, what in (("numeric", "numbers"), ("categorical", "categories")):
+        flags.DEFINE_list(
+            name,
+            None,
+            f"With --label: columns of {what}, names or patterns as C*, separated by commas.",
+            flag_values=values,
+        )
+    flags.DEFINE_list(
+        "columns",
+        None,
+        "With --label: the names of all columns, for files without them in the first line.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "delimiter",
+        None,
+        f"With --label: {', '.join(_DELIMITERS)} or another character [default: comma].",
+        flag_values=values,
+    )
+    flags.DEFINE(
+        CheckedParser(float, math.isfinite, "a number", "float"),
+        "clicks_from",
+        None,
+        "With --label: the least label that counts as a click [default: labels are 0 or 1].",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "numeric_scale",
+        None,
+        _SCALES,
+        "With --label: log writes log(1 + x) for a number x, and 0 for negative ones; none writes "
+        "numbers as they are [default: log].",
+        flag_values=values,
+    )
     define_integer(
         values,
         "synthetic_rows",
@@ -189,6 +250,14 @@ def _checked(values: flags.FlagValues) -> Options:
         raise FlagValueError(
             "synthetic_rows", "no --validation_source or --test_source with it", "one"
         )
+    for one, other in itertools.combinations(SPLITS, 2):
+        real = {path.resolve() for path in sources[one]}
+        for path in sources[other]:
+            if path.resolve() in real:
+                first = "source" if one == "train" else f"{one}_source"
+                raise FlagValueError(
+                    f"{other}_source", f"files that are not in --{first}", repr(str(path))
+                )
     held_out = {
         split: 0.0 if sources[split] else values[f"{split}_fraction"].value for split in SPLITS[1:]
     }
@@ -209,7 +278,48 @@ def _checked(values: flags.FlagValues) -> Options:
         counts_in_memory=values.counts_in_memory,
         skip_malformed=values.skip_malformed,
         seed=values.seed,
+        table=_table(values, sources),
     )
+
+
+def _table(values: flags.FlagValues, sources: dict[str, tuple[Path, ...]]) -> Table | None:
+    if values.label is None:
+        for flag in _OF_TABLES:
+            if values[flag].value is not None:
+                raise FlagValueError(flag, "no value without --label", values[flag].value)
+        return None
+    files = [file for split in SPLITS for file in sources[split]]
+    if not files:
+        raise FlagValueError("label", "no value with --synthetic_rows", repr(values.label))
+    given = "comma" if values.delimiter is None else values.delimiter
+    delimiter = _DELIMITERS.get(given, given)
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise FlagValueError(
+            "delimiter", f"one of {', '.join(_DELIMITERS)}, or one character", repr(given)
+        )
+    if not values.categorical:
+        raise FlagValueError("categorical", "at least one column, with --label", "none")
+    columns = None if values.columns is None else tuple(values.columns)
+    if columns is not None and len({*columns}) < len(columns):
+        raise FlagValueError("columns", "different names", ",".join(columns))
+    numeric, categorical = chosen_columns(
+        columns or header_of(files[0], delimiter),
+        values.label,
+        values.numeric or (),
+        values.categorical,
+    )
+    table = Table(
+        delimiter,
+        columns,
+        values.label,
+        numeric,
+        categorical,
+        values.clicks_from,
+        values.numeric_scale != "none",
+    )
+    for file in files:
+        columns_of(file, table)
+    return table
 
 
 def _files(flag: str, values: flags.FlagValues) -> tuple[Path, ...]:
@@ -235,8 +345,8 @@ def _files(flag: str, values: flags.FlagValues) -> tuple[Path, ...]:
 def _prepare(options: Options) -> None:
     with writing(options.output_dir) as (partial, bar, stop):
         rows = _Rows(options, bar, stop)
-        counter = FrequencyCounter(partial, options.counts_in_memory)
-        ids: Ids = HashedIds(options.buckets)
+        counter = FrequencyCounter(partial, options.counts_in_memory, options.categories)
+        ids: Ids = HashedIds(options.buckets, options.categories)
         if options.ids == "frequency":
             for split, chunk in rows.read(("train",), "counting"):
                 if split == "train":
@@ -246,8 +356,8 @@ def _prepare(options: Options) -> None:
         write_json(partial / RECORD, record)
     described = ", ".join(f"{record['rows'][split]} {split}" for split in SPLITS)
     print(
-        f"wrote {described} rows, {sum(record['vocab_sizes'])} ids in {CATEGORIES} columns, "
-        f"to {options.output_dir}"
+        f"wrote {described} rows, {sum(record['vocab_sizes'])} ids in {options.categories} "
+        f"columns, to {options.output_dir}"
     )
     if record["skipped_rows"]:
         print(f"left {record['skipped_rows']} malformed rows out", file=sys.stderr)
@@ -261,6 +371,9 @@ class _Rows:
 
     def __init__(self, options: Options, bar: Any, stop: Interruption) -> None:
         self.skipped = 0
+        # By the sources they are from, whatever split their rows come to.
+        self.good = dict.fromkeys(SPLITS, 0)
+        self.first_problem: dict[str, str] = {}
         self._options = options
         self._bar = bar
         self._stop = stop
@@ -275,12 +388,24 @@ class _Rows:
                 file.stat().st_size for split in splits for file in options.sources[split]
             )
             for split in splits:
-                first_row = 0
-                for lines in self._lines(split, progress):
-                    chunk = parse(lines, self._texts, first_row, options.skip_malformed)
-                    first_row += len(lines.lines)
+                for chunk in self._chunks(split, progress):
                     self.skipped += chunk.skipped
+                    self.good[split] += len(chunk.labels)
+                    if chunk.problem is not None:
+                        self.first_problem.setdefault(split, chunk.problem)
                     yield from self._split(split, chunk)
+
+    def _chunks(self, split: str, progress: Callable[[int], None]) -> Iterator[Chunk]:
+        options = self._options
+        if options.table is not None:
+            yield from read_table(
+                options.sources[split], options.table, progress, options.skip_malformed
+            )
+            return
+        first_row = 0
+        for lines in self._lines(split, progress):
+            yield parse(lines, self._texts, first_row, options.skip_malformed)
+            first_row += len(lines.lines)
 
     def _lines(self, split: str, progress: Callable[[int], None]) -> Iterator[Lines]:
         options = self._options
@@ -379,12 +504,12 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
                 best[split].add(chunk.logits, np.array([x == b"1" for x in chunk.labels]))
     for split in outputs:
         if not counts[split]:
-            raise RowError(_no_rows(options, split, sum(counts.values())))
+            raise RowError(_no_rows(options, split, sum(counts.values()), rows))
     record: dict[str, Any] = {
         "rows": counts,
         "clicks": clicks,
         "skipped_rows": rows.skipped,
-        "num_dense_features": DENSE_FEATURES,
+        "num_dense_features": options.dense_features,
         "vocab_sizes": ids.vocab_sizes,
         "ids": options.ids,
         **(
@@ -393,6 +518,12 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
             else {"buckets": options.buckets}
         ),
     }
+    if options.table is not None:
+        record["columns"] = {
+            "label": options.table.label,
+            "numeric": list(options.table.numeric),
+            "categorical": list(options.table.categorical),
+        }
     if options.synthetic_rows:
         record["bayes_auc"] = {
             split: {
@@ -405,15 +536,19 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
     return record
 
 
-def _no_rows(options: Options, split: str, rows: int) -> str:
+def _no_rows(options: Options, split: str, written: int, rows: _Rows) -> str:
+    source = split if options.sources[split] else "train"
+    if not rows.good[source] and source in rows.first_problem:
+        flag = "source" if source == "train" else f"{source}_source"
+        return f"all rows of --{flag} are malformed; the first: {rows.first_problem[source]}"
     if split == "train":
         return "--source has no rows to train on"
     if options.sources[split]:
         return f"--{split}_source has no rows"
     fraction = _fraction(options, split)
     return (
-        f"no row of {rows} is held out: expected more rows, or a --{split}_fraction of 0 or larger "
-        f"than the one received, {fraction:g}"
+        f"no row of {written} is held out: expected more rows, or a --{split}_fraction of 0 or "
+        f"larger than the one received, {fraction:g}"
     )
 
 
@@ -423,7 +558,7 @@ def _fraction(options: Options, split: str) -> float:
 
 def _texts(chunk: Chunk, ids: Ids) -> list[bytes]:
     columns: list[list[bytes]] = [chunk.labels, *chunk.dense]
-    for column in range(CATEGORIES):
+    for column in range(len(chunk.keys)):
         columns.append([b"%d" % i for i in ids.ids(column, chunk.keys[column]).tolist()])
     return [b"\t".join(fields) + b"\n" for fields in zip(*columns, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import math
@@ -36,10 +37,11 @@ class Chunk:
     Attributes:
         row_numbers: Of each row that is there; malformed ones that were left out count.
         labels: The clicks as they are written, ``b"0"`` or ``b"1"``.
-        dense: For each of the 13 columns the values as `CriteoTsvReader` takes them.
-        keys: 26 columns of numbers that tell categories apart, 0 for a missing one.
+        dense: For each column of numbers the values as `CriteoTsvReader` takes them.
+        keys: For each categorical column numbers that tell categories apart, 0 for a missing one.
         skipped: Malformed rows that were left out.
         logits: The true log-odds of a click, where they are known.
+        problem: What is wrong with the first row that was left out, with its file and line.
     """
 
     row_numbers: npt.NDArray[np.uint64]
@@ -48,6 +50,7 @@ class Chunk:
     keys: npt.NDArray[np.uint64]
     skipped: int = 0
     logits: npt.NDArray[np.float64] | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def read_lines(
                 raw.seek(0)
                 text = gzip.GzipFile(fileobj=raw) if compressed else raw
                 while lines := text.readlines(chunk_bytes):
+                    if number == 1:
+                        lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
                     yield Lines(str(file), number, [line.rstrip(b"\r\n") for line in lines])
                     number += len(lines)
                     now = raw.tell()
@@ -118,27 +123,28 @@ def parse(
     given = lines.lines
     row_numbers = first_row + np.arange(len(given), dtype=np.uint64)
     logits = lines.logits
+    first = None
     try:
         labels, dense, keys = _parse_columns(given, texts)
     except ValueError:
         problems = [_problem(line, texts) for line in given]
-        wrong = [index for index, problem in enumerate(problems) if problem]
+        wrong = next(index for index, problem in enumerate(problems) if problem)
+        first = f"{lines.source}, line {lines.first_line + wrong}: {problems[wrong]}"
         if not skip_malformed:
-            raise RowError(
-                f"{lines.source}, line {lines.first_line + wrong[0]}: {problems[wrong[0]]}"
-            ) from None
+            raise RowError(first) from None
         good = np.array([not problem for problem in problems])
         row_numbers, given = row_numbers[good], [x for x, ok in zip(given, good, strict=True) if ok]
         logits = None if logits is None else logits[good]
         labels, dense, keys = _parse_columns(given, texts)
-    return Chunk(row_numbers, labels, dense, keys, len(lines.lines) - len(given), logits)
+    skipped = len(lines.lines) - len(given)
+    return Chunk(row_numbers, labels, dense, keys, skipped, logits, first)
 
 
 class DenseTexts(dict[bytes, bytes]):
     """What is written for an integer: log(1 + x), where missing and negative ones count as 0.
 
     Raises:
-        ValueError: It is no integer.
+        ValueError: It is no integer, or larger than any float.
     """
 
     _MOST = 2**20  # Almost all values are small and come again.
@@ -146,7 +152,10 @@ class DenseTexts(dict[bytes, bytes]):
     def __missing__(self, value: bytes) -> bytes:
         if value and not _INTEGER.fullmatch(value):
             raise ValueError
-        text = b"%.7g" % math.log1p(max(int(value or b"0"), 0))
+        try:
+            text = b"%.7g" % math.log1p(max(int(value or b"0"), 0))
+        except OverflowError as error:
+            raise ValueError from error
         if len(self) >= self._MOST:
             self.clear()
         self[value] = text
@@ -165,11 +174,11 @@ def _parse_columns(
     dense = [[texts[x] for x in fields[i::FIELDS]] for i in range(1, 1 + DENSE_FEATURES)]
     keys = np.empty((CATEGORIES, len(lines)), np.uint64)
     for index in range(CATEGORIES):
-        keys[index] = _keys(fields[1 + DENSE_FEATURES + index :: FIELDS])
+        keys[index] = keys_of(fields[1 + DENSE_FEATURES + index :: FIELDS])
     return labels, dense, keys
 
 
-def _keys(values: list[bytes]) -> npt.NDArray[np.uint64]:
+def keys_of(values: list[bytes]) -> npt.NDArray[np.uint64]:
     """The eight bytes of each value as a number, so that none are confused; digests of longer."""
     array = np.array(values, dtype=f"S{_KEY_BYTES}").view("<u8")
     if values and max(map(len, values)) > _KEY_BYTES:
@@ -186,17 +195,19 @@ def _problem(line: bytes, texts: DenseTexts) -> str | None:
     if len(fields) != FIELDS:
         return f"expected {FIELDS} fields separated by TABs, received {len(fields)}"
     if fields[0] not in (b"0", b"1"):
-        return f"expected 0 or 1 in field 1, received {_shown(fields[0])}"
+        return f"expected 0 or 1 in field 1, received {shown(fields[0])}"
     for index in range(1, 1 + DENSE_FEATURES):
         try:
             texts[fields[index]]
         except ValueError:
-            return f"expected an integer in field {index + 1}, received {_shown(fields[index])}"
+            return f"expected an integer in field {index + 1}, received {shown(fields[index])}"
     return None
 
 
-def _shown(field: bytes) -> str:
-    return repr(field[:40].decode(errors="replace"))
+def shown(field: bytes | str) -> str:
+    """The beginning of a field, for errors."""
+    text = field if isinstance(field, str) else field.decode(errors="replace")
+    return repr(text[:40]) + ("..." if len(text) > 40 else "")
 
 
 def mix(numbers: npt.NDArray[np.uint64], salt: int) -> npt.NDArray[np.uint64]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from official_recipes.common.flag_parsing import FlagValueError
+from official_recipes.common.flag_parsing import FlagValueError, fail
 from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
 
 PROGRAM = "python -m official_recipes.dlrm.train"
@@ -33,15 +33,27 @@ def main(argv: Sequence[str]) -> int:
     """
     # TensorFlow Recommenders needs it; too late once TensorFlow has been asked for its Keras.
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
-    return train_from_command_line(
-        argv,
-        program=PROGRAM,
-        summary=SUMMARY,
-        register=_register,
-        default_experiment=EXPERIMENT,
-        configs=Path(__file__).parent / "configs",
-        check=_check,
-    )
+    checked: list[tuple[Any, Options]] = []
+
+    def check(params: Any, options: Options) -> None:
+        _check(params, options)
+        checked.append((params, options))
+
+    try:
+        return train_from_command_line(
+            argv,
+            program=PROGRAM,
+            summary=SUMMARY,
+            register=_register,
+            default_experiment=EXPERIMENT,
+            configs=Path(__file__).parent / "configs",
+            check=check,
+        )
+    except Exception as error:
+        bad_row = _bad_row(error, *checked[0]) if checked else None
+        if bad_row is None:
+            raise
+        return fail(bad_row)
 
 
 def _register() -> None:
@@ -49,22 +61,58 @@ def _register() -> None:
     from official_recipes.dlrm import experiments  # noqa: F401
 
 
+def _bad_row(error: Exception, params: Any, options: Options) -> FlagValueError | None:
+    """The error of a row that stopped the run; `None` if it was none."""
+    import tensorflow as tf
+
+    from official_recipes.dlrm.inputs import first_bad_row, matching_files
+
+    if not isinstance(error, tf.errors.InvalidArgumentError):
+        return None
+    model = params.task.model
+    for needed, name in ((options.trains, "train_data"), (options.evaluates, "validation_data")):
+        if not needed:
+            continue
+        files = matching_files(getattr(params.task, name).input_path)
+        found = first_bad_row(files, model.vocab_sizes, model.num_dense_features)
+        if found is not None:
+            return FlagValueError(
+                "params_override",
+                f"task.{name}.input_path: rows as prepare_data.py writes them",
+                found,
+            )
+    return None
+
+
 def _check(params: Any, options: Options) -> None:
-    """Completes the vocabulary sizes from what is recorded beside the data, and checks the rest."""
+    """Completes the columns from what is recorded beside the data, and checks the rest."""
     from official_recipes.dlrm.experiments import INTERACTIONS
-    from official_recipes.dlrm.inputs import recorded_vocab_sizes
+    from official_recipes.dlrm.inputs import recorded_columns
+    from official_recipes.dlrm.raw_rows import DENSE_FEATURES
 
     model = params.task.model
+    data = params.task.train_data if options.trains else params.task.validation_data
+    found = recorded_columns(data.input_path)
     if not model.vocab_sizes:
-        data = params.task.train_data if options.trains else params.task.validation_data
-        found = recorded_vocab_sizes(data.input_path)
         if found is None:
             raise FlagValueError(
                 "params_override",
                 "task.model.vocab_sizes, or a dataset.json of prepare_data.py beside input_path",
                 repr(data.input_path),
             )
-        model.vocab_sizes = found
+        model.vocab_sizes = found[1]
+    if model.num_dense_features is None:
+        model.num_dense_features = DENSE_FEATURES if found is None else found[0]
+    if found is not None and (model.num_dense_features, len(model.vocab_sizes)) != (
+        found[0],
+        len(found[1]),
+    ):
+        raise FlagValueError(
+            "params_override",
+            f"task.model: num_dense_features={found[0]} and {len(found[1])} vocab_sizes, as "
+            "recorded beside the data",
+            f"{model.num_dense_features} and {len(model.vocab_sizes)}",
+        )
     for name, wrong, expected in (
         ("interaction", model.interaction not in INTERACTIONS, f"one of {', '.join(INTERACTIONS)}"),
         (
@@ -87,6 +135,8 @@ def _check(params: Any, options: Options) -> None:
             params.trainer.train_tf_while_loop,
         )
     config = params.trainer.optimizer_config
+    if model.skip_gather is None:
+        model.skip_gather = not hasattr(config.optimizer.get(), "exclude_from_layer_adaptation")
     for name, kind in (
         ("embeddings.optimizer", config.embeddings.optimizer.type),
         ("optimizer", config.embeddings.optimizer.type or config.optimizer.type),

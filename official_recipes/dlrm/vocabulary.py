@@ -18,7 +18,7 @@ class Ids(abc.ABC):
     """Gives each category of each column an id below its column's vocabulary size.
 
     Attributes:
-        vocab_sizes: One for each of the 26 columns.
+        vocab_sizes: One for each column.
     """
 
     vocab_sizes: list[int]
@@ -33,10 +33,11 @@ class HashedIds(Ids):
 
     Args:
         buckets: The vocabulary size of every column, at least 2.
+        columns: How many there are.
     """
 
-    def __init__(self, buckets: int) -> None:
-        self.vocab_sizes = [buckets] * CATEGORIES
+    def __init__(self, buckets: int, columns: int = CATEGORIES) -> None:
+        self.vocab_sizes = [buckets] * columns
         self._buckets = buckets
 
     def ids(self, column: int, keys: Keys) -> npt.NDArray[np.int64]:
@@ -76,20 +77,22 @@ class FrequencyCounter:
         folder: For the runs; they are removed at the end.
         limit: Counts to keep in memory, of all columns together (12 bytes each, some times over
             while they are merged).
+        columns: How many there are.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, columns: int = CATEGORIES) -> None:
+        self._columns = range(columns)
         self.limit = limit
         self.most_in_memory = 0
         self._folder = folder
-        self._counted: list[tuple[Keys, Counts]] = [_nothing() for _ in range(CATEGORIES)]
-        self._fresh: list[list[Keys]] = [[] for _ in range(CATEGORIES)]
+        self._counted: list[tuple[Keys, Counts]] = [_nothing() for _ in self._columns]
+        self._fresh: list[list[Keys]] = [[] for _ in self._columns]
         self._fresh_keys = 0
-        self._runs: list[list[Path]] = [[] for _ in range(CATEGORIES)]
+        self._runs: list[list[Path]] = [[] for _ in self._columns]
 
     def add(self, keys: Keys) -> None:
-        """Counts the keys of some rows, 26 columns of them."""
-        for column in range(CATEGORIES):
+        """Counts the keys of some rows, all columns of them."""
+        for column in self._columns:
             self._fresh[column].append(keys[column])
         self._fresh_keys += keys.size
         self._note()
@@ -99,7 +102,7 @@ class FrequencyCounter:
     def frequent(self, minimum: int) -> list[Keys]:
         """The keys of each column that were counted so often, rising."""
         self._fold()
-        return [self._frequent(column, minimum) for column in range(CATEGORIES)]
+        return [self._frequent(column, minimum) for column in self._columns]
 
     def _note(self) -> None:
         entries = self._fresh_keys + sum(len(keys) for keys, _ in self._counted)
@@ -116,7 +119,7 @@ class FrequencyCounter:
                 self._fresh[column] = []
         self._note()
         while sum(len(keys) for keys, _ in self._counted) > self.limit // 2:
-            self._spill(max(range(CATEGORIES), key=lambda c: len(self._counted[c][0])))
+            self._spill(max(self._columns, key=lambda c: len(self._counted[c][0])))
 
     def _spill(self, column: int) -> None:
         path = self._folder / f"counts-{column:02d}-{len(self._runs[column]):05d}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from official_recipes.common.text_data import first_file, read_lines
 PAD, START, END = 0, 1, 2
 KNOWN_FORMS = "Multi30k (train.en, train.de, val.en, val.de and test_2016_flickr.*, each also .gz)"
 _TEST = ("test_2016_flickr", "test2016", "flickr2016", "test")
+_MULTI30K = {"train": 29_000, "validation": 1_014, "test": 1_000}
 
 Pairs = tuple[list[str], list[str]]
 """Sentences of the source and of the target language."""
@@ -27,12 +28,21 @@ class PairSource:
     """Sentence pairs found in a folder and not read yet.
 
     Attributes:
-        name: How results on this data are to be labelled.
+        name: How results on this data are to be labelled, unless they are Multi30k's.
         files: Source and target file of each split; ``None`` for number words.
+        languages: Of the source and of the target.
     """
 
     name: str
     files: dict[str, tuple[Path, Path]] | None
+    languages: tuple[str, str] = ("en", "de")
+
+    def label(self, splits: Mapping[str, Pairs]) -> str:
+        """How results on these splits are to be labelled; Multi30k is told by its sizes."""
+        sizes = {split: len(pairs[0]) for split, pairs in splits.items()}
+        if self.files is None or sizes != _MULTI30K:
+            return self.name
+        return f"Multi30k, {self.languages[0]} to {self.languages[1]}"
 
     def load(self) -> dict[str, Pairs]:
         """Reads the splits ``train``, ``validation`` and ``test``.
@@ -49,6 +59,8 @@ class PairSource:
                 raise DataFormatError(
                     f"{source} has {len(pairs[0])} lines and {target} has {len(pairs[1])}"
                 )
+            if not any(map(str.strip, (*pairs[0], *pairs[1]))):
+                raise DataFormatError(f"{source} and {target} have no words")
             splits[split] = pairs
         return splits
 
@@ -76,7 +88,8 @@ def find_pairs(folder: Path | None, source: str = "en", target: str = "de") -> P
         if found[0] is None or found[1] is None:
             raise DataFormatError(f"{folder} has no {stems[0]}.{source} and {stems[0]}.{target}")
         files[split] = (found[0], found[1])
-    return PairSource(f"Multi30k, {source} to {target}", files)
+    name = f"pairs in {folder.resolve().name}, {source} to {target}"
+    return PairSource(name, files, (source, target))
 
 
 # -- number words ----------------------------------------------------------------------------------

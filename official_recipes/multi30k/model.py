@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ class Embedded(keras.layers.Layer):
         }
 
 
+@keras.saving.register_keras_serializable(package="official_recipes")
 class Transformer(tf_lbopt.PerExampleNormsModel):
     """Encoder and decoder with shared embeddings; layer normalization after each sub-layer.
 
@@ -86,14 +88,50 @@ class Transformer(tf_lbopt.PerExampleNormsModel):
         shape: Its sizes.
         pieces: Of the shared vocabulary.
         longest: The most positions.
+        **kwargs: Of `keras.Model`.
     """
 
-    def __init__(self, shape: Shape, pieces: int, longest: int):
-        super().__init__()
-        self.embedded = Embedded(pieces, shape.width, longest, name="embedding")
-        self.dropout = keras.layers.Dropout(shape.dropout)
-        self.encoder = [_Block(shape, False, name=f"encoder_{i}") for i in range(shape.layers)]
-        self.decoder = [_Block(shape, True, name=f"decoder_{i}") for i in range(shape.layers)]
+    def __init__(self, shape: Shape, pieces: int, longest: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._arguments: dict[str, Any] = {
+            "shape": dataclasses.asdict(shape),
+            "pieces": pieces,
+            "longest": longest,
+        }
+        dtype = self.dtype_policy  # Of the config where the model is loaded.
+        self.embedded = Embedded(pieces, shape.width, longest, name="embedding", dtype=dtype)
+        self.dropout = keras.layers.Dropout(shape.dropout, dtype=dtype)
+        # By a name each: a checkpoint does not look into the lists of Keras's layers.
+        for name, decodes in (("encoder", False), ("decoder", True)):
+            for i in range(shape.layers):
+                setattr(self, f"{name}_{i}", _Block(shape, decodes, f"{name}_{i}", dtype))
+
+    @property
+    def encoder(self) -> list[keras.layers.Layer]:
+        """Its blocks, the first one first."""
+        return [getattr(self, f"encoder_{i}") for i in range(self._arguments["shape"]["layers"])]
+
+    @property
+    def decoder(self) -> list[keras.layers.Layer]:
+        """Its blocks, the first one first."""
+        return [getattr(self, f"decoder_{i}") for i in range(self._arguments["shape"]["layers"])]
+
+    def get_config(self) -> dict[str, Any]:  # type: ignore[override]
+        """The arguments that make an equal model."""
+        parent: Any = super()
+        return {**parent.get_config(), **self._arguments}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Transformer:
+        """A model of these arguments, without its variables."""
+        del custom_objects
+        return cls(**{**config, "shape": Shape(**config["shape"])})
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Makes the variables."""
+        del config
+        ids = np.zeros([1, 2], np.int32)
+        self((ids, ids))
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Source and target ids, [batch, pieces] each, to logits of the pieces that follow."""
@@ -118,21 +156,22 @@ class Transformer(tf_lbopt.PerExampleNormsModel):
 
 
 class _Block(keras.layers.Layer):
-    def __init__(self, shape: Shape, decodes: bool, name: str):
-        super().__init__(name=name)
+    def __init__(self, shape: Shape, decodes: bool, name: str, dtype: Any):
+        super().__init__(name=name, dtype=dtype)
 
         def attention() -> keras.layers.Layer:
-            return keras.layers.MultiHeadAttention(shape.heads, shape.width // shape.heads)
+            width = shape.width // shape.heads
+            return keras.layers.MultiHeadAttention(shape.heads, width, dtype=dtype)
 
         self._decodes = decodes
         self.attention = attention()
         self.memory_attention = attention() if decodes else None
-        self.inner = keras.layers.Dense(shape.inner, activation="relu")
-        self.outer = keras.layers.Dense(shape.width)
-        self.norms = [
-            keras.layers.LayerNormalization(epsilon=1e-6) for _ in range(3 if decodes else 2)
-        ]
-        self.dropout = keras.layers.Dropout(shape.dropout)
+        self.inner = keras.layers.Dense(shape.inner, activation="relu", dtype=dtype)
+        self.outer = keras.layers.Dense(shape.width, dtype=dtype)
+        self._norms = [f"norm_{i}" for i in range(3 if decodes else 2)]
+        for norm in self._norms:  # By a name each, as the blocks.
+            setattr(self, norm, keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype))
+        self.dropout = keras.layers.Dropout(shape.dropout, dtype=dtype)
 
     def build(self, input_shape: Any) -> None:
         self.attention.build(input_shape, input_shape)
@@ -140,8 +179,8 @@ class _Block(keras.layers.Layer):
             self.memory_attention.build(input_shape, input_shape)
         self.inner.build(input_shape)
         self.outer.build((*input_shape[:-1], self.inner.units))
-        for norm in self.norms:
-            norm.build(input_shape)
+        for norm in self._norms:
+            getattr(self, norm).build(input_shape)
 
     def call(
         self,
@@ -151,7 +190,7 @@ class _Block(keras.layers.Layer):
         memory_mask: Any = None,
         training: bool | None = None,
     ) -> Any:
-        norms = iter(self.norms)
+        norms = (getattr(self, norm) for norm in self._norms)
 
         def added(x: Any, y: Any) -> Any:
             return next(norms)(x + self.dropout(y, training=training))

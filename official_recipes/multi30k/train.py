@@ -29,6 +29,13 @@ def define_flags() -> flags.FlagValues:
     """Returns the recipe's flags."""
     values = define_training_flags(batch_size=128, epochs=4, schedule="inverse_sqrt")
     values.set_default("warmup_epochs", 2.0)
+    for side, language in (("source", "en"), ("target", "de")):
+        flags.DEFINE_string(
+            f"{side}_language",
+            language,
+            "As the files of --data_dir end.",
+            flag_values=values,
+        )
     define_integer(values, "layers", 3, "In the encoder, and as many in the decoder.")
     define_integer(values, "width", 256, "Of the embeddings; a multiple of --heads.")
     define_integer(values, "inner", 1024, "Of the dense layers.")
@@ -48,8 +55,15 @@ def make_source(values: flags.FlagValues) -> PairSource:
     """
     if values.width % values.heads:
         raise FlagValueError("width", f"a multiple of --heads={values.heads}", values.width)
+    languages = values.source_language, values.target_language
+    if languages[0] == languages[1]:
+        raise FlagValueError("target_language", "another than --source_language", languages[1])
+    if values.data_dir is None and languages != ("en", "de"):
+        raise FlagValueError(
+            "data_dir", f"a folder with sentences of {' and '.join(languages)}", None
+        )
     with data_of_flag("data_dir", f"a folder with {KNOWN_FORMS}", values.data_dir):
-        return find_pairs(None if values.data_dir is None else Path(values.data_dir))
+        return find_pairs(None if values.data_dir is None else Path(values.data_dir), *languages)
 
 
 def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) -> TranslationTask:
@@ -71,7 +85,7 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
     with data_of_flag("data_dir", "readable sentence pairs"):
         splits = source.load()
         task = TranslationTask(
-            source.name,
+            source.label(splits),
             splits,
             Shape(values.layers, values.width, values.inner, values.heads, values.dropout),
             pieces=values.pieces,
@@ -85,8 +99,8 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
 RECIPE = Recipe(
     program="python -m official_recipes.multi30k.train",
     summary=(
-        "Trains a transformer of half the base size on Multi30k, English to German (or, without\n"
-        "--data_dir, on number words), with any optimizer, and evaluates loss and BLEU."
+        "Trains a transformer of half the base size on Multi30k or other sentence pairs (or,\n"
+        "without --data_dir, on number words), with any optimizer, and evaluates loss and BLEU."
     ),
     define_flags=define_flags,
     configs=CONFIGS,

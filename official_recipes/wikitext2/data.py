@@ -16,6 +16,8 @@ from official_recipes.common.text_data import (
 )
 
 UNKNOWN, END = "<unk>", "<eos>"
+_OF_VALIDATION = ", trained on its validation text"
+_WIKITEXT2 = {"train": 2_051_910, "valid": 213_886, "test": 241_211}  # words
 KNOWN_FORMS = (
     "WikiText-2 (train.txt, valid.txt and test.txt, or wiki.train.tokens and so on; without the "
     "training file, the validation file is trained on and the test file evaluated)"
@@ -71,7 +73,7 @@ class TextSource:
     """Text found in a folder and not read yet.
 
     Attributes:
-        name: How results on this data are to be labelled.
+        name: How results on this data are to be labelled, unless it is WikiText-2.
         train: Files to train on; ``None`` for Python's own text.
         held_out: The file to evaluate on.
         held_out_name: ``validation`` or ``test``.
@@ -94,7 +96,15 @@ class TextSource:
             train = [text for index, text in enumerate(paragraphs) if index % 10]
         else:
             train, held_out = read_lines(self.train), read_lines(self.held_out)
-        return as_ids(self.name, train, held_out, self.held_out_name)
+        data = as_ids(self.name, train, held_out, self.held_out_name)
+        of_validation = self.held_out_name == "test"
+        sizes = [
+            _WIKITEXT2[s] for s in (("valid", "test") if of_validation else ("train", "valid"))
+        ]
+        end = data.vocabulary.index(END)
+        if [int(np.sum(text != end)) for text in (data.train, data.held_out)] != sizes:
+            return data
+        return replace(data, name="WikiText-2" + (_OF_VALIDATION if of_validation else ""))
 
 
 def find_text(folder: Path | None) -> TextSource:
@@ -112,10 +122,11 @@ def find_text(folder: Path | None) -> TextSource:
         for split in ("train", "valid", "test")
     }
     train, valid, test = found["train"], found["valid"], found["test"]
+    name = f"text in {folder.resolve().name}"
     if train is not None and valid is not None:
-        return TextSource("WikiText-2", train, valid, "validation")
+        return TextSource(name, train, valid, "validation")
     if valid is not None and test is not None:
-        return TextSource("WikiText-2, trained on its validation text", valid, test, "test")
+        return TextSource(name + _OF_VALIDATION, valid, test, "test")
     raise DataFormatError(f"{folder} has no known text")
 
 
