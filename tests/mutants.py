@@ -57,9 +57,9 @@ MUTANTS = (
     ),
     Mutant(
         "Nesterov's step has no momentum",
-        "rules/momentum.py",
-        "delta = momentum * velocity - learning_rate * direction if nesterov",
-        "delta = velocity - learning_rate * direction if nesterov",
+        "rules/writer.py",
+        "step = velocity(step, direction, learning_rate, momentum)",
+        "step = step - learning_rate * direction",
         "test_kernels.py:momentum",
     ),
     Mutant(

@@ -36,7 +36,7 @@ from tf_lbopt.optimizers.trained import Gradients, Trained, Variable, path_of, t
 from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
-from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms, widest
+from tf_lbopt.rules.norms import Gradient, all_finite, norms, widest
 from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Step, dense
 from tf_lbopt.rules.writer import Writer
 
@@ -277,7 +277,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         own = prepared(
             [gradient for gradient, _ in pairs],
             targets,
-            [compute_dtype(target.dtype) for target in targets],
+            [trained.dtypes[index] for index in known],
         )
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))

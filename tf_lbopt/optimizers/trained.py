@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat
-from tf_lbopt.rules.norms import Gradient
+from tf_lbopt.rules.norms import Gradient, compute_dtype
 
 Variable: TypeAlias = keras.Variable | tf.Variable
 Gradients: TypeAlias = Sequence[Gradient | None]
@@ -40,6 +40,7 @@ class Trained:
         iterations: Counts the updates.
         skipped_updates: Counts those that were discarded.
         on_gpu: Whether the variables are on GPUs.
+        dtypes: In which arithmetic on the variables is done.
         paths: Of the variables.
         numbers: Of the variables, by what `_compat.key_of` says.
     """
@@ -52,10 +53,12 @@ class Trained:
     iterations: tf.Variable
     skipped_updates: tf.Variable
     on_gpu: bool
+    dtypes: list[tf.DType] = dataclasses.field(init=False, default_factory=list)
     paths: list[str] = dataclasses.field(init=False, default_factory=list)
     numbers: dict[str, int] = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for number, variable in enumerate(self.variables):
+            self.dtypes.append(compute_dtype(tf.as_dtype(variable.dtype)))
             self.paths.append(path_of(variable))
             self.numbers[_compat.key_of(variable)] = number

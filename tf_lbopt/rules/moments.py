@@ -34,18 +34,10 @@ class RunningMean:
         return x / self.correction
 
 
-def adam(
-    m: tf.Tensor,
-    v: tf.Tensor,
-    gradient: tf.Tensor,
-    first: RunningMean,
-    second: RunningMean,
-    epsilon: tf.Tensor | float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Adam's moments after a gradient, and the bias-corrected direction.
-
-    ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``, direction ``m̂ / (√v̂ + ε)`` with
-    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``.
+def moments(
+    m: tf.Tensor, v: tf.Tensor, gradient: tf.Tensor, first: RunningMean, second: RunningMean
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Adam's moments after a gradient: ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``.
 
     Args:
         m: First moment.
@@ -53,18 +45,40 @@ def adam(
         gradient: g, of the same shape.
         first: The running mean of β₁.
         second: That of β₂.
+
+    Returns:
+        The new m and v.
+    """
+    m = first.beta * m + first.rest * gradient
+    return m, second.beta * v + second.rest * (gradient * gradient)
+
+
+def adam(
+    m: tf.Tensor,
+    v: tf.Tensor,
+    first: RunningMean,
+    second: RunningMean,
+    epsilon: tf.Tensor | float,
+) -> tf.Tensor:
+    """Adam's direction, with bias correction: ``m̂ / (√v̂ + ε)``.
+
+    ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``, with the `moments` after the update's gradient.
+
+    Args:
+        m: First moment.
+        v: Second moment, of the same shape.
+        first: The running mean of β₁.
+        second: That of β₂.
         epsilon: ε, outside the square root and after bias correction.
 
     Returns:
-        ``(m, v, direction)``; a direction of 0 where v and ε are 0.
+        A tensor of the same shape; 0 where v and ε are 0.
 
     References:
         Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
     """
-    m = first.beta * m + first.rest * gradient
-    v = second.beta * v + second.rest * (gradient * gradient)
     root = tf.sqrt(v / second.correction)
-    return m, v, tf.math.divide_no_nan(m / first.correction, root + epsilon)
+    return tf.math.divide_no_nan(m / first.correction, root + epsilon)
 
 
 def preconditioned(

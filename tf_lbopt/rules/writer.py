@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import tensorflow as tf
 
 from tf_lbopt import _compat
-from tf_lbopt.rules.moments import RunningMean, adam
+from tf_lbopt.rules.moments import RunningMean, adam, moments
 from tf_lbopt.rules.momentum import heavy_ball, velocity
 from tf_lbopt.rules.norms import Gradient
 
@@ -28,6 +28,9 @@ class Writer:
 
     A float16 element that overflows keeps its old value, and `complete` says so. In the other
     dtypes none does, after the checks of `tf_lbopt.rules.bounds`.
+
+    Weights are computed from slots as they have been written: where a slot and a weight both come
+    from the old ones, XLA on a CPU copies one of them first.
 
     Args:
         sound: Whether to write, a boolean scalar, where XLA compiles; else ``None``.
@@ -107,8 +110,9 @@ class Writer:
                 momentum=momentum,
             )
         else:
-            old = tf.cast(buffer, direction.dtype)
-            self._step(variable, buffer, *heavy_ball(old, direction, learning_rate, momentum))
+            dtype = direction.dtype
+            self.assign(buffer, heavy_ball(tf.cast(buffer, dtype), direction, momentum))
+            self.assign(variable, tf.cast(variable, dtype) - learning_rate * tf.cast(buffer, dtype))
 
     def velocity(
         self,
@@ -132,15 +136,12 @@ class Writer:
                 use_nesterov=nesterov,
             )
         else:
-            old = tf.cast(slot, direction.dtype)
-            new = velocity(old, direction, learning_rate, momentum, nesterov)
-            self._step(variable, slot, *new)
-
-    def _step(
-        self, variable: tf.Variable, slot: tf.Variable, new_slot: tf.Tensor, delta: tf.Tensor
-    ) -> None:
-        self.assign(slot, new_slot)
-        self.assign(variable, tf.cast(variable, delta.dtype) + delta)
+            dtype = direction.dtype
+            self.assign(slot, velocity(tf.cast(slot, dtype), direction, learning_rate, momentum))
+            step = tf.cast(slot, dtype)
+            if nesterov:
+                step = velocity(step, direction, learning_rate, momentum)
+            self.assign(variable, tf.cast(variable, dtype) + step)
 
     def adam(
         self,
@@ -175,11 +176,10 @@ class Writer:
         if not (
             worthwhile and m.dtype in self._fused_dtypes and least_epsilon >= _LEAST_FUSED_EPSILON
         ):
-            new_m, new_v, direction = adam(
-                tf.cast(m, dtype), tf.cast(v, dtype), gradient, first, second, epsilon
-            )
-            self.assign(m, new_m)
-            self.assign(v, new_v)
+            new = moments(tf.cast(m, dtype), tf.cast(v, dtype), gradient, first, second)
+            for slot, value in zip((m, v), new, strict=True):
+                self.assign(slot, value)
+            direction = adam(tf.cast(m, dtype), tf.cast(v, dtype), first, second, epsilon)
             if limit is not None:
                 direction = tf.clip_by_value(direction, -limit, limit)
             return direction if offset is None else direction + offset
