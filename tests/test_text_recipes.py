@@ -19,6 +19,7 @@ from official_recipes.cifar.task import ImageTask
 from official_recipes.common.data_format import DataFormatError
 from official_recipes.common.flag_parsing import FlagValueError, parse_flags
 from official_recipes.common.image_data import DigitsSource
+from official_recipes.common.keras_export import export, predict
 from official_recipes.common.keras_optimizers import known_optimizers, make_optimizer
 from official_recipes.common.keras_options import (
     ScheduleOptions,
@@ -424,6 +425,144 @@ def test_evaluation_only(tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert "--model_dir: expected a checkpoint of this model" in error[-1]
     tf.get_logger().setLevel("WARNING")
+
+
+EXPORTED = """
+import json, sys
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_text
+folder = sys.argv[1]
+load = lambda name: tf.saved_model.load(f"{folder}/{name}/saved_model").signatures
+plain = lambda outputs: {
+    name: np.vectorize(lambda x: x.decode() if isinstance(x, bytes) else x)(value.numpy()).tolist()
+    for name, value in outputs.items()
+}
+images = tf.constant(json.loads(sys.argv[2]), tf.uint8)
+files = tf.stack([tf.io.encode_png(image) for image in images])
+text = tf.constant(["forty two", "", "seven"])
+lines = tf.constant(["the cat and the", "", "the x"])
+translator, words, classes = map(load, ["multi30k", "wikitext2", "cifar"])
+found = {
+    "translation": plain(translator["serving_default"](text=text)),
+    "words": plain(words["serving_default"](text=lines)),
+    "images": plain(classes["serving_default"](images=images)),
+    "encoded": plain(classes["encoded"](images=files)),
+    "keras": np.asarray(keras.saving.load_model(f"{folder}/cifar/model.keras")(images)).tolist(),
+    "ids": plain(words["ids"](ids=tf.constant([[3, 4]]))),
+    "keras_ids": np.asarray(
+        keras.saving.load_model(f"{folder}/wikitext2/model.keras")(np.array([[3, 4]]))
+    ).tolist(),
+}
+assert not {"tf_lbopt", "official_recipes"} & set(sys.modules)
+print(json.dumps(found))
+"""
+
+
+def test_exports_and_predictions(tmp_path):
+    """What is exported needs none of this package, but the translator's file its own code."""
+    sentences = ["forty two", "", "seven"]
+    tasks = {name: made() for name, (made, _) in TASKS.items()}
+    tasks["multi30k"] = translation_task(32, to_translate=sentences)
+    tasks["wikitext2"] = language_task(layers=1)
+    tasks["cifar"] = ImageTask(tasks["cifar"]._data, "two_conv")
+    models, predicted = {}, {}
+    for name, task in tasks.items():
+        options = dataclasses.replace(FAST, replicas=1, model_dir=tmp_path / "runs" / name)
+        checkpoint = tf.train.Checkpoint(model=task.build_model())
+        tf.train.CheckpointManager(checkpoint, str(options.model_dir / "checkpoints"), 2).save()
+        models[name] = checkpoint.model
+        assert export(task, options, str(tmp_path / name)) == ""
+        assert predict(task, options, str(tmp_path / "lines")) == ""
+        predicted[name] = (tmp_path / "lines").read_text().split("\n")[:-1]
+    images = tasks["cifar"]._data.test_images[:3]
+    run = subprocess.run(
+        [sys.executable, "-c", EXPORTED, str(tmp_path), json.dumps(images.tolist())],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+
+    def softmax(logits):
+        return keras.ops.convert_to_numpy(keras.ops.softmax(logits))
+
+    def check_close(value, expected):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+
+    # Images.
+    logits = models["cifar"](images, training=False)
+    for key in ("images", "encoded"):
+        check_close(found[key]["probabilities"], softmax(logits))
+    check_close(found["keras"], logits)
+    rows = [line.split("\t") for line in predicted["cifar"][1:]]
+    check_close([list(map(float, row[2:])) for row in rows[:3]], softmax(logits))
+    accuracy = np.mean([row[0] == row[1] for row in rows])
+    assert accuracy == tasks["cifar"].evaluate(models["cifar"], "test", final=True)["accuracy"]
+    # Words: the end of a line comes before each line.
+    vocabulary = (tmp_path / "wikitext2" / "vocabulary.txt").read_text().splitlines()
+    ids = [vocabulary.index(word) for word in ["<eos>", "the", "cat", "and", "the"]]
+    probabilities = softmax(models["wikitext2"](np.array([ids])))[0]
+    check_close(
+        found["words"]["log_probabilities"][0],
+        np.log(probabilities[np.arange(4), ids[1:]]),
+    )
+    assert found["words"]["log_probabilities"][1] == [0.0] * 4
+    assert found["words"]["log_probabilities"][2][2:] == [0.0] * 2
+    assert found["words"]["next_word"][0] == vocabulary[probabilities[-1].argmax()]
+    check_close(softmax(np.array(found["ids"]["logits"])), softmax(np.array(found["keras_ids"])))
+    check_close(
+        softmax(np.array(found["keras_ids"])), softmax(models["wikitext2"](np.array([[3, 4]])))
+    )
+    task = tasks["wikitext2"]
+    rows = [line.split("\t") for line in predicted["wikitext2"][1:]]
+    assert [row[0] for row in rows] == [vocabulary[i] for i in task._data.held_out[1:]]
+    loss = task.evaluate(models["wikitext2"], "validation", final=True)["loss"]
+    assert np.mean([-float(row[1]) for row in rows]) == pytest.approx(loss, rel=1e-4)
+    # Translations: as those that BLEU is of.
+    task = tasks["multi30k"]
+    task._ids["test"] = [pairs.encode(task._tokenizer, sentences, 20)] * 2
+    expected = task.translate(models["multi30k"], "test")
+    assert found["translation"]["translation"] == expected
+    assert predicted["multi30k"] == [expected[0], "", expected[2]]
+
+
+def test_wrong_exports_end_in_one_line(tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "ckpt-1.index").touch()
+    (folder / "settings.json").write_text('{"longest": 9}')
+    (tmp_path / "text").write_text("two\n")
+    run, export_dir = f"--model_dir={folder}", f"--export_dir={tmp_path / 'new'}"
+    file = f"--predictions={tmp_path / 'out'}"
+    for arguments, words in (
+        ([export_dir], "--export_dir: expected a --model_dir with a checkpoint"),
+        ([file, f"--model_dir={tmp_path}"], "--predictions: expected a --model_dir with"),
+        ([run, export_dir, file], "--export_dir: expected to be given without --predictions"),
+        ([run, export_dir, "--eval_only"], "--eval_only: expected to be given without"),
+        ([run, f"--export_dir={tmp_path}"], "--export_dir: expected a folder that is empty"),
+        ([run, f"--predictions={tmp_path}"], "--predictions: expected a file"),
+        ([run, "--eval_only", f"--translate={tmp_path / 'text'}"], "--translate: expected to be"),
+        ([run, file, f"--translate={tmp_path / 'no'}"], "--translate: expected a file of sentenc"),
+        (
+            [run, export_dir, "--pieces=200"],
+            "--model_dir: expected a run with the same longest, 48",
+        ),
+    ):
+        assert multi30k.main(["recipe", *arguments]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert words in error[-1], error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "text"]
+    tf.get_logger().setLevel("WARNING")
+
+
+def test_long_sentences_are_cut_and_counted(tmp_path):
+    task = translation_task(32, to_translate=["one " * 30, "two"], longest=6)
+    predicted = task.predictions(task.build_model())
+    assert len(predicted.lines) == 2
+    assert predicted.note == "1 of 2 sentences were cut to --longest=6 pieces"
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from official_recipes.cifar.models import build_model
 from official_recipes.common.image_data import ImageData
-from official_recipes.common.keras_training import Metrics
+from official_recipes.common.keras_training import Metrics, Predictions, Serving
 
 _PADDING = 4
 _TEST_BATCH = 1000
@@ -109,17 +109,60 @@ class ImageTask:
         del final
         assert split == self._split
         images, labels = self._data.test_images, self._data.test_labels
-        logits = np.concatenate(
-            [
-                keras.ops.convert_to_numpy(model(images[at : at + _TEST_BATCH], training=False))
-                for at in range(0, len(images), _TEST_BATCH)
-            ]
-        )
+        logits = _logits(model, images)
         loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
         return {
             "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
             "loss": float(np.mean(loss)),
         }
+
+    def files(self) -> Mapping[str, bytes]:
+        """None."""
+        return {}
+
+    def plain_model(self, model: keras.Model) -> keras.Model:
+        """Returns the same layers as a model of Keras's own class."""
+        return keras.Model(model.inputs, model.outputs)
+
+    def serving(self, model: keras.Model) -> Serving:
+        """Probabilities of uint8 images, or of encoded ones, which are resized to the model's."""
+        height, width, channels = self._data.train_images.shape[1:]
+
+        def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            logits = model(images, training=False)
+            return {"logits": logits, "probabilities": tf.nn.softmax(logits)}
+
+        def decoded(encoded: tf.Tensor) -> tf.Tensor:
+            image = tf.io.decode_image(encoded, channels, expand_animations=False)
+            image = tf.image.resize(image, [height, width])
+            return tf.cast(tf.round(image), tf.uint8)
+
+        def encoded(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            spec = tf.TensorSpec([height, width, channels], tf.uint8)
+            return serve(tf.map_fn(decoded, images, fn_output_signature=spec))
+
+        arrays = tf.TensorSpec([None, height, width, channels], tf.uint8, name="images")
+        files = tf.TensorSpec([None], tf.string, name="images")
+        return Serving({"serve": (serve, [arrays]), "encoded": (encoded, [files])})
+
+    def predictions(self, model: keras.Model) -> Predictions:
+        """A line of each test image: label, likeliest class and the probability of each class."""
+        probabilities = keras.ops.convert_to_numpy(
+            keras.ops.softmax(_logits(model, self._data.test_images))
+        )
+        lines = ["\t".join(["label", "prediction", *(f"p{i}" for i in range(self._data.classes))])]
+        for label, row in zip(self._data.test_labels, probabilities, strict=True):
+            lines.append("\t".join([str(label), str(row.argmax()), *(f"{p:.6g}" for p in row)]))
+        return Predictions(lines)
+
+
+def _logits(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    return np.concatenate(
+        [
+            keras.ops.convert_to_numpy(model(images[at : at + _TEST_BATCH], training=False))
+            for at in range(0, len(images), _TEST_BATCH)
+        ]
+    )
 
 
 def shifted_and_mirrored(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

@@ -19,7 +19,7 @@ from official_recipes.common.flag_parsing import (
     parse_flags,
     parse_unless_help,
 )
-from official_recipes.common.output_folder import make_folder
+from official_recipes.common.output_folder import check_output_dir, make_folder
 
 SCHEDULES = ("constant", "polynomial", "cosine", "step", "inverse_sqrt")
 SCALINGS = ("linear", "sqrt")
@@ -28,6 +28,8 @@ DEVICES = ("auto", "cpu")
 
 CHECKPOINTS = "checkpoints"
 """Folder in `model_dir`."""
+
+_WITHOUT_TRAINING = ("eval_only", "export_dir", "predictions")
 
 Scalar = float | int | bool | str
 
@@ -279,6 +281,21 @@ def define_training_flags(
         "The flags of data and model are those of the run.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "export_dir",
+        None,
+        "Train nothing: write the model of the last checkpoint of --model_dir into this new "
+        "folder, as model.keras and as a SavedModel. The flags of data and model are those of the "
+        "run.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "predictions",
+        None,
+        "Train nothing: write what the last checkpoint of --model_dir predicts to this file. The "
+        "flags of data and model are those of the run.",
+        flag_values=values,
+    )
     define_integer(values, "checkpoint_every", 1, "Epochs from one checkpoint to the next.")
     flags.DEFINE_string(
         "result_file", None, "Append the result, one JSON row, to this file.", flag_values=values
@@ -344,11 +361,8 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
     Raises:
         FlagValueError: They contradict each other, or a folder cannot be made.
     """
-    if values.eval_only:
-        if not values.model_dir or not has_checkpoint(Path(values.model_dir)):
-            raise FlagValueError(
-                "eval_only", "a --model_dir with a checkpoint", repr(values.model_dir)
-            )
+    if without_training(values):
+        _check_use(values)
         values.learning_rate = values.learning_rate or 1.0  # which nothing reads
     if values.learning_rate is None:
         raise FlagValueError("learning_rate", "a positive number", "none (it has no default)")
@@ -393,6 +407,25 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         if folder is not None:
             make_folder(flag, folder)
     return options
+
+
+def without_training(values: flags.FlagValues) -> list[str]:
+    """The flags that were given of those by which a run trains nothing."""
+    return [name for name in _WITHOUT_TRAINING if getattr(values, name)]
+
+
+def _check_use(values: flags.FlagValues) -> None:
+    use, *more = without_training(values)
+    if more:
+        raise FlagValueError(use, f"to be given without --{more[0]}", "both")
+    if not values.model_dir or not has_checkpoint(Path(values.model_dir)):
+        raise FlagValueError(use, "a --model_dir with a checkpoint", repr(values.model_dir))
+    if use == "export_dir":
+        check_output_dir(values.export_dir, "export_dir")
+    if use == "predictions":
+        if Path(values.predictions).is_dir():
+            raise FlagValueError(use, "a file", f"the folder {values.predictions}")
+        make_folder(use, Path(values.predictions).parent)
 
 
 def has_checkpoint(model_dir: Path) -> bool:

@@ -18,6 +18,7 @@ from official_recipes.common.keras_options import (
     has_checkpoint,
     parse_training_flags,
     training_options,
+    without_training,
 )
 from official_recipes.common.progress import Bar, progress_bar
 
@@ -79,7 +80,8 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
             result = _run(recipe, values, options)
         except Interrupted:
             folder = options.model_dir
-            if folder is not None and not values.eval_only and has_checkpoint(folder):
+            trains = not without_training(values)
+            if folder is not None and trains and has_checkpoint(folder):
                 print(f"{folder} has a checkpoint: --resume goes on from it", file=sys.stderr)
             raise
     except FlagValueError as error:
@@ -103,16 +105,21 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
         quiet_tensorflow()
         from official_recipes.common.keras_training import evaluate, train
 
-        strategy = training_strategy(options.replicas, options.device)
+        # What is exported or predicted comes from one device.
+        replicas = 1 if values.export_dir or values.predictions else options.replicas
+        strategy = training_strategy(replicas, options.device)
     with progress_bar(console) as progress, interruption(last_words=_LAST_WORDS) as interrupted:
         task = recipe.make_task(values, Bar(progress, "reading", interrupted))
-        if values.eval_only:
+        if without_training(values):
             import tensorflow as tf
 
             # It would list all that a checkpoint of another model has.
             tf.get_logger().setLevel("ERROR")
-            for name, value in evaluate(task, options, strategy).items():
-                print(f"{name} {value:.4g}")
+            if values.eval_only:
+                for name, value in evaluate(task, options, strategy).items():
+                    print(f"{name} {value:.4g}")
+            else:
+                _use(task, options, values)
             return None
         bar = Bar(progress, f"{options.optimizer}, batch {options.batch_size}", interrupted)
 
@@ -128,3 +135,13 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
     where = "" if options.model_dir is None else f"; wrote {options.model_dir / 'result.json'}"
     print(f"{result.updates} updates in {result.seconds:.1f} s{where}")
     return result
+
+
+def _use(task: Task, options: TrainingOptions, values: flags.FlagValues) -> None:
+    from official_recipes.common.keras_export import export, predict
+
+    written = values.export_dir or values.predictions
+    note = (export if values.export_dir else predict)(task, options, written)
+    if note:
+        print(note, file=sys.stderr)
+    print(f"wrote {written}")

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,35 @@ _FLAGS = {
 _NOT_OF_THE_RUN = ("model_dir", "resume", "result_file", "checkpoint_every", "device")
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The functions of a SavedModel.
+
+    Attributes:
+        functions: Each with the specifications of its arguments, by its signature's name; the first
+            is ``serving_default`` too.
+        resources: What they use besides the model: tables, tokenizers.
+        note: What is missing, and why, or nothing.
+    """
+
+    functions: Mapping[str, tuple[Callable[..., Any], Sequence[tf.TensorSpec]]]
+    resources: Sequence[Any] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts, as text.
+
+    Attributes:
+        lines: Of a file.
+        note: What a reader must know besides, or nothing.
+    """
+
+    lines: Sequence[str]
+    note: str = ""
 
 
 class Task(Protocol):
@@ -81,6 +110,18 @@ class Task(Protocol):
 
     def splits(self) -> tuple[str, ...]:
         """Returns the splits to evaluate, the one that `metric` is read from first."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """Returns what belongs beside an exported model, by the files' names: a vocabulary, ..."""
+
+    def plain_model(self, model: keras.Model) -> keras.Model:
+        """Returns the model as a file is to have it, which needs as little code as can be."""
+
+    def serving(self, model: keras.Model) -> Serving:
+        """Returns the functions of an exported model."""
+
+    def predictions(self, model: keras.Model) -> Predictions:
+        """Returns what a model predicts for the data to evaluate."""
 
 
 @dataclass
@@ -231,18 +272,8 @@ def evaluate(task: Task, options: TrainingOptions, strategy: tf.distribute.Strat
         FlagValueError: The checkpoint is of another model.
     """
     assert options.model_dir is not None
-    keras.utils.clear_session()
-    keras.config.set_dtype_policy(options.dtype)
     with strategy.scope():
-        model = task.build_model()
-    path = tf.train.latest_checkpoint(str(options.model_dir / CHECKPOINTS))
-    try:
-        status = tf.train.Checkpoint(model=model).read(path).expect_partial()
-        status.assert_existing_objects_matched()
-    except (AssertionError, ValueError, tf.errors.OpError) as error:
-        raise FlagValueError(
-            "model_dir", "a checkpoint of this model, with the run's flags", f"{path}: {error}"
-        ) from error
+        model, path = _last_model(task, options)
     metrics = {
         f"{split}_{name}": value
         for split in task.splits()
@@ -251,6 +282,44 @@ def evaluate(task: Task, options: TrainingOptions, strategy: tf.distribute.Strat
     content = {"task": task.name, **task.settings, "checkpoint": path, "metrics": metrics}
     write_json(options.model_dir / _EVALUATION, content)
     return metrics
+
+
+def trained_model(task: Task, options: TrainingOptions) -> keras.Model:
+    """Returns the model of the last checkpoint of `options.model_dir`, on one device.
+
+    Args:
+        task: What was learned.
+        options: Those of the run; what concerns the training does not matter.
+
+    Raises:
+        FlagValueError: The checkpoint is of another model, or the run had other data.
+    """
+    assert options.model_dir is not None
+    settings = options.model_dir / _SETTINGS
+    if settings.is_file():
+        run = json.loads(settings.read_text(encoding="utf-8"))
+        for name, value in plain(dict(task.settings)).items():
+            if name in run and run[name] != value:
+                raise FlagValueError(
+                    "model_dir", f"a run with the same {name}, {value!r}", repr(run[name])
+                )
+    return _last_model(task, options)[0]
+
+
+def _last_model(task: Task, options: TrainingOptions) -> tuple[keras.Model, str]:
+    assert options.model_dir is not None
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy(options.dtype)
+    model = task.build_model()
+    path = tf.train.latest_checkpoint(str(options.model_dir / CHECKPOINTS))
+    try:
+        status = tf.train.Checkpoint(model=model).read(path).expect_partial()
+        status.assert_existing_objects_matched()
+    except (AssertionError, ValueError, tf.errors.OpError) as error:
+        raise FlagValueError(
+            "model_dir", "a checkpoint of this model, with the run's flags", f"{path}: {error}"
+        ) from error
+    return model, path
 
 
 def _batches(task: Task, options: TrainingOptions, first_epoch: int) -> tf.data.Dataset:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from official_recipes.common.keras_training import Metrics
+from official_recipes.common.keras_training import Metrics, Predictions, Serving
 from official_recipes.multi30k.data import END, PAD, START, Pairs, encode, train_tokenizer
 from official_recipes.multi30k.model import Shape, Transformer
+
+TOKENIZER = "tokenizer.model"
 
 _BATCH = 128
 _IDS = tf.TensorSpec([None, None], tf.int32)
@@ -57,6 +59,7 @@ class TranslationTask:
         pieces: The most pieces of the shared vocabulary.
         longest: The most pieces of a sentence; longer ones are cut.
         label_smoothing: In [0, 1).
+        to_translate: Sentences for `predictions`; ``None`` for those of the test split.
     """
 
     name = "multi30k"
@@ -71,7 +74,9 @@ class TranslationTask:
         pieces: int,
         longest: int,
         label_smoothing: float,
+        to_translate: Sequence[str] | None = None,
     ) -> None:
+        self._to_translate = splits["test"][0] if to_translate is None else to_translate
         self._data_name = data_name
         self._splits = splits
         self._shape = shape
@@ -162,35 +167,102 @@ class TranslationTask:
 
     def translate(self, model: keras.Model, split: str) -> list[str]:
         """Returns the translations of a split's source sentences, piece after likeliest piece."""
+        greedy = greedy_translation(model, self._longest)
+        return [
+            sentence
+            for source, _ in self._batches(split)
+            for sentence in self._sentences(greedy(source))
+        ]
 
-        @tf.function(input_signature=[_IDS])
-        def greedy(source: tf.Tensor) -> tf.Tensor:
-            memory, mask = model.encode(source, training=False)
-            count = tf.shape(source)[0]
-            target = tf.fill([count, self._longest], PAD)
-            target = tf.concat([tf.fill([count, 1], START), target[:, 1:]], axis=1)
-            ended = tf.zeros([count], tf.bool)
-            at = tf.constant(1)
-            while at < self._longest and not tf.reduce_all(ended):
-                logits = model.decode(memory, mask, target[:, :at], training=False)[:, -1]
-                piece = tf.where(ended, PAD, tf.argmax(logits, axis=-1, output_type=tf.int32))
-                column = tf.one_hot(at, self._longest, dtype=tf.int32)
-                target += piece[:, None] * column
-                ended |= tf.equal(piece, END)
-                at += 1
-            return target
+    def _sentences(self, ids: tf.Tensor) -> list[str]:
+        return self._tokenizer.decode([[i for i in row if i > END] for row in ids.numpy().tolist()])
 
-        result = []
-        for source, _ in self._batches(split):
-            for ids in greedy(source).numpy().tolist():
-                end = ids.index(END) if END in ids else len(ids)
-                result.append(self._tokenizer.decode([i for i in ids[1:end] if i > END]))
-        return result
+    def files(self) -> Mapping[str, bytes]:
+        """The word pieces of both languages, for sentencepiece."""
+        return {TOKENIZER: self._tokenizer.serialized_model_proto()}
+
+    def plain_model(self, model: keras.Model) -> keras.Model:
+        """Returns the model itself, which needs its own code where it is loaded."""
+        return model
+
+    def serving(self, model: keras.Model) -> Serving:
+        """Translations of sentences, or of their ids, piece after likeliest piece."""
+        longest = self._longest
+        greedy = greedy_translation(model, longest)
+
+        def translate_ids(source: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"ids": greedy(source)}
+
+        of_ids = {"ids": (translate_ids, [tf.TensorSpec([None, None], tf.int32, name="ids")])}
+        try:
+            import tensorflow_text
+        except ImportError as error:
+            return Serving(of_ids, note=f"the SavedModel takes ids, not text: {error}")
+        tokenizer = tensorflow_text.SentencepieceTokenizer(self._tokenizer.serialized_model_proto())
+
+        def translate(text: tf.Tensor) -> dict[str, tf.Tensor]:
+            pieces = tokenizer.tokenize(text)[:, : longest - 2]
+            count = tf.shape(text)[0]
+            ends = [tf.fill([count, 1], piece) for piece in (START, END)]
+            target = greedy(tf.concat([ends[0], pieces, ends[1]], axis=1).to_tensor(PAD))
+            words = tf.ragged.boolean_mask(target, target > END)
+            return {"translation": tokenizer.detokenize(words)}
+
+        of_text = (translate, [tf.TensorSpec([None], tf.string, name="text")])
+        return Serving({"serve": of_text, **of_ids}, [tokenizer])
+
+    def predictions(self, model: keras.Model) -> Predictions:
+        """The translation of each sentence, in a line; an empty one for an empty one."""
+        greedy = greedy_translation(model, self._longest)
+        sentences = self._to_translate
+        pieces = [len(ids) + 2 for ids in self._tokenizer.encode(list(sentences))]
+        # Those of a like length together: less padding, and fewer steps.
+        order = sorted((i for i, s in enumerate(sentences) if s.strip()), key=pieces.__getitem__)
+        lines = [""] * len(sentences)
+        for at in range(0, len(order), _BATCH):
+            part = order[at : at + _BATCH]
+            ids = encode(self._tokenizer, [sentences[i] for i in part], self._longest)
+            for i, line in zip(part, self._sentences(greedy(tf.constant(ids))), strict=True):
+                lines[i] = line
+        cut = sum(count > self._longest for count in pieces)
+        note = f"{cut} of {len(sentences)} sentences were cut to --longest={self._longest} pieces"
+        return Predictions(lines, note if cut else "")
 
     def _bleu(self, translations: list[str], split: str) -> float:
         import sacrebleu
 
         return float(sacrebleu.corpus_bleu(translations, [self._splits[split][1]]).score)
+
+
+def greedy_translation(model: keras.Model, longest: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns a `tf.function` from source ids to those of the translation.
+
+    Args:
+        model: A `Transformer`.
+        longest: The most ids of a translation, START and END among them.
+
+    Returns:
+        It takes [batch, pieces] int32 and returns [batch, longest]: START, pieces, END and PAD.
+    """
+
+    @tf.function(input_signature=[_IDS])
+    def greedy(source: tf.Tensor) -> tf.Tensor:
+        memory, mask = model.encode(source, training=False)
+        count = tf.shape(source)[0]
+        target = tf.fill([count, longest], PAD)
+        target = tf.concat([tf.fill([count, 1], START), target[:, 1:]], axis=1)
+        ended = tf.zeros([count], tf.bool)
+        at = tf.constant(1)
+        while at < longest and not tf.reduce_all(ended):
+            logits = model.decode(memory, mask, target[:, :at], training=False)[:, -1]
+            piece = tf.where(ended, PAD, tf.argmax(logits, axis=-1, output_type=tf.int32))
+            column = tf.one_hot(at, longest, dtype=tf.int32)
+            target += piece[:, None] * column
+            ended |= tf.equal(piece, END)
+            at += 1
+        return target
+
+    return greedy
 
 
 def _trimmed(ids: tf.Tensor) -> tf.Tensor:

@@ -17,6 +17,7 @@ from official_recipes.common.flag_parsing import BELOW_ONE, FlagValueError, defi
 from official_recipes.common.interruption import run_program
 from official_recipes.common.keras_options import define_training_flags
 from official_recipes.common.keras_program import Recipe, run_recipe
+from official_recipes.common.text_data import read_lines
 from official_recipes.multi30k.data import KNOWN_FORMS, PairSource, find_pairs
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ def define_flags() -> flags.FlagValues:
             "As the files of --data_dir end.",
             flag_values=values,
         )
+    flags.DEFINE_string(
+        "translate",
+        None,
+        "With --predictions: a file of sentences, one a line (also .gz), to translate in the "
+        "place of the test split.",
+        flag_values=values,
+    )
     define_integer(values, "layers", 3, "In the encoder, and as many in the decoder.")
     define_integer(values, "width", 256, "Of the embeddings; a multiple of --heads.")
     define_integer(values, "inner", 1024, "Of the dense layers.")
@@ -58,6 +66,10 @@ def make_source(values: flags.FlagValues) -> PairSource:
     languages = values.source_language, values.target_language
     if languages[0] == languages[1]:
         raise FlagValueError("target_language", "another than --source_language", languages[1])
+    if values.translate is not None and not values.predictions:
+        raise FlagValueError("translate", "to be given together with --predictions", "none")
+    if values.translate is not None and not Path(values.translate).is_file():
+        raise FlagValueError("translate", "a file of sentences", repr(values.translate))
     if values.data_dir is None and languages != ("en", "de"):
         raise FlagValueError(
             "data_dir", f"a folder with sentences of {' and '.join(languages)}", None
@@ -82,6 +94,10 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
         "ignore", message="Converting sparse IndexedSlices", module="tensorflow"
     )
     source = make_source(values)
+    to_translate = None
+    if values.translate is not None:
+        with data_of_flag("translate", "a file of sentences"):
+            to_translate = read_lines(Path(values.translate))
     with data_of_flag("data_dir", "readable sentence pairs"):
         splits = source.load()
         task = TranslationTask(
@@ -91,6 +107,7 @@ def make_task(values: flags.FlagValues, progress: Callable[[int, int], None]) ->
             pieces=values.pieces,
             longest=values.longest,
             label_smoothing=values.label_smoothing,
+            to_translate=to_translate,
         )
     progress(1, 1)
     return task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -11,8 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 import tf_lbopt
-from official_recipes.common.keras_training import Metrics
-from official_recipes.wikitext2.data import LanguageData
+from official_recipes.common.keras_training import Metrics, Predictions, Serving
+from official_recipes.wikitext2.data import END, UNKNOWN, LanguageData
+
+VOCABULARY = "vocabulary.txt"
 
 _EVALUATION_BATCH = 64
 
@@ -97,18 +99,80 @@ class LanguageTask:
         """Mean cross-entropy per word of the whole text, and its exponential."""
         del final
         assert split == self._data.held_out_name
-        text, length = self._data.held_out, self._length
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
         measure = tf.function(lambda x, y: loss(y, model(x, training=False)), reduce_retracing=True)
+        total = sum(float(measure(part[:, :-1], part[:, 1:])) for part in self._held_out())
+        mean = total / (len(self._data.held_out) - 1)
+        return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+
+    def _held_out(self) -> Iterator[np.ndarray]:
+        """Windows of the text to evaluate, in its order; the last word of each is no input."""
+        text, length = self._data.held_out, self._length
         whole = (len(text) - 1) // length
         starts = np.arange(whole)[:, None] * length
         windows = text[starts + np.arange(length + 1)]
-        total = 0.0
         for at in range(0, whole, _EVALUATION_BATCH):
-            part = windows[at : at + _EVALUATION_BATCH]
-            total += float(measure(part[:, :-1], part[:, 1:]))
+            yield windows[at : at + _EVALUATION_BATCH]
         rest = text[whole * length :]
         if len(rest) > 1:
-            total += float(measure(rest[None, :-1], rest[None, 1:]))
-        mean = total / (len(text) - 1)
-        return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+            yield rest[None]
+
+    def files(self) -> Mapping[str, bytes]:
+        """The vocabulary: the word of the id i in line i, from 0."""
+        return {VOCABULARY: "".join(f"{w}\n" for w in self._data.vocabulary).encode()}
+
+    def plain_model(self, model: keras.Model) -> keras.Model:
+        """Returns the same layers as a model of Keras's own class."""
+        return keras.Model(model.inputs, model.outputs)
+
+    def serving(self, model: keras.Model) -> Serving:
+        """Log probabilities of the words of lines, and the likeliest next one; or logits of ids.
+
+        A line is taken to come after the end of another one.
+        """
+        words = tf.constant(self._data.vocabulary)
+        table = tf.lookup.StaticHashTable(
+            tf.lookup.KeyValueTensorInitializer(words, tf.range(len(self._data.vocabulary))),
+            self._data.vocabulary.index(UNKNOWN),
+        )
+        end = self._data.vocabulary.index(END)
+
+        def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
+            split = tf.strings.split(text)
+            ids = table.lookup(split.to_tensor(UNKNOWN))
+            before = tf.concat([tf.fill([tf.shape(ids)[0], 1], end), ids], axis=1)
+            logs = tf.nn.log_softmax(model(before, training=False))
+            there = tf.sequence_mask(split.row_lengths(), dtype=logs.dtype)
+            last = tf.gather(logs, split.row_lengths(), batch_dims=1)
+            return {
+                "log_probabilities": there * tf.gather(logs[:, :-1], ids, batch_dims=2),
+                "next_word": tf.gather(words, tf.argmax(last, axis=-1)),
+            }
+
+        def logits_of(ids: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"logits": model(ids, training=False)}
+
+        return Serving(
+            {
+                "serve": (serve, [tf.TensorSpec([None], tf.string, name="text")]),
+                "ids": (logits_of, [tf.TensorSpec([None, None], tf.int32, name="ids")]),
+            },
+            [table],
+        )
+
+    def predictions(self, model: keras.Model) -> Predictions:
+        """A line of each held-out word but the first: word, log probability, likeliest word."""
+
+        @tf.function(reduce_retracing=True)
+        def measure(part: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            logs = tf.nn.log_softmax(model(part[:, :-1], training=False))
+            likeliest = tf.argmax(logs, axis=-1)
+            return tf.gather(logs, part[:, 1:], batch_dims=2), likeliest
+
+        words = self._data.vocabulary
+        lines = ["word\tlog_probability\tprediction"]
+        for part in self._held_out():
+            columns = (part[:, 1:], *(tensor.numpy() for tensor in measure(part)))
+            for word, log, likeliest in zip(*map(np.ravel, columns), strict=True):
+                lines.append(f"{words[word]}\t{log:.6g}\t{words[likeliest]}")
+        return Predictions(lines)
