@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from official_recipes.bert.prepare_data import RECORD
 from official_recipes.common.flag_parsing import FlagValueError
@@ -15,6 +15,9 @@ from official_recipes.common.tfm_training import (
     run_program,
     train_from_command_line,
 )
+
+if TYPE_CHECKING:
+    from official_recipes.common.tfm_export import Uses
 
 PROGRAM = "python -m official_recipes.bert.train"
 SUMMARY = (
@@ -44,7 +47,14 @@ def main(argv: Sequence[str]) -> int:
         default_experiment=EXPERIMENT,
         configs=Path(__file__).parent / "configs",
         check=check,
+        uses=_uses,
     )
+
+
+def _uses() -> Uses:
+    from official_recipes.bert.serving import USES
+
+    return USES
 
 
 def _register() -> None:

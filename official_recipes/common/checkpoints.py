@@ -88,6 +88,24 @@ def initialize(given: str, items: dict[str, Any], alone: dict[str, Any] | None =
     print(f"initialized from checkpoint: {path}")
 
 
+def restore_model(model: Any, path: str) -> None:
+    """Gives a model the weights of a run's checkpoint, which must have all of them.
+
+    Args:
+        model: Of the run.
+        path: The checkpoint.
+
+    Raises:
+        FlagValueError: It is another model's, or can not be read.
+    """
+    try:
+        _match(path, _read(tf.train.Checkpoint(model=model), path))
+    except MismatchError as error:
+        raise FlagValueError(
+            "model_dir", "a folder with checkpoints of this model, with the run's parameters", error
+        ) from error
+
+
 def begin(initialize: Callable[[], None], given: str) -> None:
     """Calls a task's own way to begin, also that of a task of tf-models.
 

@@ -44,7 +44,12 @@ from official_recipes.common.multi_worker import (
     losing_workers,
     runner_class,
 )
-from official_recipes.common.output_folder import INSTALL, check_folder, make_folder
+from official_recipes.common.output_folder import (
+    INSTALL,
+    check_folder,
+    check_output_dir,
+    make_folder,
+)
 from official_recipes.common.record_files import naming_faults
 from official_recipes.common.remote import is_remote, reach
 from official_recipes.common.trainer_fields import check_trainer
@@ -52,7 +57,11 @@ from official_recipes.common.trainer_fields import check_trainer
 if TYPE_CHECKING:
     import tensorflow as tf
 
-MODES = ("train", "eval", "train_and_eval", "continuous_eval", "train_and_post_eval")
+    from official_recipes.common.tfm_export import Uses
+
+USES = ("export", "predict")
+"""Modes of models that are trained, with what `tfm_export` does with them."""
+MODES = ("train", "eval", "train_and_eval", "continuous_eval", "train_and_post_eval", *USES)
 SYNTHETIC = "synthetic"
 """As `input_path`: made-up data, where the experiment's task has some."""
 
@@ -61,6 +70,7 @@ SUMMARY_FILE = "summary.json"
 EVALUATION_FILE = "evaluation.json"
 """The same of a run that only evaluates."""
 
+_OUTPUTS = {"export": ("export_dir", "new folder"), "predict": ("predictions", "file")}
 _LAST_WORDS = "interrupted again: what came after the last checkpoint is lost"
 _DIVERGED = "The loss value is"  # NaN, or beyond trainer.loss_upper_bound
 _PATTERN = "*?[]\\"  # TensorFlow takes a folder's name for a pattern where it looks for checkpoints
@@ -83,6 +93,7 @@ class Options:
         seed: Of all that is random, or ``None`` for another one in each run.
         dry_run: Whether to make two steps only, and to write nothing.
         new_optimizer: Whether to go on from a checkpoint of another optimizer.
+        output: The folder or the file that `USES` write, else ``None``.
     """
 
     experiment: str
@@ -96,6 +107,7 @@ class Options:
     seed: int | None = None
     dry_run: bool = False
     new_optimizer: bool = False
+    output: str | None = None
 
     @property
     def trains(self) -> bool:
@@ -104,8 +116,8 @@ class Options:
 
     @property
     def evaluates(self) -> bool:
-        """Whether the mode includes evaluation."""
-        return "eval" in self.mode
+        """Whether the mode reads the validation data."""
+        return "eval" in self.mode or self.mode == "predict"
 
 
 class DivergedError(RuntimeError):
@@ -141,6 +153,7 @@ def train_from_command_line(
     default_experiment: str,
     configs: Path,
     check: Callable[[Any, Options], None] | None = None,
+    uses: Callable[[], Uses] | None = None,
 ) -> int:
     """The main function of a recipe, whose tasks' models come with all their variables.
 
@@ -152,6 +165,7 @@ def train_from_command_line(
         default_experiment: Of ``--experiment``.
         configs: The folder of the recipe's own config files.
         check: More checks of the parameters; raises `FlagValueError`.
+        uses: What the modes `USES` do, imported when it is called.
 
     Returns:
         The exit code: 0, also after SIGTERM; 1 for a run that diverged or lost a worker; 2 for
@@ -163,7 +177,7 @@ def train_from_command_line(
         options = parse_options(argv, program, summary, default_experiment, configs, cluster)
         if options is None:
             return 0
-        _run(options, cluster, register, check, started)
+        _run(options, cluster, register, check, uses, started)
     except (FlagValueError, ClusterError, WrongKerasError) as error:
         return fail(error)
     except ModuleNotFoundError as error:
@@ -253,6 +267,10 @@ def parse_options(
         "optimizer begins without its past.",
         flag_values=values,
     )
+    for mode, (flag, kind) in _OUTPUTS.items():
+        flags.DEFINE_string(
+            flag, None, f"Of --mode={mode}: the {kind} to write.", flag_values=values
+        )
     if not parse_unless_help(values, argv, program, summary, configs):
         return None
     if values.mode not in MODES:
@@ -274,6 +292,7 @@ def parse_options(
         seed=values.seed,
         dry_run=values.dry_run,
         new_optimizer=values.new_optimizer,
+        output=_output(values),
     )
     if options.dry_run and not options.trains:
         raise FlagValueError("dry_run", "a --mode that trains", options.mode)
@@ -283,15 +302,33 @@ def parse_options(
     return options
 
 
+def _output(values: flags.FlagValues) -> str | None:
+    """Checks that the outputs which are given are the mode's, and returns its output."""
+    for mode, (flag, kind) in _OUTPUTS.items():
+        given = getattr(values, flag)
+        if mode != values.mode:
+            if given:
+                raise FlagValueError(flag, f"--mode={mode} with it", values.mode)
+            continue
+        if not given or (kind == "file" and Path(given).is_dir()):
+            raise FlagValueError(flag, f"a {kind} for --mode={mode}", repr(given))
+        if kind == "file":
+            make_folder(flag, Path(given).parent)
+        else:
+            check_output_dir(given, flag)
+        return str(given)
+    return None
+
+
 def _check_cluster(options: Options, cluster: Cluster) -> None:
     workers = f"TF_CONFIG names {cluster.size} workers"
     if options.cpu_replicas is not None:
         raise FlagValueError(
             "cpu_replicas", f"no such flag where {workers}: each is one", options.cpu_replicas
         )
-    if options.mode == "continuous_eval":
+    if options.mode in ("continuous_eval", *USES):
         raise FlagValueError(
-            "mode", f"another where {workers} (continuous_eval runs in one process)", options.mode
+            "mode", f"another where {workers} ({options.mode} runs in one process)", options.mode
         )
 
 
@@ -536,6 +573,7 @@ def _run(
     cluster: Cluster,
     register: Callable[[], None],
     check: Callable[[Any, Options], None] | None,
+    uses: Callable[[], Uses] | None,
     started: float,
 ) -> None:
     # TensorFlow takes seconds to import, so it waits until the flags are known to be good.
@@ -561,6 +599,12 @@ def _run(
     if check is not None:
         check(params, options)
     check_data(params, options)
+    if options.output is not None and uses is not None:
+        from official_recipes.common.tfm_export import use
+
+        check_batches(params, options, 1)
+        use(params, options.mode, options.model_dir, options.output, uses())
+        return
     if cluster.size == 1:
         strategy = _strategy(params, options)
         check_batches(params, options, strategy.num_replicas_in_sync)

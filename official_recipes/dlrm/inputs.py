@@ -99,7 +99,7 @@ def click_logs(
     )
 
     def parsed(rows: tf.Tensor) -> tuple[dict[str, Any], tf.Tensor]:
-        return _parsed(rows, vocab_sizes, num_dense_features)
+        return parsed_rows(rows, vocab_sizes, num_dense_features)
 
     if params.is_training:
         if params.shuffle_buffer_size > 1:
@@ -126,25 +126,44 @@ def click_logs(
     return batches.unbatch().prefetch(tf.data.AUTOTUNE)
 
 
-def _parsed(
+def parsed_rows(
     rows: tf.Tensor, vocab_sizes: Sequence[int], num_dense_features: int
 ) -> tuple[dict[str, Any], tf.Tensor]:
+    """The features and the labels of lines; stops at ids without an embedding.
+
+    Args:
+        rows: Lines of a prepared file.
+        vocab_sizes: Of the categorical columns.
+        num_dense_features: How many columns come before them.
+    """
     defaults = [[0.0]] * (1 + num_dense_features) + [[0]] * len(vocab_sizes)
     label, *fields = tf.io.decode_csv(rows, defaults, field_delim="\t", use_quote_delim=False)
     ids = fields[num_dense_features:]
-    # A GPU would look an id that is too large up as zeros, in silence; a negative one is the last
-    # row of the column before where all have one table.
+    with tf.control_dependencies([check_ids(ids, vocab_sizes)]):
+        dense = tf.stack(fields[:num_dense_features], axis=1)
+    sparse = {str(index): column for index, column in enumerate(ids)}
+    return {"dense_features": dense, "sparse_features": sparse}, label
+
+
+def check_ids(columns: Sequence[tf.Tensor], vocab_sizes: Sequence[int]) -> tf.Operation:
+    """The operation that stops at ids without an embedding.
+
+    A GPU would look an id that is too large up as zeros, in silence; a negative one is the last row
+    of the column before where all have one table.
+
+    Args:
+        columns: Ids of rows, int32.
+        vocab_sizes: Of the columns.
+    """
     smallest, largest = (
-        tf.stack([reduced(column) for column in ids]) for reduced in (tf.reduce_min, tf.reduce_max)
+        tf.stack([reduced(column) for column in columns])
+        for reduced in (tf.reduce_min, tf.reduce_max)
     )
     check = tf.debugging.Assert(
         tf.reduce_all((smallest >= 0) & (largest < tf.constant(list(vocab_sizes), tf.int32))),
         ["ids in the data are negative or not below task.model.vocab_sizes"],
     )
-    with tf.control_dependencies([check] if check is not None else []):
-        dense = tf.stack(fields[:num_dense_features], axis=1)
-    sparse = {str(index): column for index, column in enumerate(ids)}
-    return {"dense_features": dense, "sparse_features": sparse}, label
+    return tf.no_op() if check is None else check
 
 
 def first_bad_row(
@@ -161,7 +180,7 @@ def first_bad_row(
         lines = tf.data.TextLineDataset(name, buffer_size=_BUFFER_BYTES).batch(_ROWS)
         start = 0
         try:
-            for _ in lines.map(lambda rows: _parsed(rows, vocab_sizes, num_dense_features)):
+            for _ in lines.map(lambda rows: parsed_rows(rows, vocab_sizes, num_dense_features)):
                 start += _ROWS
         except tf.errors.InvalidArgumentError:
             with tf.io.gfile.GFile(name) as file:

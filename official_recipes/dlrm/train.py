@@ -6,10 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from official_recipes.common.flag_parsing import FlagValueError, fail
 from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
+
+if TYPE_CHECKING:
+    from official_recipes.common.tfm_export import Uses
 
 PROGRAM = "python -m official_recipes.dlrm.train"
 SUMMARY = (
@@ -48,12 +51,19 @@ def main(argv: Sequence[str]) -> int:
             default_experiment=EXPERIMENT,
             configs=Path(__file__).parent / "configs",
             check=check,
+            uses=_uses,
         )
     except Exception as error:
         bad_row = _bad_row(error, *checked[0]) if checked else None
         if bad_row is None:
             raise
         return fail(bad_row)
+
+
+def _uses() -> Uses:
+    from official_recipes.dlrm.serving import USES
+
+    return USES
 
 
 def _register() -> None:

@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
 from official_recipes.resnet50.prepare_data import CLASSES, RECORD
+
+if TYPE_CHECKING:
+    from official_recipes.common.tfm_export import Uses
 
 PROGRAM = "python -m official_recipes.resnet50.train"
 SUMMARY = (
@@ -38,7 +41,14 @@ def main(argv: Sequence[str]) -> int:
         default_experiment=EXPERIMENT,
         configs=Path(__file__).parent / "configs",
         check=check,
+        uses=_uses,
     )
+
+
+def _uses() -> Uses:
+    from official_recipes.resnet50.serving import USES
+
+    return USES
 
 
 def _register() -> None:
