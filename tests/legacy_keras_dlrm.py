@@ -487,6 +487,47 @@ def test_metrics_are_those_of_scikit_learn(data):
     assert measured["accuracy"] == pytest.approx(np.mean((scores > 0.5) == labels))
 
 
+def test_exports_and_predictions(data, tmp_path):
+    """A SavedModel and a file of predictions give what the model gives, of a single row too."""
+    paths = [f"task.{name}_data.input_path={data}/{name}*" for name in ("train", "validation")]
+    small = "task.model.embedding_dim=4,task.model.bottom_mlp=[8,4],task.model.top_mlp=[8,1]"
+    override = ",".join([*paths, small, "task.validation_data.global_batch_size=64"])
+    params, options = _params(override=override)
+    train._check(params, options)
+    task = task_factory.get_task(params.task)
+    model = task.build_model()
+    tf.train.Checkpoint(model=model).save(str(tmp_path / "model" / "ckpt"))
+    command = ["train", f"--model_dir={tmp_path / 'model'}", f"--params_override={override}"]
+    export_dir, written = tmp_path / "export", tmp_path / "predictions"
+    assert train.main([*command, "--mode=export", f"--export_dir={export_dir}"]) == 0
+    assert train.main([*command, "--mode=predict", f"--predictions={written}"]) == 0
+    files = sorted(data.glob("validation*"))
+    rows = [line for file in files for line in file.read_text().splitlines()]
+    numbers = np.array([row.split("\t") for row in rows], np.float64)
+    dense, ids = numbers[:, 1:14].astype(np.float32), numbers[:, 14:].astype(np.int32)
+    sparse = {str(i): tf.constant(column) for i, column in enumerate(ids.T)}
+    logits = model({"dense_features": tf.constant(dense), "sparse_features": sparse})
+    expected = tf.sigmoid(logits).numpy()
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    signatures = tf.saved_model.load(str(export_dir)).signatures
+    for count in (1, 50):
+        features = {"dense_features": dense[:count], "sparse_features": ids[:count]}
+        found = signatures["serving_default"](**{k: tf.constant(v) for k, v in features.items()})
+        np.testing.assert_allclose(found["probabilities"], expected[:count], **close)
+        found = signatures["rows"](rows=tf.constant(rows[:count]))["probabilities"]
+        np.testing.assert_allclose(found, expected[:count], **close)
+    wrong = ids[:2].copy()
+    wrong[0, 5] = -1
+    with pytest.raises(tf.errors.InvalidArgumentError, match="ids in the data are negative"):
+        signatures["serving_default"](
+            dense_features=tf.constant(dense[:2]), sparse_features=tf.constant(wrong)
+        )
+    head, *lines = (line.split("\t") for line in written.read_text().splitlines())
+    assert head == ["label", "probability"]
+    np.testing.assert_array_equal([float(line[0]) for line in lines], numbers[:, 0])
+    np.testing.assert_allclose([float(line[1]) for line in lines], expected, **close)
+
+
 def test_the_cross_network():
     params, task = _task("sgd", interaction="cross")
     model = task.build_model()

@@ -931,6 +931,85 @@ def test_killed_run_goes_on_with_all_its_state(small, tmp_path):
 
 
 @pytest.mark.long
+def test_exports_and_predictions(small, tmp_path):
+    """Ids to logits, and masked tokens to a file."""
+    model = _task(tmp_path).build_model()
+    tf.train.Checkpoint(model=model).save(str(tmp_path / "model" / "ckpt"))
+    export_dir, written = tmp_path / "export", tmp_path / "predictions"
+    assert train.main(["train", *small, "--mode=export", f"--export_dir={export_dir}"]) == 0
+    assert train.main(["train", *small, "--mode=predict", f"--predictions={written}"]) == 0
+    shown = {"input_word_ids": [[2, 5, 7, 3, 0]], "input_mask": [[1, 1, 1, 1, 0]]}
+    shown |= {"input_type_ids": [[0] * 5], "masked_lm_positions": [[1, 2]]}
+    inputs = {name: tf.constant(value) for name, value in shown.items()}
+    signatures = tf.saved_model.load(str(export_dir)).signatures
+    found, expected = signatures["serving_default"](**inputs), model(inputs, training=False)
+    assert set(found) == {"mlm_logits", "next_sentence"}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert (export_dir / "vocab.txt").read_text().startswith("[PAD]\n")
+    lines = [line.split("\t") for line in written.read_text().splitlines()]
+    assert lines[0] == ["id", "prediction", "log_probability"]
+    assert len(lines) > 10
+    assert all(float(line[2]) < 0 for line in lines[1:])
+
+
+def test_squad_exports_and_predictions(tmp_path, vocab_file):
+    """Questions and contexts as text: their ids, and the logits of the model."""
+    pytest.importorskip("tensorflow_text")
+    from official.core import task_factory
+
+    file = _squad(tmp_path, 2)
+    fields = {
+        "task": {
+            "model": {"encoder": MODEL["encoder"]},
+            "validation_data": {
+                "input_path": str(file),
+                "vocab_file": str(vocab_file),
+                "seq_length": 48,
+                "doc_stride": 16,
+                "query_length": 4,
+                "global_batch_size": 4,
+            },
+        }
+    }
+    config = tmp_path / "squad.yaml"
+    config.write_text(json.dumps(fields))
+    params, _ = _params(config, experiment="large_batch_squad")
+    params.task.validation_data.input_preprocessed_data_path = str(tmp_path)
+    model = task_factory.get_task(params.task).build_model()
+    tf.train.Checkpoint(model=model).save(str(tmp_path / "model" / "ckpt"))
+    command = ["train", "--experiment=large_batch_squad", f"--config_file={config}"]
+    command += [f"--model_dir={tmp_path / 'model'}"]
+    export_dir, written = tmp_path / "export", tmp_path / "answers.json"
+    assert train.main([*command, "--mode=export", f"--export_dir={export_dir}"]) == 0
+    assert train.main([*command, "--mode=predict", f"--predictions={written}"]) == 0
+    assert sorted(json.loads(written.read_text())) == ["q0", "q1"]
+    vocabulary = (export_dir / "vocab.txt").read_text().splitlines()
+    questions = ["Who watch the fox over dogs?", "fox"]
+    contexts = ["The quick brown fox.", "seven " * 90]
+    signatures = tf.saved_model.load(str(export_dir)).signatures
+    found = signatures["text"](question=tf.constant(questions), context=tf.constant(contexts))
+    texts = [
+        "[CLS] [UNK] watch the fox [SEP] the quick brown fox . [SEP]",
+        "[CLS] fox [SEP] " + "seven " * 41 + "[SEP]",
+    ]
+    ids = np.zeros((2, 48), np.int32)
+    types = np.zeros((2, 48), np.int32)
+    for row, text in enumerate(texts):
+        tokens = [vocabulary.index(token) for token in text.split()]
+        ids[row, : len(tokens)] = tokens
+        types[row, tokens.index(vocabulary.index("[SEP]")) + 1 : len(tokens)] = 1
+    np.testing.assert_array_equal(found["input_word_ids"], ids)
+    inputs = {"input_word_ids": ids, "input_mask": np.int32(ids != 0), "input_type_ids": types}
+    inputs = {name: tf.constant(value) for name, value in inputs.items()}
+    by_ids = signatures["serving_default"](**inputs)
+    expected = model(inputs, training=False)
+    for name, value in zip(("start_logits", "end_logits"), expected, strict=True):
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(by_ids[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
 def test_two_phases_and_squad(small, tmp_path, vocab_file):
     """Phase 1, phase 2 from it at twice the length, and fine-tuning from that, which learns."""
     one = tmp_path / "model"

@@ -160,6 +160,12 @@ def test_there_are_configurations_for_the_batches_of_the_papers():
         (["--model_dir=run[1]"], "without the characters * ? [ ]"),
         (["--model_dir=run*", "--mode=eval"], "without the characters * ? [ ]"),
         (["--dry_run", "--mode=eval"], "--dry_run: expected a --mode that trains"),
+        (["--mode=export"], "--export_dir: expected a new folder for --mode=export, received None"),
+        (["--mode=predict"], "--predictions: expected a file for --mode=predict, received None"),
+        (["--mode=predict", "--predictions=tests"], "--predictions: expected a file for"),
+        (["--mode=export", "--export_dir=tests"], "--export_dir: expected a folder that is empty"),
+        (["--export_dir=new"], "--export_dir: expected --mode=export with it"),
+        (["--mode=export", "--export_dir=new"], "a folder with a checkpoint for --mode=export"),
         ([], "at least 2 sub-batches"),
     ],
 )
@@ -495,6 +501,64 @@ def test_begins_only_from_the_same_model(small, tmp_path):
     task.initialize(model)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_exports_and_predictions(small, tmp_path, capsys):
+    """Files to probabilities: those of the model, of the SavedModel and in a file are the same."""
+    from official.core import task_factory
+
+    params = _params(Path(small[0].split("=")[1]))
+    model = task_factory.get_task(params.task).build_model()
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.05, 0.3, w.shape) for w in model.get_weights()])
+    path = tf.train.Checkpoint(model=model).save(str(tmp_path / "model" / "ckpt"))
+    # As large as the model takes them: else the SavedModel would round what it has resized.
+    images = rng.integers(0, 256, (5, 32, 32, 3))
+    files = [tf.io.encode_jpeg(tf.constant(image, tf.uint8)).numpy() for image in images]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "classes.txt").write_text("a\nb\nc\nd\n")
+    with tf.io.TFRecordWriter(str(data / "records")) as writer:
+        for label, file in enumerate(files):
+            features = {
+                "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[file])),
+                "image/class/label": tf.train.Feature(
+                    int64_list=tf.train.Int64List(value=[label % 4])
+                ),
+            }
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            writer.write(example.SerializeToString())
+    fields = [
+        f"task.validation_data.input_path={data / 'records'}",
+        "task.validation_data.global_batch_size=2",
+        "task.train_data.aug_crop=false",
+        "task.validation_data.aug_crop=false",
+    ]
+    more = [*small, f"--params_override={','.join(fields)}"]
+    export_dir, written = tmp_path / "new" / "export", tmp_path / "new" / "predictions"
+    assert train.main(["train", *more, "--mode=export", f"--export_dir={export_dir}"]) == 0
+    assert f"wrote {export_dir}, of {path}" in capsys.readouterr().out
+    assert train.main(["train", *more, "--mode=predict", f"--predictions={written}"]) == 0
+    pixels = np.array([tf.io.decode_jpeg(file).numpy() for file in files], np.float32)
+    mean, deviation = np.array([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], np.float32)
+    expected = tf.nn.softmax(model((pixels - mean) / deviation, training=False))
+    signatures = tf.saved_model.load(str(export_dir)).signatures
+    found = signatures["serving_default"](images=tf.constant(files))["probs"]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+    assert (export_dir / "classes.txt").read_text() == "a\nb\nc\nd\n"
+    head, *lines = (line.split("\t") for line in written.read_text().splitlines())
+    assert head == ["label", "prediction", "p0", "p1", "p2", "p3"]
+    assert [line[0] for line in lines] == ["0", "1", "2", "3", "0"]
+    assert [int(line[1]) for line in lines] == expected.numpy().argmax(axis=1).tolist()
+    rows = [list(map(float, line[2:])) for line in lines]
+    np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=1e-6)
+    # Another model is refused, and nothing is left.
+    wider = f"--params_override={','.join(fields)},task.model.num_classes=7"
+    arguments = [*small, wider, "--mode=export", f"--export_dir={tmp_path / 'other'}"]
+    assert train.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert "--model_dir: expected a folder with checkpoints of this model" in error[-1]
+    assert not (tmp_path / "other").exists()
 
 
 # -- continuous evaluation -------------------------------------------------------------------------

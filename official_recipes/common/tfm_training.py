@@ -599,7 +599,8 @@ def _run(
     if check is not None:
         check(params, options)
     check_data(params, options)
-    if options.output is not None and uses is not None:
+    if options.output is not None:
+        assert uses is not None
         from official_recipes.common.tfm_export import use
 
         check_batches(params, options, 1)
