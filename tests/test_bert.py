@@ -953,6 +953,7 @@ def test_exports_and_predictions(small, tmp_path):
     assert all(float(line[2]) < 0 for line in lines[1:])
 
 
+@pytest.mark.long
 def test_squad_exports_and_predictions(tmp_path, vocab_file):
     """Questions and contexts as text: their ids, and the logits of the model."""
     pytest.importorskip("tensorflow_text")

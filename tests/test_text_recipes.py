@@ -439,94 +439,110 @@ plain = lambda outputs: {
     name: np.vectorize(lambda x: x.decode() if isinstance(x, bytes) else x)(value.numpy()).tolist()
     for name, value in outputs.items()
 }
-images = tf.constant(json.loads(sys.argv[2]), tf.uint8)
-files = tf.stack([tf.io.encode_png(image) for image in images])
-text = tf.constant(["forty two", "", "seven"])
-lines = tf.constant(["the cat and the", "", "the x"])
-translator, words, classes = map(load, ["multi30k", "wikitext2", "cifar"])
-found = {
-    "translation": plain(translator["serving_default"](text=text)),
-    "words": plain(words["serving_default"](text=lines)),
-    "images": plain(classes["serving_default"](images=images)),
-    "encoded": plain(classes["encoded"](images=files)),
-    "keras": np.asarray(keras.saving.load_model(f"{folder}/cifar/model.keras")(images)).tolist(),
-    "ids": plain(words["ids"](ids=tf.constant([[3, 4]]))),
-    "keras_ids": np.asarray(
-        keras.saving.load_model(f"{folder}/wikitext2/model.keras")(np.array([[3, 4]]))
-    ).tolist(),
-}
+file = lambda name: keras.saving.load_model(f"{folder}/{name}/model.keras")
+PART
 assert not {"tf_lbopt", "official_recipes"} & set(sys.modules)
 print(json.dumps(found))
 """
+EXPORTED_CLASSIFIER = """
+images = tf.constant(json.loads(sys.argv[2]), tf.uint8)
+files = tf.stack([tf.io.encode_png(image) for image in images])
+lines = tf.constant(["the cat and the", "", "the x"])
+words, classes = load("wikitext2"), load("cifar")
+found = {
+    "words": plain(words["serving_default"](text=lines)),
+    "images": plain(classes["serving_default"](images=images)),
+    "encoded": plain(classes["encoded"](images=files)),
+    "keras": np.asarray(file("cifar")(images)).tolist(),
+    "ids": plain(words["ids"](ids=tf.constant([[3, 4]]))),
+    "keras_ids": np.asarray(file("wikitext2")(np.array([[3, 4]]))).tolist(),
+}
+"""
+EXPORTED_TRANSLATOR = """
+translator = load("multi30k")
+found = plain(translator["serving_default"](text=tf.constant(json.loads(sys.argv[2]))))
+"""
 
 
-def test_exports_and_predictions(tmp_path):
-    """What is exported needs none of this package, but the translator's file its own code."""
-    sentences = ["forty two", "", "seven"]
-    tasks = {name: made() for name, (made, _) in TASKS.items()}
-    tasks["multi30k"] = translation_task(32, to_translate=sentences)
-    tasks["wikitext2"] = language_task(layers=1)
-    tasks["cifar"] = ImageTask(tasks["cifar"]._data, "two_conv")
-    models, predicted = {}, {}
-    for name, task in tasks.items():
-        options = dataclasses.replace(FAST, replicas=1, model_dir=tmp_path / "runs" / name)
-        checkpoint = tf.train.Checkpoint(model=task.build_model())
-        tf.train.CheckpointManager(checkpoint, str(options.model_dir / "checkpoints"), 2).save()
-        models[name] = checkpoint.model
-        assert export(task, options, str(tmp_path / name)) == ""
-        assert predict(task, options, str(tmp_path / "lines")) == ""
-        predicted[name] = (tmp_path / "lines").read_text().split("\n")[:-1]
-    images = tasks["cifar"]._data.test_images[:3]
+def _exported(folder, name, task):
+    """A new model of the task, exported; and the lines of its predictions."""
+    options = dataclasses.replace(FAST, replicas=1, model_dir=folder / "runs" / name)
+    checkpoint = tf.train.Checkpoint(model=task.build_model())
+    manager = tf.train.CheckpointManager(checkpoint, str(options.model_dir / "checkpoints"), 2)
+    manager.save()
+    assert export(task, options, str(folder / name)) == ""
+    assert predict(task, options, str(folder / "lines")) == ""
+    return checkpoint.model, (folder / "lines").read_text().split("\n")[:-1]
+
+
+def _elsewhere(folder, part, argument):
+    """What a process with TensorFlow and Keras makes of what was exported."""
     run = subprocess.run(
-        [sys.executable, "-c", EXPORTED, str(tmp_path), json.dumps(images.tolist())],
-        cwd=tmp_path,
+        [sys.executable, "-c", EXPORTED.replace("PART", part), str(folder), json.dumps(argument)],
+        cwd=folder,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_exports_and_predictions(tmp_path):
+    """Of images and words: what is exported needs nothing of this package."""
+    images_task = ImageTask(_small_images()._data, "two_conv")
+    classifier, rows = _exported(tmp_path, "cifar", images_task)
+    words_task = language_task(layers=1)
+    words, lines = _exported(tmp_path, "wikitext2", words_task)
+    images = images_task._data.test_images[:3]
+    found = _elsewhere(tmp_path, EXPORTED_CLASSIFIER, images.tolist())
 
     def softmax(logits):
-        return keras.ops.convert_to_numpy(keras.ops.softmax(logits))
+        return keras.ops.convert_to_numpy(keras.ops.softmax(np.asarray(logits)))
 
     def check_close(value, expected):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
-    # Images.
-    logits = models["cifar"](images, training=False)
+    logits = classifier(images, training=False)
     for key in ("images", "encoded"):
         check_close(found[key]["probabilities"], softmax(logits))
     check_close(found["keras"], logits)
-    rows = [line.split("\t") for line in predicted["cifar"][1:]]
+    rows = [line.split("\t") for line in rows[1:]]
     check_close([list(map(float, row[2:])) for row in rows[:3]], softmax(logits))
     accuracy = np.mean([row[0] == row[1] for row in rows])
-    assert accuracy == tasks["cifar"].evaluate(models["cifar"], "test", final=True)["accuracy"]
-    # Words: the end of a line comes before each line.
+    assert accuracy == images_task.evaluate(classifier, "test", final=True)["accuracy"]
+    # The end of a line comes before each line.
     vocabulary = (tmp_path / "wikitext2" / "vocabulary.txt").read_text().splitlines()
     ids = [vocabulary.index(word) for word in ["<eos>", "the", "cat", "and", "the"]]
-    probabilities = softmax(models["wikitext2"](np.array([ids])))[0]
-    check_close(
-        found["words"]["log_probabilities"][0],
-        np.log(probabilities[np.arange(4), ids[1:]]),
-    )
-    assert found["words"]["log_probabilities"][1] == [0.0] * 4
-    assert found["words"]["log_probabilities"][2][2:] == [0.0] * 2
+    probabilities = softmax(words(np.array([ids])))[0]
+    log_probabilities = found["words"]["log_probabilities"]
+    check_close(log_probabilities[0], np.log(probabilities[np.arange(4), ids[1:]]))
+    assert log_probabilities[1] == [0.0] * 4
+    assert log_probabilities[2][2:] == [0.0] * 2
     assert found["words"]["next_word"][0] == vocabulary[probabilities[-1].argmax()]
-    check_close(softmax(np.array(found["ids"]["logits"])), softmax(np.array(found["keras_ids"])))
-    check_close(
-        softmax(np.array(found["keras_ids"])), softmax(models["wikitext2"](np.array([[3, 4]])))
-    )
-    task = tasks["wikitext2"]
-    rows = [line.split("\t") for line in predicted["wikitext2"][1:]]
-    assert [row[0] for row in rows] == [vocabulary[i] for i in task._data.held_out[1:]]
-    loss = task.evaluate(models["wikitext2"], "validation", final=True)["loss"]
+    for value in (found["ids"]["logits"], found["keras_ids"]):
+        check_close(value, words(np.array([[3, 4]])))
+    rows = [line.split("\t") for line in lines[1:]]
+    assert [row[0] for row in rows] == [vocabulary[i] for i in words_task._data.held_out[1:]]
+    loss = words_task.evaluate(words, "validation", final=True)["loss"]
     assert np.mean([-float(row[1]) for row in rows]) == pytest.approx(loss, rel=1e-4)
-    # Translations: as those that BLEU is of.
-    task = tasks["multi30k"]
+
+
+@pytest.mark.long
+def test_an_exported_translator(tmp_path):
+    """Its SavedModel takes text, and translates as what BLEU is computed from."""
+    sentences = ["forty two", "", "seven"]
+    task = translation_task(32, to_translate=sentences)
+    model, lines = _exported(tmp_path, "multi30k", task)
+    found = _elsewhere(tmp_path, EXPORTED_TRANSLATOR, sentences)
     task._ids["test"] = [pairs.encode(task._tokenizer, sentences, 20)] * 2
-    expected = task.translate(models["multi30k"], "test")
-    assert found["translation"]["translation"] == expected
-    assert predicted["multi30k"] == [expected[0], "", expected[2]]
+    expected = task.translate(model, "test")
+    assert found["translation"] == expected
+    assert lines == [expected[0], "", expected[2]]
+    tokenizer = (tmp_path / "multi30k" / "tokenizer.model").read_bytes()
+    assert tokenizer == task._tokenizer.serialized_model_proto()
+    ids = (np.array([[1, 5, 6]], np.int32),) * 2
+    loaded = keras.saving.load_model(tmp_path / "multi30k" / "model.keras")
+    np.testing.assert_allclose(loaded(ids), model(ids), rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_exports_end_in_one_line(tmp_path, capsys):
