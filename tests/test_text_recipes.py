@@ -549,7 +549,7 @@ def test_wrong_exports_end_in_one_line(tmp_path, capsys):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "ckpt-1.index").touch()
-    (folder / "settings.json").write_text('{"longest": 9}')
+    (folder / "settings.json").write_text('{"label_smoothing": 0.5, "longest": 9}')
     (tmp_path / "text").write_text("two\n")
     run, export_dir = f"--model_dir={folder}", f"--export_dir={tmp_path / 'new'}"
     file = f"--predictions={tmp_path / 'out'}"

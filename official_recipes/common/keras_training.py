@@ -37,6 +37,8 @@ _FLAGS = {
     "start_epoch": "post_local_start_epoch",
     "period": "post_local_period",
 }
+# What a trained model does not depend on.
+_OF_TRAINING = ("augmentation", "label_smoothing")
 # What may change between a run and its continuation.
 _NOT_OF_THE_RUN = ("model_dir", "resume", "result_file", "checkpoint_every", "device")
 
@@ -299,7 +301,7 @@ def trained_model(task: Task, options: TrainingOptions) -> keras.Model:
     if settings.is_file():
         run = json.loads(settings.read_text(encoding="utf-8"))
         for name, value in plain(dict(task.settings)).items():
-            if name in run and run[name] != value:
+            if name in run and run[name] != value and name not in _OF_TRAINING:
                 raise FlagValueError(
                     "model_dir", f"a run with the same {name}, {value!r}", repr(run[name])
                 )
