@@ -1,6 +1,7 @@
 """What the tests of several recipes have in common."""
 
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -147,3 +148,36 @@ def cifar100_folder(folder):
         }
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
     return folder
+
+
+def _leaves(parameters: dict, prefix: str = "") -> dict:
+    found = {}
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _as_written(parameters: dict, name: str) -> str:
+    if name not in parameters:
+        return "–"
+    value = parameters[name]
+    return f"{len(value)} values" if isinstance(value, list) and len(value) > 8 else f"`{value}`"
+
+
+def assert_deviations_are_in_the_readme(ours: str, theirs: str, recipe: str) -> None:
+    """The README's table has what both experiments have, and all in which they differ."""
+    from official.core import exp_factory
+
+    experiments = [_leaves(exp_factory.get_exp_config(name).as_dict()) for name in (ours, theirs)]
+    text = (ROOT / "official_recipes" / recipe / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(rf"^\| parameter \| `{ours}` \| `{theirs}` \|.*?\n\n", text, re.M | re.S)
+    rows = re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \| (.+) \|$", table, re.M)
+    assert len(rows) == table.count("\n") - 3  # all but the header, the line under it, and the end
+    written = {name: list(values) for name, *values, _ in rows}
+    assert written == {name: [_as_written(e, name) for e in experiments] for name in written}
+    first, second = experiments
+    assert {n for n in first.keys() & second.keys() if first[n] != second[n]} <= written.keys()
+    assert all(values != ["–", "–"] for values in written.values())

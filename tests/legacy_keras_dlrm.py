@@ -12,6 +12,7 @@ import tensorflow as tf
 import tf_keras
 from conftest import strategy_of
 from harness import graph_nodes
+from harness_recipes import assert_deviations_are_in_the_readme
 from harness_tpu import recipe_step
 from official.core import task_factory, train_utils
 from official.recommendation.ranking.configs import config as stock_config
@@ -31,6 +32,10 @@ CONFIGS = sorted((ROOT / "official_recipes" / "dlrm" / "configs").glob("*.yaml")
 PUBLISHED = {"32k": 32768, "64k": 65536, "128k": 131072, "256k": 262144, "512k": 524288}
 TABLE_ROWS = 1_000_000
 train._register()
+
+
+def test_deviations_from_tf_models():
+    assert_deviations_are_in_the_readme(train.EXPERIMENT, "dlrm_criteo", "dlrm")
 
 
 @pytest.fixture(scope="module")

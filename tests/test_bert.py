@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from harness_recipes import (
+    assert_deviations_are_in_the_readme,
     assert_same_state,
     interrupt_preparation,
     last_checkpoint,
@@ -699,6 +700,14 @@ def test_configurations_are_consistent(file):
     if experiment == train.EXPERIMENT:
         assert params.task.scale_loss
         assert params.task.model.cls_heads[0].inner_dim == encoder.hidden_size
+
+
+@pytest.mark.parametrize(
+    "names", [("large_batch_bert", "bert/pretraining"), ("large_batch_squad", "bert/squad")]
+)
+def test_deviations_from_tf_models(names):
+    train._register()
+    assert_deviations_are_in_the_readme(*names, "bert")
 
 
 def test_configurations_of_the_paper():

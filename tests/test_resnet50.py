@@ -17,6 +17,7 @@ import tensorflow as tf
 import tf_keras
 from harness_recipes import (
     SMALL_RESNET,
+    assert_deviations_are_in_the_readme,
     assert_same_state,
     interrupt_preparation,
     last_checkpoint,
@@ -110,6 +111,11 @@ def test_there_are_configurations_for_the_batches_of_the_papers():
     momentum = {f"momentum_{size}" for size in ("256", "2k", "4k", "8k", "16k")}
     lamb = {f"lamb_{k}k" for k in (2, 4, 8, 16, 32)}
     assert {file.stem for file in CONFIGS} >= {*vrgd, *momentum, *lamb, "sngm_8k", "clars_16k"}
+
+
+def test_deviations_from_tf_models():
+    train._register()
+    assert_deviations_are_in_the_readme("large_batch_resnet", "resnet_imagenet", "resnet50")
 
 
 # -- mistakes --------------------------------------------------------------------------------------
