@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from official_recipes.bert.prepare_data import RECORD
+from official_recipes.common.data_format import data_of_flag
+from official_recipes.common.files import read_json
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import (
     Options,
@@ -117,7 +118,9 @@ def _check_record(params: Any, data: Any, field: str, masked_lm: bool) -> None:
     file = Path(first).parent / RECORD
     if "://" in first or not file.is_file():
         return
-    record = json.loads(file.read_text("utf-8"))
+    keys = ("max_seq_length", "vocab_size", *(() if masked_lm else ("do_lower_case",)))
+    with data_of_flag("params_override", f"{RECORD} as prepare_data.py writes it"):
+        record = read_json(file, *keys)
     expected = {"seq_length": record["max_seq_length"]}
     if masked_lm:
         expected["max_predictions_per_seq"] = record.get("max_predictions_per_seq")

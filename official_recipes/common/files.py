@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from official_recipes.common.data_format import DataFormatError
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -77,6 +79,26 @@ def write_json(path: Path, content: Any) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(json_text(content), encoding="utf-8")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Reads a JSON file that :func:`write_json` wrote.
+
+    Args:
+        path: The file.
+        keys: What it must have.
+
+    Raises:
+        DataFormatError: It can not be read, or is no object with these keys.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataFormatError(f"{path}: {error}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        raise DataFormatError(f"{path}: no JSON object with {', '.join(missing) or 'keys'}")
+    return content
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

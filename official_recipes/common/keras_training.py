@@ -20,7 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 import tf_lbopt
-from official_recipes.common.files import append_row, plain, write_json
+from official_recipes.common.data_format import data_of_flag
+from official_recipes.common.files import append_row, plain, read_json, write_json
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.input_pipeline import without_autotuning
 from official_recipes.common.keras_optimizers import make_optimizer
@@ -31,6 +32,7 @@ _HISTORY = "history.json"
 _RESULT = "result.json"
 _SETTINGS = "settings.json"
 _EVALUATION = "evaluation.json"
+_UNREADABLE = (AssertionError, ValueError, IndexError, RuntimeError, tf.errors.OpError)
 # Flags that are called otherwise where they are settings.
 _FLAGS = {
     "kind": "schedule",
@@ -317,7 +319,7 @@ def _last_model(task: Task, options: TrainingOptions) -> tuple[keras.Model, str]
     try:
         status = tf.train.Checkpoint(model=model).read(path).expect_partial()
         status.assert_existing_objects_matched()
-    except (AssertionError, ValueError, tf.errors.OpError) as error:
+    except _UNREADABLE as error:
         raise FlagValueError(
             "model_dir", "a checkpoint of this model, with the run's flags", f"{path}: {error}"
         ) from error
@@ -432,10 +434,17 @@ class _Checkpoints(keras.callbacks.Callback):
                 "a folder without checkpoints, or --resume to go on",
                 repr(str(self._folder)),
             )
-        self._check_settings(json.loads(settings.read_text(encoding="utf-8")), now)
-        self._checkpoint.restore(path).assert_existing_objects_matched()
+        with data_of_flag("model_dir", "a run that can be resumed"):
+            saved = read_json(settings)
+            history = read_json(self._folder / _HISTORY, "train_loss", "metrics", "seconds")
+        self._check_settings(saved, now)
+        try:
+            self._checkpoint.restore(path).assert_existing_objects_matched()
+        except _UNREADABLE as error:
+            raise FlagValueError(
+                "model_dir", "a run that can be resumed", f"{path}: {error}"
+            ) from error
         epoch = int(self._epoch.numpy())
-        history = json.loads((self._folder / _HISTORY).read_text(encoding="utf-8"))
         run = self._run
         run.train_loss = [math.nan if x is None else x for x in history["train_loss"][:epoch]]
         run.metrics = [row for row in history["metrics"] if row["epoch"] <= epoch]

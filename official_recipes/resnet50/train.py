@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from official_recipes.common.data_format import data_of_flag
+from official_recipes.common.files import read_json
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import Options, run_program, train_from_command_line
 from official_recipes.resnet50.prepare_data import CLASSES, RECORD
@@ -104,7 +105,8 @@ def _check_classes(classes: int, paths_of: dict[str, Any]) -> None:
             file = Path(path.split(",")[0].strip()).parent / RECORD
             if "://" in path or not file.is_file():
                 continue
-            prepared = json.loads(file.read_text("utf-8")).get("classes")
+            with data_of_flag("params_override", f"{RECORD} as prepare_data.py writes it"):
+                prepared = read_json(file).get("classes")
             if prepared is not None and prepared != classes:
                 raise FlagValueError(
                     "params_override", f"task.model.num_classes: {prepared} as in {file}", classes

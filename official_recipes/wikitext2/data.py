@@ -142,8 +142,9 @@ def as_ids(
         [word for line in lines if line.strip() for word in (*line.split(), END)]
         for lines in (train, held_out)
     ]
-    if not all(texts):
-        raise DataFormatError(f"{name}: a text has no words")
+    for text, of in zip(texts, ("training", held_out_name), strict=True):
+        if not text:
+            raise DataFormatError(f"{name}: the {of} text has no words")
     vocabulary = tuple(dict.fromkeys([UNKNOWN, END, *texts[0]]))
     ids = {word: index for index, word in enumerate(vocabulary)}
     arrays = [np.array([ids.get(word, 0) for word in text], np.int32) for text in texts]
