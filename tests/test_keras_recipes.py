@@ -1,6 +1,7 @@
 """What the Keras 3 recipes share, and the CIFAR recipe."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -90,6 +91,7 @@ def parsed(*arguments):
         (["--learning_rate=0.1", "--warmup_epochs=20", "--epochs=20"], ["warmup_epochs", "20"]),
         (["--learning_rate=0.1", "--schedule=inverse_sqrt"], ["warmup_epochs"]),
         (["--learning_rate=0.1", "--resume"], ["resume", "model_dir"]),
+        (["--learning_rate=0.1", "--freeze_epochs=2"], ["freeze_layers", "freeze_epochs", "2"]),
         (["--learning_rate=0.1", "--momentum=1"], ["momentum", "[0, 1)"]),
         (["--learning_rate=0.1", "--data_dir=nowhere"], ["data_dir", "CIFAR-10", "nowhere"]),
         (["--config_file=nothing"], ["config_file", "sngm_table2_resnet20_sngm", "nothing"]),
@@ -482,6 +484,34 @@ def test_label_smoothing_and_a_validation_split():
     parse_flags(values, ["", "--validation_size=2000"])
     with pytest.raises(FlagValueError, match="validation_size"):
         cifar.task_of(data, values)
+
+
+def test_frozen_layers(monkeypatch):
+    """They stay as they are while the others train, and join in after that."""
+    options = dataclasses.replace(
+        FAST, optimizer="nesterov", epochs=3, freeze_layers="^dense_1$", freeze_epochs=2
+    )
+    build, models, weights = ImageTask.build_model, [], []
+    monkeypatch.setattr(
+        ImageTask, "build_model", lambda self: models.append(build(self)) or models[-1]
+    )
+    task = task_of()
+    train(
+        task,
+        options,
+        strategy_of(2),
+        on_epoch=lambda *_: weights.append(models[0].get_weights()),
+    )
+    changed = [
+        [not np.array_equal(*pair) for pair in zip(*both, strict=True)]
+        for both in itertools.pairwise(weights)
+    ]
+    assert changed[0][-2:] == [False, False]  # kernel and bias of the last layer
+    assert all(changed[0][:-2])
+    assert all(changed[1])
+    for layers, said in (("nothing", "found no layer"), (".", "leave something"), ("(", "regular")):
+        with pytest.raises(FlagValueError, match=f"--freeze_layers: .*{said}"):
+            train(task, dataclasses.replace(options, freeze_layers=layers), strategy_of(2))
 
 
 def test_divergence_is_recorded():

@@ -89,6 +89,8 @@ class TrainingOptions:
         replicas: Of the strategy.
         gradient_accumulation_steps: Micro-steps per update.
         post_local: Post-local SGD, or ``None``.
+        freeze_layers: A regex over names of layers that do not train at first, or ``None``.
+        freeze_epochs: In how many epochs they do not.
         dtype: A dtype policy, one of `DTYPES`.
         device: One of `DEVICES`.
         seed: Of initial weights, shuffling and augmentation.
@@ -107,6 +109,8 @@ class TrainingOptions:
     replicas: int = 1
     gradient_accumulation_steps: int = 1
     post_local: PostLocalOptions | None = None
+    freeze_layers: str | None = None
+    freeze_epochs: int | None = None
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 1
@@ -242,6 +246,13 @@ def define_training_flags(
     flags.DEFINE_boolean(
         "average_momentum", False, "Post-local SGD averages momentum too.", flag_values=values
     )
+    flags.DEFINE_string(
+        "freeze_layers",
+        None,
+        "Layers that do not train in the first --freeze_epochs: a regex over their names.",
+        flag_values=values,
+    )
+    define_integer(values, "freeze_epochs", None, "How many epochs --freeze_layers do not train.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype policy.", flag_values=values)
     flags.DEFINE_enum(
         "device",
@@ -368,6 +379,12 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         raise FlagValueError("learning_rate", "a positive number", "none (it has no default)")
     if values.resume and not values.model_dir:
         raise FlagValueError("resume", "to be given together with --model_dir", "no --model_dir")
+    if bool(values.freeze_layers) != bool(values.freeze_epochs):
+        raise FlagValueError(
+            "freeze_layers",
+            "to be given together with --freeze_epochs",
+            f"{values.freeze_layers!r} and {values.freeze_epochs}",
+        )
     options = TrainingOptions(
         optimizer=values.optimizer,
         optimizer_arguments={
@@ -381,6 +398,8 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         replicas=values.replicas,
         gradient_accumulation_steps=values.gradient_accumulation_steps,
         post_local=_post_local(values),
+        freeze_layers=values.freeze_layers,
+        freeze_epochs=values.freeze_epochs,
         dtype=values.dtype,
         device=values.device,
         seed=values.seed,

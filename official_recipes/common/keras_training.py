@@ -233,6 +233,8 @@ def train(
     callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN(), progress]
     if options.post_local is not None:
         callbacks.insert(0, tf_lbopt.callbacks.EndPeriod())
+    if options.freeze_layers:
+        callbacks.append(_freezing(options, model))
     if checkpoints is not None:
         assert options.model_dir is not None
         callbacks.append(checkpoints)
@@ -259,6 +261,20 @@ def train(
     if options.result_file is not None:
         append_row(options.result_file, run.record())
     return run
+
+
+def _freezing(options: TrainingOptions, model: keras.Model) -> keras.callbacks.Callback:
+    assert options.freeze_layers is not None
+    assert options.freeze_epochs is not None
+    try:
+        freezing = tf_lbopt.callbacks.FreezeLayers(options.freeze_layers, options.freeze_epochs)
+        freezing.set_model(model)
+        freezing.on_train_begin()  # Which finds the layers; `fit` does it again.
+    except ValueError as error:
+        raise FlagValueError(
+            "freeze_layers", "layers of the model", f"{options.freeze_layers!r}: {error}"
+        ) from error
+    return freezing
 
 
 def evaluate(task: Task, options: TrainingOptions, strategy: tf.distribute.Strategy) -> Metrics:
