@@ -565,6 +565,22 @@ def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
     assert not np.allclose(other.train_loss, whole.train_loss, rtol=1e-3)
 
 
+def test_damaged_runs_are_not_resumed(tmp_path):
+    options = dataclasses.replace(FAST, epochs=1, replicas=1, evaluate_every=0)
+    task = task_of()
+    train(task, dataclasses.replace(options, model_dir=tmp_path), strategy_of(1))
+    again = dataclasses.replace(options, model_dir=tmp_path, resume=True)
+    for name in ("settings.json", "history.json", "checkpoints/ckpt-1.data-00000-of-00001"):
+        file = tmp_path / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:20])
+        said = re.escape(str(file).split(".data")[0])
+        with pytest.raises(FlagValueError, match=f"--model_dir: .*be resumed, received {said}: "):
+            train(task, again, strategy_of(1))
+        file.write_bytes(whole)
+    assert train(task, again, strategy_of(1)).resumed_from == 1
+
+
 def command(folder, *more):
     arguments = [
         "--model=two_conv",
