@@ -157,6 +157,10 @@ def test_deviations_from_tf_models():
             ["--params_override=trainer.optimizer_config.optimizer.type=foo"],
             "clars, extrap_adam, extrap_sgd, lamb",  # and no default_params in between
         ),
+        (
+            ["--params_override=runtime.enable_xla=true,runtime.num_gpus=1"],
+            "runtime.enable_xla: false with the optimizer vr_lars",
+        ),
         (["--params_override=trainer.steps_per_loop=3"], "a multiple of trainer.steps_per_loop"),
         (["--model_dir=s3://bucket/run"], "that TensorFlow can reach, received 's3://bucket/run'"),
         (["--config_file=s3://bucket/x.yaml"], "--config_file: expected a file that exists"),

@@ -528,12 +528,12 @@ def _check_tfds(data: Any, field: str) -> None:
 
 
 def check_batches(params: Any, options: Options, replicas: int) -> None:
-    """Checks that batches split evenly, and into enough sub-batches for the optimizer.
+    """Checks that batches split evenly, and as the optimizer needs it; and that it can reduce.
 
     Raises:
         FlagValueError: They do not.
     """
-    from tf_lbopt.tfm import needs_sub_batches
+    from tf_lbopt.tfm import REGISTRATIONS, needs_sub_batches
 
     parts = getattr(params.task, "sub_batches", 1)
     if options.trains:
@@ -547,6 +547,13 @@ def check_batches(params: Any, options: Options, replicas: int) -> None:
             )
         config = params.trainer.optimizer_config
         configs = [config, getattr(config, "embeddings", config)]  # which may have their own
+        ours = [c.optimizer.type for c in configs if c.optimizer.type in REGISTRATIONS]
+        # What tf-models compiles then has the update in it, which has to leave the replica.
+        compiled = params.runtime.enable_xla and params.runtime.num_gpus > 0
+        if ours and compiled and params.runtime.distribution_strategy != "one_device":
+            raise FlagValueError(
+                "params_override", f"runtime.enable_xla: false with the optimizer {ours[0]}", "true"
+            )
         kinds = [c.optimizer.type for c in configs if needs_sub_batches(c.optimizer.type)]
         if kinds and replicas * parts < 2:
             raise FlagValueError(
