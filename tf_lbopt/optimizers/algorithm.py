@@ -466,8 +466,9 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         def write(where: tf.Tensor | None = None) -> tf.Tensor:
             writer = Writer(where)
             update.write(writer)
-            own = self._own_means(sums, divisor) if sums.own else []
-            self._write_beyond_rule(writer, parameters, means, own)
+            self._constrain(writer, indices, parameters.variables)
+            if sums.own:
+                self._write_own(writer, parameters, means, self._own_means(sums, divisor))
             if self.use_ema:
                 self._average(writer, common.step, averaged)
             return writer.complete()
@@ -515,23 +516,27 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     def _replicas(self) -> int:
         return tf.distribute.get_strategy().num_replicas_in_sync
 
-    def _write_beyond_rule(
+    def _write_own(
         self,
         writer: Writer,
         parameters: Parameters,
         means: list[Gradient],
         own: list[list[Gradient]],
     ) -> None:
-        """Writes what is more than the rule's: constrained weights.
+        """Writes what an optimizer keeps of a replica's own gradients: by default nothing.
 
         Args:
             writer: By which the rule has written.
             parameters: What it was given.
             means: The mean gradients before clipping.
-            own: For each of this replica's sub-batches its own, where they are asked for.
+            own: For each of this replica's sub-batches its own.
         """
-        del means, own
-        for index, target in zip(parameters.indices, parameters.variables, strict=True):
+
+    def _constrain(
+        self, writer: Writer, indices: Sequence[int], targets: Sequence[tf.Variable]
+    ) -> None:
+        """Applies the variables' constraints to what holds their weights."""
+        for index, target in zip(indices, targets, strict=True):
             constraint = getattr(self.trained.variables[index], "constraint", None)
             if constraint is not None:
                 writer.assign(target, constraint(tf.convert_to_tensor(target)))

@@ -227,14 +227,13 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         block.applied = True
         return super()._prepared_update(grads, variables, loss_scale, after, summed)
 
-    def _write_beyond_rule(
+    def _write_own(
         self,
         writer: Writer,
         parameters: Parameters,
         means: list[Gradient],
         own: list[list[Gradient]],
     ) -> None:
-        super()._write_beyond_rule(writer, parameters, means, own)
         if self._past is None:
             return
         for part, own_gradients in enumerate(own):
