@@ -36,6 +36,7 @@ from official_recipes.common.image_data import (
     find_source,
 )
 from official_recipes.common.interruption import Interrupted
+from official_recipes.common.keras_dry_run import report
 from official_recipes.common.keras_optimizers import (
     InverseSqrtDecay,
     known_optimizers,
@@ -512,6 +513,35 @@ def test_frozen_layers(monkeypatch):
     for layers, said in (("nothing", "found no layer"), (".", "leave something"), ("(", "regular")):
         with pytest.raises(FlagValueError, match=f"--freeze_layers: .*{said}"):
             train(task, dataclasses.replace(options, freeze_layers=layers), strategy_of(2))
+
+
+def test_dry_run(tmp_path, capsys):
+    """Two updates and figures; nothing is written."""
+    folder = tmp_path / "run"
+    flags = [
+        "--optimizer=sngm",
+        "--learning_rate=0.1",
+        "--batch_size=64",
+        "--replicas=2",
+        "--epochs=5",
+    ]
+    flags += ["--gradient_accumulation_steps=2", f"--model_dir={folder}", "--dry_run"]
+    options = training_options(parsed(*flags))
+    report(task_of(), options, strategy_of(2))
+    out = capsys.readouterr().out
+    parameters = task_of().build_model().count_params()
+    for said in (
+        "two updates, nothing is written",
+        "devices: 2 replicas; CPU:",
+        "batch: 64 in an update, 16 on a device in each of 2 micro-steps",
+        "k = 4 (2 replicas x 2)",
+        f"parameters: {parameters:,}, {parameters:,} of them trained",
+        "updates to go: 50 in 5 epochs",
+    ):
+        assert said in out
+    assert not folder.exists()
+    with pytest.raises(FlagValueError, match="--dry_run: expected not to be given with --eval"):
+        training_options(parsed(*flags, "--eval_only"))
 
 
 def test_divergence_is_recorded():

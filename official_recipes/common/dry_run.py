@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
-from orbit import utils
 
 from official_recipes.common.checkpoints import optimizers_of
 
@@ -29,6 +28,8 @@ def report(
         trainer: tf-models' trainer, with weights and state as the run would begin.
         restored: The checkpoint that they are from, or ``None``.
     """
+    from orbit import utils
+
     step = int(trainer.global_step.numpy())
     seconds = []
     with strategy.scope():
@@ -52,14 +53,18 @@ def report(
     )
     print(f"sub-batches: k = {replicas * parts} ({replicas} replicas x {parts})")
     print(
-        f"parameters: {_count(trainer.model.variables):,}, {_count(trainable):,} of them trained, "
+        f"parameters: {count(trainer.model.variables):,}, {count(trainable):,} of them trained, "
         f"optimizer {_names(trainer.optimizer)}"
     )
-    held = [_bytes(trainer.model.variables), _bytes(_state(trainer.optimizer)), _bytes(trainable)]
+    held = [
+        size_in_bytes(trainer.model.variables),
+        size_in_bytes(_state(trainer.optimizer)),
+        size_in_bytes(trainable),
+    ]
     print(
         "memory estimate for a device, without activations and input: "
-        f"{_size(held[0])} weights + {_size(held[1])} optimizer + at most {_size(held[2])} "
-        f"gradients = {_size(sum(held))}; {_peak()}"
+        f"{size(held[0])} weights + {size(held[1])} optimizer + at most {size(held[2])} "
+        f"gradients = {size(sum(held))}; {peak()}"
     )
     print(
         f"steps: the first took {seconds[0]:.3g} s with tracing, the second {seconds[1]:.3g} s; "
@@ -71,7 +76,7 @@ def report(
     )
     print(
         f"steps to go: {to_go:,} of {config.train_steps:,}, about "
-        f"{_duration(to_go * seconds[1])} at the second step's pace, without evaluation"
+        f"{duration(to_go * seconds[1])} at the second step's pace, without evaluation"
     )
 
 
@@ -92,15 +97,18 @@ def _state(optimizer: Any) -> list[tf.Variable]:
     return found
 
 
-def _count(variables: Iterable[tf.Variable]) -> int:
+def count(variables: Iterable[tf.Variable]) -> int:
+    """How many numbers variables hold."""
     return sum(variable.shape.num_elements() or 0 for variable in variables)
 
 
-def _bytes(variables: Iterable[tf.Variable]) -> int:
+def size_in_bytes(variables: Iterable[tf.Variable]) -> int:
+    """What variables take, once."""
     return sum((v.shape.num_elements() or 0) * v.dtype.size for v in variables)
 
 
-def _size(number: float) -> str:
+def size(number: float) -> str:
+    """Bytes, as a person reads them."""
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.3g} {unit}"
@@ -108,17 +116,18 @@ def _size(number: float) -> str:
     return f"{number:,.2f} GiB"
 
 
-def _peak() -> str:
+def peak() -> str:
     """What was taken at most: of a GPU, or by the process."""
     gpus = tf.config.list_logical_devices("GPU")
     if gpus:
         peaks = [tf.config.experimental.get_memory_info(gpu.name)["peak"] for gpu in gpus]
-        return f"seen on a GPU: {_size(max(peaks))}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"seen of this process: {_size(peak * (1 if sys.platform == 'darwin' else 1024))}"
+        return f"seen on a GPU: {size(max(peaks))}"
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"seen of this process: {size(taken * (1 if sys.platform == 'darwin' else 1024))}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, as a person reads them."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"

@@ -19,7 +19,7 @@ from official_recipes.common.flag_parsing import (
     parse_flags,
     parse_unless_help,
 )
-from official_recipes.common.output_folder import check_output_dir, make_folder
+from official_recipes.common.output_folder import check_folder, check_output_dir, make_folder
 
 SCHEDULES = ("constant", "polynomial", "cosine", "step", "inverse_sqrt")
 SCALINGS = ("linear", "sqrt")
@@ -286,6 +286,12 @@ def define_training_flags(
         "resume", False, "Go on from the last checkpoint in --model_dir.", flag_values=values
     )
     flags.DEFINE_boolean(
+        "dry_run",
+        False,
+        "Make two updates, say what they take, and end; nothing is written.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
         "eval_only",
         False,
         "Train nothing: evaluate the last checkpoint of --model_dir, into evaluation.json there. "
@@ -373,6 +379,10 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         FlagValueError: They contradict each other, or a folder cannot be made.
     """
     if without_training(values):
+        if values.dry_run:
+            raise FlagValueError(
+                "dry_run", f"not to be given with --{without_training(values)[0]}", True
+            )
         _check_use(values)
         values.learning_rate = values.learning_rate or 1.0  # which nothing reads
     if values.learning_rate is None:
@@ -424,7 +434,7 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         ("result_file", options.result_file and options.result_file.parent),
     ):
         if folder is not None:
-            make_folder(flag, folder)
+            (check_folder if values.dry_run else make_folder)(flag, folder)
     return options
 
 

@@ -110,6 +110,11 @@ def _run(recipe: Recipe, values: flags.FlagValues, options: TrainingOptions) -> 
         strategy = training_strategy(replicas, options.device)
     with progress_bar(console) as progress, interruption(last_words=_LAST_WORDS) as interrupted:
         task = recipe.make_task(values, Bar(progress, "reading", interrupted))
+        if values.dry_run:
+            from official_recipes.common.keras_dry_run import report
+
+            report(task, options, strategy)
+            return None
         if without_training(values):
             import tensorflow as tf
 

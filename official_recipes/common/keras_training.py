@@ -191,6 +191,34 @@ def micro_steps_per_call(options: TrainingOptions) -> int:
     return options.gradient_accumulation_steps if alone else 1
 
 
+def compiled_model(
+    task: Task, options: TrainingOptions, strategy: tf.distribute.Strategy
+) -> keras.Model:
+    """Returns a new model that is ready for `fit`.
+
+    Args:
+        task: What is to be learned.
+        options: How.
+        strategy: Of as many replicas as `options.replicas`.
+
+    Raises:
+        FlagValueError: The options do not fit the task or the optimizer.
+    """
+    check_batch(options, task.train_size)
+    keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
+    keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(options.dtype)
+    with strategy.scope():
+        model = task.build_model()
+        model.compile(
+            optimizer=make_optimizer(options, updates_per_epoch(task, options), options.epochs),
+            loss=task.loss(),
+            auto_scale_loss=False,  # tf_lbopt's own wrapper scales it where that is needed.
+            steps_per_execution=micro_steps_per_call(options),
+        )
+    return model
+
+
 def train(
     task: Task,
     options: TrainingOptions,
@@ -213,19 +241,8 @@ def train(
     Raises:
         FlagValueError: The options do not fit the task, the optimizer or what is in model_dir.
     """
-    check_batch(options, task.train_size)
-    keras.utils.clear_session()  # Frees the last run's graphs and gives the same names again.
-    keras.utils.set_random_seed(options.seed)
+    model = compiled_model(task, options, strategy)
     per_epoch = updates_per_epoch(task, options)
-    keras.config.set_dtype_policy(options.dtype)
-    with strategy.scope():
-        model = task.build_model()
-        model.compile(
-            optimizer=make_optimizer(options, per_epoch, options.epochs),
-            loss=task.loss(),
-            auto_scale_loss=False,  # tf_lbopt's own wrapper scales it where that is needed.
-            steps_per_execution=micro_steps_per_call(options),
-        )
     run = RunResult(task.name, dict(task.settings), options, 0, [], [], 0.0)
     checkpoints = _Checkpoints(model, strategy, run) if options.model_dir is not None else None
     first = checkpoints.restore() if checkpoints is not None else 0
@@ -246,7 +263,7 @@ def train(
     progress.now = lambda: earlier + time.perf_counter() - started
     if first < options.epochs and not run.diverged:
         model.fit(
-            _batches(task, options, first),
+            batches(task, options, first),
             initial_epoch=first,
             epochs=options.epochs,
             steps_per_epoch=per_epoch * options.gradient_accumulation_steps,
@@ -342,7 +359,7 @@ def _last_model(task: Task, options: TrainingOptions) -> tuple[keras.Model, str]
     return model, path
 
 
-def _batches(task: Task, options: TrainingOptions, first_epoch: int) -> tf.data.Dataset:
+def batches(task: Task, options: TrainingOptions, first_epoch: int) -> tf.data.Dataset:
     """Micro-batches from an epoch on, without end: a last epoch that is cut off is no error."""
     per_epoch = updates_per_epoch(task, options)
     size = options.batch_size // options.gradient_accumulation_steps
