@@ -214,7 +214,7 @@ MUTANTS = (
         "optimizers/algorithm.py",
         "sound=finite & is_rate(learning_rate),",
         "sound=is_rate(learning_rate),",
-        "test_guard.py",
+        "test_guard.py:whose_sum",
     ),
     Mutant(
         "a float16 weight that overflows becomes infinite",

@@ -648,3 +648,13 @@ def test_too_large_steps_in_graphs_and_on_replicas(name, compiled):
     assert_replicas_identical(run)
     run.update(good[1])
     assert run.optimizer.iterations.numpy() == 2
+
+
+def test_norms_whose_sum_overflows_discard_the_update():
+    """The gradients of two replicas cancel each other, so that their mean is finite."""
+    long = np.full([4], 3e38, np.float32)
+    run = Run(tf_lbopt.CLARS, 2, weights=[np.ones([4], np.float32)], learning_rate=0.1)
+    before = run.state()
+    run.update([[long], [-long]])
+    assert run.optimizer.skipped_updates.numpy() == 1
+    assert_states_equal(run.state(), before)
