@@ -305,7 +305,7 @@ def test_augmentation_against_one_image_at_a_time():
 
 
 def test_every_epoch_has_every_example_once_and_another_order():
-    from official_recipes.common.keras_training import _batches
+    from official_recipes.common.keras_training import batches as batches_of
 
     class Indices:
         train_size = 70
@@ -318,7 +318,7 @@ def test_every_epoch_has_every_example_once_and_another_order():
     def take(first, count):
         return [
             (indices.numpy().tolist(), seed.numpy().tolist())
-            for indices, seed in _batches(Indices(), options, first).take(count)
+            for indices, seed in batches_of(Indices(), options, first).take(count)
         ]
 
     batches = take(0, 8)
