@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -55,7 +56,7 @@ class Bert(keras.Model):
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class Workload(abc.ABC):
     """A model and its batches.
 
     Attributes:
@@ -70,9 +71,9 @@ class Workload:
     tokens: int
     classes: int
 
+    @abc.abstractmethod
     def model(self) -> keras.Model:
         """Makes the model."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
