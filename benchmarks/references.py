@@ -134,6 +134,44 @@ def lans(
     return w
 
 
+def muon(
+    weights,
+    gradients,
+    learning_rate=0.001,
+    momentum=0.95,
+    nesterov=True,
+    weight_decay=0.004,
+    adam_weight_decay=0.004,
+    rms_rate=0.2,
+):
+    """Keras's: matrices by orthogonalized momentum, all others by Adam, without exclusions."""
+    w = [np.array(x, np.float64) for x in weights]
+    m = [np.zeros_like(x) for x in w]
+    v = [np.zeros_like(x) for x in w]
+    for t, update in enumerate(gradients):
+        rate = _rate(learning_rate, t)
+        for i, g in enumerate(update):
+            if w[i].ndim != 2:
+                w[i] = w[i] * (1 - rate * (adam_weight_decay or 0.0))
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = 0.999 * v[i] + 0.001 * g**2
+                scale = np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+                w[i] = w[i] - rate * scale * m[i] / (np.sqrt(v[i]) + 1e-7)
+                continue
+            w[i] = w[i] * (1 - rate * (weight_decay or 0.0))
+            m[i] = momentum * m[i] + g
+            x = g + momentum * m[i] if nesterov else m[i]
+            x = x.T if x.shape[0] > x.shape[1] else x
+            x = x / (_norm(x) + 1e-7)
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            x = x if x.shape == w[i].shape else x.T
+            size = 1.0 if rms_rate is None else rms_rate * np.sqrt(max(w[i].shape))
+            w[i] = w[i] - rate * size * x
+    return w
+
+
 def clars(
     weights,
     gradients,

@@ -215,8 +215,11 @@ def loss_scaling_in_float16() -> None:
 
 @check
 def wrappers() -> None:
-    """VarianceReduced around a stock optimizer, PostLocalSGD and ExtrapSGD, by `fit`."""
+    """VarianceReduced and Accumulated around stock ones, PostLocalSGD and ExtrapSGD, by `fit`."""
     arguments = {"gradient_accumulation_steps": 4}
+    accumulated = fitted(lambda: tf_lbopt.Accumulated(keras.optimizers.Adam(0.05), 4), 2)
+    own = fitted(lambda: tf_lbopt.Adam(0.05, **arguments), 2)
+    np.testing.assert_allclose(weights_of(accumulated), weights_of(own), rtol=0, atol=1e-6)
     reduced = fitted(
         lambda: tf_lbopt.VarianceReduced(keras.optimizers.Adam(0.05), beta_3=0.9, **arguments), 2
     )

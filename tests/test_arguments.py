@@ -295,6 +295,7 @@ def test_messages_are_of_limited_length():
         lambda: tf_lbopt.LARS(0.1).apply([None] * 900, [keras.Variable(0.0) for _ in range(900)]),
         lambda: tf_lbopt.LossScaleOptimizer(long),
         lambda: tf_lbopt.VarianceReduced(long),
+        lambda: tf_lbopt.Accumulated(keras.optimizers.SGD(), long),
         lambda: tf_lbopt.PostLocalSGD(long, 1, 1),
         lambda: tf_lbopt.per_example_gradient_norms(long, None, None),
         lambda: tf_lbopt.callbacks.FreezeLayers([3.0, long], epochs=1),
@@ -388,7 +389,7 @@ def test_variables_that_are_no_real_numbers(package, dtype):
         optimizer.build([variable])
     if package == "tf_lbopt" and dtype != "complex64":
         mine = keras.Variable(np.zeros(2), dtype=dtype, name="mine", trainable=False)
-        for wrap in (tf_lbopt.VarianceReduced, tf_lbopt.LossScaleOptimizer):
+        for wrap in (tf_lbopt.VarianceReduced, tf_lbopt.Accumulated, tf_lbopt.LossScaleOptimizer):
             with pytest.raises(TypeError, match=f"Received: mine, of dtype {dtype}"):
                 wrap(keras.optimizers.SGD()).build([mine])
 
@@ -397,7 +398,7 @@ def test_what_belongs_to_the_other_keras():
     with pytest.raises(TypeError, match=r"for Keras 3 see tf_lbopt. Received: mine, a keras.Var"):
         tf_lbopt.tf_keras.LARS(0.1).build([keras.Variable(np.zeros(2), name="mine")])
     for inner in (tf_keras.optimizers.SGD(), tf_lbopt.tf_keras.LARS(0.1)):
-        for wrap in (tf_lbopt.LossScaleOptimizer, tf_lbopt.VarianceReduced):
+        for wrap in (tf_lbopt.LossScaleOptimizer, tf_lbopt.VarianceReduced, tf_lbopt.Accumulated):
             with pytest.raises(TypeError, match=r"of Keras 3 .*for tf_keras see tf_lbopt.tf_keras"):
                 wrap(inner)
 
@@ -570,6 +571,7 @@ def test_scaled_loss(loss, dtype, built):
         lambda: tf_lbopt.LossScaleOptimizer(tf_lbopt.LARS(0.1)),
         lambda: tf_lbopt.LossScaleOptimizer(keras.optimizers.SGD(schedules.Warmup(0.1, 5))),
         lambda: tf_lbopt.VarianceReduced(tf_lbopt.LARS(0.1)),
+        lambda: tf_lbopt.Accumulated(keras.optimizers.SGD(schedules.Warmup(0.1, 5)), 2),
         lambda: tf_lbopt.VarianceReduced(keras.optimizers.SGD(schedules.Warmup(0.1, 5))),
         lambda: tf_lbopt.PostLocalSGD(keras.optimizers.SGD(schedules.Warmup(0.1, 5)), 1, 1),
         lambda: tf_lbopt.tf_keras.LARS(tf_keras.optimizers.schedules.PolynomialDecay(0.1, 5)),

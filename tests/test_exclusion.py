@@ -408,6 +408,7 @@ def test_exclusions_survive_saving(make, way, tmp_path):
 
 WRAPPERS = {
     "VarianceReduced": lambda inner: tf_lbopt.VarianceReduced(inner, gradient_accumulation_steps=2),
+    "Accumulated": lambda inner: tf_lbopt.Accumulated(inner, 2),
     "tf_lbopt.LossScaleOptimizer": tf_lbopt.LossScaleOptimizer,
     "keras.LossScaleOptimizer": keras.optimizers.LossScaleOptimizer,
     "both": lambda inner: tf_lbopt.LossScaleOptimizer(

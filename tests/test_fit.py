@@ -104,9 +104,18 @@ def _around_sgd(wrap, *args):
         tf_lbopt.ExtrapSGD,
         _around_sgd(tf_lbopt.LossScaleOptimizer),
         _around_sgd(tf_lbopt.VarianceReduced),
+        _around_sgd(tf_lbopt.Accumulated),
         _around_sgd(tf_lbopt.PostLocalSGD, 1, 1),
     ],
-    ids=["LARS", "tf_keras", "ExtrapSGD", "loss scale", "variance reduced", "post-local"],
+    ids=[
+        "LARS",
+        "tf_keras",
+        "ExtrapSGD",
+        "loss scale",
+        "variance reduced",
+        "accumulated",
+        "post-local",
+    ],
 )
 @pytest.mark.parametrize("rate", [lambda: 0.1, tf_lbopt.schedules.Warmup(0.1, 5)])
 def test_a_rate_that_is_a_function_can_not_be_reduced(make, rate):

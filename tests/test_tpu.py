@@ -169,14 +169,19 @@ def test_loss_scaling_of_tf_keras_is_refused():
         harness_tf_keras.dynamic(tf_lbopt.tf_keras.LAMB(0.1))
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "name"), [(tf_lbopt.VarianceReduced, "vr_sgd"), (tf_lbopt.Accumulated, "sgd")]
+)
 @pytest.mark.parametrize("micro_steps", [1, 2])
-def test_around_a_stock_optimizer(micro_steps):
+@pytest.mark.quick(name="vr_sgd")
+@pytest.mark.quick(micro_steps=2)
+def test_around_a_stock_optimizer(micro_steps, wrapper, name):
     def around(**kwargs):
-        return tf_lbopt.VarianceReduced(keras.optimizers.SGD(0.1), **kwargs)
+        return wrapper(keras.optimizers.SGD(0.1), **kwargs)
 
     gradients = _gradients(micro_steps, sparse=False)
     run = TPURun(around, 2, micro_steps).updates(gradients)
-    case = Case("vr_sgd", tf_lbopt.VRSGD, {"learning_rate": 0.1})
+    case = Case(name, getattr(tf_lbopt, name.replace("_", "").upper()), {"learning_rate": 0.1})
     assert_close(run.weights(), _reference(case, gradients))
 
 

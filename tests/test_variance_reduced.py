@@ -14,26 +14,10 @@ from harness import (
     initial_weights,
     sub_batch_gradients,
 )
+from helpers_stock import STOCK, stock
 
 import tf_lbopt
 from benchmarks.references import gsnr, variance_reduced
-
-STOCK = {
-    name: getattr(keras.optimizers, name)
-    for name in dir(keras.optimizers)
-    if isinstance(getattr(keras.optimizers, name), type)
-    and issubclass(getattr(keras.optimizers, name), keras.optimizers.Optimizer)
-    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
-}
-ARGUMENTS = {
-    "SGD": {"momentum": 0.9},
-    "AdamW": {"weight_decay": 0.1},
-    "Muon": {"weight_decay": 0.1},
-}
-
-
-def stock(name):
-    return STOCK[name](learning_rate=0.05, **ARGUMENTS.get(name, {}))
 
 
 def test_the_table_has_what_keras_ships():

@@ -1,5 +1,6 @@
 """The Keras 3 classes."""
 
+from tf_lbopt.optimizers.accumulated import Accumulated
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
@@ -21,6 +22,7 @@ __all__ = [
     "VRLAMB",
     "VRLARS",
     "VRSGD",
+    "Accumulated",
     "Adam",
     "AdamW",
     "ExtrapAdam",

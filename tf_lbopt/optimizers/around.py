@@ -18,6 +18,15 @@ from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.writer import Writer
 
+_OF_PIPELINE = (
+    "gradient_accumulation_steps",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "loss_scale_factor",
+)
+
 
 def require_same_strategy(
     outer: keras.optimizers.Optimizer,
@@ -178,6 +187,92 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
             config.pop("inner_optimizer"), custom_objects=custom_objects
         )
         return cls(inner, **config)
+
+
+class PipelineAroundOptimizer(AroundOptimizer):
+    """The pipeline of this package, with the update of another optimizer at its end.
+
+    What belongs to the pipeline (accumulation, clipping, the average of the weights, the loss
+    scale) is given to it and refused on the inner optimizer, so that nothing is done twice; rate
+    and weight decay are the inner optimizer's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        for argument in ("learning_rate", "weight_decay", "exclude_from_weight_decay"):
+            if kwargs.pop(argument, None) is not None:
+                raise ValueError(
+                    f"`{argument}` must be set on the `inner_optimizer`. "
+                    f"Received it on {type(self).__name__}"
+                )
+        super().__init__(*args, **kwargs)
+
+    def _set_up(self, values: Arguments) -> None:
+        self._check_inner(values["inner_optimizer"])
+        super()._set_up(values)
+
+    def _check_inner(self, inner: Any) -> None:
+        if not isinstance(inner, keras.optimizers.Optimizer):
+            raise TypeError(
+                "`inner_optimizer` must be a keras.optimizers.Optimizer, of Keras 3 (for tf_keras "
+                "see tf_lbopt.tf_keras). "
+                f"Received: inner_optimizer={_validation.shown(inner)}"
+            )
+        own, received = type(self).__name__, f"Received: {type(inner).__name__}"
+        if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "`inner_optimizer` must not scale the loss: put tf_lbopt.LossScaleOptimizer around "
+                f"{own} instead. {received}"
+            )
+        if _compat.is_multi_optimizer(inner):
+            raise ValueError(
+                "`inner_optimizer` must be one optimizer, not several, which share out the "
+                f"variables in a way of their own. {received}"
+            )
+        if getattr(inner, "statistics", ()):
+            raise ValueError(
+                "`inner_optimizer` must not look at sub-batches itself: it sees one gradient. "
+                f"{received}"
+            )
+        if hasattr(inner, "inner_optimizer"):
+            raise ValueError(
+                "`inner_optimizer` must not be around another optimizer itself. "
+                f"{received} around {type(inner.inner_optimizer).__name__}"
+            )
+        if inner.built:
+            raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")
+        for name in _OF_PIPELINE:
+            if getattr(inner, name, None):
+                raise ValueError(
+                    f"`{name}` must be given to {own} and not to its `inner_optimizer`. "
+                    f"{received} with {name}={getattr(inner, name)!r}"
+                )
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Its own variables and the inner optimizer's."""
+        return [*super().variables, *self.inner_optimizer.variables]
+
+    def own_slots(self) -> tuple[str, ...]:
+        """None: they are the inner optimizer's."""
+        return ()
+
+    def _create_variables(self, variables: list[Variable]) -> None:
+        self.inner_optimizer.build(variables)
+        super()._create_variables(variables)
+        if isinstance(self.inner_optimizer, LargeBatchOptimizer):
+            self.trained.slots.update(self.inner_optimizer.trained.slots)
+
+    def _finished(self, common: Any, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
+        iterations = tensorflow_variable(_compat.counter(self.inner_optimizer))
+        iterations.assign_add(tf.cast(made, iterations.dtype))
+        return super()._finished(common, made, *args)
+
+    def get_config(self) -> Arguments:
+        """The arguments that make an equal optimizer, for Keras serialization."""
+        config = super().get_config()
+        del config["learning_rate"], config["weight_decay"]
+        config["inner_optimizer"] = keras.saving.serialize_keras_object(self.inner_optimizer)
+        return config
 
 
 @dataclasses.dataclass(frozen=True)

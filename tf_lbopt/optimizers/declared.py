@@ -95,7 +95,7 @@ class Declared:
 
     @classmethod
     def _declared_signature(cls) -> inspect.Signature:
-        by_name = dict(cls.common_arguments)
+        by_name = {n: v for n, v in cls.common_arguments.items() if n not in cls.arguments}
         if "weight_decay" in cls.arguments and "exclude_from_weight_decay" not in cls.arguments:
             by_name = {"exclude_from_weight_decay": None, **by_name}
         return inspect.Signature(
