@@ -306,11 +306,12 @@ BASES: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     "vr_adam": adam,
     "vr_lars": lars,
     "vr_lamb": lamb,
+    "vr_lans": lans,
     # Of gradients that do not depend on where they are taken.
     "extrap_sgd": lambda *a, **k: sgd(*a, **{"momentum": 0.9, **k}),
     "extrap_adam": adam,
 }
-BETA_3 = {"vr_adam": 0.9, "vr_lamb": 0.9}
+BETA_3 = {"vr_adam": 0.9, "vr_lamb": 0.9, "vr_lans": 0.9}
 
 
 def reference(name, weights, sub_batches, clip=lambda layers: layers, **arguments):

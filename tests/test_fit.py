@@ -20,11 +20,16 @@ RATES = {
     "extrap_sgd": 0.05,
     "extrap_adam": 0.02,
     "lamb": 0.02,
+    "lans": 0.02,
+    "sgd": 0.05,
+    "adam": 0.02,
+    "adamw": 0.02,
     "vr_sgd": 0.2,
     "vr_momentum": 0.05,
     "vr_adam": 0.02,
     "vr_lars": 0.05,
     "vr_lamb": 0.02,
+    "vr_lans": 0.02,
 }
 EXTRA = {
     "clars": {"trust_coefficient": 0.1},
@@ -276,14 +281,14 @@ def test_converges_on_a_parabola(case):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.quick(case="lamb")
 def test_converges_on_rosenbrock(case):
-    rates = {"sngm": 0.01, "vr_sgd": 2e-3, "vr_momentum": 5e-4, "extrap_sgd": 5e-4}
+    rates = {"sngm": 0.01, "sgd": 2e-3, "vr_sgd": 2e-3, "vr_momentum": 5e-4, "extrap_sgd": 5e-4}
     rate = rates.get(case.name, 0.05)
 
     def loss(w):
         return (1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2
 
     # Without momentum the valley is long.
-    updates = 6000 if case.name in ("vr_sgd", "extrap_adam") else 3000
+    updates = 6000 if case.name in ("sgd", "vr_sgd", "extrap_adam") else 3000
     assert _minimize(case, loss, [-1.0, 1.5], updates, rate) < 1e-2
 
 

@@ -47,6 +47,7 @@ ARGUMENTS["vr_momentum"] = {**ARGUMENTS["vr_sgd"], "momentum": [0.5], "nesterov"
 ARGUMENTS["extrap_sgd"] = {"momentum": [0.0, 0.9], "weight_decay": [None, 1e-2, 3.0]}
 ARGUMENTS["vr_adam"] = ARGUMENTS["extrap_adam"] = ARGUMENTS["lamb"]
 ARGUMENTS["vr_lars"], ARGUMENTS["vr_lamb"] = ARGUMENTS["lars"], ARGUMENTS["lamb"]
+ARGUMENTS["vr_lans"] = ARGUMENTS["lamb"]
 ARGUMENTS["sgd"] = {**ARGUMENTS["vr_sgd"], "momentum": [0.0, 0.9], "nesterov": [False, True]}
 ARGUMENTS["adam"] = ARGUMENTS["adamw"] = ARGUMENTS["lans"] = ARGUMENTS["lamb"]
 

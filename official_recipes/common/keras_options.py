@@ -128,7 +128,7 @@ _NUMBERS: dict[str, tuple[flags.ArgumentParser, str]] = {
     "gamma": (POSITIVE, "Lower end of the clipped GSNR of vr_ optimizers."),
     "beta_1": (BELOW_ONE, "Decay of the first moment."),
     "beta_2": (BELOW_ONE, "Decay of the second moment."),
-    "beta_3": (BELOW_ONE, "Decay of the running GSNR of vr_adam and vr_lamb."),
+    "beta_3": (BELOW_ONE, "Decay of the running GSNR of vr_adam, vr_lamb, vr_lans."),
     "epsilon": (NOT_NEGATIVE, "Added to the denominator of Adam and LAMB."),
     "trust_coefficient": (POSITIVE, "Coefficient of the trust ratio of LARS and CLARS."),
     "default_trust_ratio": (POSITIVE, "Trust ratio of a variable that has none."),

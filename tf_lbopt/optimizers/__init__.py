@@ -10,7 +10,7 @@ from tf_lbopt.optimizers.post_local_sgd import PostLocalSGD
 from tf_lbopt.optimizers.sgd import SGD, Adam, AdamW
 from tf_lbopt.optimizers.sngm import SNGM
 from tf_lbopt.optimizers.variance_reduced import VarianceReduced
-from tf_lbopt.optimizers.vrgd import VRLAMB, VRLARS, VRSGD, VRAdam, VRMomentum
+from tf_lbopt.optimizers.vrgd import VRLAMB, VRLANS, VRLARS, VRSGD, VRAdam, VRMomentum
 
 __all__ = [
     "CLARS",
@@ -20,6 +20,7 @@ __all__ = [
     "SGD",
     "SNGM",
     "VRLAMB",
+    "VRLANS",
     "VRLARS",
     "VRSGD",
     "Accumulated",

@@ -1,4 +1,4 @@
-"""The VRGD optimizers: SGD, momentum, Adam, LARS and LAMB on a weighted gradient."""
+"""The VRGD optimizers: SGD, momentum, Adam, LARS, LAMB and LANS on a weighted gradient."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from tf_lbopt import rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, optimizer
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
-from tf_lbopt.optimizers.layerwise import LAMB, LARS
+from tf_lbopt.optimizers.layerwise import LAMB, LANS, LARS
 
 
 @optimizer("vr_sgd")
@@ -239,3 +239,46 @@ class VRLAMB(GSNRWeighting, LAMB):
     """
 
     arguments: ClassVar = {**LAMB.arguments, "beta_3": 0.9, "gamma": 0.1}
+
+
+@optimizer("vr_lans")
+class VRLANS(GSNRWeighting, LANS):
+    """VR-LANS: `LANS` on the gradient weighted by the running mean of its signal-to-noise ratio.
+
+        r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
+        p ← β₃ p + (1 − β₃) r,   p̂ = p / (1 − β₃ᵗ)
+        LANS on p̂ ḡ
+
+    The paper of VRGD does not have it; it is made as VR-LAMB is. What is normalized is the weighted
+    gradient: ĝ = p̂ ḡ / ‖p̂ ḡ‖, so that the weighting turns it and does not shorten it. `clipnorm` and
+    `global_clipnorm` have no effect, as in `LANS`.
+
+    Args:
+        learning_rate: η. {rate} Defaults to 0.001.
+        beta_1: β₁ in [0, 1), of the momentum and of its part of the step. Defaults to 0.9.
+        beta_2: β₂ in [0, 1). Defaults to 0.999.
+        epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
+        weight_decay: λ ≥ 0, inside the trust ratios. Defaults to `None`.
+        exclude_from_weight_decay: As in `LANS`.
+        exclude_from_layer_adaptation: As in `LANS`.
+        default_trust_ratio: As in `LANS`. Defaults to 1.0.
+        beta_3: β₃ in [0, 1), the decay of p. Defaults to 0.9.
+        {gamma}
+        {common_arguments}
+
+    Raises:
+        {raises}; one replica without accumulation.
+
+    Example:
+        >>> w = keras.Variable([3.0, 4.0])
+        >>> optimizer = VRLANS(learning_rate=0.1, gradient_accumulation_steps=2)
+        >>> optimizer.apply([keras.ops.convert_to_tensor([1.0, 3.0])], [w])
+        >>> optimizer.apply([keras.ops.convert_to_tensor([3.0, -1.0])], [w])
+        >>> [round(float(x), 4) for x in w.numpy()]
+        [2.6464, 3.6464]
+
+    References:
+        {vrgd}, section 4.2, of which it is no part; and that of `LANS`.
+    """
+
+    arguments: ClassVar = {**LANS.arguments, "beta_3": 0.9, "gamma": 0.1}
