@@ -80,12 +80,9 @@ def contenders(weight_decay: float, replicas: int) -> tuple[list[Contender], lis
         for contender in ours
         if contender.name in ("lars", "lamb") and replicas == 1
     ]
-    from_keras = [
-        Contender(f"keras_{cls.__name__.lower()}", _creator(cls, weight_decay=weight_decay or None))
-        for cls in (keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.Lamb)
-    ]
+    from_keras, missing = _keras(weight_decay)
     from_models, skipped = _tf_models(weight_decay)
-    return [*ours, *bases, *from_keras, *from_models], skipped
+    return [*ours, *bases, *from_keras, *from_models], [*missing, *skipped]
 
 
 def update_function(
@@ -186,6 +183,20 @@ def _state_like(variables: Sequence[Any], shapes: Sequence[Shape]) -> float:
     known = set(shapes)
     sizes = (math.prod(v.shape) for v in variables if tuple(v.shape) in known)
     return sum(sizes) / count(shapes)
+
+
+def _keras(weight_decay: float) -> tuple[list[Contender], list[tuple[str, str]]]:
+    # With a weight decay Adam is AdamW.
+    names = ("SGD", "Adam", "Lamb", "Lion", "Muon")
+    missing = [name for name in names if not hasattr(keras.optimizers, name)]
+    return [
+        Contender(
+            f"keras_{name.lower()}",
+            _creator(getattr(keras.optimizers, name), weight_decay=weight_decay or None),
+        )
+        for name in names
+        if name not in missing
+    ], [(f"keras_{name.lower()}", f"Keras {keras.__version__} has none") for name in missing]
 
 
 def _tf_models(weight_decay: float) -> tuple[list[Contender], list[tuple[str, str]]]:

@@ -159,7 +159,7 @@ def parse_options(argv: Sequence[str]) -> Options | None:
         "optimizers",
         "",
         "Comma-separated names: any of tf_lbopt.list_optimizers(), keras_sgd, keras_adam, "
-        "keras_lamb, tf_models_lars, tf_models_lamb. Empty means all.",
+        "keras_lamb, keras_lion, keras_muon, tf_models_lars, tf_models_lamb. Empty means all.",
         flag_values=values,
     )
     define_integer(values, "repeats", 20, "Timed rounds.")

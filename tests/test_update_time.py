@@ -7,6 +7,7 @@ import pytest
 from helpers_benchmarks import assert_bad_flag_ends_in_one_line
 
 import tf_lbopt
+from benchmarks.shapes import count, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {info.name: info for info in tf_lbopt.list_optimizers()}
@@ -15,6 +16,9 @@ SLOTS = {name: len(info.slots) for name, info in OURS.items()} | {
     "keras_sgd": 1,
     "keras_adam": 2,
     "keras_lamb": 2,
+    "keras_lion": 1,
+    # One for matrices and two for all else.
+    "keras_muon": 1 + count([s for s in tiny() if len(s) != 2]) / count(tiny()),
     "tf_models_lars": 1,
     "tf_models_lamb": 2,
 }
@@ -81,7 +85,7 @@ def test_every_optimizer_has_a_row_or_a_reason(record):
     skipped = {entry["name"]: entry["reason"] for entry in record["skipped"]}
     again = set(AGAIN) if record["settings"]["replicas"] == 1 else set()
     assert set(rows) | set(skipped) == set(record["chosen"]) | again
-    assert set(skipped) <= {"tf_models_lars", "tf_models_lamb"}
+    assert set(skipped) <= {"tf_models_lars", "tf_models_lamb", "keras_muon"}
     for row in rows.values():
         assert len(row["all_ms"]) == 3
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]

@@ -134,6 +134,8 @@ _FIRST_RATES_WITH_WARMUP = {
     "VR-LAMB, warm-up": 0.04,
     "Adam, warm-up": 0.004,
     "VR-Adam, warm-up": 0.004,
+    "Lion, warm-up": 0.0004,
+    "Muon, warm-up": 0.004,
 }
 # At other batches every optimizer in one way, momentum in two: those of which the papers say so
 # without warm-up. Best at 4096 (with Nesterov, EXTRAP and VR-SGD a guess of it), from which the
@@ -154,8 +156,11 @@ _RATES_OF_4096 = {
     "VR-LAMB, warm-up": 0.02,
     "VR-SGD, warm-up": 0.25,
     "EXTRAP-ADAM, warm-up": 0.004,
+    # As first above: guesses from Adam's.
+    "Lion, warm-up": 0.0004,
+    "Muon, warm-up": 0.004,
 }
-BASELINES = ("momentum", "Nesterov momentum", "Adam", "LARS", "LAMB")
+BASELINES = ("momentum", "Nesterov momentum", "Adam", "Lion", "Muon", "LARS", "LAMB")
 FAMILIES = {
     "SGD": ("momentum", "Nesterov momentum", "VR-Momentum", "VR-SGD", "EXTRAP-SGD"),
     "layer-wise or normalized": (
@@ -165,7 +170,8 @@ FAMILIES = {
         "SNGM",
         "CLARS",
     ),
-    "Adam": ("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB"),
+    # In the place of Adam's: Lion takes signs, Muon orthogonalizes. "Adam" is Keras's AdamW.
+    "Adam": ("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB", "Lion", "Muon"),
 }
 """Optimizers by what they stand on; each has its colour within its family's plot."""
 
@@ -286,7 +292,7 @@ RESNET20 = Study(
             [
                 replace(
                     _contender("momentum, warm-up", 0.8, 1.0),
-                    # Equal to Keras's momentum, which does not accumulate in the recipes.
+                    # Equal to Keras's momentum, which did not accumulate in the recipes.
                     settings={"optimizer": "vr_momentum", "gamma": 1.0, "warmup_epochs": 1.0},
                 ),
                 _contender("LARS, warm-up", 8.0, 1.0),

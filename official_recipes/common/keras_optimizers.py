@@ -81,15 +81,11 @@ _STOCK: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, Any]]] = {
     "momentum": (keras.optimizers.SGD, {"momentum": 0.9}),
     "nesterov": (keras.optimizers.SGD, {"momentum": 0.9, "nesterov": True}),
     "adam": (keras.optimizers.AdamW, {"weight_decay": 0.0}),
+    "lion": (keras.optimizers.Lion, {"weight_decay": 0.0}),
 }
-
-# With γ = 1 VRGD weighs nothing, and its optimizers are their bases.
-_EQUAL_TO_STOCK = {
-    "sgd": "vr_sgd --gamma=1",
-    "momentum": "vr_momentum --gamma=1",
-    "nesterov": "vr_momentum --gamma=1 --nesterov",
-    "adam": "vr_adam --gamma=1",
-}
+if hasattr(keras.optimizers, "Muon"):  # older versions have none
+    _STOCK["muon"] = (keras.optimizers.Muon, {"weight_decay": 0.0})
+_OF_KERAS = {factory for factory, _ in _STOCK.values()}
 
 
 def known_optimizers() -> tuple[str, ...]:
@@ -115,6 +111,9 @@ def make_optimizer(
         raise FlagValueError("optimizer", f"one of {', '.join(known_optimizers())}", repr(name))
     schedule = make_schedule(options.schedule, options.batch_size, updates_per_epoch, epochs)
     factory, arguments = _stock(options) if name in _STOCK else _ours(options)
+    accumulation: dict[str, Any] = {}
+    if options.gradient_accumulation_steps > 1:
+        accumulation["gradient_accumulation_steps"] = options.gradient_accumulation_steps
     accepted = {*inspect.signature(factory).parameters, *_OF_ALL}
     for argument in arguments:
         if argument not in accepted:
@@ -124,7 +123,12 @@ def make_optimizer(
                 arguments[argument],
             )
     try:
-        optimizer = factory(learning_rate=schedule, **arguments)
+        if accumulation and factory in _OF_KERAS:
+            clip = arguments.pop("global_clipnorm", None)
+            optimizer = factory(learning_rate=schedule, **arguments)
+            optimizer = tf_lbopt.Accumulated(optimizer, **accumulation, global_clipnorm=clip)
+        else:
+            optimizer = factory(learning_rate=schedule, **arguments, **accumulation)
         if options.post_local is not None:
             optimizer = tf_lbopt.PostLocalSGD(
                 optimizer,
@@ -141,14 +145,9 @@ def make_optimizer(
 
 def _stock(options: TrainingOptions) -> tuple[Any, dict[str, Any]]:
     factory, defaults = _STOCK[options.optimizer]
-    if options.gradient_accumulation_steps > 1:
-        raise FlagValueError(
-            "gradient_accumulation_steps",
-            f"1 for Keras's {options.optimizer} (accumulation needs an optimizer of tf_lbopt; "
-            f"--optimizer={_EQUAL_TO_STOCK[options.optimizer]} is the same)",
-            options.gradient_accumulation_steps,
-        )
     arguments = {**defaults, **options.optimizer_arguments}
+    if options.optimizer == "muon":  # one decay for all, as in the others
+        arguments["adam_weight_decay"] = arguments["weight_decay"]
     if factory is keras.optimizers.SGD and arguments.get("weight_decay"):
         # Keras's is decoupled: it does not pass through the momentum, so that the same number
         # decays weights ten times less at momentum 0.9. Papers mean the coupled one.
@@ -160,10 +159,7 @@ def _ours(options: TrainingOptions) -> tuple[Any, dict[str, Any]]:
     row = next(row for row in tf_lbopt.list_optimizers() if row.name == options.optimizer)
     if row.needs_sub_batches:
         _check_sub_batches(options)
-    arguments: dict[str, Any] = dict(options.optimizer_arguments)
-    if options.gradient_accumulation_steps > 1:
-        arguments["gradient_accumulation_steps"] = options.gradient_accumulation_steps
-    return row.cls, arguments
+    return row.cls, dict(options.optimizer_arguments)
 
 
 def _check_sub_batches(options: TrainingOptions) -> None:

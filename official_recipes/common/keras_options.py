@@ -179,7 +179,7 @@ def define_training_flags(
         "optimizer",
         "momentum",
         "Any of tf_lbopt.list_optimizers(), or of Keras: sgd, momentum, nesterov (SGD with coupled "
-        "weight decay), adam (AdamW).",
+        "weight decay), adam (AdamW), lion, muon.",
         flag_values=values,
     )
     define_positive_float(values, "learning_rate", None, "Peak learning rate. Required.")
@@ -233,7 +233,7 @@ def define_training_flags(
         values,
         "gradient_accumulation_steps",
         1,
-        "Micro-steps per update, each on as large a part of the batch (tf_lbopt's optimizers).",
+        "Micro-steps per update, each on as large a part of the batch.",
     )
     flags.DEFINE(
         NOT_NEGATIVE,

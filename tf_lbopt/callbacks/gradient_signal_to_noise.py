@@ -75,6 +75,7 @@ class GradientSignalToNoise(EpochNumbers):
         if not isinstance(optimizer, GSNRWeighting):
             raise ValueError(
                 "GradientSignalToNoise needs a VRGD optimizer (VRSGD, VRMomentum, VRAdam, VRLARS, "
-                f"VRLAMB, VRLANS or VarianceReduced). Received: {type(self.model.optimizer).__name__}"
+                "VRLAMB, VRLANS or VarianceReduced). "
+                f"Received: {type(self.model.optimizer).__name__}"
             )
         return optimizer

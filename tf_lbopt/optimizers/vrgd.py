@@ -250,8 +250,8 @@ class VRLANS(GSNRWeighting, LANS):
         LANS on p̂ ḡ
 
     The paper of VRGD does not have it; it is made as VR-LAMB is. What is normalized is the weighted
-    gradient: ĝ = p̂ ḡ / ‖p̂ ḡ‖, so that the weighting turns it and does not shorten it. `clipnorm` and
-    `global_clipnorm` have no effect, as in `LANS`.
+    gradient, ĝ = p̂ ḡ / ‖p̂ ḡ‖: the weighting changes its direction and not its length. `clipnorm`
+    and `global_clipnorm` have no effect, as in `LANS`.
 
     Args:
         learning_rate: η. {rate} Defaults to 0.001.
