@@ -288,6 +288,27 @@ def mean_gradients(gradients):
     ]
 
 
+def adasum(gradients):
+    """``[update][layer]`` in float64, from ``[update][replica][layer]``, neighbours first."""
+    results = []
+    for update in gradients:
+        level = [[np.asarray(g, np.float64) for g in layers] for layers in update]
+        while len(level) > 1:
+            level = [
+                [_adasum_of_two(a, b) for a, b in zip(*pair, strict=True)]
+                for pair in zip(level[::2], level[1::2], strict=True)
+            ]
+        results.append(level[0])
+    return results
+
+
+def _adasum_of_two(a, b):
+    dot = np.sum(a * b)
+    of_a = dot / (2 * np.sum(a * a)) if np.any(a) else 0.0
+    of_b = dot / (2 * np.sum(b * b)) if np.any(b) else 0.0
+    return (1 - of_a) * a + (1 - of_b) * b
+
+
 def mean_norms(sub_batches):
     """``[update][layer]`` N over the live sub-batches, from ``[update][sub-batch][layer]``."""
     results = []

@@ -87,6 +87,8 @@ class Pipeline:
             there must be no statistics.
         prepare: In the cross-replica context, once per update: what all replicas must agree on (the
             learning rate).
+        reduction: `sum_over_replicas`, or what takes its place for the gradients; of the latter
+            there must be no statistics.
         update: On each replica, given ``anchor``, what ``prepare`` returned and `Sums`: makes the
             update; returns whether the gradients were finite.
     """
@@ -101,6 +103,7 @@ class Pipeline:
     accumulation: Accumulation | None
     summed: bool
     prepare: Callable[[], tf.Tensor]
+    reduction: Callable[..., list[Any]]
     update: Callable[[tf.Variable, tf.Tensor, Sums], list[tf.Tensor]]
 
     def run(
@@ -179,7 +182,7 @@ class Pipeline:
         if not counted and gradients is not None:
             if self.summed:
                 return Sums(list(gradients))
-            totals = sum_over_replicas(self.strategy, gradients, self.variables)
+            totals = self.reduction(self.strategy, gradients, self.variables)
             return Sums(totals, own=[gradients] if OWN_GRADIENT in self.statistics else [])
 
         def read(local: list[Gradient] | None, local_norms: tf.Tensor | None) -> list[Any]:
@@ -195,7 +198,7 @@ class Pipeline:
         totals = own[:end]
         if not self.summed:
             destinations = [*self.variables, *[self.anchor] * (end - size)]
-            totals = sum_over_replicas(self.strategy, totals, destinations)
+            totals = self.reduction(self.strategy, totals, destinations)
         numbers = totals[size:]
         live = numbers[0] if counted else None
         deviations = None

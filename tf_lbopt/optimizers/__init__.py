@@ -1,6 +1,7 @@
 """The Keras 3 classes."""
 
 from tf_lbopt.optimizers.accumulated import Accumulated
+from tf_lbopt.optimizers.adasum import Adasum
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
@@ -26,6 +27,7 @@ __all__ = [
     "Accumulated",
     "Adam",
     "AdamW",
+    "Adasum",
     "ExtrapAdam",
     "ExtrapSGD",
     "LossScaleOptimizer",

@@ -26,6 +26,7 @@ from tf_lbopt.aggregation.replicas import (
     once_for_all_replicas,
     replica_context_of,
     replica_number,
+    sum_over_replicas,
 )
 from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
 from tf_lbopt.optimizers import saved_state
@@ -85,6 +86,9 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
     # Of the framework's optimizer.
     built: bool
     iterations: Variable
+
+    reduction = staticmethod(sum_over_replicas)
+    """How the replicas' gradients become one."""
 
     trained: Trained
     """The variables that it was built with; there is none before `build`."""
@@ -272,6 +276,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             accumulation=self._accumulation,
             summed=summed,
             prepare=self._read_learning_rate,
+            reduction=self.reduction,
             update=functools.partial(update, known, loss_scale, after),
         )
         own = prepared(

@@ -1,7 +1,7 @@
 """The optimizers of `tf_lbopt` for tf_keras (Keras 2), which tf-models-official is written in.
 
 The classes have the names and arguments of those for Keras 3 and are made of the same algorithms;
-`loss_scale_factor` is missing, as in tf_keras, and so are `PostLocalSGD`, `Accumulated`,
+`loss_scale_factor` is missing, as in tf_keras, and so are `PostLocalSGD`, `Accumulated`, `Adasum`,
 `VarianceReduced` and `LossScaleOptimizer`. They are new-style optimizers
 (`tf_keras.optimizers.Optimizer`, not `tf_keras.optimizers.legacy`), work with `compile` and `fit`,
 in custom loops (those of `ExtrapSGD` and `ExtrapAdam` wrap their step in `extrapolated`), under
