@@ -93,6 +93,7 @@ def parsed(*arguments):
         (["--learning_rate=0.1", "--warmup_epochs=20", "--epochs=20"], ["warmup_epochs", "20"]),
         (["--learning_rate=0.1", "--schedule=inverse_sqrt"], ["warmup_epochs"]),
         (["--learning_rate=0.1", "--resume"], ["resume", "model_dir"]),
+        (["--learning_rate=0.1", "--new_optimizer"], ["new_optimizer", "resume"]),
         (["--learning_rate=0.1", "--freeze_epochs=2"], ["freeze_layers", "freeze_epochs", "2"]),
         (["--learning_rate=0.1", "--momentum=1"], ["momentum", "[0, 1)"]),
         (["--learning_rate=0.1", "--data_dir=nowhere"], ["data_dir", "CIFAR-10", "nowhere"]),
@@ -588,6 +589,48 @@ def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
     assert written["train_loss"] == resumed.train_loss
     other = train(task_of(), dataclasses.replace(options, model_dir=None, seed=2), strategy_of(2))
     assert not np.allclose(other.train_loss, whole.train_loss, rtol=1e-3)
+
+
+def test_another_optimizer_goes_on(tmp_path, capsys):
+    """With weights, updates and momentum, where it has the same; and is then that of the run."""
+    first = dataclasses.replace(FAST, epochs=1, replicas=1, model_dir=tmp_path)
+    train(task_of(), first, strategy_of(1))
+    then = dataclasses.replace(
+        first,
+        optimizer="vr_momentum",
+        optimizer_arguments={"gamma": 1.0},  # which is the same
+        gradient_accumulation_steps=2,
+        schedule=ScheduleOptions("step", 0.05, None, "sqrt", 1.0, (2.0,), 0.1, 0.0, 0.0),
+        epochs=3,
+        resume=True,
+    )
+    with pytest.raises(FlagValueError, match="--boundaries: .* as in the run to resume"):
+        train(task_of(), then, strategy_of(1))
+    then = dataclasses.replace(then, new_optimizer=True)
+    with pytest.raises(FlagValueError, match="--seed: expected 1, as in the run to resume"):
+        train(task_of(), dataclasses.replace(then, seed=2), strategy_of(1))
+    whole = train(
+        task_of(),
+        dataclasses.replace(first, epochs=3, schedule=then.schedule, model_dir=None),
+        strategy_of(1),
+    )
+    capsys.readouterr()
+    result = train(task_of(), then, strategy_of(1))
+    assert capsys.readouterr().out == (
+        "vr_momentum begins after 1 epochs with the momentum of momentum\n"
+    )
+    np.testing.assert_allclose(result.train_loss, whole.train_loss, rtol=1e-4)
+    assert result.updates == 30
+    again = train(task_of(), then, strategy_of(1))  # as after a kill
+    assert again.resumed_from == 3
+    assert capsys.readouterr().out == ""
+    earlier = [{"optimizer": "momentum", "optimizer_arguments": {}, "epochs": 1}]
+    assert again.record()["earlier_optimizers"] == earlier
+    adam = dataclasses.replace(then, optimizer="adam", optimizer_arguments={})
+    adam = dataclasses.replace(adam, gradient_accumulation_steps=1)
+    assert train(task_of(), adam, strategy_of(1)).updates == 30
+    said = "adam begins after 3 epochs without the past of vr_momentum\n"
+    assert capsys.readouterr().out == said
 
 
 def test_damaged_runs_are_not_resumed(tmp_path):

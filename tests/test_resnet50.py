@@ -25,6 +25,7 @@ from harness_recipes import (
 )
 
 import tf_lbopt.tf_keras
+import tf_lbopt.tfm
 from official_recipes.common import checkpoints, remote, tfm_training
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.interruption import Interrupted, Interruption
@@ -415,7 +416,7 @@ def test_another_optimizer_is_refused_and_begins_anew_where_it_may(saved, capsys
     with pytest.raises(FlagValueError, match=r"the same optimizer, vr_adam .*-1 of sngm$"):
         _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), "vr_adam")
     after = _resumed(path, tf_lbopt.tf_keras.VRAdam(0.1), "vr_adam", new_optimizer=True)
-    assert "the optimizer vr_adam begins anew at step 3" in capsys.readouterr().out
+    assert "the optimizer vr_adam begins at step 3 without a past: the c" in capsys.readouterr().out
     assert int(after.global_step) == int(after.optimizer.iterations) == 3
     for old, new in zip(before.model.variables, after.model.variables, strict=True):
         np.testing.assert_array_equal(old, new)
@@ -425,6 +426,41 @@ def test_another_optimizer_is_refused_and_begins_anew_where_it_may(saved, capsys
         _resumed(path, tf_keras.optimizers.legacy.SGD(), "sgd")
     legacy = _resumed(path, tf_keras.optimizers.legacy.SGD(), "sgd", new_optimizer=True)
     assert int(legacy.optimizer.iterations) == 3
+
+
+@pytest.mark.parametrize(
+    ("former", "kind", "kept"),
+    [
+        ("clars", "lbopt_lars", True),
+        ("lbopt_lars", "vr_momentum", True),
+        ("clars", "sngm", False),
+        ("sngm", "lbopt_sgd", False),
+    ],
+)
+def test_momentum_that_means_the_same_goes_on(tmp_path, former, kind, kept, capsys):
+    """As after CLARS's first epochs; SNGM's is no velocity."""
+
+    def optimizer(name):
+        arguments = {"trust_coefficient": 0.1} if name == "clars" else {}
+        arguments |= {"momentum": 0.9} if name == "lbopt_sgd" else {}
+        return tf_lbopt.tfm.REGISTRATIONS[name].cls(0.1, **arguments)
+
+    before = _trainer(optimizer(former))
+    variables = before.model.trainable_variables
+    for _ in range(2):
+        before.optimizer.apply_gradients([(tf.ones_like(v), v) for v in variables])
+        before.global_step.assign_add(1)
+    checkpoints.Resumption(before, "runs", former, False).check()
+    path = before.checkpoint.save(str(tmp_path / "ckpt"))
+    after = _resumed(path, optimizer(kind), kind, new_optimizer=True)
+    slots = [
+        [v.numpy() for v in of.optimizer.variables if v.name.startswith("momentum")]
+        for of in (before, after)
+    ]
+    assert [len(of) for of in slots] == [2, 2]
+    for old, new in zip(*slots, strict=True):
+        np.testing.assert_array_equal(new, old if kept else 0 * old)
+    assert ("with the momentum of" in capsys.readouterr().out) == kept
 
 
 def test_more_variables_of_the_same_optimizer_are_told(saved, capsys):

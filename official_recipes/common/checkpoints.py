@@ -1,4 +1,4 @@
-"""Checkpoints of tf-models' trainers: to begin from, and to go on from.
+"""Checkpoints: to begin from, and to go on from, also with another optimizer.
 
 TensorFlow restores what fits and says nothing of the rest. Here what does not fit is an error.
 """
@@ -17,6 +17,9 @@ from official_recipes.common.remote import reach
 _INIT_FIELD = "task.init_checkpoint"
 _KIND_KEY = "optimizer_kind/.ATTRIBUTES/py_state"
 _NAMES_SHOWN = 3
+_SLOT_KEY = re.compile(r"(optimizer/(?:\w+/)?)_variables/(\d+)/\.ATTRIBUTES/VARIABLE_VALUE")
+# Whose momentum is the velocity of Keras's SGD: the last step's part that goes on.
+_WITH_VELOCITY = ("sgd", "momentum", "nesterov", "vr_momentum", "lars", "vr_lars", "clars")
 _UNREADABLE = (tf.errors.OpError, ValueError, IndexError, RuntimeError)
 
 
@@ -163,6 +166,7 @@ class Resumption:
         self._path = ""
         self.recorded: str | None = None
         self._status: Any = None
+        self._begins_anew = False
 
     def restore(self, path: str) -> None:
         """Restores step, model and optimizer; call `check` when the optimizer has its variables.
@@ -173,12 +177,12 @@ class Resumption:
         Raises:
             FlagValueError: It is another model's or another optimizer's, or can not be read.
         """
-        self._path, self._status = path, None
+        self._path, self._status, self._begins_anew = path, None, False
         self.recorded = recorded = self._recorded()
         if None not in (self._kind, recorded) and recorded != self._kind:
             if not self._new_optimizer:
                 raise self._other_optimizer(f"of {recorded}")
-            self._begin_anew(recorded)
+            self._begin_anew()
             return
         try:
             self._status = _read(self._trainer.checkpoint, path)
@@ -188,7 +192,7 @@ class Resumption:
                 return
             if not self._new_optimizer:
                 raise self._other_optimizer(str(error)) from error
-            self._begin_anew("another one")
+            self._begin_anew()
 
     def check(self) -> None:
         """Checks that the checkpoint had everything that there is; new ones name the optimizer.
@@ -203,18 +207,27 @@ class Resumption:
                 self._restore_model()  # Or else it is the model's.
                 self._tell_or_raise(error)
             self._status = None
+        if self._begins_anew:
+            self._take_velocity()
+            self._begins_anew = False
         if self._kind is not None:
             self._trainer.checkpoint.optimizer_kind = OptimizerKind(self._kind)
 
-    def _begin_anew(self, former: str | None) -> None:
+    def _begin_anew(self) -> None:
         self._restore_model()
+        self._begins_anew = True
         step = self._trainer.global_step
         for optimizer in optimizers_of(self._trainer.optimizer):
             optimizer.iterations.assign(tf.cast(step, optimizer.iterations.dtype))
-        print(
-            f"the optimizer {self._kind} begins anew at step {step.numpy()}: the checkpoint is of "
-            f"{former}"
-        )
+
+    def _take_velocity(self) -> None:
+        former, kind = self.recorded or "another one", self._kind or ""
+        begins = f"the optimizer {kind} begins at step {self._trainer.global_step.numpy()}"
+        one, *more = optimizers_of(self._trainer.optimizer)
+        if not more and take_velocity(self._path, former, one, kind):
+            print(f"{begins} with the momentum of {former}, of which the checkpoint is")
+        else:
+            print(f"{begins} without a past: the checkpoint is of {former}")
 
     def _tell_or_raise(self, error: MismatchError) -> None:
         if self._kind is None:
@@ -250,9 +263,44 @@ class Resumption:
         return FlagValueError(
             "model_dir",
             f"a new folder, or one with checkpoints of the same optimizer, {self._kind} (or "
-            f"--new_optimizer, to begin with an optimizer without its past)",
+            f"--new_optimizer, to go on with this one)",
             received if self._path in received else f"{self._path} {received}",
         )
+
+
+def take_velocity(path: str, former: str, optimizer: Any, kind: str) -> bool:
+    """Gives an optimizer the momentum of another one, if both mean the same by it.
+
+    Args:
+        path: A checkpoint.
+        former: The name of the optimizer that it is of, in the registration or of Keras.
+        optimizer: With its variables, which are of the checkpoint's model.
+        kind: Its name.
+
+    Returns:
+        Whether it was given it.
+    """
+    if not {former.removeprefix("lbopt_"), kind.removeprefix("lbopt_")} <= {*_WITH_VELOCITY}:
+        return False
+    variables = optimizer.variables
+    slots = [
+        variable
+        for variable in (variables() if callable(variables) else variables)
+        if re.search(r"_momentum$|^momentum/", getattr(variable, "path", variable.name))
+    ]
+    reader = tf.train.load_checkpoint(path)
+    keys: dict[str, list[tuple[int, str]]] = {}  # of an optimizer, or of one around it
+    for key in reader.get_variable_to_shape_map():
+        if match := _SLOT_KEY.fullmatch(key):
+            keys.setdefault(match[1], []).append((int(match[2]), key))
+    shapes = [tuple(slot.shape) for slot in slots]
+    for numbered in keys.values():
+        values = [reader.get_tensor(key) for _, key in sorted(numbered)[: len(slots)]]
+        if slots and [value.shape for value in values] == shapes:
+            for slot, value in zip(slots, values, strict=True):
+                slot.assign(value)
+            return True
+    return False
 
 
 def optimizers_of(optimizer: Any) -> Iterator[Any]:

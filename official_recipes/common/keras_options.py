@@ -97,6 +97,7 @@ class TrainingOptions:
         evaluate_every: Epochs from one evaluation to the next; 0 for only after the last.
         model_dir: Where checkpoints, logs and the result are, or ``None`` to keep nothing.
         resume: Whether to go on from the last checkpoint in `model_dir`.
+        new_optimizer: Whether the optimizer, its schedule and the number of epochs may then be others.
         checkpoint_every: Epochs from one checkpoint to the next.
         result_file: A file of JSON rows to append the result to, or ``None``.
     """
@@ -117,6 +118,7 @@ class TrainingOptions:
     evaluate_every: int = 1
     model_dir: Path | None = None
     resume: bool = False
+    new_optimizer: bool = False
     checkpoint_every: int = 1
     result_file: Path | None = None
 
@@ -286,6 +288,12 @@ def define_training_flags(
         "resume", False, "Go on from the last checkpoint in --model_dir.", flag_values=values
     )
     flags.DEFINE_boolean(
+        "new_optimizer",
+        False,
+        "With --resume: go on with another optimizer, other rates or other --epochs.",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
         "dry_run",
         False,
         "Make two updates, say what they take, and end; nothing is written.",
@@ -389,6 +397,8 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         raise FlagValueError("learning_rate", "a positive number", "none (it has no default)")
     if values.resume and not values.model_dir:
         raise FlagValueError("resume", "to be given together with --model_dir", "no --model_dir")
+    if values.new_optimizer and not values.resume:
+        raise FlagValueError("new_optimizer", "to be given together with --resume", "no --resume")
     if bool(values.freeze_layers) != bool(values.freeze_epochs):
         raise FlagValueError(
             "freeze_layers",
@@ -416,6 +426,7 @@ def training_options(values: flags.FlagValues) -> TrainingOptions:
         evaluate_every=values.evaluate_every,
         model_dir=None if values.model_dir is None else Path(values.model_dir),
         resume=values.resume,
+        new_optimizer=values.new_optimizer,
         checkpoint_every=values.checkpoint_every,
         result_file=None if values.result_file is None else Path(values.result_file),
     )

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_lbopt
+from official_recipes.common.checkpoints import take_velocity
 from official_recipes.common.data_format import data_of_flag
 from official_recipes.common.files import append_row, plain, read_json, write_json
 from official_recipes.common.flag_parsing import FlagValueError
@@ -42,7 +43,14 @@ _FLAGS = {
 # What a trained model does not depend on.
 _OF_TRAINING = ("augmentation", "label_smoothing")
 # What may change between a run and its continuation.
-_NOT_OF_THE_RUN = ("model_dir", "resume", "result_file", "checkpoint_every", "device")
+_NOT_OF_THE_RUN = (
+    *("model_dir", "resume", "new_optimizer", "result_file", "checkpoint_every", "device"),
+)
+# What may with a new optimizer.
+_OF_THE_OPTIMIZER = (
+    *("optimizer", "optimizer_arguments", "schedule", "epochs", "gradient_accumulation_steps"),
+    *("post_local", "freeze_layers", "freeze_epochs", "evaluate_every"),
+)
 
 Metrics = dict[str, float]
 
@@ -141,6 +149,7 @@ class RunResult:
         metrics: Of each evaluation, with ``epoch``, as ``<split>_<metric>``.
         seconds: Wall time of training and evaluation, earlier parts of a resumed run included.
         resumed_from: Epochs after which the run was resumed, if it was.
+        earlier: Other optimizers that the run began with, each with its last epoch.
     """
 
     task: str
@@ -151,6 +160,7 @@ class RunResult:
     metrics: list[Metrics]
     seconds: float
     resumed_from: int | None = None
+    earlier: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -171,6 +181,7 @@ class RunResult:
             "evaluations": self.metrics,
             "seconds": round(self.seconds, 2),
             "resumed_from": self.resumed_from,
+            "earlier_optimizers": self.earlier,
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         }
         return plain(content)
@@ -244,7 +255,9 @@ def train(
     model = compiled_model(task, options, strategy)
     per_epoch = updates_per_epoch(task, options)
     run = RunResult(task.name, dict(task.settings), options, 0, [], [], 0.0)
-    checkpoints = _Checkpoints(model, strategy, run) if options.model_dir is not None else None
+    checkpoints = (
+        _Checkpoints(model, strategy, run, task) if options.model_dir is not None else None
+    )
     first = checkpoints.restore() if checkpoints is not None else 0
     progress = _Progress(task, run, first, per_epoch, on_update, on_epoch)
     callbacks: list[keras.callbacks.Callback] = [keras.callbacks.TerminateOnNaN(), progress]
@@ -436,13 +449,16 @@ class _Checkpoints(keras.callbacks.Callback):
     """Saves model, optimizer and curves after epochs, and brings them back."""
 
     def __init__(
-        self, model: keras.Model, strategy: tf.distribute.Strategy, run: RunResult
+        self, model: keras.Model, strategy: tf.distribute.Strategy, run: RunResult, task: Task
     ) -> None:
         super().__init__()
         assert run.options.model_dir is not None
+        self._task = task
+        self._changed_settings: dict[str, Any] | None = None
         self._folder = run.options.model_dir
         self._run = run
         self._epoch = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._trained = model
         with strategy.scope():
             model.optimizer.build(model.trainable_variables)
         self._checkpoint = tf.train.Checkpoint(
@@ -470,20 +486,52 @@ class _Checkpoints(keras.callbacks.Callback):
         with data_of_flag("model_dir", "a run that can be resumed"):
             saved = read_json(settings)
             history = read_json(self._folder / _HISTORY, "train_loss", "metrics", "seconds")
-        self._check_settings(saved, now)
+        run = self._run
+        may_differ = _OF_THE_OPTIMIZER if run.options.new_optimizer else ()
+        self._check_settings(*(_without(may_differ, of) for of in (saved, now)))
+        of_optimizer = [_only(("optimizer", "optimizer_arguments"), of) for of in (saved, now)]
+        changed = of_optimizer[0] != of_optimizer[1]
         try:
-            self._checkpoint.restore(path).assert_existing_objects_matched()
+            if changed:
+                self._restore_model(path)
+            else:
+                self._checkpoint.restore(path).assert_existing_objects_matched()
         except _UNREADABLE as error:
             raise FlagValueError(
                 "model_dir", "a run that can be resumed", f"{path}: {error}"
             ) from error
         epoch = int(self._epoch.numpy())
-        run = self._run
+        run.earlier = history.get("earlier_optimizers", [])
+        if changed:
+            self._change_optimizer(path, epoch, of_optimizer[0])
+        self._changed_settings = now if saved != now else None
         run.train_loss = [math.nan if x is None else x for x in history["train_loss"][:epoch]]
         run.metrics = [row for row in history["metrics"] if row["epoch"] <= epoch]
         run.seconds = history["seconds"][epoch - 1]
         run.resumed_from = epoch
         return epoch
+
+    def _restore_model(self, path: str) -> None:
+        # Its own checkpoint would read the optimizer that it is compiled with, too.
+        other = self._task.build_model()
+        saved = tf.train.Checkpoint(model=other, epoch=self._epoch)
+        saved.read(path).expect_partial().assert_existing_objects_matched()
+        for variable, value in zip(self._trained.variables, other.variables, strict=True):
+            variable.assign(value)
+
+    def _change_optimizer(self, path: str, epoch: int, former: dict[str, Any]) -> None:
+        run, optimizer = self._run, self._trained.optimizer
+        updates = epoch * updates_per_epoch(self._task, run.options)
+        optimizer.iterations.assign(updates)
+        run.earlier = [e for e in run.earlier if e["epochs"] < epoch]
+        run.earlier.append({**former, "epochs": epoch})
+        name, before = run.options.optimizer, former["optimizer"]
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        kept = take_velocity(path, before, inner, name)
+        print(
+            f"{name} begins after {epoch} epochs "
+            + (f"with the momentum of {before}" if kept else f"without the past of {before}")
+        )
 
     def _check_settings(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
         before, after = _by_flag(saved), _by_flag(now)
@@ -500,6 +548,9 @@ class _Checkpoints(keras.callbacks.Callback):
         if last or (epoch + 1) % options.checkpoint_every == 0:
             self._epoch.assign(epoch + 1)
             self._manager.save()
+            if self._changed_settings is not None:  # not before the checkpoint is theirs
+                write_json(self._folder / _SETTINGS, self._changed_settings)
+                self._changed_settings = None
 
     def _append_history(self) -> None:
         path = self._folder / _HISTORY
@@ -514,8 +565,17 @@ class _Checkpoints(keras.callbacks.Callback):
                 "train_loss": run.train_loss,
                 "metrics": run.metrics,
                 "seconds": seconds,
+                "earlier_optimizers": run.earlier,
             },
         )
+
+
+def _only(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def _without(names: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _by_flag(settings: dict[str, Any]) -> dict[str, Any]:

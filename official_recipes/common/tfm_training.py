@@ -263,8 +263,8 @@ def parse_options(
     flags.DEFINE_boolean(
         "new_optimizer",
         False,
-        "Go on from a checkpoint of another optimizer: weights and step are taken from it, the "
-        "optimizer begins without its past.",
+        "Go on from a checkpoint of another optimizer: weights and step are its, and the "
+        "momentum where it means the same.",
         flag_values=values,
     )
     for mode, (flag, kind) in _OUTPUTS.items():
