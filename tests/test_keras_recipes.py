@@ -604,7 +604,7 @@ def test_another_optimizer_goes_on(tmp_path, capsys):
         epochs=3,
         resume=True,
     )
-    with pytest.raises(FlagValueError, match="--boundaries: .* as in the run to resume"):
+    with pytest.raises(FlagValueError, match=r"--boundaries: .* as in the run to resume"):
         train(task_of(), then, strategy_of(1))
     then = dataclasses.replace(then, new_optimizer=True)
     with pytest.raises(FlagValueError, match="--seed: expected 1, as in the run to resume"):

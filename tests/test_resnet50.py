@@ -1,5 +1,7 @@
 """The ResNet recipe: its configurations, its command line, and one short training."""
 
+import functools
+import io
 import json
 import os
 import re
@@ -363,6 +365,52 @@ def test_synthetic_images():
     images, labels = next(iter(synthetic_images(4, [16, 16, 3], 64, is_training=True)))
     means = np.stack([images.numpy()[labels.numpy() == c].mean(0) for c in range(4)])
     assert np.abs(means[0] - means[1]).mean() > 0.5
+
+
+def _densenet_task(size, **backbone):
+    from official.core import task_factory
+
+    params = _params(next(file for file in CONFIGS if file.stem == "clars_16k_densenet121"))
+    model = {"num_classes": 4, "input_size": [32, size, 3], "backbone": backbone}
+    model["norm_activation"] = {"norm_momentum": 0.8}
+    params.override({"task": {"model": model, "losses": {"l2_weight_decay": 0.5}}})
+    return task_factory.get_task(params.task)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1, 1, 1), pytest.param(None, marks=pytest.mark.long)])
+def test_densenet(blocks, monkeypatch):
+    """Keras's own network, with the task's normalization and decay of kernels."""
+    from official_recipes.resnet50 import densenet
+
+    build = tf_keras.applications.DenseNet121
+    if blocks is not None:
+        build = functools.partial(sys.modules[build.__module__].DenseNet, list(blocks))
+    monkeypatch.setitem(densenet._NETWORKS, 121, build)
+    task = _densenet_task(32)
+    built = task.build_model()
+    whole = build(weights=None, classes=4, input_shape=(32, 32, 3))
+    assert built.count_params() == whole.count_params()
+    layers = built.backbone.layers
+    norms = [x for x in layers if isinstance(x, tf_keras.layers.BatchNormalization)]
+    assert {(x.momentum, x.epsilon) for x in norms} == {(0.8, 1e-5)}
+    kernels = [x for x in layers if isinstance(x, tf_keras.layers.Conv2D)]
+    assert {float(x.kernel_regularizer.l2) for x in kernels} == {0.25}
+    excluded = "|".join(task.task_config.exclude_from_weight_decay)
+    decayed = [v for v in built.trainable_variables if not re.search(excluded, v.name)]
+    assert len(decayed) == len(kernels) + 1
+    assert built(tf.zeros([2, 32, 32, 3])).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "backbone", "said"),
+    [
+        (32, {"densenet": {"model_id": 122}}, "model_id: one of 121, 169, 201, received 122"),
+        (31, {}, r"task.model.input_size: at least 32x32 for densenet, received \[32, 31, 3\]"),
+    ],
+)
+def test_densenets_that_there_are_not(size, backbone, said):
+    with pytest.raises(FlagValueError, match=said):
+        _densenet_task(size, **backbone).build_model()
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -892,7 +940,8 @@ class _Names:
         return [*self._names, *self._contents]
 
     def read(self, name):
-        return self._contents[name].encode()
+        content = self._contents[name]
+        return content.encode() if isinstance(content, str) else content
 
 
 def _images(*folders, count=3):
@@ -1047,6 +1096,58 @@ def test_labels_of_flat_validation_images(file, text, tmp_path):
         given.write_text(wrong)
         with pytest.raises(DataFormatError, match=said):
             _found(_FLAT, validation_labels=given)
+
+
+def _devkit(ids, field="WNID"):
+    """A meta.mat as ImageNet's development kit has it, with a number for each class."""
+    from scipy.io import savemat
+
+    row = [("ILSVRC2012_ID", "f8"), (field, "O"), ("words", "O"), ("num_children", "f8")]
+    synsets = np.array([(i, name, f"the {name}", 0) for i, name in ids], row)
+    file = io.BytesIO()
+    savemat(file, {"synsets": synsets})
+    return file.getvalue()
+
+
+_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_META = _devkit([(7, "ant"), (2, "bee"), (3, "animal")])
+
+
+@pytest.mark.parametrize("folder", ["", "val/", "ILSVRC2012_devkit_t12/data/", None])
+def test_development_kit(folder, tmp_path):
+    """Numbers of ImageNet's kit, which are not in the order of the classes' names."""
+    layout = {}
+    if folder is None:
+        (tmp_path / _TRUTH).write_text("7\n7\n2\n")
+        (tmp_path / "meta.mat").write_bytes(_META)
+        layout = {"validation_labels": tmp_path / _TRUTH}
+    contents = {f"{folder}{_TRUTH}": b"7\n7\n2\n", f"{folder}meta.mat": _META}
+    names = [*_FLAT, *contents] if folder is not None else _FLAT
+    assert _found(names, contents, **layout)[:2] == ("ant3 bee3", "ant2 bee1")
+
+
+@pytest.mark.parametrize(
+    ("truth", "meta", "said"),
+    [
+        ("7\n7\n2\n", None, f"kit/{_TRUTH} needs the development kit's meta.mat beside it: no"),
+        ("7\n7\n2\n", b"", "kit/meta.mat is no meta.mat of ImageNet's development kit"),
+        ("7\n7\n2\n", b"MATLAB 5.0 MAT-file" * 20, "kit/meta.mat is no meta.mat of ImageNet's"),
+        *(("7\n7\n2\n", _META[:size], "kit/meta.mat is no meta.mat") for size in (130, 200, -9)),
+        ("7\n7\n2\n", _devkit([(7, "ant")], "name"), "kit/meta.mat is no meta.mat of ImageNet's"),
+        ("7\n9\n2\n", _META, f"line 2 of kit/{_TRUTH} is no number of kit/meta.mat: '9'"),
+        ("7\n7\n3\n", _META, "is the class animal, which is none of the training images'"),
+        ("7\n7\n", _META, f"kit/{_TRUTH} has 2 lines with a class in each for 3 images"),
+    ],
+)
+def test_development_kit_mistakes(truth, meta, said):
+    from official_recipes.common.data_format import DataFormatError
+
+    contents = {f"kit/{_TRUTH}": truth.encode()}
+    contents |= {} if meta is None else {"kit/meta.mat": meta}
+    with pytest.raises(DataFormatError) as error:
+        _found([*_FLAT, *contents], contents)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_broken_images(tmp_path, capsys):

@@ -13,10 +13,12 @@ two ways is an error.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ _LABELS = (
     "LOC_val_solution.csv",
 )
 """Files with the classes of a split without folders, as Tiny ImageNet and ImageNet have them."""
+
+_GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_META = "meta.mat"
+"""Of ImageNet's development kit: a number for each validation image, and the classes' names."""
 
 _FLAGS = (
     "say by --train_folder and --validation_folder (both inside the source) whose folders are the "
@@ -141,7 +147,6 @@ def _decompressed(path: Path, target: Path, progress: Progress | None) -> Path:
     import bz2
     import gzip
     import lzma
-    import zlib
 
     openers: dict[bytes, Callable[..., Any]] = {
         b"\x1f\x8b": gzip.open,
@@ -426,11 +431,13 @@ def _validation_classes(
         and PurePosixPath(name).parent in (PurePosixPath(where), *PurePosixPath(where).parents)
     ]
     folders = _folders(images.values())
+    found += [name for name in names if PurePosixPath(name).name == _GROUND_TRUTH]
     flat = not folders or (len(folders) == 1 and folders[0] not in classes)
     if given is not None:
-        return _read_labels(given.read_bytes(), str(given), images, classes)
+        beside: Files = Folder(given.parent)
+        return _read_labels(beside, given.name, str(given), images, classes)
     if flat and found:
-        return _read_labels(files.read(found[0]), found[0], images, classes)
+        return _read_labels(files, found[0], found[0], images, classes)
     if flat:
         raise DataFormatError(
             f"the {len(images)} images of {where} are in no folders of classes: give their classes "
@@ -441,14 +448,17 @@ def _validation_classes(
 
 
 def _read_labels(
-    content: bytes, where: str, images: _Images, classes: tuple[str, ...]
+    files: Files, file: str, where: str, images: _Images, classes: tuple[str, ...]
 ) -> dict[str, str]:
     """The class of each image by a file of labels; its lines may be fewer than the images."""
     try:
+        content = files.read(file)
         lines = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise DataFormatError(f"{where} is no text in UTF-8") from error
     by_name = sorted(images, key=lambda name: PurePosixPath(name).name)
+    if PurePosixPath(file).name == _GROUND_TRUTH:
+        lines = _names_of_numbers(lines, files, file, where, classes)
     if all(line in classes for line in lines):
         if len(lines) != len(images):
             raise DataFormatError(
@@ -471,3 +481,43 @@ def _read_labels(
                 f"{where} has the class {label!r} for {name}, which is none of the training images'"
             )
     return {name: of_stem[PurePosixPath(name).stem] for name in by_name}
+
+
+def _names_of_numbers(
+    lines: list[str], files: Files, file: str, where: str, classes: tuple[str, ...]
+) -> list[str]:
+    """The classes for the development kit's numbers, by the meta.mat beside them."""
+    path = str(PurePosixPath(file).with_name(_META))
+    meta = str(PurePosixPath(where).with_name(_META))
+    try:
+        content = files.read(path)
+    except (OSError, KeyError) as error:
+        raise DataFormatError(
+            f"{where} needs the development kit's {_META} beside it: no {meta}"
+        ) from error
+    try:
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+    except ImportError as error:
+        raise DataFormatError(f"reading {meta} needs scipy: pip install scipy") from error
+    try:
+        rows = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"].ravel()
+        name_of = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
+    except (
+        *(KeyError, IndexError, ValueError, TypeError, OSError, NotImplementedError),
+        MatReadError,
+        zlib.error,
+    ) as error:
+        raise DataFormatError(
+            f"{meta} is no {_META} of ImageNet's development kit, with ILSVRC2012_ID and WNID of "
+            f"`synsets`: {error}"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if line not in name_of:
+            raise DataFormatError(f"line {number} of {where} is no number of {meta}: {line!r}")
+        if name_of[line] not in classes:
+            raise DataFormatError(
+                f"line {number} of {where} is the class {name_of[line]}, which is none of the "
+                "training images'"
+            )
+    return [name_of[line] for line in lines]

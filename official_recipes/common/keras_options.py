@@ -97,7 +97,7 @@ class TrainingOptions:
         evaluate_every: Epochs from one evaluation to the next; 0 for only after the last.
         model_dir: Where checkpoints, logs and the result are, or ``None`` to keep nothing.
         resume: Whether to go on from the last checkpoint in `model_dir`.
-        new_optimizer: Whether the optimizer, its schedule and the number of epochs may then be others.
+        new_optimizer: Whether optimizer, schedule and number of epochs may then be others.
         checkpoint_every: Epochs from one checkpoint to the next.
         result_file: A file of JSON rows to append the result to, or ``None``.
     """

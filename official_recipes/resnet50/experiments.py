@@ -20,6 +20,7 @@ import tf_lbopt.tfm
 from official_recipes.common import checkpoints
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.tfm_training import SYNTHETIC
+from official_recipes.resnet50.densenet import ImageClassificationModel
 
 EXPERIMENT = "large_batch_resnet"
 SYNTHETIC_VALIDATION_EXAMPLES = 512
@@ -40,12 +41,14 @@ class LargeBatchResNet(configs.ImageClassificationTask):
     """tf-models' image classification, with `input_path: synthetic` and one weight decay for all.
 
     Attributes:
+        model: With one backbone more, `densenet`.
         weight_decay: λ of every optimizer whose own field has its default. One without such a field
             gets λ/2 times the sum of squares in the loss, as `losses.l2_weight_decay` is.
         exclude_from_weight_decay: Regexes over names of variables without it, for every optimizer
             whose own field is not set.
     """
 
+    model: ImageClassificationModel = dataclasses.field(default_factory=ImageClassificationModel)
     weight_decay: float = 1e-4
     exclude_from_weight_decay: list[str] = dataclasses.field(
         default_factory=lambda: ["beta", "gamma", "bias"]
