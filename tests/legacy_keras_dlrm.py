@@ -22,7 +22,7 @@ from test_sparse_memory import table_sized_outputs
 
 from official_recipes.common import tfm_training
 from official_recipes.common.flag_parsing import FlagValueError
-from official_recipes.dlrm import experiments, inputs, prepare_data, train
+from official_recipes.dlrm import experiments, inputs, prepare_data, serving, train
 from official_recipes.dlrm.optimizers import EmbeddingsApart, PlateauPolynomial
 
 pytestmark = pytest.mark.usefixtures("quick_configurations")
@@ -104,11 +104,14 @@ def test_configurations_are_consistent(file):
     from official.modeling import optimization
 
     params, options = _params(file)
-    params.task.model.vocab_sizes = params.task.model.vocab_sizes or [100] * 26
+    widths = params.task.model.embedding_dim
+    params.task.model.vocab_sizes = [100] * (len(widths) if isinstance(widths, list) else 26)
     train._check(params, options)
     trainer, config = params.trainer, params.trainer.optimizer_config
     assert trainer.summary_interval % trainer.steps_per_loop == 0
-    assert trainer.validation_interval == trainer.train_steps
+    assert trainer.train_steps % trainer.validation_interval == 0
+    if config.learning_rate.type == "constant":
+        config = config.embeddings
     rate = optimization.OptimizerFactory(config).build_learning_rate()
     decay = config.learning_rate.get()
     warmup = config.warmup.get().warmup_steps
@@ -117,8 +120,9 @@ def test_configurations_are_consistent(file):
         [0, peak, peak]
     )
     assert float(rate(warmup // 2)) == pytest.approx(peak * (warmup // 2) / warmup)
-    end = (1 - (trainer.train_steps - decay.decay_start) / decay.decay_steps) ** decay.power
-    assert float(rate(trainer.train_steps)) == pytest.approx(peak * end, rel=1e-3, abs=1e-6)
+    gone = min(1, (trainer.train_steps - decay.decay_start) / decay.decay_steps)
+    end = decay.end_learning_rate + (peak - decay.end_learning_rate) * (1 - gone) ** decay.power
+    assert float(rate(trainer.train_steps)) == pytest.approx(end, rel=1e-3, abs=1e-6)
     batch = params.task.train_data.global_batch_size
     if file.stem.startswith("vrgd"):
         assert batch == PUBLISHED[file.stem.removeprefix("vrgd_")]
@@ -131,14 +135,52 @@ def test_there_are_configurations_for_the_batches_of_the_paper():
     assert {f"vrgd_{name}" for name in PUBLISHED} < {file.stem for file in CONFIGS}
 
 
+def test_the_configuration_of_tf_models_has_its_values():
+    """Adam with its own rate, SGD for the embeddings, and the least of their rates, 0.01."""
+    from official.core import exp_factory
+    from official.modeling import optimization
+    from official.recommendation.ranking import common
+
+    file = ROOT / "official_recipes" / "dlrm" / "configs" / "adam_sgd_16k.yaml"
+    ours, stock = _params(file)[0], exp_factory.get_exp_config("dlrm_criteo")
+    names = "embedding_dim", "bottom_mlp", "top_mlp", "interaction", "concat_dense"
+    for name in names:
+        assert getattr(ours.task.model, name) == getattr(stock.task.model, name)
+    batch = ours.task.train_data.global_batch_size
+    assert batch == stock.task.train_data.global_batch_size
+    for name in ("train_steps", "validation_interval"):
+        assert getattr(ours.trainer, name) == getattr(stock.trainer, name)
+    given, config = stock.trainer.optimizer_config, ours.trainer.optimizer_config
+    kinds = config.optimizer.type, config.embeddings.optimizer.type
+    assert kinds == (given.dense_optimizer.lower(), given.embedding_optimizer.lower())
+    assert config.learning_rate.get().learning_rate == tf_keras.optimizers.Adam().learning_rate
+    fields = {name: getattr(given.lr_config, name) for name in given.lr_config.as_dict()}
+    theirs = common.WarmUpAndPolyDecay(batch_size=batch, **fields)
+    rate = optimization.OptimizerFactory(config.embeddings).build_learning_rate()
+    for step in (0, 1, 3999, 8000, 70_000, 80_000, 99_990, 100_001, 256_054):
+        assert float(rate(step)) == pytest.approx(float(theirs(step)), abs=0.0101)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("task.model.interaction=sum", "task.model.interaction: expected one of|one of dot, cross"),
         ("task.model.bottom_mlp=[8]", "widths that end in embedding_dim"),
         ("task.model.top_mlp=[8]", "widths that end in 1"),
+        ("task.model.embedding_dim=1", "an integer of at least 2, or a list of 2, one for each"),
+        ("task.model.embedding_dim=wide", "an integer of at least 2, or a list of 2, one for each"),
+        ("task.model.embedding_dim=[8,8,8]", "a list of 2, one for each column, received .8, 8, 8"),
+        ("task.model.embedding_dim=[128,8]", "one width for all columns with interaction=dot"),
+        ("task.model.multi_hot_sizes=[1]", "multi_hot_sizes: expected 2 positive integers|2 posi"),
+        ("task.model.multi_hot_sizes=[1,0]", "2 positive integers, one for each column"),
+        ("task.model.dcn_num_layers=0", "dcn_num_layers: a positive integer"),
+        ("task.model.dcn_low_rank_dim=0", "dcn_low_rank_dim: a positive integer"),
         ("task.model.vocab_sizes=[3,0]", "positive sizes"),
         ("task.model.vocab_sizes=[]", "dataset.json of prepare_data.py beside input_path"),
+        (
+            "task.model.interaction=multi_layer_dcn,runtime.mixed_precision_dtype=mixed_bfloat16",
+            "mixed_precision_dtype: float32 with interaction=multi_layer_dcn",
+        ),
         ("trainer.train_tf_while_loop=true", "train_tf_while_loop: false"),
         ("trainer.optimizer_config.optimizer.type=lars", "lbopt_lars"),
         ("trainer.optimizer_config.embeddings.optimizer.type=lars", "lbopt_lars"),
@@ -301,6 +343,45 @@ def test_rows_that_can_not_be_read(tmp_path, row, said, monkeypatch):
     files = inputs.matching_files(config.input_path)
     assert inputs.first_bad_row(files, [5, 7], 1) == f"{tmp_path / 'train-1'}, line 4: {said}"
     assert inputs.first_bad_row(files[:1], [5, 7], 1) is None
+
+
+# Three numbers of one category, two of up to three: a made-up file, prepared.
+SEVERAL = "1\t0.5\t4\t3,0,6\t1\n0\t1\t0\t2\t1,1\n1\t0\t2\t\t0\n"
+
+
+def test_several_ids_of_a_row(tmp_path):
+    (tmp_path / "validation").write_text(SEVERAL)
+    config = _data_config(tmp_path, "validation", 4)
+    ((features, labels),) = inputs.click_logs(config, [5, 7, 2], 1, None, [1, 3, 2])
+    np.testing.assert_array_equal(labels[:3], [1, 0, 1])
+    np.testing.assert_array_equal(features["weights"], [1, 1, 1, 0])
+    columns = [
+        column[:3].numpy().tolist() for _, column in sorted(features["sparse_features"].items())
+    ]
+    padded = [[3, 0, 6], [2, -1, -1], [0, -1, -1]]
+    assert columns == [[4, 0, 2], padded, [[1, -1], [1, 1], [0, -1]]]
+    assert inputs.first_bad_row([str(tmp_path / "validation")], [5, 7, 2], 1, [1, 3, 2]) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("0\t1\t0\t1,2,3,4\t0", "expected at most 3 ids in field 4, received 4"),
+        ("0\t1\t0\t1,7\t0", "expected an id from 0 to 6 in field 4, received 7"),
+        ("0\t1\t0\t1,-1\t0", "expected an id from 0 to 6 in field 4, received -1"),
+        ("0\t1\t0\t1,\t0", "expected a number in field 4, received '1,'"),
+        ("0\t1\t0,1\t1\t0", "expected a number in field 3, received '0,1'"),
+    ],
+)
+def test_several_ids_that_can_not_be_read(tmp_path, row, said):
+    """An id of -1 too, which stands for none within the model."""
+    (tmp_path / "train").write_text(SEVERAL + row + "\n")
+    columns = [5, 7, 2], 1, [1, 3, 2]
+    lines = tf.constant((SEVERAL + row).splitlines())
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        inputs.parsed_rows(lines, *columns)
+    found = inputs.first_bad_row([str(tmp_path / "train")], *columns)
+    assert found == f"{tmp_path / 'train'}, line 4: {said}"
 
 
 @pytest.mark.parametrize("bad", [True, False])
@@ -533,12 +614,114 @@ def test_exports_and_predictions(data, tmp_path):
     np.testing.assert_allclose([float(line[1]) for line in lines], expected, **close)
 
 
+@pytest.mark.parametrize(("joint", "tables"), [(True, 2), (False, 3)])
+def test_embeddings_of_several_ids_and_widths(joint, tables):
+    """Means of the rows' own ids, whose gradient touches nothing else."""
+    sizes, widths = [5, 7, 6], [4, 3, 4]
+    layer = experiments.Embeddings(sizes, widths, joint)
+    ids = {
+        "0": tf.constant([4, 0]),
+        "1": tf.constant([[3, 6, 3, -1], [2, -1, -1, -1]]),
+        "2": tf.constant([[5, -1], [1, 4]]),
+    }
+    with tf.GradientTape() as tape:
+        found = layer(ids)
+        loss = tf.add_n([tf.reduce_sum(column) for column in found.values()])
+    variables = layer.trainable_variables
+    assert len(variables) == tables
+    values = [variable.numpy() for variable in variables]
+    if joint:  # columns 0 and 2 are one table
+        first, second, third = values[0][:5], values[1], values[0][5:]
+    else:
+        first, second, third = values
+    expected = {
+        "0": first[[4, 0]],
+        "1": np.stack([(2 * second[3] + second[6]) / 3, second[2]]),
+        "2": np.stack([third[5], (third[1] + third[4]) / 2]),
+    }
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        np.testing.assert_allclose(found[name], rows, rtol=1e-6)
+    gradients = tape.gradient(loss, variables)
+    touched = [{*gradient.indices.numpy().ravel().tolist()} for gradient in gradients]
+    own = [{0, 4}, {2, 3, 6}, {1, 4, 5}]
+    assert touched == ([{0, 4, 6, 9, 10}, own[1]] if joint else own)
+    np.testing.assert_allclose(tf.convert_to_tensor(gradients[1])[3], [2 / 3] * 3, rtol=1e-6)
+
+
+def _several(rows, seed=0):
+    (features, labels), rng = _batch(rows, seed=seed), np.random.default_rng(seed)
+    ids = rng.integers(0, 60, (rows, 3))
+    ids[rng.random((rows, 3)) < 0.4] = -1
+    ids[:, 0] = np.abs(ids[:, 0])
+    features["sparse_features"]["1"] = tf.constant(ids, tf.int32)
+    return features, labels
+
+
+_SEVERAL = {
+    "interaction": "multi_layer_dcn",
+    "dcn_low_rank_dim": 3,
+    "embedding_dim": [4, 2, 4],
+    "multi_hot_sizes": [1, 3, 1],
+    "bottom_mlp": [5],
+}
+
+
+def test_several_ids_and_widths_in_training(tmp_path):
+    """In parts of a batch as in the whole, with an optimizer of the embeddings' own; exported."""
+    weights = []
+    for sub_batches in (1, 2):
+        params, task = _task("sgd", "adagrad", sub_batches, **_SEVERAL)
+        model = task.build_model()
+        assert [v.shape for v in model.embedding_trainable_variables] == [(120, 4), (60, 2)]
+        step = _step(task, model, train_utils.create_optimizer(task, params))
+        losses = [float(step(_several(16))[task.loss]) for _ in range(20)]
+        assert losses[-1] < losses[0] - 0.05
+        weights.append([v.numpy() for v in model.trainable_variables])
+    for whole, parts in zip(*weights, strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-5)
+
+    features, labels = _several(16)
+    expected = tf.sigmoid(model(features))
+    signatures = serving.export(params, model).signatures
+    sparse = features["sparse_features"]
+    ids = tf.concat([sparse["0"][:, None], sparse["1"], sparse["2"][:, None]], 1)
+    found = signatures["serving_default"](
+        dense_features=features["dense_features"], sparse_features=ids
+    )
+    np.testing.assert_allclose(found["probabilities"], expected, rtol=1e-4)
+    lines = [
+        "\t".join(
+            [
+                *map(repr, dense),
+                str(row[0]),
+                ",".join(str(i) for i in row[1:4] if i >= 0),
+                str(row[4]),
+            ]
+        )
+        for dense, row in zip(features["dense_features"].numpy().tolist(), ids.numpy(), strict=True)
+    ]
+    rows = tf.constant([f"{label:g}\t{line}" for label, line in zip(labels, lines, strict=True)])
+    found = signatures["rows"](rows=rows)
+    np.testing.assert_allclose(found["probabilities"], expected, rtol=1e-4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="ids in the data are negative"):
+        signatures["serving_default"](
+            dense_features=features["dense_features"], sparse_features=tf.where(ids < 0, -2, ids)
+        )
+
+
 def test_the_cross_network():
     params, task = _task("sgd", interaction="cross")
     model = task.build_model()
     step = _step(task, model, train_utils.create_optimizer(task, params))
     losses = [float(step(_batch(16))[task.loss]) for _ in range(30)]
     assert losses[-1] < losses[0] - 0.05
+    features, _ = _batch(16)
+    found = serving.export(params, model).signatures["serving_default"](
+        dense_features=features["dense_features"],
+        sparse_features=tf.stack([*features["sparse_features"].values()], 1),
+    )
+    np.testing.assert_allclose(found["probabilities"], tf.sigmoid(model(features)), rtol=1e-5)
 
 
 # -- TPUStrategy -----------------------------------------------------------------------------------
@@ -548,8 +731,10 @@ def test_the_cross_network():
     ("kind", "embeddings", "sub_batches"),
     [("vr_sgd", None, 2), pytest.param("lbopt_lars", "vr_sgd", 1, marks=pytest.mark.long)],
 )
-def test_steps_trace_under_tpu_strategy(kind, embeddings, sub_batches):
-    params, task = _task(kind, embeddings, sub_batches)
-    nodes = graph_nodes(recipe_step(task, params, _batch(8)))
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_steps_trace_under_tpu_strategy(kind, embeddings, sub_batches, several):
+    params, task = _task(kind, embeddings, sub_batches, **(_SEVERAL if several else {}))
+    batch = _several(8) if several else _batch(8)
+    nodes = graph_nodes(recipe_step(task, params, batch))
     assert sum(node.op == "CrossReplicaSum" for node in nodes) > 8
     assert not any(node.op.startswith("Unique") for node in nodes)

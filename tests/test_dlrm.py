@@ -256,6 +256,14 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         ([*table, "--numeric=b"], "--categorical: expected columns that are not in --numeric"),
         ([*table, "--categorical=a"], "--categorical: expected columns that are not in --label"),
         ([*table, "--categorical="], "--categorical: expected at least one column"),
+        ([*table, "--multi_hot=a"], "--multi_hot: expected columns of --categorical (b), received"),
+        (
+            [*table, "--multi_hot_limit=3"],
+            "--multi_hot_limit: expected no value without --multi_hot",
+        ),
+        ([*table, "--multi_hot=b", "--multi_hot_limit=0"], "--multi_hot_limit: expected"),
+        ([*table, "--multi_hot=b", "--multi_hot_separator="], "expected at least one character"),
+        ([f"--source={good}", "--multi_hot=a"], "--multi_hot: expected no value without --label"),
         ([*table, "--delimiter=::"], "--delimiter: expected one of comma, tab, semicolon, space"),
         ([*table, "--numeric_scale=x"], "--numeric_scale: expected one of log, none"),
         ([*table, "--clicks_from=nan"], "--clicks_from: expected a number"),
@@ -337,6 +345,51 @@ def test_numbers_as_they_are_and_patterns(tmp_path):
     assert _written(tmp_path / "out", "test") == [["0", "9", "8", "1"]]
     assert record["columns"]["categorical"] == ["C1"]
     assert record["skipped_rows"] == 1
+
+
+def test_several_categories_of_a_row(tmp_path):
+    """Each has an id, a missing one where there is none; other columns are as without them."""
+    content = 'y,g,c\n1,a|b,x\n0,,x\n1,b||é|a,y\n0,"c|c",x\n1,a,y\n'
+    fixed = ["--label=y", "--categorical=c,g", "--multi_hot=g*"]
+    rows, record = _tables(tmp_path, {"a.csv": content}, *fixed)
+    assert record["multi_hot_sizes"] == [1, 3]
+    assert record["vocab_sizes"] == [3, 6]  # a missing one is a category too
+    names = [[*name] for name in ("ab", "-", "béa", "cc", "a")]
+    ids = [row[3].split(",") for row in rows]
+    seen = {}
+    for row, (given, texts) in enumerate(zip(ids, names, strict=True)):
+        assert len(given) == len(texts), row
+        for one, text in zip(given, texts, strict=True):
+            assert seen.setdefault(text, one) == one
+    assert len({*seen.values()}) == 5
+    assert "0" not in seen.values()
+    (tmp_path / "plain").mkdir()
+    plain, _ = _tables(tmp_path / "plain", {"a.csv": content}, "--label=y", "--categorical=c")
+    assert [row[:3] for row in rows] == plain
+
+
+@pytest.mark.parametrize(("more", "most"), [([], 5), (["--multi_hot_limit=2"], 2)])
+def test_several_categories_go_with_their_row(tmp_path, more, most):
+    """To shards and to what is held out, whatever is between them."""
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(30, 1 + index % 5).tolist() for index in range(300)]
+    texts = [f"0,{number},{' ; '.join(map(str, row))}\n" for number, row in enumerate(rows)]
+    (tmp_path / "a.csv").write_text("y,n,g\n" + "".join(texts))
+    arguments = ["--label=y", "--numeric=n", "--numeric_scale=none", "--categorical=g", *more]
+    arguments += ["--multi_hot=g", "--multi_hot_separator= ; ", "--min_frequency=1", "--shards=3"]
+    out = tmp_path / "out"
+    arguments += [f"--source={tmp_path / 'a.csv'}", f"--output_dir={out}"]
+    assert main(["prepare_data", *arguments, "--validation_fraction=0.3"]) == 0
+    assert _record(out)["multi_hot_sizes"] == [most]
+    validation = _written(out, "validation")
+    assert 60 < len(validation) < 120
+    found = {int(number): ids for _, number, ids in _written(out) + validation}
+    assert found.keys() == {*range(300)}
+    seen = {}
+    for number, row in enumerate(rows):
+        ids = found[number].split(",")
+        assert ids == [seen.setdefault(x, i) for x, i in zip(row[:most], ids, strict=True)]
+    assert {*seen.values()} == {str(1 + index) for index in range(30)}
 
 
 @pytest.mark.parametrize(
@@ -482,7 +535,7 @@ def test_made_up_rows_follow_the_planted_weights():
     assert _sampled(25_000)[0] == lines
     assert _sampled(25_000, seed=6)[0] != lines
     chunk = raw_rows.parse(raw_rows.Lines("", 1, lines), raw_rows.DenseTexts())
-    assert (chunk.keys == 0).any()
+    assert any((keys == 0).any() for keys in chunk.keys)
     assert any(b"" in line.split(b"\t")[1:14] for line in lines)
 
 

@@ -9,6 +9,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ from official_recipes.dlrm.raw_rows import DENSE_FEATURES
 from tf_lbopt.tfm import REGISTRATIONS
 
 EXPERIMENT = "large_batch_dlrm"
-INTERACTIONS = ("dot", "cross")
+INTERACTIONS = ("dot", "cross", "multi_layer_dcn")
 
 _ROWS = 4_195_197_692  # of Criteo Terabyte's first 23 days
 _BATCH = 65_536
@@ -122,13 +123,18 @@ class ModelConfig(base_config.Config):
     Attributes:
         num_dense_features: Numbers in a row; none to take what is recorded beside the data.
         vocab_sizes: Of the categorical columns; empty to take what is recorded beside the data.
-        embedding_dim: Width of all embeddings, and of the last layer of the bottom network.
-        joint_embeddings: Whether the embeddings of all columns are one variable, and so one layer
-            to layer-wise optimizers and to the mean of VR optimizers; else one for each column,
-            with which a step takes several times as long to trace.
+        multi_hot_sizes: How many ids a row has in each column at most, whose embeddings are
+            averaged; empty to take what is recorded beside the data, or 1 in all.
+        embedding_dim: Width of all embeddings, or a list of one for each column. With the dot
+            interaction it is the same for all and for the last layer of the bottom network.
+        joint_embeddings: Whether the embeddings of all columns of one width are one variable, and
+            so one layer to layer-wise optimizers and to the mean of VR optimizers; else one for
+            each column, with which a step takes several times as long to trace.
         bottom_mlp: Widths of the layers over the numbers.
         top_mlp: Widths of the layers over the interaction; the last is 1.
-        interaction: dot (DLRM) or cross (DCN).
+        interaction: dot (DLRM), cross (DCN) or multi_layer_dcn (DCN v2).
+        dcn_num_layers: Layers of multi_layer_dcn.
+        dcn_low_rank_dim: Rank of their kernels.
         skip_gather: Whether the top network is given the upper half of the products too, as zeros,
             which is faster; none for not with layer-wise optimizers, whose norms would count the
             weights that belong to those zeros and never change.
@@ -137,11 +143,14 @@ class ModelConfig(base_config.Config):
 
     num_dense_features: int | None = None
     vocab_sizes: list[int] = dataclasses.field(default_factory=list)
-    embedding_dim: int = 128
+    multi_hot_sizes: list[int] = dataclasses.field(default_factory=list)
+    embedding_dim: int | list[int] = 128
     joint_embeddings: bool = True
     bottom_mlp: list[int] = dataclasses.field(default_factory=lambda: [512, 256, 128])
     top_mlp: list[int] = dataclasses.field(default_factory=lambda: [1024, 1024, 512, 256, 1])
     interaction: str = "dot"
+    dcn_num_layers: int = 3
+    dcn_low_rank_dim: int = 512
     skip_gather: bool | None = None
     concat_dense: bool = True
 
@@ -171,35 +180,93 @@ class LargeBatchDLRM(base_config.Config):
 
 
 class Embeddings(tf_keras.layers.Layer):
-    """Looks the ids of categorical columns up.
+    """Looks the ids of categorical columns up; several of a row are averaged.
 
     Args:
         vocab_sizes: Of the columns.
-        dim: Width of an embedding.
-        joint: Whether all tables are one variable.
+        widths: Of their embeddings.
+        joint: Whether the tables of one width are one variable.
     """
 
-    def __init__(self, vocab_sizes: Sequence[int], dim: int, joint: bool) -> None:
+    def __init__(self, vocab_sizes: Sequence[int], widths: Sequence[int], joint: bool) -> None:
         super().__init__()
-        self._offsets = [sum(vocab_sizes[:index]) for index in range(len(vocab_sizes))]
+        self._vocab_sizes = list(vocab_sizes)
+        self._widths = list(widths)
         self._joint = joint
-        self._tables = [
-            tf_keras.layers.Embedding(
-                size, dim, tf_keras.initializers.TruncatedNormal(stddev=1 / math.sqrt(dim))
+        self._tables = []
+        for group in self._groups():
+            width = self._widths[group[0]]
+            self._tables.append(
+                tf_keras.layers.Embedding(
+                    sum(self._vocab_sizes[column] for column in group),
+                    width,
+                    tf_keras.initializers.TruncatedNormal(stddev=1 / math.sqrt(width)),
+                )
             )
-            for size in ([sum(vocab_sizes)] if joint else vocab_sizes)
-        ]
 
     def call(self, inputs: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """An embedding for each id, by the columns' names."""
-        names = [str(index) for index in range(len(self._offsets))]
+        """An embedding for each row, by the columns' names.
+
+        Args:
+            inputs: By their names ids, or rows x ids, at least one of a row, filled up with -1.
+        """
+        found = {}
+        for group, table in zip(self._groups(), self._tables, strict=True):
+            ids: list[tf.Tensor] = []
+            offsets: list[int] = []
+            ends, first = [0], 0
+            for column in group:
+                ids += _vectors(inputs[str(column)])
+                offsets += [first] * (len(ids) - len(offsets))
+                ends.append(len(ids))
+                first += self._vocab_sizes[column]
+            rows = tf.cast(tf.stack(ids), tf.int64) + tf.constant(offsets, tf.int64)[:, None]
+            embedded = tf.unstack(table(rows))
+            for column, (begin, end) in zip(group, itertools.pairwise(ends), strict=True):
+                found[str(column)] = _mean(embedded[begin:end], inputs[str(column)])
+        return found
+
+    def _groups(self) -> list[list[int]]:
+        """The columns of each table."""
+        columns = range(len(self._widths))
         if not self._joint:
-            return {
-                name: table(inputs[name]) for name, table in zip(names, self._tables, strict=True)
-            }
-        ids = tf.stack([tf.cast(inputs[name], tf.int64) for name in names])
-        embedded = self._tables[0](ids + tf.constant(self._offsets, tf.int64)[:, None])
-        return dict(zip(names, tf.unstack(embedded), strict=True))
+            return [[column] for column in columns]
+        return [
+            [column for column in columns if self._widths[column] == width]
+            for width in dict.fromkeys(self._widths)
+        ]
+
+
+def _vectors(ids: tf.Tensor) -> list[tf.Tensor]:
+    if ids.shape.rank == 1:
+        return [ids]
+    # What fills up repeats a row's first id, so that no other row of the table gets a gradient.
+    return tf.unstack(tf.where(ids < 0, ids[:, :1], ids), axis=1)
+
+
+def _mean(embedded: Sequence[tf.Tensor], ids: tf.Tensor) -> tf.Tensor:
+    """The mean embedding of the ids that are there."""
+    if ids.shape.rank == 1:
+        return embedded[0]
+    there = tf.cast(ids >= 0, embedded[0].dtype)
+    weights = there / tf.reduce_sum(there, 1, keepdims=True)
+    return tf.reduce_sum(tf.stack(embedded, 1) * weights[..., None], 1)
+
+
+class Concatenated(tf_keras.layers.Layer):
+    """All features side by side. The ranking model loses their shapes where the batch has any size.
+
+    Args:
+        width: Of all together.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def call(self, inputs: Sequence[tf.Tensor]) -> tf.Tensor:
+        """One tensor, rows x width."""
+        return tf.reshape(tf.concat(inputs, 1), [-1, self._width])
 
 
 # -- the task --------------------------------------------------------------------------------------
@@ -223,13 +290,19 @@ class LargeBatchDLRMTask(base_task.Task):
                 skip_gather=config.skip_gather is not False
             )
         else:
+            layers = tfrs.layers.feature_interaction
             interaction = tf_keras.Sequential(
-                [tf_keras.layers.Concatenate(), tfrs.layers.feature_interaction.Cross()]
+                [
+                    Concatenated(sum(embedding_widths(config)) + config.bottom_mlp[-1]),
+                    layers.Cross()
+                    if config.interaction == "cross"
+                    else layers.MultiLayerDCN(config.dcn_low_rank_dim, config.dcn_num_layers),
+                ]
             )
         model = tfrs.experimental.models.Ranking(
             # tf-models has a layer that gives tables to TPUEmbedding, which updates them itself.
             embedding_layer=Embeddings(
-                config.vocab_sizes, config.embedding_dim, config.joint_embeddings
+                config.vocab_sizes, embedding_widths(config), config.joint_embeddings
             ),
             bottom_stack=tfrs.layers.blocks.MLP(config.bottom_mlp, final_activation="relu"),
             feature_interaction=interaction,
@@ -241,7 +314,8 @@ class LargeBatchDLRMTask(base_task.Task):
             {
                 "dense_features": tf.zeros([2, _dense_features(config)]),
                 "sparse_features": {
-                    str(index): tf.zeros([2], tf.int32) for index in range(len(config.vocab_sizes))
+                    str(index): tf.zeros([2] if size == 1 else [2, size], tf.int32)
+                    for index, size in enumerate(ids_in_columns(config))
                 },
             }
         )
@@ -306,7 +380,13 @@ class LargeBatchDLRMTask(base_task.Task):
                 f"{replicas} x {parts} parts of a batch",
                 params.global_batch_size,
             )
-        return click_logs(params, model.vocab_sizes, _dense_features(model), input_context)
+        return click_logs(
+            params,
+            model.vocab_sizes,
+            _dense_features(model),
+            input_context,
+            model.multi_hot_sizes,
+        )
 
     def build_losses(self, labels: Any, model_outputs: Any, aux_losses: Any = None) -> tf.Tensor:
         """The mean cross-entropy of a replica's rows."""
@@ -341,6 +421,17 @@ class LargeBatchDLRMTask(base_task.Task):
         outputs = self.inference_step(features, model)
         self.process_metrics(metrics or [], labels, outputs, weights)
         return {}
+
+
+def embedding_widths(model: ModelConfig) -> list[int]:
+    """The width of each column's embeddings."""
+    given = model.embedding_dim
+    return [given] * len(model.vocab_sizes) if isinstance(given, int) else list(given)
+
+
+def ids_in_columns(model: ModelConfig) -> list[int]:
+    """How many ids a row has in each column at most."""
+    return list(model.multi_hot_sizes) or [1] * len(model.vocab_sizes)
 
 
 def _dense_features(model: ModelConfig) -> int:

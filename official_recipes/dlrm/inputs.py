@@ -14,20 +14,21 @@ from typing import Any
 import tensorflow as tf
 
 from official_recipes.common.flag_parsing import FlagValueError
-from official_recipes.dlrm.prepare_data import RECORD
+from official_recipes.dlrm.prepare_data import ID_SEPARATOR, RECORD
 
 _BUFFER_BYTES = 2**20
 _ROWS = 8192
 
 
-def recorded_columns(input_path: str) -> tuple[int, list[int]] | None:
+def recorded_columns(input_path: str) -> tuple[int, list[int], list[int]] | None:
     """What is written beside some files of their columns, or `None` if there is nothing.
 
     Args:
         input_path: Files or patterns, separated by commas.
 
     Returns:
-        The number of dense features, and the vocabulary sizes of the categorical columns.
+        The number of dense features, the vocabulary sizes of the categorical columns, and how many
+        ids a row has in each at most; no such sizes where it is one in all.
 
     Raises:
         FlagValueError: What is there is no record of `prepare_data`.
@@ -38,8 +39,12 @@ def recorded_columns(input_path: str) -> tuple[int, list[int]] | None:
     try:
         with tf.io.gfile.GFile(path) as file:
             record = json.load(file)
-        return int(record["num_dense_features"]), [int(size) for size in record["vocab_sizes"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return (
+            int(record["num_dense_features"]),
+            [int(size) for size in record["vocab_sizes"]],
+            [int(size) for size in record.get("multi_hot_sizes", [])],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FlagValueError(
             "params_override", f"{path} as prepare_data.py writes it", repr(error)
         ) from error
@@ -56,11 +61,13 @@ def click_logs(
     vocab_sizes: Sequence[int],
     num_dense_features: int,
     input_context: tf.distribute.InputContext | None = None,
+    multi_hot_sizes: Sequence[int] = (),
 ) -> tf.data.Dataset:
     """Batches for one replica of ``(features, labels)``.
 
     The features are ``dense_features`` (floats, batch x columns) and ``sparse_features`` (for every
-    column, by its number as a string, a vector of ids). In training rows come without end, files
+    column, by its number as a string, a vector of ids; of a multi-hot one batch x size, filled up
+    with -1). In training rows come without end, files
     and rows shuffled, every row once in an epoch. In evaluation each comes once: the last batches
     are filled up with rows that have the weight 0 in ``features["weights"]``.
 
@@ -70,6 +77,7 @@ def click_logs(
         vocab_sizes: Of the categorical columns.
         num_dense_features: How many columns come before them.
         input_context: Of the worker.
+        multi_hot_sizes: How many ids a row has in each column at most; empty for one in all.
 
     Raises:
         FlagValueError: There are fewer files than hosts, or they are empty.
@@ -99,7 +107,7 @@ def click_logs(
     )
 
     def parsed(rows: tf.Tensor) -> tuple[dict[str, Any], tf.Tensor]:
-        return parsed_rows(rows, vocab_sizes, num_dense_features)
+        return parsed_rows(rows, vocab_sizes, num_dense_features, multi_hot_sizes)
 
     if params.is_training:
         if params.shuffle_buffer_size > 1:
@@ -127,7 +135,10 @@ def click_logs(
 
 
 def parsed_rows(
-    rows: tf.Tensor, vocab_sizes: Sequence[int], num_dense_features: int
+    rows: tf.Tensor,
+    vocab_sizes: Sequence[int],
+    num_dense_features: int,
+    multi_hot_sizes: Sequence[int] = (),
 ) -> tuple[dict[str, Any], tf.Tensor]:
     """The features and the labels of lines; stops at ids without an embedding.
 
@@ -135,14 +146,31 @@ def parsed_rows(
         rows: Lines of a prepared file.
         vocab_sizes: Of the categorical columns.
         num_dense_features: How many columns come before them.
+        multi_hot_sizes: As `click_logs` has them.
     """
-    defaults = [[0.0]] * (1 + num_dense_features) + [[0]] * len(vocab_sizes)
+    sizes = multi_hot_sizes or [1] * len(vocab_sizes)
+    defaults: list[list[Any]] = [[0.0]] * (1 + num_dense_features)
+    defaults += [[0] if size == 1 else ["0"] for size in sizes]
     label, *fields = tf.io.decode_csv(rows, defaults, field_delim="\t", use_quote_delim=False)
-    ids = fields[num_dense_features:]
+    ids = [
+        field if size == 1 else _several(field, size)
+        for field, size in zip(fields[num_dense_features:], sizes, strict=True)
+    ]
     with tf.control_dependencies([check_ids(ids, vocab_sizes)]):
         dense = tf.stack(fields[:num_dense_features], axis=1)
     sparse = {str(index): column for index, column in enumerate(ids)}
     return {"dense_features": dense, "sparse_features": sparse}, label
+
+
+def _several(fields: tf.Tensor, size: int) -> tf.Tensor:
+    """The ids of a multi-hot column, filled up with -1; stops where there are more than `size`."""
+    ids = tf.strings.to_number(tf.strings.split(fields, ID_SEPARATOR), tf.int32)
+    check = tf.debugging.Assert(
+        tf.reduce_all(ids.flat_values >= 0) & tf.reduce_all(ids.row_lengths() <= size),
+        ["ids in the data are negative or more than task.model.multi_hot_sizes"],
+    )
+    with tf.control_dependencies([tf.no_op() if check is None else check]):
+        return ids.to_tensor(-1, shape=[None, size])
 
 
 def check_ids(columns: Sequence[tf.Tensor], vocab_sizes: Sequence[int]) -> tf.Operation:
@@ -152,13 +180,12 @@ def check_ids(columns: Sequence[tf.Tensor], vocab_sizes: Sequence[int]) -> tf.Op
     of the column before where all have one table.
 
     Args:
-        columns: Ids of rows, int32.
+        columns: Ids of rows, int32; those of a multi-hot column, rows x size, may be -1 but for the
+            first one.
         vocab_sizes: Of the columns.
     """
-    smallest, largest = (
-        tf.stack([reduced(column) for column in columns])
-        for reduced in (tf.reduce_min, tf.reduce_max)
-    )
+    smallest = tf.stack([tf.reduce_min(_counted_from_0(column)) for column in columns])
+    largest = tf.stack([tf.reduce_max(column) for column in columns])
     check = tf.debugging.Assert(
         tf.reduce_all((smallest >= 0) & (largest < tf.constant(list(vocab_sizes), tf.int32))),
         ["ids in the data are negative or not below task.model.vocab_sizes"],
@@ -166,8 +193,16 @@ def check_ids(columns: Sequence[tf.Tensor], vocab_sizes: Sequence[int]) -> tf.Op
     return tf.no_op() if check is None else check
 
 
+def _counted_from_0(column: tf.Tensor) -> tf.Tensor:
+    """The ids of a column, plus 1 where they may be -1."""
+    return column if column.shape.rank == 1 else column + ([0] + [1] * (column.shape[1] - 1))
+
+
 def first_bad_row(
-    files: Sequence[str], vocab_sizes: Sequence[int], num_dense_features: int
+    files: Sequence[str],
+    vocab_sizes: Sequence[int],
+    num_dense_features: int,
+    multi_hot_sizes: Sequence[int] = (),
 ) -> str | None:
     """What is wrong with the first row that `click_logs` stops at, with its file and line.
 
@@ -175,22 +210,29 @@ def first_bad_row(
         files: Where to look, in this order.
         vocab_sizes: Of the categorical columns.
         num_dense_features: How many columns come before them.
+        multi_hot_sizes: As `click_logs` has them.
     """
+    columns = vocab_sizes, num_dense_features, multi_hot_sizes
     for name in files:
         lines = tf.data.TextLineDataset(name, buffer_size=_BUFFER_BYTES).batch(_ROWS)
         start = 0
         try:
-            for _ in lines.map(lambda rows: parsed_rows(rows, vocab_sizes, num_dense_features)):
+            for _ in lines.map(lambda rows: parsed_rows(rows, *columns)):
                 start += _ROWS
         except tf.errors.InvalidArgumentError:
             with tf.io.gfile.GFile(name) as file:
                 for number, line in enumerate(itertools.islice(file, start, None), start + 1):
-                    if problem := _problem(line.rstrip("\r\n"), vocab_sizes, num_dense_features):
+                    if problem := _problem(line.rstrip("\r\n"), *columns):
                         return f"{name}, line {number}: {problem}"
     return None
 
 
-def _problem(line: str, vocab_sizes: Sequence[int], num_dense_features: int) -> str | None:
+def _problem(
+    line: str,
+    vocab_sizes: Sequence[int],
+    num_dense_features: int,
+    multi_hot_sizes: Sequence[int],
+) -> str | None:
     first_id = 1 + num_dense_features
     fields = line.split("\t")
     if len(fields) != first_id + len(vocab_sizes):
@@ -199,13 +241,19 @@ def _problem(line: str, vocab_sizes: Sequence[int], num_dense_features: int) -> 
             f"{len(fields)}"
         )
     for index, field in enumerate(fields):
+        column = index - first_id
+        most = multi_hot_sizes[column] if multi_hot_sizes and column >= 0 else 1
+        parts = (field or "0").split(ID_SEPARATOR) if most > 1 else [field or "0"]
         try:
-            number = float(field or 0) if index < first_id else int(field or 0)
+            numbers = [float(part) if column < 0 else int(part) for part in parts]
         except ValueError:
             return f"expected a number in field {index + 1}, received {field[:40]!r}"
-        if index >= first_id and not 0 <= number < vocab_sizes[index - first_id]:
-            return (
-                f"expected an id from 0 to {vocab_sizes[index - first_id] - 1} in field "
-                f"{index + 1}, received {number}"
-            )
+        if len(parts) > most:
+            return f"expected at most {most} ids in field {index + 1}, received {len(parts)}"
+        for number in numbers if column >= 0 else ():
+            if not 0 <= number < vocab_sizes[column]:
+                return (
+                    f"expected an id from 0 to {vocab_sizes[column] - 1} in field {index + 1}, "
+                    f"received {number}"
+                )
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import itertools
 import math
@@ -52,12 +53,17 @@ SUMMARY = (
     "Rows stream through; memory does not grow with their number."
 )
 RECORD = "dataset.json"
+ID_SEPARATOR = ","
+"""Between the ids of a multi-hot column in a prepared row."""
 SPLITS = ("train", "validation", "test")
 IDS = ("frequency", "hashed")
 _MOST_ID = 2**31  # CriteoTsvReader reads ids as int32.
 _DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "space": " "}
 _SCALES = ("log", "none")
-_OF_TABLES = ("numeric", "categorical", "columns", "delimiter", "clicks_from", "numeric_scale")
+_OF_TABLES = (
+    *("numeric", "categorical", "columns", "delimiter", "clicks_from", "numeric_scale"),
+    *("multi_hot", "multi_hot_separator", "multi_hot_limit"),
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,26 @@ def _parse_options(argv: Sequence[str]) -> Options | None:
         "With --label: log writes log(1 + x) for a number x, and 0 for negative ones; none writes "
         "numbers as they are [default: log].",
         flag_values=values,
+    )
+    flags.DEFINE_list(
+        "multi_hot",
+        None,
+        "With --label: columns of --categorical, names or patterns, of which a row may have "
+        "several categories; their embeddings are averaged.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "multi_hot_separator",
+        None,
+        f"With --multi_hot: what is between them: {', '.join(_DELIMITERS)} or other text "
+        "[default: |].",
+        flag_values=values,
+    )
+    define_integer(
+        values,
+        "multi_hot_limit",
+        None,
+        "With --multi_hot: how many categories of a field count, the first ones [default: all].",
     )
     define_integer(
         values,
@@ -308,6 +334,8 @@ def _table(values: flags.FlagValues, sources: dict[str, tuple[Path, ...]]) -> Ta
         values.numeric or (),
         values.categorical,
     )
+    multi_hot = _multi_hot(values, categorical)
+    given = "|" if values.multi_hot_separator is None else values.multi_hot_separator
     table = Table(
         delimiter,
         columns,
@@ -316,10 +344,30 @@ def _table(values: flags.FlagValues, sources: dict[str, tuple[Path, ...]]) -> Ta
         categorical,
         values.clicks_from,
         values.numeric_scale != "none",
+        multi_hot,
+        _DELIMITERS.get(given, given),
+        values.multi_hot_limit,
     )
     for file in files:
         columns_of(file, table)
     return table
+
+
+def _multi_hot(values: flags.FlagValues, categorical: Sequence[str]) -> tuple[str, ...]:
+    found: set[str] = set()
+    for pattern in values.multi_hot or ():
+        matches = [pattern] if pattern in categorical else fnmatch.filter(categorical, pattern)
+        if not matches:
+            raise FlagValueError(
+                "multi_hot", f"columns of --categorical ({', '.join(categorical)})", repr(pattern)
+            )
+        found.update(matches)
+    for flag in ("multi_hot_separator", "multi_hot_limit"):
+        if values[flag].value is not None and not found:
+            raise FlagValueError(flag, "no value without --multi_hot", values[flag].value)
+    if values.multi_hot_separator == "":
+        raise FlagValueError("multi_hot_separator", "at least one character", "''")
+    return tuple(name for name in categorical if name in found)
 
 
 def _files(flag: str, values: flags.FlagValues) -> tuple[Path, ...]:
@@ -430,7 +478,7 @@ class _Rows:
             if chosen.all():
                 yield name, chunk
             elif chosen.any():
-                yield name, _selected(chunk, np.flatnonzero(chosen))
+                yield name, _selected(chunk, chosen)
 
 
 class _Progress:
@@ -466,15 +514,21 @@ def uniform(row_numbers: Any, salt: int) -> Any:
     return (mix(row_numbers, salt) >> np.uint64(11)) * 2.0**-53
 
 
-def _selected(chunk: Chunk, rows: Any) -> Chunk:
-    chosen = rows.tolist()
+def _selected(chunk: Chunk, chosen: Any) -> Chunk:
+    rows = np.flatnonzero(chosen)
+    numbers = rows.tolist()
     return Chunk(
         chunk.row_numbers[rows],
-        [chunk.labels[i] for i in chosen],
-        [[column[i] for i in chosen] for column in chunk.dense],
-        chunk.keys[:, rows],
+        [chunk.labels[i] for i in numbers],
+        [[column[i] for i in numbers] for column in chunk.dense],
+        [
+            keys[np.repeat(chosen, chunk.counts[column]) if column in chunk.counts else rows]
+            for column, keys in enumerate(chunk.keys)
+        ],
         0,
         None if chunk.logits is None else chunk.logits[rows],
+        None,
+        {column: counts[rows] for column, counts in chunk.counts.items()},
     )
 
 
@@ -482,6 +536,7 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
     counts = dict.fromkeys(SPLITS, 0)
     clicks = dict.fromkeys(SPLITS, 0)
     best = {split: BayesAUC() for split in SPLITS}
+    most = [1] * options.categories
     with contextlib.ExitStack() as files:
         outputs = {}
         for split, shards in zip(SPLITS, (options.shards, 1, 1), strict=True):
@@ -499,6 +554,8 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
                 chosen = np.flatnonzero(shard_of.astype(int) == shard).tolist()
                 output.writelines([texts[i] for i in chosen])
             counts[split] += len(texts)
+            for column, several in chunk.counts.items():
+                most[column] = int(several.max(initial=most[column]))
             clicks[split] += chunk.labels.count(b"1")
             if chunk.logits is not None:
                 best[split].add(chunk.logits, np.array([x == b"1" for x in chunk.labels]))
@@ -524,6 +581,8 @@ def _write(options: Options, rows: _Rows, ids: Ids, folder: Path) -> dict[str, A
             "numeric": list(options.table.numeric),
             "categorical": list(options.table.categorical),
         }
+        if options.table.multi_hot:
+            record["multi_hot_sizes"] = most
     if options.synthetic_rows:
         record["bayes_auc"] = {
             split: {
@@ -558,8 +617,13 @@ def _fraction(options: Options, split: str) -> float:
 
 def _texts(chunk: Chunk, ids: Ids) -> list[bytes]:
     columns: list[list[bytes]] = [chunk.labels, *chunk.dense]
-    for column in range(len(chunk.keys)):
-        columns.append([b"%d" % i for i in ids.ids(column, chunk.keys[column]).tolist()])
+    for column, keys in enumerate(chunk.keys):
+        texts = [b"%d" % i for i in ids.ids(column, keys).tolist()]
+        if column in chunk.counts:
+            left = iter(texts)
+            counts = chunk.counts[column].tolist()
+            texts = [ID_SEPARATOR.encode().join(itertools.islice(left, count)) for count in counts]
+        columns.append(texts)
     return [b"\t".join(fields) + b"\n" for fields in zip(*columns, strict=True)]
 
 

@@ -8,8 +8,8 @@ import hashlib
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,19 +38,22 @@ class Chunk:
         row_numbers: Of each row that is there; malformed ones that were left out count.
         labels: The clicks as they are written, ``b"0"`` or ``b"1"``.
         dense: For each column of numbers the values as `CriteoTsvReader` takes them.
-        keys: For each categorical column numbers that tell categories apart, 0 for a missing one.
+        keys: For each categorical column numbers that tell categories apart, 0 for a missing one;
+            those of a row after each other where it has several.
         skipped: Malformed rows that were left out.
         logits: The true log-odds of a click, where they are known.
         problem: What is wrong with the first row that was left out, with its file and line.
+        counts: By the number of a multi-hot column, how many keys each row has there.
     """
 
     row_numbers: npt.NDArray[np.uint64]
     labels: list[bytes]
     dense: list[list[bytes]]
-    keys: npt.NDArray[np.uint64]
+    keys: Sequence[npt.NDArray[np.uint64]]
     skipped: int = 0
     logits: npt.NDArray[np.float64] | None = None
     problem: str | None = None
+    counts: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class DenseTexts(dict[bytes, bytes]):
 
 def _parse_columns(
     lines: list[bytes], texts: DenseTexts
-) -> tuple[list[bytes], list[list[bytes]], npt.NDArray[np.uint64]]:
+) -> tuple[list[bytes], list[list[bytes]], list[npt.NDArray[np.uint64]]]:
     if any(line.count(b"\t") != FIELDS - 1 for line in lines):
         raise ValueError
     fields = b"\t".join(lines).split(b"\t") if lines else []
@@ -172,9 +175,7 @@ def _parse_columns(
     if not {b"0", b"1"}.issuperset(labels):
         raise ValueError
     dense = [[texts[x] for x in fields[i::FIELDS]] for i in range(1, 1 + DENSE_FEATURES)]
-    keys = np.empty((CATEGORIES, len(lines)), np.uint64)
-    for index in range(CATEGORIES):
-        keys[index] = keys_of(fields[1 + DENSE_FEATURES + index :: FIELDS])
+    keys = [keys_of(fields[1 + DENSE_FEATURES + i :: FIELDS]) for i in range(CATEGORIES)]
     return labels, dense, keys
 
 

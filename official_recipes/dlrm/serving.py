@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from official_recipes.common.tfm_export import Exported, Uses, batches
+from official_recipes.dlrm.experiments import ids_in_columns
 from official_recipes.dlrm.inputs import check_ids, parsed_rows
 from official_recipes.dlrm.raw_rows import DENSE_FEATURES
 
@@ -16,6 +17,7 @@ def export(params: Any, model: Any) -> Exported:
     """Features, or rows of prepared files, to probabilities of a click."""
     config = params.task.model
     sizes, given = config.vocab_sizes, config.num_dense_features
+    several = ids_in_columns(config)
     numbers = DENSE_FEATURES if given is None else given
 
     def clicks(features: dict[str, Any]) -> dict[str, tf.Tensor]:
@@ -26,7 +28,10 @@ def export(params: Any, model: Any) -> Exported:
 
     @tf.function
     def serve(dense_features: tf.Tensor, sparse_features: tf.Tensor) -> dict[str, tf.Tensor]:
-        columns = tf.unstack(sparse_features, len(sizes), axis=1)
+        columns = [
+            column[:, 0] if size == 1 else column
+            for size, column in zip(several, tf.split(sparse_features, several, 1), strict=True)
+        ]
         with tf.control_dependencies([check_ids(columns, sizes)]):
             dense = tf.identity(dense_features)
         sparse = {str(index): column for index, column in enumerate(columns)}
@@ -34,14 +39,14 @@ def export(params: Any, model: Any) -> Exported:
 
     @tf.function
     def rows(rows: tf.Tensor) -> dict[str, tf.Tensor]:
-        features, _ = parsed_rows(rows, sizes, numbers)
+        features, _ = parsed_rows(rows, sizes, numbers, config.multi_hot_sizes)
         return clicks(features)
 
     return Exported(
         {
             "serving_default": serve.get_concrete_function(
                 tf.TensorSpec([None, numbers], tf.float32, "dense_features"),
-                tf.TensorSpec([None, len(sizes)], tf.int32, "sparse_features"),
+                tf.TensorSpec([None, sum(several)], tf.int32, "sparse_features"),
             ),
             "rows": rows.get_concrete_function(tf.TensorSpec([None], tf.string, "rows")),
         }

@@ -34,6 +34,9 @@ class Table:
         categorical: The columns of categories.
         clicks_from: The least label that is a click, or ``None`` where labels are 0 or 1.
         logarithm: Whether log(1 + x), 0 for negative ones, is written for a number x.
+        multi_hot: The columns of categories of which a row may have several.
+        separator: What is between them.
+        limit: How many of them, the first ones, count; ``None`` for all.
     """
 
     delimiter: str
@@ -43,6 +46,9 @@ class Table:
     categorical: tuple[str, ...]
     clicks_from: float | None
     logarithm: bool
+    multi_hot: tuple[str, ...] = ()
+    separator: str = "|"
+    limit: int | None = None
 
 
 def chosen_columns(
@@ -185,6 +191,7 @@ class _Parser:
         self._label = names.index(table.label)
         self._numeric = [names.index(name) for name in table.numeric]
         self._categorical = [names.index(name) for name in table.categorical]
+        self._separator = table.separator.encode()
 
     def chunk(
         self, rows: list[tuple[int, list[str] | str]], first_row: int, skip_malformed: bool
@@ -206,9 +213,14 @@ class _Parser:
                 [row[i].encode("utf-8", "surrogateescape") for i in self._categorical]
             )
             good.append(index)
-        keys = np.empty((len(self._categorical), len(good)), np.uint64)
-        for column, texts in enumerate(zip(*categories, strict=True)):
-            keys[column] = keys_of(list(texts))
+        keys, counts = [], {}
+        for column, name in enumerate(self._table.categorical):
+            texts = [row[column] for row in categories]
+            if name in self._table.multi_hot:
+                several = [self._several(text) for text in texts]
+                counts[column] = np.array([len(row) for row in several], np.int64)
+                texts = [text for row in several for text in row]
+            keys.append(keys_of(texts))
         # A row has a number, if only one that says nothing.
         dense = [list(column) for column in zip(*numbers, strict=True)] or [[]]
         return Chunk(
@@ -219,7 +231,13 @@ class _Parser:
             len(rows) - len(good),
             None,
             problem,
+            counts,
         )
+
+    def _several(self, text: bytes) -> list[bytes]:
+        """The categories of a field: at least one, which may be a missing one."""
+        found = [part for part in text.split(self._separator) if part]
+        return found[: self._table.limit] or [b""]
 
     def _parsed(self, row: list[str] | str) -> tuple[bytes, list[bytes]]:
         if isinstance(row, str):

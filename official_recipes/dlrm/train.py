@@ -84,7 +84,9 @@ def _bad_row(error: Exception, params: Any, options: Options) -> FlagValueError 
         if not needed:
             continue
         files = matching_files(getattr(params.task, name).input_path)
-        found = first_bad_row(files, model.vocab_sizes, model.num_dense_features)
+        found = first_bad_row(
+            files, model.vocab_sizes, model.num_dense_features, model.multi_hot_sizes
+        )
         if found is not None:
             return FlagValueError(
                 "params_override",
@@ -123,12 +125,34 @@ def _check(params: Any, options: Options) -> None:
             "recorded beside the data",
             f"{model.num_dense_features} and {len(model.vocab_sizes)}",
         )
+    if found is not None and not model.multi_hot_sizes:
+        model.multi_hot_sizes = found[2]
+    columns, sizes, dot = len(model.vocab_sizes), model.multi_hot_sizes, model.interaction == "dot"
+    given = model.embedding_dim
+    widths = given if isinstance(given, list) else [given] * columns
     for name, wrong, expected in (
         ("interaction", model.interaction not in INTERACTIONS, f"one of {', '.join(INTERACTIONS)}"),
+        ("dcn_num_layers", model.dcn_num_layers < 1, "a positive integer"),
+        ("dcn_low_rank_dim", model.dcn_low_rank_dim < 1, "a positive integer"),
+        (
+            "multi_hot_sizes",
+            sizes and not _integers(sizes, columns, 1),
+            f"{columns} positive integers, one for each column",
+        ),
+        (
+            "embedding_dim",
+            not _integers(widths, columns, 2),
+            f"an integer of at least 2, or a list of {columns}, one for each column",
+        ),
+        (
+            "embedding_dim",
+            dot and widths != widths[:1] * columns,
+            "one width for all columns with interaction=dot, not with cross and multi_layer_dcn",
+        ),
         (
             "bottom_mlp",
-            model.bottom_mlp[-1:] != [model.embedding_dim],
-            f"widths that end in embedding_dim = {model.embedding_dim}",
+            dot and model.bottom_mlp[-1:] != widths[:1],
+            f"widths that end in embedding_dim = {given}",
         ),
         ("top_mlp", model.top_mlp[-1:] != [1], "widths that end in 1"),
         ("vocab_sizes", min(model.vocab_sizes) < 1, "positive sizes"),
@@ -136,6 +160,16 @@ def _check(params: Any, options: Options) -> None:
         if wrong:
             received = getattr(model, name)
             raise FlagValueError("params_override", f"task.model.{name}: {expected}", received)
+    # Its layers of TensorFlow Recommenders multiply numbers of both types then.
+    if model.interaction == "multi_layer_dcn" and params.runtime.mixed_precision_dtype not in (
+        None,
+        "float32",
+    ):
+        raise FlagValueError(
+            "params_override",
+            "runtime.mixed_precision_dtype: float32 with interaction=multi_layer_dcn",
+            params.runtime.mixed_precision_dtype,
+        )
     if params.trainer.train_tf_while_loop:
         # How many rows of a table a replica has looked up differs from step to step, and TensorFlow
         # 2.20 takes a collective in a loop to be of one shape in all its iterations.
@@ -169,6 +203,10 @@ def _check(params: Any, options: Options) -> None:
                 f"trainer.optimizer_config.{name}.type: one that does not extrapolate",
                 optimizer.type,
             )
+
+
+def _integers(values: Sequence[Any], count: int, low: int) -> bool:
+    return len(values) == count and all(isinstance(v, int) and v >= low for v in values)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,11 @@ class FrequencyCounter:
         self._fresh_keys = 0
         self._runs: list[list[Path]] = [[] for _ in self._columns]
 
-    def add(self, keys: Keys) -> None:
-        """Counts the keys of some rows, all columns of them."""
+    def add(self, keys: Sequence[Keys]) -> None:
+        """Counts the keys of some rows, of each column."""
         for column in self._columns:
             self._fresh[column].append(keys[column])
-        self._fresh_keys += keys.size
+        self._fresh_keys += sum(map(len, keys))
         self._note()
         if self._fresh_keys >= self.limit // 2:
             self._fold()
