@@ -613,7 +613,7 @@ def test_only_float16_keeps_what_overflows(dtype, kept, sparse):
     if sparse:
         direction = tf.IndexedSlices(direction, tf.constant([0, 1]), tf.constant([2, 1]))
     writer = Writer()
-    writer.add(variable, direction, tf.constant(0.5))
+    writer.subtract(variable, direction, tf.constant(-0.5))
     assert bool(writer.complete()) is not kept
     expected = large if kept else np.inf
     np.testing.assert_array_equal(tf.cast(variable, tf.float64), [[large], [expected]])

@@ -42,7 +42,7 @@ def apply_velocity(variable, slot, d, rate, momentum, nesterov=False):
 
 
 def apply_delta(variable, d, factor):
-    writer().add(variable, d, tf.cast(factor, d.dtype))
+    writer().subtract(variable, d, tf.cast(-factor, d.dtype))
 
 
 def apply_adam_moments(m, v, gradient, first, second, epsilon, offset=None):

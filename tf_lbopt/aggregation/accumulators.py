@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.aggregation.sparse import merge_repeated_indices, rows_at
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
@@ -89,7 +90,7 @@ class DenseAccumulator:
         if self._replicas > 1:
             full *= self._replicas
         squares = tf.math.squared_difference(full, mean)
-        Writer().add(self.deviations, squares, of_squares)
+        Writer().subtract(self.deviations, squares, of_squares)
 
     def begin(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Overwrites what there is by the first micro-step, in place. Arguments as `add`."""
@@ -233,7 +234,9 @@ class SparseAccumulator:
 
 
 def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """``R/(n−1)`` and ``(n−1)/n``: the factors of S_{n−1} and of the square in M_n, see the top.
+    """The factors of S_{n−1}, and of the square in what is subtracted from M_{n−1}, see the top.
+
+    ``R/(n−1)`` and ``−(n−1)/n``.
 
     Args:
         count: n − 1, how many live micro-steps came before; at least 1.
@@ -242,7 +245,7 @@ def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Te
     Returns:
         Scalars of the dtype of ``count``.
     """
-    return replicas / count, count / (count + 1.0)
+    return replicas / count, -count / (count + 1.0)
 
 
 def shares_of_deviations(
@@ -297,7 +300,7 @@ def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     values.sort(key=_size)
     small = [value for value in values if _size(value) < _LARGE] or values[:1]
     rest = values[len(small) :]
-    found = _any_nonzero(small)
+    found = _any_nonzero_together(small)
     if not rest:
         return found
     # One condition for all that is large: tracing one takes longer than looking at small tensors.
@@ -311,6 +314,16 @@ def _size(value: tf.Tensor) -> int:
 
 def _any_nonzero(values: list[tf.Tensor]) -> tf.Tensor:
     return tf.reduce_any(tf.stack([tf.reduce_any(tf.cast(value, tf.bool)) for value in values]))
+
+
+def _any_nonzero_together(values: list[tf.Tensor]) -> tf.Tensor:
+    """The same of small ones, which are sooner copied than looked at one by one."""
+    if _compat.in_xla_context():
+        return _any_nonzero(values)
+    by_dtype: dict[tf.DType, list[tf.Tensor]] = {}
+    for value in values:
+        by_dtype.setdefault(value.dtype, []).append(tf.reshape(value, [-1]))
+    return _any_nonzero([tf.concat(alike, 0) for alike in by_dtype.values()])
 
 
 def _scalar_if(wanted: bool, dtype: tf.DType, make_variable: MakeVariable) -> tf.Variable | None:

@@ -38,7 +38,7 @@ from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, all_finite, norms, widest
-from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Step, dense
+from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step, dense
 from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
@@ -56,6 +56,7 @@ class _Common:
         scaled_by: The factor in the gradients, or ``None`` for 1.
         divisor: What the sums of the gradients are divided by, or ``None`` for 1.
         mean_norms: [n], the norms of all mean gradients.
+        norms_of_adapted: Those of the weights of adapted variables, or ``None``.
     """
 
     step: Step
@@ -64,6 +65,7 @@ class _Common:
     scaled_by: tf.Tensor | None
     divisor: tf.Tensor | None
     mean_norms: tf.Tensor
+    norms_of_adapted: tf.Tensor | None = None
 
 
 class Algorithm(Declared, saved_state.SavedState, abc.ABC):
@@ -325,8 +327,13 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         """
         del anchor
         sums = _merged(sums)
-        common = self._common(learning_rate, sums, norms(sums.totals), loss_scale)
-        judged, write = self._planned(known, sums, common)
+        rule, trained, weights = self.rule(), self.trained, []
+        if rule.takes_weight_norms:  # one condition for the norms of all (`tf_lbopt.rules.norms`)
+            weights = [trained.targets[index] for index in known if trained.adapted[index]]
+        found = norms([*sums.totals, *weights])
+        totals, adapted = (found[: len(known)], found[len(known) :]) if weights else (found, None)
+        common = self._common(learning_rate, sums, totals, loss_scale, adapted)
+        judged, write = self._planned(rule, known, sums, common)
         sound = common.sound & judged
         if _compat.in_xla_context():
             complete = write(sound)
@@ -364,12 +371,15 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         )
         numbers = [known[place] for place in sparse]
         others = [n for n in range(len(self.trained.targets)) if n not in numbers]
-        sparse_judged, write_sparse = self._planned(numbers, parts[1], common, sparse, numbers)
+        rule = self.rule()
+        sparse_judged, write_sparse = self._planned(
+            rule, numbers, parts[1], common, sparse, numbers
+        )
 
         @_program
         def compiled() -> tuple[tf.Tensor, tf.Tensor]:
             indices = [known[place] for place in rest]
-            judged, write = self._planned(indices, parts[0], common, rest, others)
+            judged, write = self._planned(rule, indices, parts[0], common, rest, others)
             sound = common.sound & sparse_judged & judged
             return sound, write(sound)
 
@@ -383,6 +393,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         sums: Sums,
         total_norms: tf.Tensor,
         loss_scale: Callable[[], tf.Tensor] | None,
+        norms_of_adapted: tf.Tensor | None = None,
     ) -> "_Common":
         finite = all_finite(total_norms)
         if sums.norms is not None:  # others may have computed these
@@ -403,10 +414,12 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
                 if divisor is None
                 else total_norms / tf.cast(divisor, total_norms.dtype)
             ),
+            norms_of_adapted=norms_of_adapted,
         )
 
     def _planned(
         self,
+        rule: Rule,
         indices: Sequence[int],
         sums: Sums,
         common: "_Common",
@@ -416,6 +429,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         """Computes an update, or a part of it, up to what is decided from norms.
 
         Args:
+            rule: With the present hyper-parameters.
             indices: For each gradient the number of its variable.
             sums: Of the part's gradients.
             common: What the parts have in common.
@@ -460,13 +474,14 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             decayed=[trained.decayed[index] for index in indices],
             adapted=[trained.adapted[index] for index in indices],
             statistics=statistics,
+            norms_of_adapted=common.norms_of_adapted,
             mean_norms=(
                 self._mean_norms(sums, mean_norms, common.scaled_by)
                 if MEAN_NORM in self.statistics
                 else None
             ),
         )
-        update = self.rule().update(parameters, common.step)
+        update = rule.update(parameters, common.step)
 
         def write(where: tf.Tensor | None = None) -> tf.Tensor:
             writer = Writer(where)

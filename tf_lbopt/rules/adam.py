@@ -117,8 +117,8 @@ class Adam(AdamMoments):
         epsilons = {
             d: self.epsilon / tf.sqrt(second.correction) for d, (_, second) in means.items()
         }
-        deltas = {d: -tf.cast(step.learning_rate, d) for d in means}
-        decays = {d: delta * (self.weight_decay or 0.0) for d, delta in deltas.items()}
+        rates = {d: tf.cast(step.learning_rate, d) for d in means}
+        decays = {d: rate * (self.weight_decay or 0.0) for d, rate in rates.items()}
 
         def write(writer: Writer) -> None:
             weights, limit = parameters.weights(), self.direction_limit
@@ -126,7 +126,7 @@ class Adam(AdamMoments):
                 zip(parameters.variables, parameters.dtypes, strict=True)
             ):
                 if self.weight_decay and parameters.decayed[index]:
-                    writer.add(variable, weights[index], decays[dtype])
+                    writer.subtract(variable, weights[index], decays[dtype])
                 direction = writer.adam(
                     parameters.slots["momentum"][index],
                     parameters.slots["velocity"][index],
@@ -136,6 +136,6 @@ class Adam(AdamMoments):
                     limit=limit,
                     least_epsilon=self.epsilon,
                 )
-                writer.add(variable, direction, deltas[dtype])
+                writer.subtract(variable, direction, rates[dtype])
 
         return Update(self.steps_fit(parameters, step), write)

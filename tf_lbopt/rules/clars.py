@@ -31,6 +31,11 @@ class CLARS(Rule):
     nesterov: bool = True
     default_trust_ratio: float = 1.0
 
+    @property
+    def takes_weight_norms(self) -> bool:
+        """Yes."""
+        return True
+
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
         assert parameters.mean_norms is not None, "`statistics` declares them"

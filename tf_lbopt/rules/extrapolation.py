@@ -43,9 +43,9 @@ def apply_extrapolation(variable, velocity, noise, rate, momentum) -> None:
         return
     writer = Writer()
     if noise is not None:
-        writer.add(variable, noise, -rate)
+        writer.subtract(variable, noise, rate)
     if velocity is not None:
-        writer.add(variable, tf.convert_to_tensor(velocity), tf.constant(momentum, dtype))
+        writer.subtract(variable, tf.convert_to_tensor(velocity), tf.constant(-momentum, dtype))
 
 
 def filter_axes(rank: int, kind: str = "kernel") -> list[int]:

@@ -11,8 +11,8 @@ from tf_lbopt.rules.norms import Gradient, widest
 
 # An element is resolved where σ² > 1e-7 · mean(g²) = 1e-7 (σ² + ḡ²), that is, where ḡ²/σ² is below.
 _RESOLVED_BELOW = 1e7 - 1.0
-# From this size on, the usual case is worth a branch of its own; tracing one costs more than the
-# passes over a smaller layer that it saves.
+# From this size on, the usual case is worth a branch of its own; smaller layers are sooner copied
+# beside each other than looked at one by one.
 _LARGE = 1 << 16
 
 
@@ -83,22 +83,25 @@ def clipped_gsnr(statistics: SubBatchStatistics, gamma: float) -> list[tf.Tensor
     """
     ratios = statistics.ratios()
     limit, lowest = statistics.resolved_below, statistics.lowest(gamma)
-    apart = [i for i, ratio in enumerate(ratios) if _is_worth_a_branch(ratio)]
-    together = [i for i in range(len(ratios)) if i not in apart]
-    clipped = dict(
-        zip(together, _clipped([ratios[i] for i in together], limit, lowest), strict=True)
-    )
-    clipped |= {i: _clipped_in_branches(ratios[i], limit, lowest) for i in apart}
-    return [clipped[i] for i in range(len(ratios))]
-
-
-def _is_worth_a_branch(ratio: tf.Tensor) -> bool:
-    return not _compat.in_xla_context() and (ratio.shape.num_elements() or 0) >= _LARGE
+    if _compat.in_xla_context():
+        return _clipped(ratios, limit, lowest)
+    groups: dict[tuple[tf.DType, int | None], list[int]] = {}
+    for index, ratio in enumerate(ratios):
+        size = ratio.shape.num_elements()
+        small = size is not None and size < _LARGE
+        groups.setdefault((ratio.dtype, size if small else None), []).append(index)
+    clipped: dict[int, tf.Tensor] = {}
+    for (_, size), indices in groups.items():
+        of_group = [ratios[index] for index in indices]
+        if size is None:
+            parts = _clipped_in_branches(of_group, limit, lowest)
+        else:
+            parts = _clipped_of_one_size(of_group, size, limit, lowest)
+        clipped |= zip(indices, parts, strict=True)
+    return [clipped[index] for index in range(len(ratios))]
 
 
 def _clipped(ratios: list[tf.Tensor], limit: tf.Tensor, lowest: tf.Tensor) -> list[tf.Tensor]:
-    if not ratios:
-        return []
     dtype = widest([ratio.dtype for ratio in ratios])
     sums = [_resolved(ratio, limit) for ratio in ratios]
     totals, numbers = (tf.stack([tf.cast(s, dtype) for s in of]) for of in zip(*sums, strict=True))
@@ -114,17 +117,37 @@ def _clipped(ratios: list[tf.Tensor], limit: tf.Tensor, lowest: tf.Tensor) -> li
     ]
 
 
-def _clipped_in_branches(ratio: tf.Tensor, limit: tf.Tensor, lowest: tf.Tensor) -> tf.Tensor:
-    # Where every element is live and resolved (a dead one would make the sum NaN, an unresolved
-    # one infinite or large), half of the passes over memory are enough.
-    ratio_sum = tf.reduce_sum(ratio)
-    limit, lowest = tf.cast(limit, ratio.dtype), tf.cast(lowest, ratio.dtype)
+def _clipped_of_one_size(
+    ratios: list[tf.Tensor], size: int, limit: tf.Tensor, lowest: tf.Tensor
+) -> list[tf.Tensor]:
+    """Those of small layers, as rows of a matrix."""
+    rows = tf.stack([tf.reshape(ratio, [size]) for ratio in ratios])
+    totals, numbers = _resolved(rows, limit, axis=1)
+    means = _positive(tf.math.divide_no_nan(totals, numbers), limit)
+    clipped = tf.unstack(_clip(rows, tf.cast(lowest, rows.dtype) * means, means), num=len(ratios))
+    return [tf.reshape(row, ratio.shape) for row, ratio in zip(clipped, ratios, strict=True)]
 
-    def all_resolved() -> tf.Tensor:
-        mean = _positive(ratio_sum / tf.cast(tf.size(ratio), ratio.dtype), limit)
-        return tf.clip_by_value(ratio, lowest * mean, mean) / mean
 
-    return tf.cond(ratio_sum < limit, all_resolved, lambda: _clipped([ratio], limit, lowest)[0])
+def _clipped_in_branches(
+    ratios: list[tf.Tensor], limit: tf.Tensor, lowest: tf.Tensor
+) -> list[tf.Tensor]:
+    """Those of large layers of one dtype.
+
+    Where every element is live and resolved (a dead one would make a sum NaN, an unresolved one
+    infinite or large), half of the passes over memory are enough. One condition for all layers: for
+    each a GPU's host would wait.
+    """
+    sums = tf.stack([tf.reduce_sum(ratio) for ratio in ratios])
+
+    def all_resolved() -> list[tf.Tensor]:
+        sizes = tf.stack([tf.cast(tf.size(ratio), sums.dtype) for ratio in ratios])
+        means = _positive(sums / sizes, limit)
+        lows = tf.unstack(tf.cast(lowest, sums.dtype) * means, num=len(ratios))
+        bounds = zip(ratios, lows, tf.unstack(means, num=len(ratios)), strict=True)
+        return [tf.clip_by_value(ratio, low, mean) / mean for ratio, low, mean in bounds]
+
+    usual = tf.reduce_all(sums < tf.cast(limit, sums.dtype))
+    return tf.cond(usual, all_resolved, lambda: _clipped(ratios, limit, lowest))
 
 
 def _clip(ratio: tf.Tensor, low: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
@@ -132,10 +155,15 @@ def _clip(ratio: tf.Tensor, low: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
     return tf.where(ratio > low, tf.minimum(ratio, mean), low) / mean
 
 
-def _resolved(ratio: tf.Tensor, limit: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sum and number of the resolved elements."""
+def _resolved(
+    ratio: tf.Tensor, limit: tf.Tensor, axis: int | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sum and number of the resolved elements, with ``axis`` in columns."""
     resolved = tf.cast(ratio < tf.cast(limit, ratio.dtype), ratio.dtype)  # NaN is not
-    return tf.reduce_sum(tf.math.multiply_no_nan(ratio, resolved)), tf.reduce_sum(resolved)
+    return tuple(
+        tf.reduce_sum(of_each, axis, keepdims=axis is not None)
+        for of_each in (tf.math.multiply_no_nan(ratio, resolved), resolved)
+    )
 
 
 def _positive(mean: tf.Tensor, limit: tf.Tensor) -> tf.Tensor:

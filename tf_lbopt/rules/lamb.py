@@ -14,6 +14,11 @@ class LAMB(AdamMoments):
 
     default_trust_ratio: float = 1.0
 
+    @property
+    def takes_weight_norms(self) -> bool:
+        """Yes."""
+        return True
+
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
         means = self.running_means(parameters, step)
@@ -48,7 +53,7 @@ class LAMB(AdamMoments):
             for variable, direction, rate in zip(
                 parameters.variables, directions, rates, strict=True
             ):
-                writer.add(variable, direction, -rate)
+                writer.subtract(variable, direction, rate)
 
         ratio = max(1.0, self.default_trust_ratio)
         return Update(self.steps_fit(parameters, step, weight_norms, ratio), write)

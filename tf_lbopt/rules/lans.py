@@ -20,6 +20,11 @@ class LANS(AdamMoments):
 
     default_trust_ratio: float = 1.0
 
+    @property
+    def takes_weight_norms(self) -> bool:
+        """Yes."""
+        return True
+
     def direction_bound(self, dtype: tf.DType) -> float:
         """What no element of r and c exceeds together, without decay."""
         along_gradient = direction_bound(0.0, self.beta_2, self.epsilon, dtype)
@@ -40,9 +45,11 @@ class LANS(AdamMoments):
         decay = parameters.constants(self.weight_decay or 0.0)
         weight_norms = parameters.weight_norms()
 
-        def ratios(directions: list[tf.Tensor]) -> tf.Tensor:
-            lengths = parameters.norms_of(directions, parameters.adapted)
-            return trust_ratio(weight_norms, lengths, default=self.default_trust_ratio)
+        def ratios(*directions: list[tf.Tensor]) -> list[tf.Tensor]:
+            return [
+                trust_ratio(weight_norms, lengths, default=self.default_trust_ratio)
+                for lengths in parameters.norms_of_lists(directions, parameters.adapted)
+            ]
 
         def write(writer: Writer) -> None:
             along_momentum, along_gradient = [], []
@@ -69,15 +76,16 @@ class LANS(AdamMoments):
                 root = tf.sqrt(second.corrected(tf.cast(velocity, w.dtype)))
                 c = tf.math.divide_no_nan(gradient, root + epsilon[w.dtype])
                 along_gradient.append(c if offset is None else c + offset)
+            ratios_of_r, ratios_of_c = ratios(along_momentum, along_gradient)
             for variable, r, c, of_r, of_c in zip(
                 parameters.variables,
                 along_momentum,
                 along_gradient,
-                parameters.split(step.rates(self.beta_1 * ratios(along_momentum))),
-                parameters.split(step.rates((1.0 - self.beta_1) * ratios(along_gradient))),
+                parameters.split(step.rates(self.beta_1 * ratios_of_r)),
+                parameters.split(step.rates((1.0 - self.beta_1) * ratios_of_c)),
                 strict=True,
             ):
-                writer.add(variable, of_r * r + of_c * c, tf.constant(-1.0, r.dtype))
+                writer.subtract(variable, of_r * r + of_c * c, tf.constant(1.0, r.dtype))
 
         ratio = max(1.0, self.default_trust_ratio)
         return Update(self.steps_fit(parameters, step, weight_norms, ratio), write)

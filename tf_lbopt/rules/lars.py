@@ -26,6 +26,11 @@ class LARS(Rule):
     trust_ratio_denominator: str = "norm_of_sum"
     default_trust_ratio: float = 1.0
 
+    @property
+    def takes_weight_norms(self) -> bool:
+        """Yes."""
+        return True
+
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
         weight_norms = parameters.weight_norms()

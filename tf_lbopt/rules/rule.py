@@ -43,6 +43,8 @@ class Parameters:
         adapted: Whether layer-wise adaptation (a trust ratio) applies.
         statistics: What the gradients were over the sub-batches, before any clipping; ``None`` if
             the rule does not declare `VARIANCE`.
+        norms_of_adapted: The norms of the weights of adapted variables, of these alone, or ``None``
+            where nobody has computed them.
         mean_norms: [n], N, the mean over the sub-batches (or over the examples) of the norms of
             their unclipped gradients; ``None`` if the rule does not declare `MEAN_NORM`.
     """
@@ -56,6 +58,7 @@ class Parameters:
     decayed: Sequence[bool]
     adapted: Sequence[bool]
     statistics: SubBatchStatistics | None = None
+    norms_of_adapted: tf.Tensor | None = None
     mean_norms: tf.Tensor | None = None
 
     @functools.cached_property
@@ -86,14 +89,22 @@ class Parameters:
 
     def norms_of(self, tensors: Sequence[Gradient], chosen: Sequence[bool]) -> tf.Tensor:
         """[n], the norms of those that are chosen, 0 for the others."""
-        found = norms([t for t, wanted in zip(tensors, chosen, strict=True) if wanted])
-        if all(chosen):
-            return found
-        return tf.scatter_nd(np.flatnonzero(chosen)[:, None], found, [len(chosen)])
+        return self.norms_of_lists([tensors], chosen)[0]
+
+    def norms_of_lists(
+        self, lists: Sequence[Sequence[Gradient]], chosen: Sequence[bool]
+    ) -> list[tf.Tensor]:
+        """The same of several lists, whose norms are computed together."""
+        found = norms([t for of in lists for t, wanted in zip(of, chosen, strict=True) if wanted])
+        parts = [found] if len(lists) == 1 else tf.split(found, len(lists))
+        return [part if all(chosen) else _scattered(part, chosen) for part in parts]
 
     def weight_norms(self) -> tf.Tensor:
         """[n], the norms of the weights of adapted variables, 0 for the others."""
-        return self.norms_of(self.variables, self.adapted)
+        known = self.norms_of_adapted
+        if known is None:
+            return self.norms_of(self.variables, self.adapted)
+        return known if all(self.adapted) else _scattered(known, self.adapted)
 
     def own_norms(self) -> tf.Tensor:
         """[n], the norms of the gradients."""
@@ -160,9 +171,18 @@ class Rule(abc.ABC):
         """Whether an update of all variables may be made in several parts, in any order."""
         return True
 
+    @property
+    def takes_weight_norms(self) -> bool:
+        """Whether it asks for `Parameters.weight_norms`, which then come with the gradients'."""
+        return False
+
     def slot_names(self) -> tuple[str, ...]:
         """The slots that it keeps with its hyper-parameters: no momentum where that is 0."""
         return () if getattr(self, "momentum", None) == 0.0 else self.slots
+
+
+def _scattered(numbers: tf.Tensor, chosen: Sequence[bool]) -> tf.Tensor:
+    return tf.scatter_nd(np.flatnonzero(chosen)[:, None], numbers, [len(chosen)])
 
 
 def dense(gradient: Gradient) -> tf.Tensor:

@@ -35,6 +35,11 @@ class VRGD(Rule):
         """As the base."""
         return self.base.separable
 
+    @property
+    def takes_weight_norms(self) -> bool:
+        """As the base."""
+        return self.base.takes_weight_norms
+
     def slot_names(self) -> tuple[str, ...]:
         """The base's slots, and r's running mean if there is one."""
         return self.base.slot_names() + (() if self.beta_3 is None else (GSNR_SLOT,))

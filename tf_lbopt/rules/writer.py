@@ -72,23 +72,23 @@ class Writer:
             new = tf.where(finite, new, old)
         return new if self._sound is None else tf.where(self._sound, new, old)
 
-    def add(self, variable: tf.Variable, direction: Gradient, scale: tf.Tensor) -> None:
-        """``w ← w + scale · direction``; a sparse direction touches its own rows only."""
+    def subtract(self, variable: tf.Variable, direction: Gradient, rate: tf.Tensor) -> None:
+        """``w ← w − rate · direction``; a sparse direction touches its own rows only."""
         dtype = direction.dtype
         if isinstance(direction, tf.IndexedSlices):
-            rows = direction.values * scale
+            rows = direction.values * rate
             if variable.dtype == dtype:
-                variable.scatter_add(tf.IndexedSlices(rows, direction.indices))
+                variable.scatter_sub(tf.IndexedSlices(rows, direction.indices))
                 return
             old = tf.gather(variable, direction.indices)
-            new = self._kept(tf.cast(old, dtype) + rows, old)
+            new = self._kept(tf.cast(old, dtype) - rows, old)
             variable.scatter_update(tf.IndexedSlices(new, direction.indices))
         elif variable.dtype in self._fused_dtypes:
             tf.raw_ops.ResourceApplyGradientDescent(
-                var=variable.handle, alpha=-scale, delta=direction
+                var=variable.handle, alpha=rate, delta=direction
             )
         else:
-            self.assign(variable, tf.cast(variable, dtype) + scale * direction)
+            self.assign(variable, tf.cast(variable, dtype) - rate * direction)
 
     def heavy_ball(
         self,
@@ -100,7 +100,7 @@ class Writer:
     ) -> None:
         """`heavy_ball` on variables; ``buffer`` is ``None`` where ``momentum`` is 0."""
         if buffer is None:
-            self.add(variable, direction, -learning_rate)
+            self.subtract(variable, direction, learning_rate)
         elif variable.dtype in self._fused_dtypes:
             tf.raw_ops.ResourceApplyMomentum(
                 var=variable.handle,
@@ -125,7 +125,7 @@ class Writer:
     ) -> None:
         """`velocity` on variables; ``slot`` is ``None`` where ``momentum`` is 0."""
         if slot is None:
-            self.add(variable, direction, -learning_rate)
+            self.subtract(variable, direction, learning_rate)
         elif variable.dtype in self._fused_dtypes:
             tf.raw_ops.ResourceApplyKerasMomentum(
                 var=variable.handle,
