@@ -304,7 +304,7 @@ def any_nonzero(gradients: list[Gradient]) -> tf.Tensor:
     if not rest:
         return found
     # One condition for all that is large: tracing one takes longer than looking at small tensors.
-    return tf.cond(found, lambda: tf.constant(True), lambda: _any_nonzero(rest))
+    return tf.cond(found, lambda: tf.constant(True), lambda: _any_nonzero(rest), name="rarely")
 
 
 def _size(value: tf.Tensor) -> int:

@@ -38,7 +38,7 @@ from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, all_finite, norms, widest
-from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step, dense
+from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step, add_decay, dense
 from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
@@ -56,7 +56,8 @@ class _Common:
         scaled_by: The factor in the gradients, or ``None`` for 1.
         divisor: What the sums of the gradients are divided by, or ``None`` for 1.
         mean_norms: [n], the norms of all mean gradients.
-        norms_of_adapted: Those of the weights of adapted variables, or ``None``.
+        norms_of_adapted: As in `Parameters`.
+        with_decay: As there.
     """
 
     step: Step
@@ -66,6 +67,7 @@ class _Common:
     divisor: tf.Tensor | None
     mean_norms: tf.Tensor
     norms_of_adapted: tf.Tensor | None = None
+    with_decay: tuple[list[Gradient], tf.Tensor] | None = None
 
 
 class Algorithm(Declared, saved_state.SavedState, abc.ABC):
@@ -327,12 +329,30 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         """
         del anchor
         sums = _merged(sums)
-        rule, trained, weights = self.rule(), self.trained, []
-        if rule.takes_weight_norms:  # one condition for the norms of all (`tf_lbopt.rules.norms`)
-            weights = [trained.targets[index] for index in known if trained.adapted[index]]
-        found = norms([*sums.totals, *weights])
-        totals, adapted = (found[: len(known)], found[len(known) :]) if weights else (found, None)
-        common = self._common(learning_rate, sums, totals, loss_scale, adapted)
+        rule, trained = self.rule(), self.trained
+        targets = [trained.targets[index] for index in known]
+        adapted = [trained.adapted[index] for index in known]
+        decayed = [trained.decayed[index] for index in known]
+        # All norms that will be taken, as far as known: what is computed together has one
+        # condition (`tf_lbopt.rules.norms`).
+        weights: list[tf.Variable] = []
+        if rule.takes_weight_norms:
+            weights = [target for target, adapts in zip(targets, adapted, strict=True) if adapts]
+        with_decay: list[Gradient] = []
+        clips = self.clipnorm, self.clipvalue, self.global_clipnorm
+        as_it_is = loss_scale is None and self._accumulation is None and clips == (None, None, None)
+        if rule.takes_norms_with_decay and as_it_is:
+            with_decay = add_decay(sums.totals, targets, decayed, self.weight_decay or 0.0)
+        else:
+            decayed = []
+        lengthened = [g for g, decays in zip(with_decay, decayed, strict=True) if decays]
+        found = norms([*sums.totals, *weights, *lengthened])
+        ends = len(known), len(known) + len(weights)
+        common = self._common(learning_rate, sums, found[: ends[0]], loss_scale)
+        if weights:
+            common = dataclasses.replace(common, norms_of_adapted=found[ends[0] : ends[1]])
+        if lengthened:
+            common = dataclasses.replace(common, with_decay=(with_decay, found[ends[1] :]))
         judged, write = self._planned(rule, known, sums, common)
         sound = common.sound & judged
         if _compat.in_xla_context():
@@ -393,7 +413,6 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         sums: Sums,
         total_norms: tf.Tensor,
         loss_scale: Callable[[], tf.Tensor] | None,
-        norms_of_adapted: tf.Tensor | None = None,
     ) -> "_Common":
         finite = all_finite(total_norms)
         if sums.norms is not None:  # others may have computed these
@@ -414,7 +433,6 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
                 if divisor is None
                 else total_norms / tf.cast(divisor, total_norms.dtype)
             ),
-            norms_of_adapted=norms_of_adapted,
         )
 
     def _planned(
@@ -475,6 +493,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             adapted=[trained.adapted[index] for index in indices],
             statistics=statistics,
             norms_of_adapted=common.norms_of_adapted,
+            with_decay=common.with_decay,
             mean_norms=(
                 self._mean_norms(sums, mean_norms, common.scaled_by)
                 if MEAN_NORM in self.statistics

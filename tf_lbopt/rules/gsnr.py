@@ -37,9 +37,13 @@ class SubBatchStatistics:
     def ratios(self) -> list[tf.Tensor]:
         """GSNR over `scale`: NaN for dead elements, infinite where all sub-batches agree."""
         return [
-            tf.square(mean.values if isinstance(mean, tf.IndexedSlices) else mean) / deviations
-            for mean, deviations in zip(self.means, self.deviations, strict=True)
+            tf.square(mean) / deviations
+            for mean, deviations in zip(self.values(), self.deviations, strict=True)
         ]
+
+    def values(self) -> list[tf.Tensor]:
+        """The mean gradients; of sparse ones their rows."""
+        return [mean.values if isinstance(mean, tf.IndexedSlices) else mean for mean in self.means]
 
     @functools.cached_property
     def scale(self) -> tf.Tensor:
@@ -81,24 +85,28 @@ def clipped_gsnr(statistics: SubBatchStatistics, gamma: float) -> list[tf.Tensor
         >>> [round(float(x), 3) for x in r]
         [1.0, 1.0, 0.1, 0.1]
     """
-    ratios = statistics.ratios()
     limit, lowest = statistics.resolved_below, statistics.lowest(gamma)
     if _compat.in_xla_context():
-        return _clipped(ratios, limit, lowest)
+        return _clipped(statistics.ratios(), limit, lowest)
     groups: dict[tuple[tf.DType, int | None], list[int]] = {}
-    for index, ratio in enumerate(ratios):
-        size = ratio.shape.num_elements()
+    for index, deviations in enumerate(statistics.deviations):
+        size = deviations.shape.num_elements()
         small = size is not None and size < _LARGE
-        groups.setdefault((ratio.dtype, size if small else None), []).append(index)
-    clipped: dict[int, tf.Tensor] = {}
+        groups.setdefault((deviations.dtype, size if small else None), []).append(index)
+    means, clipped = statistics.values(), {}
     for (_, size), indices in groups.items():
-        of_group = [ratios[index] for index in indices]
+        part = SubBatchStatistics(
+            [means[index] for index in indices],
+            [statistics.deviations[index] for index in indices],
+            statistics.live,
+            statistics.factor,
+        )
         if size is None:
-            parts = _clipped_in_branches(of_group, limit, lowest)
+            of_part = _clipped_in_branches(part.ratios(), limit, lowest)
         else:
-            parts = _clipped_of_one_size(of_group, size, limit, lowest)
-        clipped |= zip(indices, parts, strict=True)
-    return [clipped[index] for index in range(len(ratios))]
+            of_part = _clipped_of_one_size(part, size, limit, lowest)
+        clipped |= dict(zip(indices, of_part, strict=True))
+    return [clipped[index] for index in range(len(means))]
 
 
 def _clipped(ratios: list[tf.Tensor], limit: tf.Tensor, lowest: tf.Tensor) -> list[tf.Tensor]:
@@ -118,14 +126,22 @@ def _clipped(ratios: list[tf.Tensor], limit: tf.Tensor, lowest: tf.Tensor) -> li
 
 
 def _clipped_of_one_size(
-    ratios: list[tf.Tensor], size: int, limit: tf.Tensor, lowest: tf.Tensor
+    statistics: SubBatchStatistics, size: int, limit: tf.Tensor, lowest: tf.Tensor
 ) -> list[tf.Tensor]:
     """Those of small layers, as rows of a matrix."""
-    rows = tf.stack([tf.reshape(ratio, [size]) for ratio in ratios])
+    means, deviations = (
+        tf.stack([tf.reshape(layer, [size]) for layer in of])
+        for of in (statistics.means, statistics.deviations)
+    )
+    rows = tf.square(means) / deviations
     totals, numbers = _resolved(rows, limit, axis=1)
     means = _positive(tf.math.divide_no_nan(totals, numbers), limit)
-    clipped = tf.unstack(_clip(rows, tf.cast(lowest, rows.dtype) * means, means), num=len(ratios))
-    return [tf.reshape(row, ratio.shape) for row, ratio in zip(clipped, ratios, strict=True)]
+    clipped = _clip(rows, tf.cast(lowest, rows.dtype) * means, means)
+    shapes = [layer.shape for layer in statistics.deviations]
+    return [
+        tf.reshape(row, shape)
+        for row, shape in zip(tf.unstack(clipped, num=len(shapes)), shapes, strict=True)
+    ]
 
 
 def _clipped_in_branches(

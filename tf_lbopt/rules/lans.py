@@ -38,6 +38,7 @@ class LANS(AdamMoments):
             parameters,
             gradients=[dense(g) / by for g, by in zip(parameters.gradients, divisors, strict=True)],
             gradient_norms=None,
+            with_decay=None,
             norm_bounds=tf.ones_like(norms),
         )
         means = self.running_means(parameters, step)

@@ -31,11 +31,16 @@ class LARS(Rule):
         """Yes."""
         return True
 
+    @property
+    def takes_norms_with_decay(self) -> bool:
+        """For the one denominator."""
+        return bool(self.weight_decay) and self.trust_ratio_denominator == "norm_of_sum"
+
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
         weight_norms = parameters.weight_norms()
         gradients = [dense(g) for g in decayed_gradients(parameters, self.weight_decay)]
-        if self.weight_decay and self.trust_ratio_denominator == "norm_of_sum":
+        if self.takes_norms_with_decay:
             lengths = parameters.norms_with_decay(gradients)
         else:
             lengths = with_decay(

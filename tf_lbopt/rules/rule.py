@@ -45,6 +45,8 @@ class Parameters:
             the rule does not declare `VARIANCE`.
         norms_of_adapted: The norms of the weights of adapted variables, of these alone, or ``None``
             where nobody has computed them.
+        with_decay: `decayed_gradients` of these gradients, and the norms of those that decay, of
+            these alone; or ``None``, likewise.
         mean_norms: [n], N, the mean over the sub-batches (or over the examples) of the norms of
             their unclipped gradients; ``None`` if the rule does not declare `MEAN_NORM`.
     """
@@ -59,6 +61,7 @@ class Parameters:
     adapted: Sequence[bool]
     statistics: SubBatchStatistics | None = None
     norms_of_adapted: tf.Tensor | None = None
+    with_decay: tuple[list[Gradient], tf.Tensor] | None = None
     mean_norms: tf.Tensor | None = None
 
     @functools.cached_property
@@ -114,7 +117,12 @@ class Parameters:
         """[n], the norms of `decayed_gradients`; those that do not decay are known, or may be."""
         if self.gradient_norms is None:
             return norms(decayed)
-        return tf.where(self.decayed, self.norms_of(decayed, self.decayed), self.gradient_norms)
+        if self.with_decay is None:
+            found = self.norms_of(decayed, self.decayed)
+        else:
+            _, known = self.with_decay
+            found = known if all(self.decayed) else _scattered(known, self.decayed)
+        return tf.where(self.decayed, found, self.gradient_norms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +184,11 @@ class Rule(abc.ABC):
         """Whether it asks for `Parameters.weight_norms`, which then come with the gradients'."""
         return False
 
+    @property
+    def takes_norms_with_decay(self) -> bool:
+        """Whether it asks for `Parameters.norms_with_decay` of the gradients that it is given."""
+        return False
+
     def slot_names(self) -> tuple[str, ...]:
         """The slots that it keeps with its hyper-parameters: no momentum where that is 0."""
         return () if getattr(self, "momentum", None) == 0.0 else self.slots
@@ -204,10 +217,20 @@ def decayed_gradients(parameters: Parameters, weight_decay: float | None) -> lis
     """``g + λ w``, dense, for every variable that decays; for the others ``g`` as it is."""
     if not weight_decay:
         return list(parameters.gradients)
-    decay = parameters.constants(weight_decay)
+    if parameters.with_decay is not None:
+        return parameters.with_decay[0]
+    return add_decay(parameters.gradients, parameters.variables, parameters.decayed, weight_decay)
+
+
+def add_decay(
+    gradients: Sequence[Gradient],
+    variables: Sequence[tf.Variable],
+    decayed: Sequence[bool],
+    weight_decay: float,
+) -> list[Gradient]:
+    """`decayed_gradients` of gradients in the dtypes of the arithmetic."""
+    decay = {dtype: tf.constant(weight_decay, dtype) for dtype in {g.dtype for g in gradients}}
     return [
-        dense(g) + decay[g.dtype] * w if decayed else g
-        for g, w, decayed in zip(
-            parameters.gradients, parameters.weights(), parameters.decayed, strict=True
-        )
+        dense(g) + decay[g.dtype] * tf.cast(variable, g.dtype) if decays else g
+        for g, variable, decays in zip(gradients, variables, decayed, strict=True)
     ]

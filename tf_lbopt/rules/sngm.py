@@ -25,6 +25,11 @@ class SNGM(Rule):
         """No: ‖g‖ is the norm of all gradients together."""
         return False
 
+    @property
+    def takes_norms_with_decay(self) -> bool:
+        """If weights decay."""
+        return bool(self.weight_decay)
+
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""
         gradients = [dense(g) for g in decayed_gradients(parameters, self.weight_decay)]

@@ -63,7 +63,9 @@ class VRGD(Rule):
                     dense(g) * of[g.dtype].corrected(p)
                     for g, p in zip(parameters.gradients, means, strict=True)
                 ]
-            weighted = dataclasses.replace(parameters, gradients=gradients, gradient_norms=None)
+            weighted = dataclasses.replace(
+                parameters, gradients=gradients, gradient_norms=None, with_decay=None
+            )
         base = self.base.update(weighted, step)
 
         def write(writer: Writer) -> None:
