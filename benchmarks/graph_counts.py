@@ -17,6 +17,7 @@ It needs a TensorFlow that was built for GPUs, whose list of kernels says which 
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -99,6 +100,7 @@ def _of_nodes(nodes: Iterable[Any], bodies: Mapping[str, Any], largest: bool) ->
     return total
 
 
+@functools.cache
 def _has_gpu_kernel(operation: str) -> bool:
     found = kernels.get_registered_kernels_for_op(operation).kernel
     return any(kernel.device_type == "GPU" for kernel in found)
