@@ -19,7 +19,7 @@ from tf_lbopt.aggregation.accumulators import (
 from tf_lbopt.aggregation.replica_state import ReplicaState
 from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
-from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
+from tf_lbopt.rules.rule import MEAN_NORM, MEAN_SQUARED_NORM, VARIANCE
 
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class Accumulation(ReplicaState):
         self.live: tf.Variable
         self.seen: tf.Variable
         self.finished: tf.Variable
+        # Made with the first of them: the sum of what comes with the gradients of squared norms.
+        self.squares: tf.Variable | None = None
         self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
 
     def prepare(
@@ -90,10 +92,11 @@ class Accumulation(ReplicaState):
         variables: Sequence[tf.Variable],
         gradients: Sequence[Any],
         size: int,
+        squares: Any = None,
     ) -> None:
         """Creates what the gradients of a call need: in a cross-replica context, eagerly.
 
-        ``size`` is the number of the optimizer's variables.
+        ``size`` is the number of the optimizer's variables; ``squares`` as in `add`.
 
         Gradients decide the kind of accumulator: what arrives as ``IndexedSlices`` is kept by rows
         (under XLA, which wants static shapes, all are dense).
@@ -112,7 +115,8 @@ class Accumulation(ReplicaState):
             for index, variable, gradient in zip(indices, variables, gradients, strict=True)
             if (0, index) not in self.accumulators
         ]
-        if not missing:
+        without_squares = squares is not None and self.squares is None
+        if not missing and not without_squares:
             return
         with _compat.outside_of_functions(), self._strategy.scope():
             if not self.accumulators:
@@ -120,6 +124,9 @@ class Accumulation(ReplicaState):
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
                 self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
                 self.finished = self._variable(0, tf.TensorShape([]), tf.int64)
+            if without_squares:
+                vector = _first(squares)
+                self.squares = self._variable(tf.zeros(vector.shape, vector.dtype), vector.shape)
             for index, variable, gradient in missing:
                 sparse = isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
@@ -132,7 +139,8 @@ class Accumulation(ReplicaState):
                             self._variable,
                             self._strategy.num_replicas_in_sync,
                         )
-            self.load_pending()
+            if missing:
+                self.load_pending()
 
     def _variable(
         self, value: Any, shape: tf.TensorShape, dtype: tf.DType | None = None
@@ -209,6 +217,7 @@ class Accumulation(ReplicaState):
         indices: Sequence[int],
         gradients: Sequence[Gradient],
         gradient_norms: tf.Tensor | None,
+        squares: tf.Tensor | None,
         count: int | tf.Tensor,
         part: int = 0,
     ) -> tf.Tensor:
@@ -218,6 +227,7 @@ class Accumulation(ReplicaState):
             indices: Of the variables.
             gradients: One each.
             gradient_norms: [n], what stands for their norms; ``None`` for these themselves.
+            squares: A vector to be summed with them, or ``None``.
             count: The `position`; the first micro-step (of each part) overwrites.
             part: Which of the replica's sub-batches this is.
 
@@ -263,6 +273,10 @@ class Accumulation(ReplicaState):
         emptied = self.filled.assign(tf.zeros_like(self.filled), read_value=False)
         with tf.control_dependencies([] if emptied is None else [emptied]):
             self.live.assign(before + tf.cast(live, before.dtype))
+            if squares is not None and self.squares is not None:
+                first = tf.equal(count, 0)
+                kept = tf.where(first, tf.zeros_like(squares), self.squares.read_value())
+                self.squares.assign(kept + squares)
             if isinstance(count, int):
                 return begin() if count < self.parts else go_on()
             return tf.cond(count < self.parts, begin, go_on)
@@ -322,6 +336,11 @@ class Accumulation(ReplicaState):
         dtype = widest([norm_sum.dtype for norm_sum in sums])
         return tf.stack([tf.cast(norm_sum.read_value(), dtype) for norm_sum in sums])
 
+    def read_squares(self) -> tf.Tensor:
+        """This replica's sum of what came with the gradients of squared norms."""
+        assert self.squares is not None, "who asks for them must have given them"
+        return self.squares.read_value()
+
     def variables(self) -> list[tf.Variable]:
         """What is kept for the trainable variables."""
         return [v for accumulator in self.accumulators.values() for v in accumulator.variables()]
@@ -332,8 +351,11 @@ class Accumulation(ReplicaState):
         """All accumulators by name, or ``None`` before the first gradients."""
         if not self.accumulators:
             return None
+        # What was asked for from outside is nothing that a file must have.
+        declared = MEAN_SQUARED_NORM in self.statistics and self.squares is not None
         return {
             "live": self.live,
+            **({"squares": self.squares} if declared else {}),
             **{
                 f"{part}.{index}.{accumulator.kind}.{number}": variable
                 for (part, index), accumulator in self.accumulators.items()
@@ -359,6 +381,8 @@ class Accumulation(ReplicaState):
     def restored(self, header: Mapping[str, Any]) -> None:
         """Notes where the saved one was filled."""
         self.filled.assign(header["filled"])
+        if self.squares is not None and MEAN_SQUARED_NORM not in self.statistics:
+            self.squares.assign(tf.zeros_like(self.squares))  # of other gradients
         self.seen.assign(tf.zeros_like(self.seen))
 
     def lost(self, header: Mapping[str, Any]) -> None:

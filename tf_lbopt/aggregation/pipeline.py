@@ -46,6 +46,7 @@ class Sums(NamedTuple):
         deviations: The squared deviations of the sub-batches' gradients, or ``None``, likewise.
         own: This replica's own sums, a list for each of the sub-batches that it takes one after the
             other; empty where nobody asks.
+        squares: The sums of what each replica has given of squared norms, or ``None``, likewise.
     """
 
     totals: list[Any]
@@ -53,6 +54,7 @@ class Sums(NamedTuple):
     norms: Any = None
     deviations: list[Any] | None = None
     own: Sequence[list[Any]] = ()
+    squares: Any = None
 
     def at(self, places: Sequence[int]) -> "Sums":
         """The part of some of the gradients, on one replica."""
@@ -111,6 +113,7 @@ class Pipeline:
         strategy: tf.distribute.Strategy,
         gradients: list[Any],
         gradient_norms: Any,
+        squares: Any,
     ) -> tf.Tensor:
         """Makes an update of the replicas' gradients; a function for `merge_call`.
 
@@ -120,26 +123,30 @@ class Pipeline:
             gradient_norms: [n], what stands for the norms of these gradients in the mean norm, in
                 their units (for norms by example: the sum of the norms of what the examples
                 contribute to the gradient); ``None`` for the norms themselves.
+            squares: A vector to be summed over replicas and micro-steps, or ``None``.
 
         Returns:
             Whether the gradients were finite; true before an update is due.
         """
         if self.accumulation is not None:
-            return self._accumulated(self.accumulation, gradients, gradient_norms)
-        sums = self._reduced(gradients, gradient_norms)
+            return self._accumulated(self.accumulation, gradients, gradient_norms, squares)
+        sums = self._reduced(gradients, gradient_norms, squares)
         updates = each_replica(strategy, self.anchor)(self.update, args=(self.prepare(), sums))
         return updates[0][0]  # the first replica's, with whom all others agree
 
     def _accumulated(
-        self, accumulation: Accumulation, gradients: list[Any], gradient_norms: Any
+        self, accumulation: Accumulation, gradients: list[Any], gradient_norms: Any, squares: Any
     ) -> tf.Tensor:
         strategy, micro_step = self.strategy, self.micro_step
-        accumulation.prepare(self.indices, self.variables, gradients, len(self.paths))
+        accumulation.prepare(self.indices, self.variables, gradients, len(self.paths), squares)
         count = accumulation.position(micro_step, self.anchor)
         factor = accumulation.note(self.indices, self.paths, count)
 
         def add(
-            local: list[Gradient], local_norms: tf.Tensor | None, count: int | tf.Tensor
+            local: list[Gradient],
+            local_norms: tf.Tensor | None,
+            local_squares: tf.Tensor | None,
+            count: int | tf.Tensor,
         ) -> list[tf.Tensor]:
             if factor is not None and local:
                 local = [scale(local[0], tf.cast(factor, local[0].dtype)), *local[1:]]
@@ -147,12 +154,12 @@ class Pipeline:
             # Not what it returns, the output of a condition: for one that other devices wait for,
             # TensorFlow 2.20 may make two nodes of one name ("is not unique").
             with tf.control_dependencies(
-                [accumulation.add(self.indices, local, local_norms, count, part)]
+                [accumulation.add(self.indices, local, local_norms, local_squares, count, part)]
             ):
                 return [tf.constant(True)]
 
         def last() -> tf.Tensor:
-            sums = self._reduced(None, None)
+            sums = self._reduced(None, None, squares)
             updates = each_replica(strategy, self.anchor)(self.update, args=(self.prepare(), sums))
             return updates[0][0]
 
@@ -162,7 +169,9 @@ class Pipeline:
             )
             return tf.constant(True)
 
-        (added,) = on_each_replica(strategy, self.anchor, add, gradients, gradient_norms, count)
+        (added,) = on_each_replica(
+            strategy, self.anchor, add, gradients, gradient_norms, squares, count
+        )
         # After an error on one replica all must agree that this micro-step was not made.
         with tf.control_dependencies(list(added)):
             if isinstance(count, int):
@@ -173,8 +182,9 @@ class Pipeline:
 
     # -- reduce ------------------------------------------------------------------------------------
 
-    def _reduced(self, gradients: list[Any] | None, gradient_norms: Any) -> Sums:
+    def _reduced(self, gradients: list[Any] | None, gradient_norms: Any, squares: Any) -> Sums:
         """Sums over the replicas of the gradients, or of those accumulated, and of statistics."""
+        with_squares = squares is not None
         # With a single sub-batch the mean norm is the norm, which the update computes anyway.
         single = self.strategy.num_replicas_in_sync == 1 and self.accumulation is None
         with_norms = MEAN_NORM in self.statistics and not (single and gradient_norms is None)
@@ -182,19 +192,35 @@ class Pipeline:
         if not counted and gradients is not None:
             if self.summed:
                 return Sums(list(gradients))
-            totals = self.reduction(self.strategy, gradients, self.variables)
-            return Sums(totals, own=[gradients] if OWN_GRADIENT in self.statistics else [])
+            values, destinations = gradients, self.variables
+            if with_squares:
+                values, destinations = [*gradients, squares], [*self.variables, self.anchor]
+            totals = self.reduction(self.strategy, values, destinations)
+            return Sums(
+                totals[: len(gradients)],
+                own=[gradients] if OWN_GRADIENT in self.statistics else [],
+                squares=totals[-1] if with_squares else None,
+            )
 
-        def read(local: list[Gradient] | None, local_norms: tf.Tensor | None) -> list[Any]:
+        def read(
+            local: list[Gradient] | None,
+            local_norms: tf.Tensor | None,
+            local_squares: tf.Tensor | None,
+        ) -> list[Any]:
             own = self._own_statistics(local)
             numbers = [own.live] if counted else []
             if with_norms:
                 numbers.append(self._own_norms(own.totals, local_norms))
+            if with_squares:
+                kept = self.accumulation
+                numbers.append(local_squares if kept is None else kept.read_squares())
             return [*own.totals, *numbers, *(own.deviations or ())]
 
-        own = bundle(on_each_replica(self.strategy, self.anchor, read, gradients, gradient_norms))
+        own = bundle(
+            on_each_replica(self.strategy, self.anchor, read, gradients, gradient_norms, squares)
+        )
         size = len(self.indices)
-        end = size + counted + with_norms
+        end = size + counted + with_norms + with_squares
         totals = own[:end]
         if not self.summed:
             destinations = [*self.variables, *[self.anchor] * (end - size)]
@@ -210,6 +236,7 @@ class Pipeline:
             numbers[1] if with_norms else None,
             deviations,
             self._own_parts(own[:size]) if OWN_GRADIENT in self.statistics else (),
+            numbers[-1] if with_squares else None,
         )
 
     def _own_statistics(self, local: list[Gradient] | None) -> ReplicaStatistics:

@@ -53,8 +53,12 @@ class EpochNumbers(keras.callbacks.Callback):
         numbers = self.numbers()
         if logs is not None:
             logs.update(numbers)
+        self.write(numbers, epoch)
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """Writes the finite ones into the event file, if there is one."""
         if self._writer is not None:
-            with self._writer.as_default(step=epoch):
+            with self._writer.as_default(step=step):
                 for name, value in numbers.items():
                     if math.isfinite(value):
                         tf.summary.scalar(name, value)

@@ -33,6 +33,7 @@ from tf_lbopt.optimizers import saved_state
 from tf_lbopt.optimizers.declared import Declared
 from tf_lbopt.optimizers.exclusion import Exclusion, listed
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate
+from tf_lbopt.optimizers.squared_norms import SquaredNorms, WithSquaredNorms
 from tf_lbopt.optimizers.trained import Gradients, Trained, Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
@@ -56,6 +57,7 @@ class _Common:
         scaled_by: The factor in the gradients, or ``None`` for 1.
         divisor: What the sums of the gradients are divided by, or ``None`` for 1.
         mean_norms: [n], the norms of all mean gradients.
+        squared_norms: Those of the sub-batches' gradients, or ``None`` where nobody asks.
         norms_of_adapted: As in `Parameters`.
         with_decay: As there.
     """
@@ -66,11 +68,12 @@ class _Common:
     scaled_by: tf.Tensor | None
     divisor: tf.Tensor | None
     mean_norms: tf.Tensor
+    squared_norms: SquaredNorms | None
     norms_of_adapted: tf.Tensor | None = None
     with_decay: tuple[list[Gradient], tf.Tensor] | None = None
 
 
-class Algorithm(Declared, saved_state.SavedState, abc.ABC):
+class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
     """Base of all optimizers, which belongs to no framework.
 
     An adapter of a framework stands behind it in the line of inheritance, in front of the
@@ -289,7 +292,14 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
             [trained.dtypes[index] for index in known],
         )
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
-        return functools.partial(context.merge_call, pipeline.run, args=(own, own_norms))
+        own_squares = None
+        if self._takes_squared_norms():
+            own = [merge_repeated_indices(gradient) for gradient in own]
+            scaled_by = 1.0 if loss_scale is None else loss_scale()
+            own_squares = self._own_squares(known, own, scaled_by)
+        return functools.partial(
+            context.merge_call, pipeline.run, args=(own, own_norms, own_squares)
+        )
 
     def _compiled(
         self,
@@ -348,7 +358,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         lengthened = [g for g, decays in zip(with_decay, decayed, strict=True) if decays]
         found = norms([*sums.totals, *weights, *lengthened])
         ends = len(known), len(known) + len(weights)
-        common = self._common(learning_rate, sums, found[: ends[0]], loss_scale)
+        common = self._common(known, learning_rate, sums, found[: ends[0]], loss_scale)
         if weights:
             common = dataclasses.replace(common, norms_of_adapted=found[ends[0] : ends[1]])
         if lengthened:
@@ -386,9 +396,8 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         found = [_program(norms)(parts[0].totals), norms(parts[1].totals)]
         dtype = widest([part.dtype for part in found])
         joined = tf.concat([tf.cast(part, dtype) for part in found], 0)
-        common = self._common(
-            learning_rate, sums, tf.gather(joined, np.argsort([*rest, *sparse])), loss_scale
-        )
+        total_norms = tf.gather(joined, np.argsort([*rest, *sparse]))
+        common = self._common(known, learning_rate, sums, total_norms, loss_scale)
         numbers = [known[place] for place in sparse]
         others = [n for n in range(len(self.trained.targets)) if n not in numbers]
         rule = self.rule()
@@ -409,6 +418,7 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
 
     def _common(
         self,
+        known: Sequence[int],
         learning_rate: tf.Tensor,
         sums: Sums,
         total_norms: tf.Tensor,
@@ -422,17 +432,21 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         if self._accumulation is not None:
             steps = tf.constant(self._accumulation.steps, tf.float32)
             divisor = steps if scaled_by is None else steps * scaled_by
+        mean_norms = (
+            total_norms if divisor is None else total_norms / tf.cast(divisor, total_norms.dtype)
+        )
+        squared_norms = None
+        if sums.squares is not None:
+            scale_in_squares = 1.0 if scaled_by is None else scaled_by
+            squared_norms = self._squared_norms(known, sums.squares, mean_norms, scale_in_squares)
         return _Common(
             step=Step(learning_rate, tf.convert_to_tensor(self.trained.iterations)),
             finite=finite,
             sound=finite & is_rate(learning_rate),
             scaled_by=scaled_by,
             divisor=divisor,
-            mean_norms=(
-                total_norms
-                if divisor is None
-                else total_norms / tf.cast(divisor, total_norms.dtype)
-            ),
+            mean_norms=mean_norms,
+            squared_norms=squared_norms,
         )
 
     def _planned(
@@ -526,6 +540,8 @@ class Algorithm(Declared, saved_state.SavedState, abc.ABC):
         self.trained.skipped_updates.assign_add(tf.cast(~complete, tf.int64))
         if self._accumulation is not None:
             self._accumulation.finish()
+        if self._watch_of_norms is not None and common.squared_norms is not None:
+            self._watch_of_norms.note(common.squared_norms, made)
         if after is not None:
             after(common.finite)
         return [common.finite]

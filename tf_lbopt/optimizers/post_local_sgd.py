@@ -189,6 +189,17 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             "needs none, in the place of 'mixed_float16'."
         )
 
+    def watch_squared_norms(self, rows: int, of_examples: bool = False) -> None:
+        """Refuses: in a local step nothing of the gradients is summed over the replicas.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "GradientNoiseScale needs an optimizer that sums gradients over the replicas in every "
+            "update: measure with the inner optimizer alone. Received: PostLocalSGD"
+        )
+
     def own_slots(self) -> tuple[str, ...]:
         """None: they are the inner optimizer's."""
         return ()

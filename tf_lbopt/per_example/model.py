@@ -1,5 +1,6 @@
 """The model whose training step computes the norms that CLARS asks for."""
 
+import contextlib
 import functools
 from collections.abc import Mapping
 
@@ -21,6 +22,8 @@ _KEY = "tf_lbopt>norms_subset_size"
 @keras.saving.register_keras_serializable(package="tf_lbopt")
 class PerExampleNormsModel(keras.Model):
     """A Keras model whose `fit` feeds `tf_lbopt.CLARS(norm_estimator="per_example")`.
+
+    With it `tf_lbopt.callbacks.GradientNoiseScale` measures from single examples, too.
 
     Use it wherever `keras.Model` stands: as the base of a subclassed model, called with inputs and
     outputs for a functional one, or beside Sequential:
@@ -152,8 +155,12 @@ class PerExampleNormsModel(keras.Model):
 
     def train_step(self, data: Structure) -> dict[str, tf.Tensor]:
         """One training step, with norms if the optimizer asks for them."""
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        if not (isinstance(optimizer, CLARS) and optimizer.norm_estimator == "per_example"):
+        optimizer = self.optimizer
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = optimizer.inner_optimizer
+        for_clars = isinstance(optimizer, CLARS) and optimizer.norm_estimator == "per_example"
+        for_noise = getattr(optimizer, "wants_norms_of_examples", False)
+        if not (for_clars or for_noise):
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         _compat.build_by_shapes(self, x)
@@ -163,6 +170,13 @@ class PerExampleNormsModel(keras.Model):
             y_pred = _compat.call_in_training(self, x)
             losses = self.example_losses(x, y, y_pred, sample_weight)
             extra = tf.zeros([])
+            if for_noise and self.losses:
+                raise ValueError(
+                    "GradientNoiseScale compares the gradients of single examples with their mean, "
+                    "which must have nothing else in it: use no regularizers and no `add_loss`, or "
+                    "a plain `keras.Model` and sub-batches. Received: a PerExampleNormsModel with "
+                    f"{len(self.losses)} such losses"
+                )
             for own in self.losses:
                 extra += tf.cast(tf.reduce_sum(own), tf.float32)
             # Each replica's gradients are those of its share of the loss.
@@ -174,7 +188,11 @@ class PerExampleNormsModel(keras.Model):
         _check_mean(loss, tf.reduce_mean(losses) + tf.cast(extra, losses.dtype))
         scale = tf.math.reciprocal_no_nan(self.optimizer.scale_loss(tf.cast(share, tf.float32)))
         norms = [norm * tf.cast(scale, norm.dtype) for norm in norms]
-        with optimizer.example_norms(norms, variables):
+        with contextlib.ExitStack() as stack:
+            if for_clars:
+                stack.enter_context(optimizer.example_norms(norms, variables))
+            if for_noise:
+                stack.enter_context(optimizer.norms_of_examples(norms, variables))
             self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 

@@ -19,6 +19,9 @@ VARIANCE = "variance"
 MEAN_NORM = "mean_norm"
 """The statistic that `Parameters.mean_norms` gives."""
 
+MEAN_SQUARED_NORM = "mean_squared_norm"
+"""The statistic that gives an optimizer the squared norms of sub-batches' gradients."""
+
 OWN_GRADIENT = "own_gradient"
 """The statistic that gives a replica its own gradients beside their mean."""
 
