@@ -271,8 +271,12 @@ def _vr_lamb():
     return tf_lbopt.VRLAMB(0.1, gradient_accumulation_steps=2)
 
 
+def _accumulating_sgd():
+    return tf_lbopt.SGD(0.1, gradient_accumulation_steps=2)
+
+
 # The last is the number of sums: of six gradients (four with a frozen layer), of as many deviations
-# and a count for the variance, of norms and a count for CLARS; of two averages of tf_keras's
+# and a count for the variance, of norms and a count for CLARS, of squared norms for the noise scale; of two averages of tf_keras's
 # BatchNormalization. A local step has none.
 FITS = {
     "accumulation": (keras, _vr_lamb, {}, 13),
@@ -286,6 +290,9 @@ FITS = {
     ),
     "signal to noise": (
         keras, _vr_lamb, {"callback": lambda: tf_lbopt.callbacks.GradientSignalToNoise(2)}, 13
+    ),
+    "noise scale": (
+        keras, _accumulating_sgd, {"callback": lambda: tf_lbopt.callbacks.GradientNoiseScale(2)}, 7
     ),
     "frozen layers": (
         keras, _vr_lamb, {"callback": lambda: tf_lbopt.callbacks.FreezeLayers("top", 1)}, 9

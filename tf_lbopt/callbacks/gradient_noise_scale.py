@@ -29,10 +29,11 @@ class GradientNoiseScale(EpochNumbers):
         tr Σ ≈ b k/(k − 1) (mean ‖g_d‖² − ‖ḡ‖²),    ‖G‖² ≈ (k ‖ḡ‖² − mean ‖g_d‖²)/(k − 1)
 
     and averaged apart over the updates, because the ratio of one update's is biased and may be
-    negative. The fewer the sub-batches, and the smaller the batch against B_simple, the more updates
-    it takes: the standard error says how right the ratio is. A `tf_lbopt.PerExampleNormsModel`
-    measures from single examples (b = 1) instead, also with one sub-batch, at the cost of their
-    norms; the gradient must then be that of the examples' losses alone.
+    negative. The fewer the sub-batches, and the smaller the batch against B_simple, the more
+    updates it takes: the standard error says how right the ratio is. A
+    `tf_lbopt.PerExampleNormsModel` measures from single examples (b = 1) instead, also with one
+    sub-batch, at the cost of their norms; the gradient must then be that of the examples' losses
+    alone.
 
     At the end of every epoch `fit`'s logs get (and so the history, CSV files and Keras's own
     TensorBoard callback, if that comes later in the list):
@@ -45,11 +46,10 @@ class GradientNoiseScale(EpochNumbers):
     TensorBoard gets them every `every` updates, by the number of updates, if `log_dir` is given.
 
     Gradients are those of the loss, before clipping and weight decay, in float32 or wider. A
-    discarded update does not enter, nor one whose micro-steps began before the callback did, nor one
-    with fewer than 2 sub-batches with a gradient. Sub-batches count as of one size: use
-    `drop_remainder`. Squared norms are taken from g itself: they are right for norms from 1e-18 to
-    1e18 (times the loss scale), and B_simple where it is not below b/1000. Under `ExtrapSGD` and
-    `ExtrapAdam`, whose sub-batches take their gradients at different points, it is of these.
+    discarded update does not enter, nor one whose micro-steps began before the callback did, nor
+    one with fewer than 2 sub-batches with a gradient. Sub-batches count as of one size: use
+    `drop_remainder`. Under `ExtrapSGD` and `ExtrapAdam`, whose sub-batches take their gradients at
+    different points, it is of these.
 
     Every `fit` with it begins anew. It adds a number for each variable to the reduction that an
     update makes anyway. Without the callback nothing of it is computed: attaching and detaching it
@@ -162,9 +162,11 @@ class GradientNoiseScale(EpochNumbers):
         self._steps = 0
         self._written, rows = self._optimizer().squared_norms_since(self._written)
         for row in rows:
-            squares, (sub_batches, examples) = np.split(row[:-2], 2), row[-2:]
-            squares = [np.concatenate([[of_all.sum()], of_all]) for of_all in squares]
-            variances, signals = unbiased_estimates(*squares, sub_batches)
+            *of_layers, sub_batches, examples = row
+            squares, of_mean = np.split(np.asarray(of_layers), 2)
+            variances, signals = unbiased_estimates(
+                np.append(squares.sum(), squares), np.append(of_mean.sum(), of_mean), sub_batches
+            )
             self._running.add(variances * (examples / sub_batches), signals)
             self._examples = float(examples)
 

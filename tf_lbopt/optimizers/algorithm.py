@@ -39,7 +39,15 @@ from tf_lbopt.rules.bounds import is_rate, squares_fit
 from tf_lbopt.rules.clip import clip, scale
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, all_finite, norms, widest
-from tf_lbopt.rules.rule import MEAN_NORM, Parameters, Rule, Step, add_decay, dense
+from tf_lbopt.rules.rule import (
+    MEAN_NORM,
+    MEAN_SQUARED_NORM,
+    Parameters,
+    Rule,
+    Step,
+    add_decay,
+    dense,
+)
 from tf_lbopt.rules.writer import Writer
 
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
@@ -293,7 +301,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         )
         own_norms = self._gradient_norms([variable for _, variable in pairs], loss_scale)
         own_squares = None
-        if self._takes_squared_norms():
+        if self._watch_of_norms is not None or MEAN_SQUARED_NORM in self.statistics:
             own = [merge_repeated_indices(gradient) for gradient in own]
             scaled_by = 1.0 if loss_scale is None else loss_scale()
             own_squares = self._own_squares(known, own, scaled_by)

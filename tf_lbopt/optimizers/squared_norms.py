@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +13,6 @@ from tf_lbopt.aggregation.accumulation import Accumulation
 from tf_lbopt.aggregation.replicas import inside_scope, replica_number
 from tf_lbopt.optimizers.trained import Trained, Variable
 from tf_lbopt.rules.norms import Gradient, norms, widest
-from tf_lbopt.rules.rule import MEAN_SQUARED_NORM
 
 
 class SquaredNorms(NamedTuple):
@@ -107,7 +106,6 @@ class WithSquaredNorms:
     `watch_squared_norms`, before the training step is traced.
     """
 
-    statistics: ClassVar[tuple[str, ...]]
     trained: Trained
     _strategy: tf.distribute.Strategy
     _accumulation: Accumulation | None
@@ -216,9 +214,6 @@ class WithSquaredNorms:
 
     def _norms_dtype(self) -> tf.DType:
         return widest(self.trained.dtypes)
-
-    def _takes_squared_norms(self) -> bool:
-        return self._watch_of_norms is not None or MEAN_SQUARED_NORM in self.statistics
 
     def _own_squares(
         self, indices: Sequence[int], gradients: Sequence[Gradient], scale: tf.Tensor | float

@@ -237,7 +237,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         grads, variables = zip(*grads_and_vars, strict=True)
         self.build(variables)
         summed = summed and self._strategy.num_replicas_in_sync > 1
-        if summed and self.statistics:
+        if summed and (self.statistics or self._watch_of_norms is not None):
             raise ValueError(
                 f"{type(self).__name__} looks at the gradients of single sub-batches, which are "
                 "lost in sums over replicas. Leave the summation to it: call `apply_gradients` "
