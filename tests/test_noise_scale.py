@@ -286,10 +286,12 @@ def test_closed_form_through_fit_on_every_split(replicas, micro_steps):
         steps = micro_steps if micro_steps > 1 else None
         model = linear(tf_lbopt.SGD(0.0, gradient_accumulation_steps=steps))
     callback = GradientNoiseScale(every=7, ema=0.99)
+    assert callback.noise_scale is callback.examples_per_update is None
     history = model.fit(
         x, y, batch_size=32 // micro_steps, shuffle=False, verbose=0, callbacks=[callback]
     ).history
-    assert history["examples_per_update"] == [32.0]
+    assert history["examples_per_update"] == [callback.examples_per_update] == [32.0]
+    assert scales(history) == [callback.noise_scale, callback.noise_scale_standard_error]
     scale, error = scales(history)
     assert scale == pytest.approx((5 * 6.25 + 4) / 6.25, abs=2 * error)
     assert error < 0.2 * scale

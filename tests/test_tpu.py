@@ -228,6 +228,18 @@ def test_state_of_the_replicas_is_saved(case, micro_steps, tmp_path):
     assert_close(run.weights(), _reference(case, gradients[: 4 - micro_steps]))
 
 
+def test_squared_norms_of_sub_batches():
+    run = TPURun(lambda **k: tf_lbopt.SGD(0.1, **k), 2, 2)
+    run.inner.watch_squared_norms(2)
+    gradients = _gradients(2, sparse=False)
+    run.updates(gradients)
+    written, rows = run.inner.squared_norms_since(1)
+    assert written == 3
+    squares = np.square([[np.linalg.norm(g) for g in layers] for layers in gradients[2]])
+    np.testing.assert_allclose(rows[1][: len(squares[0])], squares.mean(0), rtol=1e-5)
+    assert rows[1][-2] == 4
+
+
 def test_an_error_beside_the_weights_is_recovered_from():
     run = TPURun(EXTRAP_ADAM, 2).update(_gradients(1, sparse=False)[0])
     before = run.state()
@@ -276,8 +288,8 @@ def _accumulating_sgd():
 
 
 # The last is the number of sums: of six gradients (four with a frozen layer), of as many deviations
-# and a count for the variance, of norms and a count for CLARS, of squared norms for the noise scale; of two averages of tf_keras's
-# BatchNormalization. A local step has none.
+# and a count for the variance, of norms and a count for CLARS, of squared norms for the noise
+# scale; of two averages of tf_keras's BatchNormalization. A local step has none.
 FITS = {
     "accumulation": (keras, _vr_lamb, {}, 13),
     "several steps": (keras, _vr_lamb, {"compile": {"steps_per_execution": 2}}, 13),

@@ -63,6 +63,11 @@ class GradientNoiseScale(EpochNumbers):
         per_layer: Whether to log every trainable variable. Defaults to `False`.
         log_dir: Folder for TensorBoard's event files, or `None`.
 
+    Attributes:
+        noise_scale: B_simple at the last look, `None` before there is one.
+        noise_scale_standard_error: Its standard error, likewise.
+        examples_per_update: Of the last update, likewise.
+
     Raises:
         TypeError, ValueError: An argument is of the wrong type or outside its range.
         ValueError: When training begins, if the model is not built, its optimizer is none of
@@ -143,6 +148,21 @@ class GradientNoiseScale(EpochNumbers):
         self.model.make_train_function(force=True)
         super().on_train_end(logs)
 
+    @property
+    def noise_scale(self) -> float | None:
+        """B_simple at the last look, or `None`."""
+        return _or_none(self._running.ratio()[0])
+
+    @property
+    def noise_scale_standard_error(self) -> float | None:
+        """Its standard error, or `None`."""
+        return _or_none(self._running.standard_error()[0])
+
+    @property
+    def examples_per_update(self) -> float | None:
+        """Of the last update at the last look, or `None`."""
+        return _or_none(self._examples)
+
     def numbers(self) -> dict[str, float]:
         """What was found at the last look."""
         scales, errors = self._running.ratio(), self._running.standard_error()
@@ -164,6 +184,7 @@ class GradientNoiseScale(EpochNumbers):
         for row in rows:
             *of_layers, sub_batches, examples = row
             squares, of_mean = np.split(np.asarray(of_layers), 2)
+            # Of all variables together, and of each.
             variances, signals = unbiased_estimates(
                 np.append(squares.sum(), squares), np.append(of_mean.sum(), of_mean), sub_batches
             )
@@ -183,6 +204,10 @@ class GradientNoiseScale(EpochNumbers):
                 f"Received: {type(self.model.optimizer).__name__}"
             )
         return optimizer
+
+
+def _or_none(number: float) -> float | None:
+    return None if np.isnan(number) else float(number)
 
 
 _FORMER = "without_counting"

@@ -437,23 +437,27 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             finite &= all_finite(sums.norms)
         # The mean gradient of the loss itself: without the loss scale, over all micro-steps.
         divisor = scaled_by = None if loss_scale is None else loss_scale()
+        steps: tf.Tensor | float = 1.0
         if self._accumulation is not None:
             steps = tf.constant(self._accumulation.steps, tf.float32)
             divisor = steps if scaled_by is None else steps * scaled_by
-        mean_norms = (
-            total_norms if divisor is None else total_norms / tf.cast(divisor, total_norms.dtype)
-        )
         squared_norms = None
         if sums.squares is not None:
-            scale_in_squares = 1.0 if scaled_by is None else scaled_by
-            squared_norms = self._squared_norms(known, sums.squares, mean_norms, scale_in_squares)
+            scale_of_sums = 1.0 if scaled_by is None else scaled_by
+            squared_norms = self._squared_norms(
+                known, sums.squares, total_norms, scale_of_sums, steps
+            )
         return _Common(
             step=Step(learning_rate, tf.convert_to_tensor(self.trained.iterations)),
             finite=finite,
             sound=finite & is_rate(learning_rate),
             scaled_by=scaled_by,
             divisor=divisor,
-            mean_norms=mean_norms,
+            mean_norms=(
+                total_norms
+                if divisor is None
+                else total_norms / tf.cast(divisor, total_norms.dtype)
+            ),
             squared_norms=squared_norms,
         )
 

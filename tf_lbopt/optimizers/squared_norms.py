@@ -131,9 +131,8 @@ class WithSquaredNorms:
                 replicas that know their gradients.
         """
         self._check_strategy()
-        steps = 1 if self._accumulation is None else self._accumulation.steps
         replicas = self._strategy.num_replicas_in_sync
-        if replicas * steps == 1 and not of_examples:
+        if replicas == 1 and self._accumulation is None and not of_examples:
             raise ValueError(
                 "The noise of gradients is estimated from 2 sub-batches or more, one for each "
                 "replica and accumulation micro-step. Use a strategy with more replicas, set "
@@ -261,30 +260,31 @@ class WithSquaredNorms:
         self,
         indices: Sequence[int],
         sums: tf.Tensor,
-        mean_norms: tf.Tensor,
+        total_norms: tf.Tensor,
         scale: tf.Tensor | float,
+        steps: tf.Tensor | float,
     ) -> SquaredNorms:
         """The statistic of an update, on one replica.
 
         Args:
             indices: Of the variables that have a gradient.
             sums: Over replicas and micro-steps of `_own_squares`.
-            mean_norms: [n], the norms of their mean gradients, over all replicas and micro-steps.
+            total_norms: [n], the norms of the gradients' own sums.
             scale: As there.
+            steps: How many micro-steps the update has.
         """
         size = len(self.trained.variables)
         squares, counts = sums[:size], _Counts(*tf.unstack(sums[size:], num=len(_Counts._fields)))
-        steps = 1 if self._accumulation is None else self._accumulation.steps
-        replicas = self._strategy.num_replicas_in_sync
-        # The mean that makes the update counts a sub-batch without a gradient as zero.
-        means = tf.cast(mean_norms, sums.dtype)
-        means *= float(replicas * steps) * tf.math.reciprocal_no_nan(counts.live)
+        # A gradient arrives multiplied by the scale and divided by the number of replicas.
+        unit = float(self._strategy.num_replicas_in_sync) / tf.cast(scale, sums.dtype)
+        # Unlike the mean that makes the update, that of the sub-batches that have a gradient.
+        means = tf.cast(total_norms, sums.dtype) * (unit * tf.math.reciprocal_no_nan(counts.live))
         if list(indices) != list(range(size)):
             means = tf.scatter_nd(np.array(indices)[:, None], means, [size])
-        unit = float(replicas) / tf.cast(scale, sums.dtype)
         mean_of_squares = squares * (unit * unit * tf.math.reciprocal_no_nan(counts.number))
         sub_batches = counts.examples if self.wants_norms_of_examples else counts.live
-        complete = tf.equal(counts.micro_steps, float(replicas * steps))
+        steps = tf.cast(steps, sums.dtype) * float(self._strategy.num_replicas_in_sync)
+        complete = tf.equal(counts.micro_steps, steps)
         finite = tf.math.is_finite(tf.reduce_sum(mean_of_squares) + tf.reduce_sum(means * means))
         return SquaredNorms(
             mean_of_squares,
