@@ -225,6 +225,37 @@ def sgd(
     return w
 
 
+def adascale(
+    weights,
+    sub_batches,
+    learning_rate,
+    momentum=0.0,
+    nesterov=False,
+    weight_decay=0.0,
+    clip=lambda layers: layers,
+):
+    """Final weights, the gains and τ, from ``[update][sub-batch][layer]`` gradients.
+
+    From the paper's equations for the estimates, with the variance by its definition.
+    """
+    gains, rates, tau, variance, signal = [], [], 0.0, None, None
+    for update in sub_batches:
+        flat = [np.concatenate([np.ravel(g) for g in layers]).astype(float) for layers in update]
+        flat = np.array([g for g in flat if np.any(g)])
+        k, mean = len(flat), flat.mean(axis=0)
+        new_variance = np.sum((flat - mean) ** 2) / (k - 1)
+        new_signal = max(mean @ mean - new_variance / k, 0.0)
+        theta = 0.0 if variance is None else max(1 - k / 1000, 0.0)
+        variance = theta * (variance or 0.0) + (1 - theta) * new_variance
+        signal = theta * (signal or 0.0) + (1 - theta) * new_signal
+        gains.append((variance + signal) / (variance / k + signal))
+        rates.append(gains[-1] * _rate(learning_rate, int(np.floor(tau))))
+        tau += gains[-1]
+    means = [clip(layers) for layers in mean_gradients(sub_batches)]
+    final = sgd(weights, means, lambda t: rates[t], momentum, nesterov, weight_decay)
+    return final, gains, tau
+
+
 def adam(
     weights,
     gradients,

@@ -41,7 +41,8 @@ class GradientNoiseScale(EpochNumbers):
     - ``noise_scale``: B_simple; infinite where the mean of the estimates of ‖G‖² is not positive;
     - ``noise_scale_standard_error``: of that, by the delta method over the updates in the average;
     - ``examples_per_update``: how many the last update was made from;
-    - ``noise_scale/<path>``: of every trainable variable alone, with `per_layer`.
+    - ``noise_scale/<path>``: of every trainable variable alone, with `per_layer`;
+    - ``gain``: of the last update, under `tf_lbopt.AdaScale`.
 
     TensorBoard gets them every `every` updates, by the number of updates, if `log_dir` is given.
 
@@ -171,6 +172,9 @@ class GradientNoiseScale(EpochNumbers):
             "noise_scale_standard_error": float(errors[0]),
             "examples_per_update": self._examples,
         }
+        gain = getattr(self._optimizer(), "gain", None)
+        if gain is not None:
+            found["gain"] = float(gain.numpy())
         if self.per_layer:
             variables = self._optimizer().trained.variables
             of_layers = scales[1:] if len(scales) > 1 else [float("nan")] * len(variables)

@@ -2,6 +2,7 @@
 
 from tf_lbopt.optimizers.accumulated import Accumulated
 from tf_lbopt.optimizers.adasum import Adasum
+from tf_lbopt.optimizers.adascale import AdaScale
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
@@ -25,6 +26,7 @@ __all__ = [
     "VRLARS",
     "VRSGD",
     "Accumulated",
+    "AdaScale",
     "Adam",
     "AdamW",
     "Adasum",

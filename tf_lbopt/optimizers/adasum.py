@@ -59,6 +59,13 @@ class Adasum(PipelineAroundOptimizer):
     arguments: ClassVar = Accumulated.arguments
     reduction = staticmethod(adasum_over_replicas)
 
+    def watch_squared_norms(self, rows: int, of_examples: bool = False) -> None:
+        """Refused: what the replicas give is not summed, and no mean of it is known."""
+        raise ValueError(
+            "GradientNoiseScale needs an optimizer that takes the mean over the replicas. "
+            f"Received: {type(self).__name__}"
+        )
+
     def _prepared_update(self, *args: Any, **kwargs: Any) -> Callable[[], tf.Tensor]:
         # Not in `build`: a model that was trained on several replicas is loaded on one, too.
         replicas = self._strategy.num_replicas_in_sync
