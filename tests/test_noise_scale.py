@@ -136,9 +136,8 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
-@pytest.mark.quick(name="sgd")
-@pytest.mark.quick(name="vr_lamb", replicas=4)
-@pytest.mark.quick(name=("clars", "around"), replicas=1)
+@pytest.mark.quick(name="sgd", replicas=(1, 4))
+@pytest.mark.quick(name=("vr_lamb", "clars"), replicas=1)
 def test_rows_on_every_split(name, replicas, micro_steps):
     gradients = sub_batch_gradients(3)
     gradients[1][5] = [np.zeros_like(g) for g in gradients[1][5]]  # an empty sub-batch

@@ -1,8 +1,8 @@
 """The Keras 3 classes."""
 
 from tf_lbopt.optimizers.accumulated import Accumulated
-from tf_lbopt.optimizers.adasum import Adasum
 from tf_lbopt.optimizers.adascale import AdaScale
+from tf_lbopt.optimizers.adasum import Adasum
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
 from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD

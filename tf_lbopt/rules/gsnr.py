@@ -93,7 +93,8 @@ def clipped_gsnr(statistics: SubBatchStatistics, gamma: float) -> list[tf.Tensor
         size = deviations.shape.num_elements()
         small = size is not None and size < _LARGE
         groups.setdefault((deviations.dtype, size if small else None), []).append(index)
-    means, clipped = statistics.values(), {}
+    means = statistics.values()
+    clipped: dict[int, tf.Tensor] = {}
     for (_, size), indices in groups.items():
         part = SubBatchStatistics(
             [means[index] for index in indices],

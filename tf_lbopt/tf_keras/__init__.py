@@ -2,7 +2,7 @@
 
 The classes have the names and arguments of those for Keras 3 and are made of the same algorithms;
 `loss_scale_factor` is missing, as in tf_keras, and so are `PostLocalSGD`, `Accumulated`, `Adasum`,
-`VarianceReduced` and `LossScaleOptimizer`. They are new-style optimizers
+`VarianceReduced`, `AdaScale` and `LossScaleOptimizer`. They are new-style optimizers
 (`tf_keras.optimizers.Optimizer`, not `tf_keras.optimizers.legacy`), work with `compile` and `fit`,
 in custom loops (those of `ExtrapSGD` and `ExtrapAdam` wrap their step in `extrapolated`), under
 `tf.distribute` strategies and in a `tf_keras.mixed_precision.LossScaleOptimizer`. Schedules of
