@@ -17,6 +17,7 @@ from tf_lbopt.aggregation.accumulators import (
     deviation_weights,
 )
 from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
 from tf_lbopt.rules.rule import MEAN_NORM, MEAN_SQUARED_NORM, VARIANCE
@@ -53,9 +54,12 @@ class Accumulation(ReplicaState):
 
     The accumulators are saved only in mid-accumulation. Between updates nothing in them is needed.
 
+    How many micro-steps an update has may be assigned at any time. The first micro-step of an
+    update takes it over into `due`, which holds until the last.
+
     Args:
         strategy: The strategy under which the variables live.
-        steps: Micro-steps per update.
+        steps: Micro-steps per update, as long as no other number is assigned.
         statistics: What is followed beside the sum of the gradients.
         parts: Sub-batches that each replica takes one after the other, with sums of their own;
             ``steps`` counts them all.
@@ -74,16 +78,24 @@ class Accumulation(ReplicaState):
         self.parts = parts
         # How many micro-steps of the current update were made: one of the optimizer's variables.
         self.micro_step: tf.Variable
+        # What was assigned for the updates that begin from now on, or 0 for `steps`; and the number
+        # in force for them as traced steps read it, or `None` where that is always `steps`.
+        self.assigned = 0
+        self.in_force: tf.Variable | None = None
+        # Whether training steps were traced that take all micro-steps of an update.
+        self.unrolled = False
         # Made with the first accumulators: after how many updates, and micro-steps of the current
         # one, they were as they are; how many micro-steps were live; which of the optimizer's
-        # variables had a gradient in one of them; and how many updates ended since
-        # `take_finished`, which no loading of state changes.
+        # variables had a gradient in one of them; how many updates ended since
+        # `take_finished`, which no loading of state changes; and how many micro-steps the current
+        # update has.
         self.filled: tf.Variable
         self.live: tf.Variable
         self.seen: tf.Variable
         self.finished: tf.Variable
         # Made with the first of them: the sum of what comes with the gradients of squared norms.
         self.squares: tf.Variable | None = None
+        self.due: tf.Variable
         self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
 
     def prepare(
@@ -124,6 +136,7 @@ class Accumulation(ReplicaState):
                 self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
                 self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
                 self.finished = self._variable(0, tf.TensorShape([]), tf.int64)
+                self.due = self._variable(self.steps, tf.TensorShape([]), tf.int64)
             if without_squares:
                 vector = _first(squares)
                 self.squares = self._variable(tf.zeros(vector.shape, vector.dtype), vector.shape)
@@ -149,6 +162,29 @@ class Accumulation(ReplicaState):
             value, shape=shape, dtype=dtype, trainable=False, name="gradient_accumulator"
         )
 
+    @property
+    def fixed(self) -> bool:
+        """Whether every update that is traced from now on has `steps` micro-steps."""
+        return self.in_force is None or self.unrolled
+
+    def let_assign_steps(self) -> None:
+        """Lets the number of micro-steps change, in steps that are traced from now on too.
+
+        To be called in the cross-replica context, eagerly.
+        """
+        with _compat.outside_of_functions(), self._strategy.scope():
+            # Not of int32, which TensorFlow keeps on the host: XLA could not read it on a GPU.
+            self.in_force = self._variable(
+                self.assigned or self.steps, tf.TensorShape([]), tf.int64
+            )
+
+    def assign_steps(self, steps: int) -> None:
+        """Sets how many micro-steps an update has that begins from now on; 0 for `steps`."""
+        self.assigned = steps
+        if self.in_force is not None:
+            with inside_scope(self._strategy):
+                self.in_force.assign(steps or self.steps)
+
     def position(self, micro_step: MicroStep, updates: tf.Variable) -> int | tf.Tensor:
         """How many micro-steps of the current update are in the accumulators.
 
@@ -158,7 +194,7 @@ class Accumulation(ReplicaState):
             micro_step: Which one is being traced.
             updates: Counts the optimizer's updates.
         """
-        if micro_step.of == self.steps:
+        if self.fixed and micro_step.of == self.steps:
             return micro_step.number
         # In int32: XLA emulates the division of longer ones on TPU.
         count = tf.cast(self.micro_step, tf.int32)
@@ -169,6 +205,24 @@ class Accumulation(ReplicaState):
         if micro_step.of > 1:  # an error may have left the first of earlier ones
             belongs &= count % micro_step.of == 0
         return tf.where(belongs, count, 0)
+
+    def steps_of_update(self, count: int | tf.Tensor) -> int | tf.Tensor:
+        """How many micro-steps the current update has, in the cross-replica context.
+
+        Args:
+            count: The `position`.
+        """
+        if self.in_force is None or self.unrolled:
+            return self.steps
+        due = tf.where(tf.equal(count, 0), self.in_force.read_value(), self.due.read_value())
+        self.due.assign(due)
+        return tf.cast(due, tf.int32)
+
+    def divisor(self) -> tf.Tensor:
+        """The same on a replica, when all micro-steps are there: a float32 scalar."""
+        if self.fixed:
+            return tf.constant(self.steps, tf.float32)
+        return tf.cast(self.due.read_value(), tf.float32)
 
     def note(
         self, indices: Sequence[int], paths: Sequence[str | None], count: int | tf.Tensor
@@ -368,11 +422,11 @@ class Accumulation(ReplicaState):
         filled = self.filled.numpy().tolist()
         if filled[1] == 0 or filled[1] != int(self.micro_step.numpy()):
             return None
-        return {"filled": filled, "steps": self.steps}
+        return {"filled": filled, "steps": self.steps if self.fixed else int(self.due.numpy())}
 
     def accept(self, header: Mapping[str, Any]) -> bool:
-        """Whether the accumulation was of as many micro-steps."""
-        return header["steps"] == self.steps
+        """Whether an update of so many micro-steps can be gone on with."""
+        return not self.fixed or header["steps"] == self.steps
 
     def reset(self) -> None:
         """Makes the next micro-step begin."""
@@ -383,6 +437,7 @@ class Accumulation(ReplicaState):
         self.filled.assign(header["filled"])
         if self.squares is not None and MEAN_SQUARED_NORM not in self.statistics:
             self.squares.assign(tf.zeros_like(self.squares))  # of other gradients
+        self.due.assign(header["steps"])
         self.seen.assign(tf.zeros_like(self.seen))
 
     def lost(self, header: Mapping[str, Any]) -> None:

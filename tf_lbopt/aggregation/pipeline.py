@@ -140,6 +140,7 @@ class Pipeline:
         strategy, micro_step = self.strategy, self.micro_step
         accumulation.prepare(self.indices, self.variables, gradients, len(self.paths), squares)
         count = accumulation.position(micro_step, self.anchor)
+        steps = accumulation.steps_of_update(count)
         factor = accumulation.note(self.indices, self.paths, count)
 
         def add(
@@ -175,10 +176,10 @@ class Pipeline:
         # After an error on one replica all must agree that this micro-step was not made.
         with tf.control_dependencies(list(added)):
             if isinstance(count, int):
-                return last() if count == accumulation.steps - 1 else advance()
+                return last() if count == steps - 1 else advance()
             if micro_step.number < micro_step.of - 1:
                 return advance()
-            return tf.cond(tf.equal(count, accumulation.steps - 1), last, advance)
+            return tf.cond(tf.equal(count, steps - 1), last, advance)
 
     # -- reduce ------------------------------------------------------------------------------------
 

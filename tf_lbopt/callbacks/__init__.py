@@ -1,5 +1,7 @@
 """Keras callbacks."""
 
+from tf_lbopt.callbacks.batch_size_schedule import BatchSizeSchedule
+from tf_lbopt.callbacks.batch_size_warmup import BatchSizeWarmup
 from tf_lbopt.callbacks.end_period import EndPeriod
 from tf_lbopt.callbacks.freeze_layers import FreezeLayers
 from tf_lbopt.callbacks.gradient_noise_scale import GradientNoiseScale
@@ -9,6 +11,8 @@ from tf_lbopt.callbacks.skipped_updates import SkippedUpdates
 from tf_lbopt.callbacks.swap_ema_weights import SwapEMAWeights
 
 __all__ = [
+    "BatchSizeSchedule",
+    "BatchSizeWarmup",
     "EndPeriod",
     "FreezeLayers",
     "GradientNoiseScale",

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -104,6 +104,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
 
     reduction = staticmethod(sum_over_replicas)
     """How the replicas' gradients become one."""
+    batch_can_grow: ClassVar[bool] = True
+    """Whether `accumulation_steps` can be set, under accumulation."""
 
     trained: Trained
     """The variables that it was built with; there is none before `build`."""
@@ -226,6 +228,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             # The last of all: without accumulation the others have the same places.
             self._pending_micro_steps = self._add_counter("pending_micro_steps")
             self._accumulation.micro_step = tensorflow_variable(self._pending_micro_steps)
+            if self.batch_can_grow:
+                self._accumulation.let_assign_steps()
 
     def _check_trainable(self, variable: Variable) -> None:
         check_floating(self, variable)
@@ -439,7 +443,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         divisor = scaled_by = None if loss_scale is None else loss_scale()
         steps: tf.Tensor | float = 1.0
         if self._accumulation is not None:
-            steps = tf.constant(self._accumulation.steps, tf.float32)
+            steps = self._accumulation.divisor()
             divisor = steps if scaled_by is None else steps * scaled_by
         squared_norms = None
         if sums.squares is not None:
@@ -639,7 +643,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             number: From 0 to `gradient_accumulation_steps` - 1.
 
         Raises:
-            ValueError: There is no such micro-step, or the block is in another one.
+            ValueError: There is no such micro-step, the block is in another one, or
+                `accumulation_steps` was set to another number.
         """
         steps = self.gradient_accumulation_steps or 1
         if not 0 <= number < steps:
@@ -652,6 +657,13 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
                 "`micro_step` must be the outermost block: the parts of a micro-step are within "
                 f"it. Received: micro_step({number}) within another block"
             )
+        if self._accumulation is not None:
+            if self.accumulation_steps != steps:
+                raise ValueError(
+                    "`micro_step` needs as many micro-steps as `gradient_accumulation_steps` says, "
+                    f"which is {steps}. Received: accumulation_steps={self.accumulation_steps}"
+                )
+            self._accumulation.unrolled = True
         with self._in_micro_step(MicroStep(number, steps)):
             yield
 
@@ -670,6 +682,79 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
 
     def _micro_step(self) -> MicroStep:
         return _micro_steps.get((id(self), replica_number()), MicroStep())
+
+    # -- a batch that grows ------------------------------------------------------------------------
+
+    @property
+    def accumulation_steps(self) -> int:
+        """How many micro-steps an update has that begins now.
+
+        That is `gradient_accumulation_steps`, or what was assigned since, by Python and between
+        training steps: an int ≥ 1. It is in force from the next update on; the one under way, if
+        there is one, keeps its own. Nothing is traced anew. A number that was assigned is saved
+        with the state, and in force again when that is loaded, whatever the constructor was given.
+        On several workers each has to assign the same at the same time.
+
+        The mean gradient is over as many micro-steps as the update has, and so are the statistics
+        of sub-batches. The learning rate stays as it is: the callbacks `BatchSizeSchedule` and
+        `BatchSizeWarmup` of `tf_lbopt.callbacks` can scale it with the batch.
+
+        Raises:
+            TypeError, ValueError: What is assigned is no integer ≥ 1, or leaves an optimizer that
+                estimates a variance with a single sub-batch; the optimizer does not accumulate
+                (`gradient_accumulation_steps=1` does), is an extrapolated one, or was used in
+                blocks of `micro_step`, which count the micro-steps while tracing.
+        """
+        return self._assigned_steps() or self.gradient_accumulation_steps or 1
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, steps: int) -> None:
+        steps = _validation.integer("accumulation_steps", steps, low=1)
+        received = f"Received: accumulation_steps={steps}"
+        if self._accumulation is None or not self.batch_can_grow:
+            raise ValueError(
+                f"`accumulation_steps` of this {type(self).__name__} can not be changed. Expected: "
+                "an optimizer that was made with `gradient_accumulation_steps` (1 begins with "
+                f"batches as they come), not extrapolated, and no PostLocalSGD. {received}, "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if tf.inside_function():
+            raise ValueError(
+                "`accumulation_steps` must be set between training steps, by Python. "
+                f"{received} in a function that is traced"
+            )
+        self._check_steps(steps)
+        self._accumulation.assign_steps(steps)
+
+    @property
+    def pending_micro_steps(self) -> int:
+        """How many micro-steps of the update under way are made; 0 between updates."""
+        if self._pending_micro_steps is None:
+            return 0
+        return int(tensorflow_variable(self._pending_micro_steps).numpy())
+
+    def _assigned_steps(self) -> int:
+        return 0 if self._accumulation is None else self._accumulation.assigned
+
+    def _restore_assigned_steps(self, steps: int) -> None:
+        if self._accumulation is not None and self.batch_can_grow:
+            if steps:
+                self._check_steps(steps)
+            self._accumulation.assign_steps(steps)
+
+    def _check_steps(self, steps: int) -> None:
+        assert self._accumulation is not None
+        if self._accumulation.unrolled and steps != self.gradient_accumulation_steps:
+            raise ValueError(
+                "`accumulation_steps` can not be changed where training steps take all micro-steps "
+                "of an update (in blocks of `micro_step`, or by a recipe's `sub_batches`), which "
+                f"are counted when the step is traced. Expected: {self.gradient_accumulation_steps}. "
+                f"Received: accumulation_steps={steps}"
+            )
+        self._check_sub_batches(steps)
+
+    def _check_sub_batches(self, steps: int) -> None:
+        """Raises, or warns, if so many micro-steps make too few sub-batches; by default neither."""
 
     def _known_indices(self, variables: Sequence[Variable]) -> list[int]:
         indices = []
@@ -703,8 +788,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         if pending and not updates:
             warnings.warn(
                 "`fit` ended before an update was due, and the weights are as they were: a batch "
-                f"is one micro-step, and {pending} of gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps} are made. They are part of the next update.",
+                f"is one micro-step, and {pending} of accumulation_steps="
+                f"{self.accumulation_steps} are made. They are part of the next update.",
                 stacklevel=3,
             )
 

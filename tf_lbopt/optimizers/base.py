@@ -107,7 +107,10 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         )
 
     def _start(self, learning_rate: LearningRate, arguments: Arguments) -> None:
+        # Of Keras's own check 1 is none.
+        steps = arguments.pop("gradient_accumulation_steps")
         keras.optimizers.Optimizer.__init__(self, learning_rate, **arguments)
+        self.gradient_accumulation_steps = steps
         self._loss_scaled_from_outside = False
         self._rounding_errors = _RoundingErrors()
         self.averages_are_swapped = False

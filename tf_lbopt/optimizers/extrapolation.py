@@ -61,6 +61,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
     """
 
     statistics = (OWN_GRADIENT,)
+    batch_can_grow = False
 
     extrapolation_rate: Any
     sub_batches: int

@@ -89,7 +89,11 @@ class GSNRWeighting(Algorithm):
 
     def _prepared_update(self, *args: Any, **kwargs: Any) -> Callable[[], tf.Tensor]:
         # Not in `build`: a model that was trained on several replicas is loaded on one, too.
-        sub_batches = self._strategy.num_replicas_in_sync * (self.gradient_accumulation_steps or 1)
+        self._check_sub_batches(self.accumulation_steps)
+        return super()._prepared_update(*args, **kwargs)
+
+    def _check_sub_batches(self, steps: int) -> None:
+        sub_batches = self._strategy.num_replicas_in_sync * steps
         if sub_batches < 2:
             raise ValueError(
                 f"{type(self).__name__} estimates the variance of the gradient over sub-batches, "
@@ -97,17 +101,17 @@ class GSNRWeighting(Algorithm):
                 "mean something). Use a strategy with more replicas or set "
                 "`gradient_accumulation_steps`. Received: 1 replica, "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+                + (f", accumulation_steps={steps}" if self._accumulation is not None else "")
             )
         if sub_batches < _ENOUGH and self.gamma < 1.0 and not self._warned_of_few:
             self._warned_of_few = True
             warnings.warn(
                 f"{type(self).__name__} has {sub_batches} sub-batches (replicas times "
-                f"`gradient_accumulation_steps`), fewer than {_ENOUGH}: so few tell little of the "
+                f"`accumulation_steps`), fewer than {_ENOUGH}: so few tell little of the "
                 f"variance, most elements are weighted by gamma={self.gamma:g}, and what is left "
                 "is the base optimizer with a smaller step. See `tf_lbopt.VRSGD`.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return super()._prepared_update(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ _KINDS = {
     "extrapolation_rate": _RATE,
     "gamma": _real(low=0.0, low_open=True, high=1.0),
     "global_clipnorm": _POSITIVE,
-    "gradient_accumulation_steps": _integer(low=2),
+    "gradient_accumulation_steps": _integer(low=1),
     "jit_compile": _Kind(bool, _validation.boolean_or_auto),
     "learning_rate": _RATE,
     "loss_scale_factor": _POSITIVE,

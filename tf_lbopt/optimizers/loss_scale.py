@@ -145,6 +145,25 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         return self._own_skipped_updates
 
     @property
+    def accumulation_steps(self) -> int:
+        """The inner optimizer's, if it is one of this package; what is assigned, too.
+
+        Raises:
+            ValueError: It is none, and a number is assigned.
+        """
+        return getattr(self.inner_optimizer, "accumulation_steps", 1)
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, steps: int) -> None:
+        if not isinstance(self.inner_optimizer, LargeBatchOptimizer):
+            raise ValueError(
+                "`accumulation_steps` needs an `inner_optimizer` of this package. Received: "
+                f"accumulation_steps={_validation.shown(steps)} around a "
+                f"{type(self.inner_optimizer).__name__}"
+            )
+        self.inner_optimizer.accumulation_steps = steps
+
+    @property
     def iterations(self) -> keras.Variable:
         """The inner optimizer's (Keras's own class has counted apart before 3.9)."""
         return self.inner_optimizer.iterations

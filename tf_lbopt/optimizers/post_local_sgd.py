@@ -139,6 +139,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
 
     # It uses the replicas' own gradients: what gives an optimizer only their mean is refused.
     statistics = (OWN_GRADIENT,)
+    batch_can_grow = False
     steps_of_its_own = True
 
     def __init__(

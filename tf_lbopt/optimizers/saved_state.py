@@ -20,6 +20,8 @@ from tf_lbopt.aggregation.replica_state import ReplicaState
 # In a Keras file.
 _KIND = "kind"
 _PENDING = "pending_micro_steps"
+# In what is saved beside the variables.
+_STEPS = "accumulation_steps"
 # In a checkpoint.
 _KIND_ATTRIBUTE = "_kind"
 
@@ -40,6 +42,13 @@ class SavedState(_compat.CheckedBeforeRestoring):
     def _replica_states(self) -> dict[str, ReplicaState]:
         """What differs from replica to replica, by the name under which it is saved."""
         return {}
+
+    def _assigned_steps(self) -> int:
+        """What `accumulation_steps` was set to, or 0."""
+        return 0
+
+    def _restore_assigned_steps(self, steps: int) -> None:
+        """Sets it to what was saved, or 0."""
 
     def save_own_variables(self, store: Any) -> None:
         """Keras saving: all variables and what is each replica's own."""
@@ -76,6 +85,7 @@ class SavedState(_compat.CheckedBeforeRestoring):
                 raise ValueError(problem)
             warnings.warn(problem, stacklevel=2)
             return
+        self._restore_assigned_steps(kind.get(_STEPS, 0))
         for variable, array in zip(_numbered(self), found, strict=True):
             variable.assign(array)
         # That of one inside is not in this store. A file has it, and Keras loads it after this.
@@ -124,6 +134,7 @@ class _Kind(tf.train.experimental.PythonState):
         problem = _mismatch(optimizer, saved["class"], shapes)
         if problem:
             raise ValueError(problem)
+        optimizer._restore_assigned_steps(saved.get(_STEPS, 0))
         if optimizer._pending_micro_steps is not None and not saved["accumulates"]:
             # Nothing else tells: a checkpoint without the count leaves it as it is.
             optimizer._pending_micro_steps.assign(0)
@@ -137,6 +148,7 @@ def _described(optimizer: Any) -> str:
             "built": bool(optimizer.built),
             "shapes": _shapes(optimizer),
             "accumulates": optimizer._pending_micro_steps is not None,
+            _STEPS: optimizer._assigned_steps(),
         }
     )
 
