@@ -163,8 +163,8 @@ MUTANTS = (
     Mutant(
         "the update comes a micro-step late",
         "aggregation/pipeline.py",
-        "return tf.cond(tf.equal(count, accumulation.steps - 1), last, advance)",
-        "return tf.cond(tf.equal(count, accumulation.steps), last, advance)",
+        "return tf.cond(tf.equal(count, steps - 1), last, advance)",
+        "return tf.cond(tf.equal(count, steps), last, advance)",
         "test_reference.py",
     ),
     Mutant(

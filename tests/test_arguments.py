@@ -84,8 +84,8 @@ COMMON = {
         {ValueError: [0, -8.0, NAN], TypeError: ["8", True]},
     ),
     "gradient_accumulation_steps": (
-        "an integer >= 2 or None",
-        {ValueError: [1, 0, -2], TypeError: [2.5, 2.0, "2", True]},
+        "an integer >= 1 or None",
+        {ValueError: [0, -2], TypeError: [2.5, 2.0, "2", True]},
     ),
     "jit_compile": ("True, False or 'auto'", {ValueError: ["yes", ""], TypeError: [None, 1]}),
 }

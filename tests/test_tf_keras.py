@@ -459,7 +459,7 @@ def test_a_single_sub_batch_is_refused_by_those_that_need_two(case):
         ({"mesh": object()}, ValueError, "DTensor"),
         ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "At most one"),
         ({"clipnorm": -1.0}, ValueError, "clipnorm"),
-        ({"gradient_accumulation_steps": 1}, ValueError, "gradient_accumulation_steps"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "gradient_accumulation_steps"),
         ({"use_ema": 1}, TypeError, "use_ema"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay"),
         ({"learning_rate": "fast"}, TypeError, "learning_rate"),

@@ -102,8 +102,9 @@ class BatchSizeWarmup(GrowingBatch):
             return steps
         self._period = updates // self.every
         noise, examples = self.noise_scale.noise_scale, self.noise_scale.examples_per_update
-        known = noise is not None and examples is not None and math.isfinite(noise)
-        grows = known and 0 < 2 * examples <= self.fraction * noise
+        if noise is None or examples is None or not math.isfinite(noise):
+            return steps
+        grows = 0 < 2 * examples <= self.fraction * noise
         return max(steps, min(2 * steps, self.max_steps)) if grows else steps
 
     def next_change(self, updates: int) -> float:

@@ -748,8 +748,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             raise ValueError(
                 "`accumulation_steps` can not be changed where training steps take all micro-steps "
                 "of an update (in blocks of `micro_step`, or by a recipe's `sub_batches`), which "
-                f"are counted when the step is traced. Expected: {self.gradient_accumulation_steps}. "
-                f"Received: accumulation_steps={steps}"
+                "are counted when the step is traced. Expected: "
+                f"{self.gradient_accumulation_steps}. Received: accumulation_steps={steps}"
             )
         self._check_sub_batches(steps)
 

@@ -317,7 +317,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         if name == "gradient_accumulation_steps" and "_accumulation" in self.__dict__:
             raise AttributeError(
                 "`gradient_accumulation_steps` must be given to the constructor, which makes the "
-                f"accumulators. Received: {type(self).__name__}.{name} = "
+                "accumulators; what can be set later is `accumulation_steps`. "
+                f"Received: {type(self).__name__}.{name} = "
                 f"{_validation.shown(value)}"
             )
         super().__setattr__(name, value)
