@@ -40,7 +40,7 @@ class BatchSizeSchedule(GrowingBatch):
             (a single sub-batch under VRGD, steps in blocks of `micro_step`).
 
     Example:
-        >>> import tf_lbopt
+        >>> import keras, tf_lbopt
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
         >>> model.compile(tf_lbopt.SNGM(0.1, gradient_accumulation_steps=1), loss="mse")
         >>> x, y = keras.ops.ones([16, 2]), keras.ops.ones([16, 1])

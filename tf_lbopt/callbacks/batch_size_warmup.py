@@ -54,7 +54,7 @@ class BatchSizeWarmup(GrowingBatch):
 
     Example:
         >>> import types
-        >>> import tf_lbopt
+        >>> import keras, tf_lbopt
         >>> measured = types.SimpleNamespace(noise_scale=20.0, examples_per_update=8)
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
         >>> model.compile(tf_lbopt.SNGM(0.1, gradient_accumulation_steps=1), loss="mse")
@@ -93,7 +93,7 @@ class BatchSizeWarmup(GrowingBatch):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Notes when the next decision is due."""
-        self._period = int(self._optimizer().iterations.numpy()) // self.every
+        self._period = int(self._accumulating().iterations.numpy()) // self.every
         super().on_train_begin(logs)
 
     def wanted(self, updates: int, steps: int) -> int:

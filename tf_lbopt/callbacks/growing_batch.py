@@ -47,7 +47,7 @@ class GrowingBatch(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Looks at the optimizer, and assigns what is due from its next update on."""
-        optimizer = self._optimizer()
+        optimizer = self._accumulating()
         if self.learning_rate_rule is not None and _compat.has_schedule(self._with_rate()):
             raise ValueError(
                 f"`learning_rate_rule` must be None with a learning rate that is a schedule or a "
@@ -67,7 +67,7 @@ class GrowingBatch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Adds the number in force to the logs."""
         if logs is not None:
-            logs["accumulation_steps"] = self._optimizer().accumulation_steps
+            logs["accumulation_steps"] = self._accumulating().accumulation_steps
 
     def on_train_end(self, logs: Logs = None) -> None:
         """Says what could not be assigned."""
@@ -80,7 +80,7 @@ class GrowingBatch(keras.callbacks.Callback):
 
     def _look(self) -> None:
         # Reading counters waits for the step that is under way, so this is not done at every batch.
-        optimizer = self._optimizer()
+        optimizer = self._accumulating()
         updates, steps = int(optimizer.iterations.numpy()), optimizer.accumulation_steps
         pending = optimizer.pending_micro_steps
         if self._due is None:
@@ -108,7 +108,7 @@ class GrowingBatch(keras.callbacks.Callback):
             optimizer = optimizer.inner_optimizer
         return optimizer
 
-    def _optimizer(self) -> Any:
+    def _accumulating(self) -> Any:
         outer = self.model.optimizer
         inner = outer
         if isinstance(outer, keras.optimizers.LossScaleOptimizer):

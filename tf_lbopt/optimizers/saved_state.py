@@ -142,13 +142,14 @@ class _Kind(tf.train.experimental.PythonState):
 
 def _described(optimizer: Any) -> str:
     """What is saved of an optimizer beside its variables, as JSON."""
+    steps = optimizer._assigned_steps()
     return json.dumps(
         {
             "class": _kind_of(optimizer),
             "built": bool(optimizer.built),
             "shapes": _shapes(optimizer),
             "accumulates": optimizer._pending_micro_steps is not None,
-            _STEPS: optimizer._assigned_steps(),
+            **({_STEPS: steps} if steps else {}),
         }
     )
 
