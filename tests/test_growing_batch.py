@@ -147,7 +147,7 @@ def test_around_a_stock_optimizer():
 
 
 @pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, dynamic], ids=["alone", "scaled"])
-@pytest.mark.quick(wrap="scaled")
+@pytest.mark.quick(wrap="dynamic")
 def test_tf_keras_equals_keras(wrap):
     gradients = gradients_of(SIZES)
     tf_keras_case = next(case for case in TF_KERAS_CASES if case.name == "vr_lamb")
