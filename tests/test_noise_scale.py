@@ -396,6 +396,18 @@ def test_refuses_bad_arguments(arguments, message):
         GradientNoiseScale(**arguments)
 
 
+def test_a_batch_grows_by_it():
+    x, y = linear_data(256)
+    model = linear(tf_lbopt.SGD(1e-4, gradient_accumulation_steps=2), keras.Model)
+    scale = GradientNoiseScale(every=1)
+    warmup = tf_lbopt.callbacks.BatchSizeWarmup(scale, 8, every=4, fraction=1e6)
+    history = model.fit(x, y, batch_size=2, shuffle=False, verbose=0, callbacks=[scale, warmup])
+    assert history.history["accumulation_steps"] == [8]
+    assert history.history["examples_per_update"] == [16.0]
+    # 4 updates of 2 batches, 4 of 4, the others of 8.
+    assert int(model.optimizer.iterations.numpy()) == 4 + 4 + (128 - 8 - 16) // 8
+
+
 @pytest.mark.parametrize(
     ("make", "base", "message"),
     [
@@ -405,6 +417,11 @@ def test_refuses_bad_arguments(arguments, message):
             lambda: tf_lbopt.PostLocalSGD(tf_lbopt.SGD(0.1), 1, 2),
             keras.Model,
             "sums gradients.*Received: PostLocalSGD",
+        ),
+        (
+            lambda: tf_lbopt.Adasum(tf_lbopt.SGD(0.1)),
+            keras.Model,
+            "takes the mean over the replicas. Received: Adasum",
         ),
     ],
 )

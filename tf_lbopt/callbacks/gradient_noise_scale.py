@@ -114,7 +114,8 @@ class GradientNoiseScale(EpochNumbers):
         optimizer = self._optimizer()
         build_optimizer(self)
         model = self.model
-        per_step = -(-int(model.steps_per_execution) // self._steps_of_update())
+        # As many updates as are made between two looks, whatever becomes of the accumulation.
+        per_step = int(model.steps_per_execution)
         optimizer.watch_squared_norms(
             self.every + per_step, of_examples=isinstance(model, PerExampleNormsModel)
         )
@@ -131,7 +132,7 @@ class GradientNoiseScale(EpochNumbers):
         """Looks at the optimizer every `every` updates."""
         self._steps += batch + 1 - self._batch
         self._batch = batch + 1
-        if self._steps >= self.every * self._steps_of_update():
+        if self._steps >= self.every * self._optimizer().accumulation_steps:
             self._look()
             if self._writer is not None:
                 self.write(self.numbers(), int(self._optimizer().iterations.numpy()))
@@ -194,9 +195,6 @@ class GradientNoiseScale(EpochNumbers):
             )
             self._running.add(variances * (examples / sub_batches), signals)
             self._examples = float(examples)
-
-    def _steps_of_update(self) -> int:
-        return self._optimizer().gradient_accumulation_steps or 1
 
     def _optimizer(self) -> LargeBatchOptimizer:
         optimizer = self.model.optimizer

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -351,30 +352,12 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         """
         del anchor
         sums = _merged(sums)
-        rule, trained = self.rule(), self.trained
-        targets = [trained.targets[index] for index in known]
-        adapted = [trained.adapted[index] for index in known]
-        decayed = [trained.decayed[index] for index in known]
-        # All norms that will be taken, as far as known: what is computed together has one
-        # condition (`tf_lbopt.rules.norms`).
-        weights: list[tf.Variable] = []
-        if rule.takes_weight_norms:
-            weights = [target for target, adapts in zip(targets, adapted, strict=True) if adapts]
-        with_decay: list[Gradient] = []
-        clips = self.clipnorm, self.clipvalue, self.global_clipnorm
-        as_it_is = loss_scale is None and self._accumulation is None and clips == (None, None, None)
-        if rule.takes_norms_with_decay and as_it_is:
-            with_decay = add_decay(sums.totals, targets, decayed, self.weight_decay or 0.0)
-        else:
-            decayed = []
-        lengthened = [g for g, decays in zip(with_decay, decayed, strict=True) if decays]
-        found = norms([*sums.totals, *weights, *lengthened])
-        ends = len(known), len(known) + len(weights)
-        common = self._common(known, learning_rate, sums, found[: ends[0]], loss_scale)
-        if weights:
-            common = dataclasses.replace(common, norms_of_adapted=found[ends[0] : ends[1]])
-        if lengthened:
-            common = dataclasses.replace(common, with_decay=(with_decay, found[ends[1] :]))
+        rule = self.rule()
+        clips = (self.clipnorm, self.clipvalue, self.global_clipnorm) != (None, None, None)
+        as_it_is = loss_scale is None and self._accumulation is None and not clips
+        of_totals, beside = self._norms_together(rule, known, sums.totals, as_it_is)
+        common = self._common(known, learning_rate, sums, of_totals, loss_scale)
+        common = dataclasses.replace(common, **beside)
         judged, write = self._planned(rule, known, sums, common)
         sound = common.sound & judged
         if _compat.in_xla_context():
@@ -382,6 +365,38 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         else:
             complete = tf.cond(sound, write, lambda: tf.constant(False))
         return self._finished(common, sound, complete, after)
+
+    def _norms_together(
+        self, rule: Rule, known: Sequence[int], totals: Sequence[Gradient], as_it_is: bool
+    ) -> tuple[tf.Tensor, dict[str, Any]]:
+        """All norms that an update will take, as far as they can be told before it.
+
+        What is computed together has one condition (`tf_lbopt.rules.norms`).
+
+        Args:
+            rule: With the present hyper-parameters.
+            known: For each gradient the number of its variable.
+            totals: The sums of the gradients.
+            as_it_is: Whether the rule is given these, neither divided nor clipped.
+
+        Returns:
+            [n], the norms of the totals, and `_Common.norms_of_adapted` and `with_decay`.
+        """
+        targets = [self.trained.targets[index] for index in known]
+        weights, with_decay, lengthened = [], [], []
+        if rule.takes_weight_norms:
+            adapted = [self.trained.adapted[index] for index in known]
+            weights = list(itertools.compress(targets, adapted))
+        if rule.takes_norms_with_decay and as_it_is:
+            decayed = [self.trained.decayed[index] for index in known]
+            with_decay = add_decay(totals, targets, decayed, self.weight_decay or 0.0)
+            lengthened = list(itertools.compress(with_decay, decayed))
+        found = norms([*totals, *weights, *lengthened])
+        end = len(totals) + len(weights)
+        return found[: len(totals)], {
+            "norms_of_adapted": found[len(totals) : end] if weights else None,
+            "with_decay": (with_decay, found[end:]) if lengthened else None,
+        }
 
     def _update_in_two_parts(
         self,

@@ -121,7 +121,7 @@ def with_decay(
     if missing.any():
 
         def others() -> tf.Tensor:
-            return parameters.norms_of(parameters.variables, missing.tolist())
+            return parameters.norms_of(missing.tolist(), parameters.variables)[0]
 
         if weight_decay > 1.0 or _compat.in_xla_context():
             found = others()

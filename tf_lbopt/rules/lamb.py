@@ -46,7 +46,7 @@ class LAMB(AdamMoments):
                 )
             ratios = trust_ratio(
                 weight_norms,
-                parameters.norms_of(directions, parameters.adapted),
+                parameters.norms_of(parameters.adapted, directions)[0],
                 default=self.default_trust_ratio,
             )
             rates = parameters.split(step.rates(ratios))

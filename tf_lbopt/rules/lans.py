@@ -49,7 +49,7 @@ class LANS(AdamMoments):
         def ratios(*directions: list[tf.Tensor]) -> list[tf.Tensor]:
             return [
                 trust_ratio(weight_norms, lengths, default=self.default_trust_ratio)
-                for lengths in parameters.norms_of_lists(directions, parameters.adapted)
+                for lengths in parameters.norms_of(parameters.adapted, *directions)
             ]
 
         def write(writer: Writer) -> None:

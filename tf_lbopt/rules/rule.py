@@ -93,14 +93,8 @@ class Parameters:
         """The current weights, in the compute dtypes."""
         return [tf.cast(v, dtype) for v, dtype in zip(self.variables, self.dtypes, strict=True)]
 
-    def norms_of(self, tensors: Sequence[Gradient], chosen: Sequence[bool]) -> tf.Tensor:
-        """[n], the norms of those that are chosen, 0 for the others."""
-        return self.norms_of_lists([tensors], chosen)[0]
-
-    def norms_of_lists(
-        self, lists: Sequence[Sequence[Gradient]], chosen: Sequence[bool]
-    ) -> list[tf.Tensor]:
-        """The same of several lists, whose norms are computed together."""
+    def norms_of(self, chosen: Sequence[bool], *lists: Sequence[Gradient]) -> list[tf.Tensor]:
+        """For each list [n], the norms of those that are chosen, 0 for the others."""
         found = norms([t for of in lists for t, wanted in zip(of, chosen, strict=True) if wanted])
         parts = [found] if len(lists) == 1 else tf.split(found, len(lists))
         return [part if all(chosen) else _scattered(part, chosen) for part in parts]
@@ -109,7 +103,7 @@ class Parameters:
         """[n], the norms of the weights of adapted variables, 0 for the others."""
         known = self.norms_of_adapted
         if known is None:
-            return self.norms_of(self.variables, self.adapted)
+            return self.norms_of(self.adapted, self.variables)[0]
         return known if all(self.adapted) else _scattered(known, self.adapted)
 
     def own_norms(self) -> tf.Tensor:
@@ -121,7 +115,7 @@ class Parameters:
         if self.gradient_norms is None:
             return norms(decayed)
         if self.with_decay is None:
-            found = self.norms_of(decayed, self.decayed)
+            (found,) = self.norms_of(self.decayed, decayed)
         else:
             _, known = self.with_decay
             found = known if all(self.decayed) else _scattered(known, self.decayed)
