@@ -17,13 +17,13 @@ _COMMON = {
     "ema_overwrite_frequency": "Overwrite the weights by their average every so many updates.",
     "loss_scale_factor": """Constant to multiply the loss by; taken out of the gradients again.""",
     "gradient_accumulation_steps": """Micro-steps (calls) per update, or `None` for no accumulation.
-            What is assigned to `accumulation_steps` is in force in its place; 1 is a start for a
-            batch that grows. Works under every strategy with a copy of the variables on each
-            replica; schedules and `iterations` count updates. The mean is over micro-steps,
-            whatever their numbers of examples; those left over at the end of an epoch are carried
-            into the next. What has a gradient in one micro-step of an update must have one in those
-            that follow, zeros for ``None``; an error says so if not (in a step that XLA compiles
-            the update is discarded).""",
+            What is assigned to `accumulation_steps` is in force in its place (not with
+            extrapolation); 1 is a start for a batch that grows. Works under every strategy with a
+            copy of the variables on each replica; schedules and `iterations` count updates. The
+            mean is over micro-steps, whatever their numbers of examples; those left over at the end
+            of an epoch are carried into the next. What has a gradient in one micro-step of an
+            update must have one in those that follow, zeros for ``None``; an error says so if not
+            (in a step that XLA compiles the update is discarded).""",
     "jit_compile": """Whether XLA compiles the update, without the reductions in front of it, to one
             program for each replica; not in a step that runs eagerly or is compiled as a whole.
             `True` makes sparse gradients dense. Defaults to `"auto"`: on a GPU, where variables
