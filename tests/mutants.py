@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "the deviation of a further micro-step has the wrong weight",
         "aggregation/accumulators.py",
-        "return replicas / tf.maximum(count, 1.0), -live * count / (count + 1.0)",
-        "return replicas / tf.maximum(count, 1.0), -live * count / count",
+        "return replicas / count, -count / (count + 1.0)",
+        "return replicas / count, -count / count",
         "test_vrgd.py:variance",
     ),
     Mutant(

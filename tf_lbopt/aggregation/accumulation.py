@@ -307,18 +307,20 @@ class Accumulation(ReplicaState):
                 accumulator.begin(gradient, live, norm)
             return tf.constant(True)
 
-        def deviate() -> None:
+        def deviate() -> tf.Tensor:
             replicas = self._strategy.num_replicas_in_sync
             weights = {
-                dtype: deviation_weights(tf.cast(before, dtype), tf.cast(live, dtype), replicas)
+                dtype: deviation_weights(tf.cast(before, dtype), replicas)
                 for dtype in {gradient.dtype for gradient in gradients}
             }
             for accumulator, gradient in zip(accumulators, gradients, strict=True):
                 accumulator.deviate(gradient, weights[gradient.dtype])
+            return tf.constant(True)
 
         def go_on() -> tf.Tensor:
             if VARIANCE in self.statistics:
-                deviate()
+                # The first live one deviates from nothing.
+                tf.cond(live & (before > 0), deviate, lambda: tf.constant(True))
             for accumulator, gradient, norm in zip(accumulators, gradients, own_norms, strict=True):
                 accumulator.add(gradient, live, norm)
             return tf.constant(True)

@@ -76,7 +76,7 @@ class DenseAccumulator:
         return _existing(self.sum, self.deviations, self.norm_sum)
 
     def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
-        """Follows the deviations of one more micro-step, before it is added, in place.
+        """Follows the deviations of one more live micro-step, before it is added, in place.
 
         Args:
             gradient: Of this micro-step.
@@ -233,23 +233,19 @@ class SparseAccumulator:
             variable.assign(tf.zeros(empty, variable.dtype))
 
 
-def deviation_weights(
-    count: tf.Tensor, live: tf.Tensor, replicas: int
-) -> tuple[tf.Tensor, tf.Tensor]:
+def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
     """The factors of S_{n−1}, and of the square in what is subtracted from M_{n−1}, see the top.
 
-    ``R/(n−1)`` and ``−(n−1)/n``. The first live micro-step deviates from nothing, and one that is
-    not live does not count: the second is 0.
+    ``R/(n−1)`` and ``−(n−1)/n``.
 
     Args:
-        count: n − 1, how many live micro-steps came before.
-        live: 1, or 0 if this one is not live; of the same dtype.
+        count: n − 1, how many live micro-steps came before; at least 1.
         replicas: R.
 
     Returns:
         Scalars of the dtype of ``count``.
     """
-    return replicas / tf.maximum(count, 1.0), -live * count / (count + 1.0)
+    return replicas / count, -count / (count + 1.0)
 
 
 def shares_of_deviations(
