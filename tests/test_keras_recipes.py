@@ -512,7 +512,7 @@ def test_frozen_layers(monkeypatch):
 
 
 def test_dry_run(tmp_path, capsys, monkeypatch):
-    """Two updates and figures; nothing is written. What `fit` takes to begin and end is not timed."""
+    """Two updates and figures; nothing is written; what `fit` takes besides is not timed."""
     fit, calls = keras.Model.fit, []
     monkeypatch.setattr(
         keras.Model, "fit", lambda *args, **more: calls.append(more) or fit(*args, **more)

@@ -371,7 +371,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
     ) -> tuple[tf.Tensor, dict[str, Any]]:
         """All norms that an update will take, as far as they can be told before it.
 
-        What is computed together has one condition (`tf_lbopt.rules.norms`).
+        What is computed together has one condition (`tf_lbopt.rules.norms`); what XLA compiles has
+        none, and takes them where they are used.
 
         Args:
             rule: With the present hyper-parameters.
@@ -382,6 +383,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         Returns:
             [n], the norms of the totals, and `_Common.norms_of_adapted` and `with_decay`.
         """
+        if _compat.in_xla_context():
+            return norms(totals), {}
         targets = [self.trained.targets[index] for index in known]
         weights, with_decay, lengthened = [], [], []
         if rule.takes_weight_norms:

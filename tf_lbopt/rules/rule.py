@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.rules.gsnr import SubBatchStatistics
 from tf_lbopt.rules.norms import Gradient, norms, widest
 from tf_lbopt.rules.writer import Writer
@@ -95,6 +96,8 @@ class Parameters:
 
     def norms_of(self, chosen: Sequence[bool], *lists: Sequence[Gradient]) -> list[tf.Tensor]:
         """For each list [n], the norms of those that are chosen, 0 for the others."""
+        if len(lists) > 1 and _compat.in_xla_context():  # without conditions, nothing to share
+            return [self.norms_of(chosen, tensors)[0] for tensors in lists]
         found = norms([t for of in lists for t, wanted in zip(of, chosen, strict=True) if wanted])
         parts = [found] if len(lists) == 1 else tf.split(found, len(lists))
         return [part if all(chosen) else _scattered(part, chosen) for part in parts]
