@@ -355,15 +355,16 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         rule = self.rule()
         clips = (self.clipnorm, self.clipvalue, self.global_clipnorm) != (None, None, None)
         as_it_is = loss_scale is None and self._accumulation is None and not clips
-        of_totals, beside = self._norms_together(rule, known, sums.totals, as_it_is)
+        compiled = _compat.in_xla_context()
+        if compiled:  # without conditions, norms are taken where they are used
+            of_totals, beside = norms(sums.totals), {}
+        else:
+            of_totals, beside = self._norms_together(rule, known, sums.totals, as_it_is)
         common = self._common(known, learning_rate, sums, of_totals, loss_scale)
         common = dataclasses.replace(common, **beside)
         judged, write = self._planned(rule, known, sums, common)
         sound = common.sound & judged
-        if _compat.in_xla_context():
-            complete = write(sound)
-        else:
-            complete = tf.cond(sound, write, lambda: tf.constant(False))
+        complete = write(sound) if compiled else tf.cond(sound, write, lambda: tf.constant(False))
         return self._finished(common, sound, complete, after)
 
     def _norms_together(
@@ -371,8 +372,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
     ) -> tuple[tf.Tensor, dict[str, Any]]:
         """All norms that an update will take, as far as they can be told before it.
 
-        What is computed together has one condition (`tf_lbopt.rules.norms`); what XLA compiles has
-        none, and takes them where they are used.
+        What is computed together has one condition (`tf_lbopt.rules.norms`).
 
         Args:
             rule: With the present hyper-parameters.
@@ -383,8 +383,6 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         Returns:
             [n], the norms of the totals, and `_Common.norms_of_adapted` and `with_decay`.
         """
-        if _compat.in_xla_context():
-            return norms(totals), {}
         targets = [self.trained.targets[index] for index in known]
         weights, with_decay, lengthened = [], [], []
         if rule.takes_weight_norms:
