@@ -321,6 +321,27 @@ MUTANTS = (
         "after=self._take_back_step)()",
         "test_tf_keras.py:summed",
     ),
+    Mutant(
+        "an optimizer inside another does not count its updates",
+        "optimizers/around.py",
+        "iterations.assign_add(tf.cast(made, iterations.dtype))",
+        "iterations.assign_add(tf.cast(False, iterations.dtype))",
+        "test_accumulated.py:stock_update",
+    ),
+    Mutant(
+        "Adasum is of gradients that are divided by the number of replicas",
+        "aggregation/adasum.py",
+        "tf.cast(float(replicas), g.dtype)",
+        "tf.cast(1.0, g.dtype)",
+        "test_adasum.py:fit",
+    ),
+    Mutant(
+        "Adasum of sparse gradients does not match their rows",
+        "aggregation/adasum.py",
+        "rows_at(other, b.values, rows)",
+        "rows_at(own, b.values, rows)",
+        "test_adasum.py:equals",
+    ),
 )
 
 

@@ -12,7 +12,7 @@ from harness import (
     initial_weights,
     sub_batch_gradients,
 )
-from helpers_stock import stock
+from helpers_stock import needs_muon, stock
 from test_accumulated import SHAPES, gradients_with_a_table
 
 import tf_lbopt
@@ -85,7 +85,7 @@ def test_what_is_not_finite_stays_so(value):
 # -- replicas --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Muon"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", pytest.param("Muon", marks=needs_muon)])
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(2, 1), (2, 2), (4, 1), (4, 2)])
 @pytest.mark.quick(name="SGD", replicas=2, micro_steps=2)
 def test_equals_the_reference(name, replicas, micro_steps):
