@@ -356,8 +356,9 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         clips = (self.clipnorm, self.clipvalue, self.global_clipnorm) != (None, None, None)
         as_it_is = loss_scale is None and self._accumulation is None and not clips
         compiled = _compat.in_xla_context()
+        beside: dict[str, Any] = {}
         if compiled:  # without conditions, norms are taken where they are used
-            of_totals, beside = norms(sums.totals), {}
+            of_totals = norms(sums.totals)
         else:
             of_totals, beside = self._norms_together(rule, known, sums.totals, as_it_is)
         common = self._common(known, learning_rate, sums, of_totals, loss_scale)
