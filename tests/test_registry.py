@@ -12,7 +12,7 @@ import pytest
 from helpers_arguments import accepts, minimal_arguments, named_variables
 
 import tf_lbopt
-from tf_lbopt import callbacks, schedules
+from tf_lbopt import batch_size, callbacks, schedules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 
 INFOS = tf_lbopt.list_optimizers()
@@ -30,6 +30,7 @@ PUBLIC = {
         if callable(getattr(tf_lbopt, name))
     },
     **{name: getattr(callbacks, name) for name in callbacks.__all__},
+    **{name: getattr(batch_size, name) for name in batch_size.__all__},
     **{name: getattr(schedules, name) for name in SCHEDULE_NAMES},
 }
 over_public = pytest.mark.parametrize("name", PUBLIC)

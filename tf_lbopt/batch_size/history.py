@@ -1,0 +1,112 @@
+"""What `callbacks.GradientNoiseScale` has logged: in `fit`, a JSON file or TensorBoard's files."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tf_lbopt import _validation
+
+NOISE_SCALE = "noise_scale"
+STANDARD_ERROR = "noise_scale_standard_error"
+EXAMPLES = "examples_per_update"
+_EXPECTED = (
+    "a keras History, its dictionary, or the path of such a dictionary as JSON or of a TensorBoard "
+    f"folder, with `{NOISE_SCALE}` in it, which callbacks.GradientNoiseScale logs"
+)
+
+
+def read_history(history: Any) -> dict[str, list[float]]:
+    """The numbers of each epoch that matter here.
+
+    Args:
+        history: What `recommend` takes.
+
+    Returns:
+        `NOISE_SCALE`, and what there is of `STANDARD_ERROR` and `EXAMPLES`, with equally many
+        numbers each; NaN where one is missing.
+
+    Raises:
+        TypeError, ValueError: `history` is nothing of that, or there is no noise scale.
+    """
+    if isinstance(history, str | os.PathLike):
+        content = _read_path(Path(history))
+    else:
+        content = getattr(history, "history", history)
+    if not isinstance(content, Mapping):
+        raise TypeError(
+            f"`history` must be {_EXPECTED}. Received: history={_validation.shown(history)} "
+            f"(of type {type(history).__name__})"
+        )
+    if NOISE_SCALE not in content:
+        raise ValueError(
+            f"`history` must be {_EXPECTED}. Received: "
+            + (f"the path {str(history)!r}, " if isinstance(history, str | os.PathLike) else "")
+            + f"with {_validation.listed(content) or 'nothing'}"
+        )
+    names = [name for name in (NOISE_SCALE, STANDARD_ERROR, EXAMPLES) if name in content]
+    numbers = {name: _numbers(name, content[name]) for name in names}
+    epochs = len(numbers[NOISE_SCALE])
+    for name in names:
+        if len(numbers[name]) != epochs:
+            raise ValueError(
+                f"`history` must have a number for each epoch. Received: {epochs} of "
+                f"`{NOISE_SCALE}` and {len(numbers[name])} of `{name}`"
+            )
+    return numbers
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    try:
+        return [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`history` must have a list of numbers, one for each epoch, as `{name}`. "
+            f"Received: {_validation.shown(values)}"
+        ) from None
+
+
+def _read_path(path: Path) -> Any:
+    if path.is_dir():
+        return _read_events(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`history` must be {_EXPECTED}. Received: the path {str(path)!r} ({error})"
+        ) from error
+
+
+def _read_events(folder: Path) -> dict[str, list[float]]:
+    """Scalars of all event files in a folder and those below it, by their name, of each epoch.
+
+    Those of Keras's own TensorBoard callback have ``epoch_`` before the name.
+    """
+    import tensorflow as tf
+
+    files = sorted(map(str, folder.rglob("*tfevents*")))
+    known: dict[str, dict[int, float]] = {NOISE_SCALE: {}, STANDARD_ERROR: {}, EXAMPLES: {}}
+    try:
+        for record in tf.data.TFRecordDataset(files) if files else ():
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                name = value.tag.removeprefix("epoch_")
+                if name in known:
+                    scalar = value.simple_value
+                    if value.HasField("tensor"):
+                        scalar = float(tf.make_ndarray(value.tensor))
+                    known[name][event.step] = scalar
+    except (tf.errors.OpError, ValueError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"`history` must be {_EXPECTED}. Received: the path {str(folder)!r}, whose event files "
+            f"can not be read ({message})"
+        ) from error
+    steps = sorted(known[NOISE_SCALE])
+    return {
+        name: [numbers.get(step, math.nan) for step in steps]
+        for name, numbers in known.items()
+        if numbers
+    }

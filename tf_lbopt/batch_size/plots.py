@@ -1,0 +1,126 @@
+"""The plots. matplotlib is imported by nothing else of the package."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tf_lbopt.batch_size.files import replacing
+
+if TYPE_CHECKING:
+    from tf_lbopt.batch_size.measuring import CriticalBatchSize
+    from tf_lbopt.batch_size.planning import Recommendation
+
+
+def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
+    """Draws updates and examples at each batch, and one against the other, as a PNG."""
+    _draw(path, lambda figure: _trade_off(figure, recommendation))
+
+
+def plot_branches(result: "CriticalBatchSize", path: Path, noise_scale: float | None) -> None:
+    """Draws the branches' losses on the way and at their ends, as a PNG."""
+    _draw(path, lambda figure: _branches(figure, result, noise_scale))
+
+
+def _draw(path: Path, draw: Callable[[Any], None]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib: `pip install matplotlib`. Received: none"
+        ) from error
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    draw(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _trade_off(figure: Any, recommendation: "Recommendation") -> None:
+    rows, noise = recommendation.rows, recommendation.noise_scale
+    efficient = [row.efficiency for row in rows]
+    batches = [row.batch for row in rows]
+    left, right = figure.subplots(1, 2)
+    left.plot(batches, [1 + noise / batch for batch in batches], "o-", label="updates, $S/S_\\mathrm{min}$")
+    left.plot(batches, [1 / share for share in efficient], "s-", label="examples, $E/E_\\mathrm{min}$")
+    left.axvline(noise, color="gray", linestyle="--", label=f"noise scale {noise:,.0f}")
+    error = recommendation.standard_error
+    if error is not None:
+        left.axvspan(max(noise - error, batches[0]), noise + error, color="gray", alpha=0.2)
+    left.axvline(recommendation.batch, color="C2", linestyle=":", label="recommended")
+    left.set_xscale("log", base=2)
+    left.set_yscale("log", base=2)
+    _whole_numbers(left.xaxis)
+    _whole_numbers(left.yaxis)
+    left.set_xlabel("batch (log scale)")
+    left.set_ylabel("multiple of the fewest (log scale)")
+    left.legend(loc="upper center")
+    absolute = rows[0].hours is not None
+    right.plot([row.updates for row in rows], [row.examples for row in rows], "o-", color="C0")
+    for row in rows:
+        chosen = row.batch == recommendation.batch
+        if chosen:
+            right.plot([row.updates], [row.examples], "o", color="C2", markersize=10)
+        right.annotate(
+            f"{row.batch:,}", (row.updates, row.examples), xytext=(6, 4),
+            textcoords="offset points", fontsize=8, weight="bold" if chosen else "normal",
+        )  # fmt: skip
+    right.set_xscale("log")
+    right.set_yscale("log")
+    unit = "" if absolute else ", multiple of the fewest"
+    right.set_xlabel(f"updates{unit} (log scale)")
+    right.set_ylabel(f"examples{unit} (log scale)")
+    right.set_title("to the same loss, at each batch", fontsize=10)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+
+
+def _branches(figure: Any, result: "CriticalBatchSize", noise_scale: float | None) -> None:
+    from matplotlib import colormaps
+
+    left, right = figure.subplots(1, 2)
+    last = max(1, len(result.branches) - 1)
+    for number, branch in enumerate(result.branches):
+        color = colormaps["viridis"](0.95 * number / last)
+        if branch.curve:
+            examples, losses = zip(*branch.curve, strict=True)
+            label = f"{branch.batch_size:,}"
+            left.plot(examples, losses, color=color, label=label, marker=_marker(branch.curve))
+        if branch.loss is not None:
+            right.plot([branch.batch_size], [branch.loss], "o", color=color, zorder=3)
+    ends = [(b.batch_size, b.loss) for b in result.branches if b.loss is not None]
+    right.plot(*zip(*ends, strict=True), color="gray", linewidth=1)
+    limit = result.best_loss + result.tolerance
+    right.axhline(limit, color="C3", linestyle="--", label=f"least + {result.tolerance:g}")
+    sign = "≥ " if result.at_the_end else ""
+    right.axvline(
+        result.batch_size, color="C2", linestyle=":",
+        label=f"critical batch size {sign}{result.batch_size:,}",
+    )  # fmt: skip
+    if noise_scale is not None:
+        right.axvline(
+            noise_scale, color="gray", linestyle="--", label=f"noise scale {noise_scale:,.0f}"
+        )
+    right.set_xscale("log", base=2)
+    _whole_numbers(right.xaxis)
+    right.set_xlabel("batch (log scale)")
+    right.set_ylabel("smoothed training loss at the end")
+    right.legend()
+    left.set_xlabel("examples since the checkpoint")
+    left.set_ylabel("smoothed training loss")
+    left.legend(title="batch", ncols=2)
+    # The first updates' losses, which are hardly averaged yet, would hide the rest.
+    late = [loss for b in result.branches for at, loss in b.curve if at >= b.curve[-1][0] / 4]
+    if late and math.isfinite(spread := max(late) - min(late)):
+        left.set_ylim(min(late) - 0.1 * spread, max(late) + 0.3 * spread + 1e-9)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+
+
+def _marker(curve: Any) -> str:
+    return "o" if len(curve) < 4 else ""
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
