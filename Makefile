@@ -14,7 +14,7 @@ JOBS ?= 2
 # For `make recipes`: a folder of small real data sets, or nothing.
 DATA ?= $(wildcard ../shared/data)
 
-.PHONY: setup quickstart recipes evidence test test-all matrix lint types format benchmark tpu-check clean
+.PHONY: setup quickstart recipes evidence batch-size test test-all matrix lint types format benchmark tpu-check clean
 
 setup: .venv/.installed
 
@@ -40,6 +40,10 @@ recipes: setup
 
 evidence: setup
 	$(BIN)/python -m benchmarks.study --render
+
+# Without DATA the page alone is filled again.
+batch-size: setup
+	$(BIN)/python -m benchmarks.batch_size $(if $(DATA),--data_dir=$(DATA)) --render
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ from tf_lbopt import _validation
 NOISE_SCALE = "noise_scale"
 STANDARD_ERROR = "noise_scale_standard_error"
 EXAMPLES = "examples_per_update"
+# Before the name in the files of Keras's own TensorBoard callback.
+_OF_KERAS = "epoch_"
 _EXPECTED = (
     "a keras History, its dictionary, or the path of such a dictionary as JSON or of a TensorBoard "
     f"folder, with `{NOISE_SCALE}` in it, which callbacks.GradientNoiseScale logs"
@@ -19,7 +21,7 @@ _EXPECTED = (
 
 
 def read_history(history: Any) -> dict[str, list[float]]:
-    """The numbers of each epoch that matter here.
+    """The numbers that matter here: of each epoch, or of each time that they were logged.
 
     Args:
         history: What `recommend` takes.
@@ -52,7 +54,7 @@ def read_history(history: Any) -> dict[str, list[float]]:
     for name in names:
         if len(numbers[name]) != epochs:
             raise ValueError(
-                f"`history` must have a number for each epoch. Received: {epochs} of "
+                f"`history` must have equally many numbers of each kind. Received: {epochs} of "
                 f"`{NOISE_SCALE}` and {len(numbers[name])} of `{name}`"
             )
     return numbers
@@ -63,7 +65,7 @@ def _numbers(name: str, values: Any) -> list[float]:
         return [math.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError):
         raise ValueError(
-            f"`history` must have a list of numbers, one for each epoch, as `{name}`. "
+            f"`history` must have a list of numbers as `{name}`. "
             f"Received: {_validation.shown(values)}"
         ) from None
 
@@ -80,33 +82,32 @@ def _read_path(path: Path) -> Any:
 
 
 def _read_events(folder: Path) -> dict[str, list[float]]:
-    """Scalars of all event files in a folder and those below it, by their name, of each epoch.
-
-    Those of Keras's own TensorBoard callback have ``epoch_`` before the name.
-    """
+    """Scalars of all event files in a folder and those below it, by their name."""
     import tensorflow as tf
 
+    names = (NOISE_SCALE, STANDARD_ERROR, EXAMPLES)
     files = sorted(map(str, folder.rglob("*tfevents*")))
-    known: dict[str, dict[int, float]] = {NOISE_SCALE: {}, STANDARD_ERROR: {}, EXAMPLES: {}}
+    found: dict[str, dict[int, float]] = {p + name: {} for p in ("", _OF_KERAS) for name in names}
     try:
         for record in tf.data.TFRecordDataset(files) if files else ():
             event = tf.compat.v1.Event.FromString(record.numpy())
             for value in event.summary.value:
-                name = value.tag.removeprefix("epoch_")
-                if name in known:
+                if value.tag in found:
                     scalar = value.simple_value
                     if value.HasField("tensor"):
                         scalar = float(tf.make_ndarray(value.tensor))
-                    known[name][event.step] = scalar
+                    found[value.tag][event.step] = scalar
     except (tf.errors.OpError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
         raise ValueError(
             f"`history` must be {_EXPECTED}. Received: the path {str(folder)!r}, whose event files "
             f"can not be read ({message})"
         ) from error
-    steps = sorted(known[NOISE_SCALE])
+    # Both may be there, by updates and by epochs.
+    prefix = "" if found[NOISE_SCALE] else _OF_KERAS
+    steps = sorted(found[prefix + NOISE_SCALE])
     return {
-        name: [numbers.get(step, math.nan) for step in steps]
-        for name, numbers in known.items()
-        if numbers
+        name: [found[prefix + name].get(step, math.nan) for step in steps]
+        for name in names
+        if found[prefix + name]
     }

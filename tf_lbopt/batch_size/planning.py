@@ -134,9 +134,9 @@ class Recommendation:
         batch: The batch that is recommended.
         noise_scale: B_noise of the whole run, in examples.
         standard_error: Of `noise_scale`, or `None` where the history has none.
-        last_noise_scale: Of the last epoch that has one.
-        epochs: How many epochs have one.
-        missing: How many have none.
+        last_noise_scale: The last value in the history.
+        values: How many there are, one for each epoch or each time that it was logged.
+        missing: How many more are not positive and finite, and left out.
         rows: The table, by rising batch.
     """
 
@@ -144,7 +144,7 @@ class Recommendation:
     noise_scale: float
     standard_error: float | None
     last_noise_scale: float
-    epochs: int
+    values: int
     missing: int
     rows: tuple[BatchSize, ...]
 
@@ -152,11 +152,11 @@ class Recommendation:
         """The table."""
         absolute = self.rows[0].hours is not None
         error = "" if self.standard_error is None else f" ± {self.standard_error:,.0f}"
-        missing = f" ({self.missing} without)" if self.missing else ""
+        missing = f" ({self.missing} left out)" if self.missing else ""
         lines = [
-            f"noise scale {self.noise_scale:,.0f}{error} examples over {self.epochs} "
-            f"epoch{'s' if self.epochs > 1 else ''}{missing}, in the last "
-            f"{self.last_noise_scale:,.0f}"
+            f"noise scale {self.noise_scale:,.0f}{error} examples over the run, "
+            f"{self.last_noise_scale:,.0f} at its end, from {self.values} "
+            f"value{'s' if self.values > 1 else ''}{missing}"
         ]
         shown: Callable[[float], str] = "{:,.0f}".format if absolute else "{:.2f}".format
         names = ("updates", "examples") if absolute else ("updates/fewest", "examples/fewest")
@@ -204,12 +204,12 @@ def recommend(
 ) -> Recommendation:
     """What each batch costs, and the largest that is worth using, from a run's noise scale.
 
-    The noise scale grows in a run. With n_i that of epoch i and B_i the run's batch, the same
-    progress takes ``S_min = Σ e/(B_i + n_i)`` updates at an endless batch and
-    ``E_min = Σ e n_i/(B_i + n_i)`` examples at a tiny one, for e examples in an epoch (equally many
-    in all). ``B_noise = E_min/S_min``, and a constant batch B takes ``S_min (1 + B_noise/B)``
-    updates. Where the history lacks the run's batch, B_noise is the plain mean of the n_i. All of
-    that is for the loss that the run has reached, with a learning rate that is tuned at each batch.
+    The noise scale grows in a run. With n_i that of part i of the run (an epoch) and B_i the batch
+    there, the same progress takes ``S_min = Σ e/(B_i + n_i)`` updates at an endless batch and
+    ``E_min = Σ e n_i/(B_i + n_i)`` examples at a tiny one, for e examples in each part.
+    ``B_noise = E_min/S_min``, and a constant batch B takes ``S_min (1 + B_noise/B)`` updates. Where
+    the history lacks the run's batch, B_noise is the plain mean of the n_i. All of that is for the
+    loss that the run has reached, with a learning rate that is tuned at each batch.
 
     A step of n examples on a device takes ``max(n, examples_per_device) / examples_per_second``
     seconds, by accumulation or at once. Reductions between devices are not counted. Recommended is
@@ -220,7 +220,8 @@ def recommend(
         history: A `keras.callbacks.History` (what `fit` returns), its dictionary, or the path of
             such a dictionary as JSON or of a TensorBoard folder. It must have ``noise_scale``,
             which `callbacks.GradientNoiseScale` logs, and may have ``noise_scale_standard_error``
-            and ``examples_per_update``. Epochs without a positive noise scale are left out.
+            and ``examples_per_update``, of each epoch or at other equal distances. Values that are
+            not positive and finite are left out.
         devices: How many there are, ≥ 1.
         examples_per_second: What one of them trains on.
         examples: That the run has seen: its epochs times the size of its training data. Without it,
@@ -243,7 +244,7 @@ def recommend(
         >>> table = recommend(history, devices=1, examples_per_second=1000, examples=100_000,
         ...     batch_sizes=[32, 64, 128])
         >>> print(table)
-        noise scale 78 examples over 2 epochs, in the last 160
+        noise scale 78 examples over the run, 160 at its end, from 2 values
         batch  updates  examples   hours  efficiency
            32    2,421    77,473  0.0215        71 %
            64    1,562   100,000  0.0278        55 %  recommended
@@ -261,7 +262,7 @@ def recommend(
     measured = [i for i, value in enumerate(noise) if math.isfinite(value) and value > 0]
     if not measured:
         raise ValueError(
-            "`history` must have a positive noise scale in an epoch. Received: "
+            "`history` must have a positive noise scale. Received: "
             f"noise_scale={_validation.shown(noise)}"
         )
     scales = [noise[i] for i in measured]
@@ -281,7 +282,7 @@ def recommend(
         noise_scale=noise_scale,
         standard_error=_standard_error(numbers, measured, weights),
         last_noise_scale=scales[-1],
-        epochs=len(measured),
+        values=len(measured),
         missing=len(noise) - len(measured),
         rows=tuple(row_of(size, fewest) for size in sizes),
     )
@@ -329,7 +330,7 @@ def checked_batch_sizes(batch_sizes: Any) -> list[int]:
 def _standard_error(
     numbers: dict[str, list[float]], measured: list[int], weights: list[float] | None
 ) -> float | None:
-    """That of the mean over epochs, which are taken to be independent."""
+    """That of the mean, whose values are taken to be independent."""
     if STANDARD_ERROR not in numbers:
         return None
     errors = [numbers[STANDARD_ERROR][i] for i in measured]

@@ -40,8 +40,15 @@ def _trade_off(figure: Any, recommendation: "Recommendation") -> None:
     efficient = [row.efficiency for row in rows]
     batches = [row.batch for row in rows]
     left, right = figure.subplots(1, 2)
-    left.plot(batches, [1 + noise / batch for batch in batches], "o-", label="updates, $S/S_\\mathrm{min}$")
-    left.plot(batches, [1 / share for share in efficient], "s-", label="examples, $E/E_\\mathrm{min}$")
+    left.plot(
+        batches,
+        [1 + noise / batch for batch in batches],
+        "o-",
+        label="updates, $S/S_\\mathrm{min}$",
+    )
+    left.plot(
+        batches, [1 / share for share in efficient], "s-", label="examples, $E/E_\\mathrm{min}$"
+    )
     left.axvline(noise, color="gray", linestyle="--", label=f"noise scale {noise:,.0f}")
     error = recommendation.standard_error
     if error is not None:
