@@ -115,9 +115,9 @@ EXPERIMENTS = {
         scaling="sqrt",
         batch_size=16,
         micro_steps=2,
-        checkpoints=(1, 3),
+        checkpoints=(1, 2),
         batch_sizes=(8, 16, 32, 64, 128, 256),
-        examples=2048,
+        examples=1024,
         orders=2,
     ),
 }

@@ -77,7 +77,7 @@ def test_branches_are_the_same_training_at_other_batches(case):
             steps_per_execution=3 if case == "compiled loop" else 1,
         )
         if models:
-            model.set_weights([[[9.0]] * 3])
+            model.set_weights([np.full([3, 1], 9.0)])
         models.append(model)
         return model
 

@@ -193,7 +193,8 @@ def measure_critical_batch_size(
     tolerance = _validation.real("tolerance", tolerance, low=0.0)
     window = _validation.integer("smoothing", smoothing, low=1, optional=True) or examples / 8
     verbose = _validation.integer("verbose", verbose, low=0)
-    if not callable(make_model):
+    # A model can be called, too.
+    if isinstance(make_model, keras.Model) or not callable(make_model):
         raise TypeError(
             "`make_model` must be a function that returns a compiled model. Received: "
             f"make_model={_validation.shown(make_model)} (of type {type(make_model).__name__})"
@@ -217,8 +218,7 @@ def measure_critical_batch_size(
             if size in branches:
                 continue
             model = _at_checkpoint(make_model, kept / _CHECKPOINT)
-            rate = float(model.optimizer.learning_rate)
-            rate = scale_learning_rate(scaling, rate, base, size, noise_scale)
+            rate = scale_learning_rate(scaling, _rate(model.optimizer), base, size, noise_scale)
             model.optimizer.learning_rate = rate
             extra = list(callbacks()) if callbacks is not None else []
             branches[size] = _branch(model, dataset, size, examples, window, extra, verbose)
@@ -273,7 +273,7 @@ def _at_checkpoint(make_model: Callable[[], keras.Model], checkpoint: Path) -> k
         with replacing(checkpoint) as temporary:
             model.save_weights(temporary)
     try:
-        optimizer.learning_rate = float(optimizer.learning_rate)
+        optimizer.learning_rate = _rate(optimizer)
     except TypeError as error:
         raise ValueError(
             "`make_model` must return a model with a constant learning rate: the one in force at "
@@ -320,12 +320,17 @@ def _branch(
             f"`dataset` must have at least {examples} examples. Received: {done} batches of "
             f"{micro_batch} in the place of {steps}"
         )
+    updates = examples // size
+    if len(values) % updates == 0:
+        # The loss of an update is the mean over its micro-steps.
+        parts = len(values) // updates
+        values = [math.fsum(values[i : i + parts]) / parts for i in range(0, len(values), parts)]
     curve = [] if diverged else smoothed(values, examples / len(values), window)
     every = max(1, len(curve) // _POINTS)
     points = [*range(len(curve) - 1, -1, -every)][::-1]
     return Branch(
         batch_size=size,
-        learning_rate=float(model.optimizer.learning_rate),
+        learning_rate=_rate(model.optimizer),
         updates=done // micro_steps,
         loss=None if diverged else curve[-1],
         curve=tuple((round((i + 1) * examples / len(curve)), curve[i]) for i in points),
@@ -379,6 +384,11 @@ class _Losses(keras.callbacks.Callback):
         self.values.append(float(logs["loss"]))
         if self._bar is not None:
             self._bar.add(self.model.steps_per_execution, [("loss", self.values[-1])])
+
+
+def _rate(optimizer: Any) -> float:
+    # Under a strategy it is one of its variables.
+    return float(keras.ops.convert_to_numpy(tf.convert_to_tensor(optimizer.learning_rate)))
 
 
 def _micro_steps(optimizer: Any) -> int:
