@@ -98,9 +98,9 @@ EXPERIMENTS = {
         learning_rate=0.01,
         scaling="linear",
         batch_size=64,
-        micro_steps=1,
+        micro_steps=2,
         checkpoints=(1, 4),
-        batch_sizes=(16, 32, 64, 128, 256, 512, 1024),
+        batch_sizes=(32, 64, 128, 256, 512, 1024),
         examples=16384,
         orders=2,
     ),
@@ -307,6 +307,7 @@ def results_of(task: Task, experiment: Experiment, folder: Path) -> dict[str, An
         "settings": {**dataclasses.asdict(experiment), **task.settings},
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[2], 1),
         **run,
         "checkpoints": checkpoints,
     }
@@ -428,7 +429,9 @@ def _times(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
         f"{result['seconds'] / 60:.1f} minutes for the run and {sum(branches) / 60:.1f} for its "
-        f"{len(branches)} branches, on {result['cores']} cores; {versions}."
+        f"{len(branches)} branches, on {result['cores']} cores with a load average of "
+        f"{result['load']} in the last quarter of an hour (this run alone makes about "
+        f"{result['cores']}); {versions}."
     )
 
 

@@ -176,7 +176,7 @@ def measure_critical_batch_size(
         [64, 32, 4]
 
     References:
-        Merrill et al. 2025, "Critical Batch Size Revisited" (arXiv:2505.23971), section 3.
+        Merrill et al. 2025, "Critical Batch Size Revisited" (arXiv:2505.23971).
     """
     sizes = checked_batch_sizes(batch_sizes)
     if len(sizes) < 2:

@@ -85,7 +85,7 @@ def scale_learning_rate(
 
     References:
         Goyal et al. 2017 (arXiv:1706.02677), You et al. 2020 (arXiv:1904.00962), Johnson et al.
-        2020, "AdaScale SGD" (arXiv:2007.05105), section 3.
+        2020, "AdaScale SGD" (arXiv:2007.05105).
     """
     rule = _validation.choice("rule", rule, ("linear", "sqrt", "adascale"))
     if (rule == "adascale") != (noise_scale is not None):

@@ -1,6 +1,5 @@
 """The plots. matplotlib is imported by nothing else of the package."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,10 @@ from tf_lbopt.batch_size.files import replacing
 if TYPE_CHECKING:
     from tf_lbopt.batch_size.measuring import CriticalBatchSize
     from tf_lbopt.batch_size.planning import Recommendation
+
+
+# Above the least loss: what a plot of losses shows.
+_NEAR = 0.5
 
 
 def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
@@ -86,6 +89,9 @@ def _branches(figure: Any, result: "CriticalBatchSize", noise_scale: float | Non
 
     left, right = figure.subplots(1, 2)
     last = max(1, len(result.branches) - 1)
+    # Where the best is drawn, which has no logarithm.
+    lowest = (result.tolerance or 1e-3) / 30
+    ends: list[tuple[int, float]] = []
     for number, branch in enumerate(result.branches):
         color = colormaps["viridis"](0.95 * number / last)
         if branch.curve:
@@ -93,11 +99,13 @@ def _branches(figure: Any, result: "CriticalBatchSize", noise_scale: float | Non
             label = f"{branch.batch_size:,}"
             left.plot(examples, losses, color=color, label=label, marker=_marker(branch.curve))
         if branch.loss is not None:
-            right.plot([branch.batch_size], [branch.loss], "o", color=color, zorder=3)
-    ends = [(b.batch_size, b.loss) for b in result.branches if b.loss is not None]
+            above = max(branch.loss - result.best_loss, lowest)
+            right.plot([branch.batch_size], [above], "o", color=color, zorder=3)
+            ends.append((branch.batch_size, above))
     right.plot(*zip(*ends, strict=True), color="gray", linewidth=1)
-    limit = result.best_loss + result.tolerance
-    right.axhline(limit, color="C3", linestyle="--", label=f"least + {result.tolerance:g}")
+    right.axhline(
+        result.tolerance, color="C3", linestyle="--", label=f"tolerance {result.tolerance:g}"
+    )
     sign = "≥ " if result.at_the_end else ""
     right.axvline(
         result.batch_size, color="C2", linestyle=":",
@@ -110,15 +118,18 @@ def _branches(figure: Any, result: "CriticalBatchSize", noise_scale: float | Non
     right.set_xscale("log", base=2)
     _whole_numbers(right.xaxis)
     right.set_xlabel("batch (log scale)")
-    right.set_ylabel("smoothed training loss at the end")
+    right.set_yscale("log")
+    right.set_ylabel("loss at the end, above the least (log scale)")
     right.legend()
     left.set_xlabel("examples since the checkpoint")
     left.set_ylabel("smoothed training loss")
     left.legend(title="batch", ncols=2)
-    # The first updates' losses, which are hardly averaged yet, would hide the rest.
-    late = [loss for b in result.branches for at, loss in b.curve if at >= b.curve[-1][0] / 4]
-    if late and math.isfinite(spread := max(late) - min(late)):
-        left.set_ylim(min(late) - 0.1 * spread, max(late) + 0.3 * spread + 1e-9)
+    # What comes first and is hardly averaged yet, and branches far off, would hide the rest.
+    near = [b for b in result.branches if b.loss is not None and b.loss < result.best_loss + _NEAR]
+    late = [loss for b in near for at, loss in b.curve if at >= b.curve[-1][0] / 4]
+    if late:
+        margin = 0.1 * (max(late) - min(late)) + 1e-9
+        left.set_ylim(min(late) - margin, max(late) + 3 * margin)
     for axis in (left, right):
         axis.grid(alpha=0.3)
 
