@@ -92,7 +92,8 @@ EXPERIMENTS = {
         title="two convolutions on CIFAR-10",
         recipe="cifar",
         folder="cifar10-jpeg",
-        flags=("--model=two_conv",),
+        # Random shifts would be others at another batch.
+        flags=("--model=two_conv", "--noaugmentation"),
         optimizer="SGD",
         arguments={"momentum": 0.9},
         learning_rate=0.01,
@@ -102,7 +103,7 @@ EXPERIMENTS = {
         checkpoints=(1, 4),
         batch_sizes=(32, 64, 128, 256, 512, 1024),
         examples=16384,
-        orders=2,
+        orders=3,
     ),
     "wikitext2": Experiment(
         title="an LSTM on WikiText-2",
