@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.study.choice import Choice, Rule, choose
+from benchmarks.study.differences import paired_difference
+
 Scalar = float | int | bool | str
 Row = dict[str, Any]
 
@@ -32,7 +35,11 @@ class Cell:
         validation_size: Training examples set apart for tuning; ``None`` where the task has a
             validation split of its own.
         tuning_seeds: Each value of a grid is tried with these.
+        repeated_seeds: Values near the best are tried with these too, and one is chosen by
+            `choice.choose`; without any the best one is.
         final_seeds: The best value is tested with these.
+        more_seeds: And with these, where one of the study's claims needs them.
+        final_settings: Further flags of the test's runs.
     """
 
     name: str
@@ -40,6 +47,9 @@ class Cell:
     validation_size: int | None
     tuning_seeds: tuple[int, ...] = (1,)
     final_seeds: tuple[int, ...] = (1, 2, 3)
+    repeated_seeds: tuple[int, ...] = ()
+    more_seeds: tuple[int, ...] = ()
+    final_settings: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Contender:
         axis: The flag that is tuned.
         values: The first grid, rising, of equal ratios between neighbours.
         takes_from: Label of the contender whose best value of its own axis this one takes over.
+        takes_from_cell: The name of that contender's cell, an earlier one; its own by default.
     """
 
     label: str
@@ -59,6 +70,7 @@ class Contender:
     axis: str = "learning_rate"
     values: tuple[float, ...] = ()
     takes_from: str | None = None
+    takes_from_cell: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,20 +159,55 @@ class Study:
         comparisons: Cells and the contenders in each, those that others take from first.
         metric: What is tuned for and reported.
         task: A key of `benchmarks.study.runner.TASKS`.
+        claims: Labels of contenders to be told apart, the one said to be ahead first; all that
+            are in a cell together.
     """
 
     name: str
     comparisons: Sequence[tuple[Cell, Sequence[Contender]]]
     metric: Metric = ACCURACY
     task: str = "cifar"
+    claims: Sequence[tuple[str, str]] = ()
+
+
+SUPERSEDED = "superseded"
+"""The key of a table's line that says which earlier rows no longer count.
+
+Its value has the fields that those rows have in common, by which they are found; ``reason`` stands
+beside it.
+"""
+
+
+def counted(rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows of runs without those that a later line marks as superseded."""
+    left: list[Row] = []
+    for row in rows:
+        if SUPERSEDED not in row:
+            left.append(row)
+            continue
+        marked = row[SUPERSEDED]
+        flags = marked.get("flags", {})
+        fields = {name: value for name, value in marked.items() if name != "flags"}
+        left = [
+            other
+            for other in left
+            if any(other.get(name) != value for name, value in fields.items())
+            or any(other["flags"].get(name) != value for name, value in flags.items())
+        ]
+    return left
 
 
 class Results:
-    """The rows of one study, found by what identifies a run; the latest of equal ones counts."""
+    """The rows of one study that count, found by what identifies a run; the latest of equal ones.
+
+    Args:
+        study: Whose rows are taken.
+        rows: Of the table, in its order.
+    """
 
     def __init__(self, study: Study, rows: Iterable[Row]) -> None:
         self._metric = study.metric
-        self._rows = {_key(row): row for row in rows if row.get("study") == study.name}
+        self._rows = {_key(row): row for row in counted(rows) if row.get("study") == study.name}
 
     def row(self, run: Run) -> Row | None:
         """The result of a run, if there is one."""
@@ -188,11 +235,12 @@ class Outcome:
     """What is known of a contender.
 
     Attributes:
-        tried: Mean validation score by value of the axis.
+        tried: Mean validation score by value of the axis, of the first seeds.
         best: The value of the best one, ``None`` while runs are missing.
         final: Test scores at the best value, one per seed that has been run.
         missing: Runs still to be made before more can be said.
         rows: Of the table, those behind ``final``.
+        repeated: Validation scores of all tuning seeds, of the values that were near the best.
     """
 
     tried: dict[float, float]
@@ -200,6 +248,13 @@ class Outcome:
     final: list[float]
     missing: list[Run]
     rows: list[Row] = field(default_factory=list)
+    repeated: dict[float, list[float]] = field(default_factory=dict)
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Test scores by seed."""
+        seeds = [int(row["flags"]["seed"]) for row in self.rows]
+        return dict(zip(seeds, self.final, strict=True))
 
     def close(self, metric: Metric) -> list[float]:
         """The values around the best one whose validation score is close to its own, rising."""
@@ -218,18 +273,47 @@ class Outcome:
 def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
     """What is known of every contender, by names of cell and contender."""
     found: dict[tuple[str, str], Outcome] = {}
+    taken: dict[tuple[str, str], dict[str, float]] = {}
+    axes = {(cell.name, c.label): c.axis for cell, cs in study.comparisons for c in cs}
     for cell, contenders in study.comparisons:
         for contender in contenders:
-            inherited: dict[str, float] = {}
+            key = (cell.name, contender.label)
+            taken[key] = {}
             if contender.takes_from is not None:
-                source = found[cell.name, contender.takes_from]
-                giver = next(c for c in contenders if c.label == contender.takes_from)
-                if source.best is None:
-                    found[cell.name, contender.label] = Outcome({}, None, [], [])
+                source = (contender.takes_from_cell or cell.name, contender.takes_from)
+                best = found[source].best
+                if best is None:
+                    found[key] = Outcome({}, None, [], [])
                     continue
-                inherited[giver.axis] = source.best
-            found[cell.name, contender.label] = _outcome(study, cell, contender, inherited, results)
+                taken[key] = {axes[source]: best}
+            found[key] = _outcome(study, cell, contender, taken[key], results, cell.final_seeds)
+    undecided = _undecided(study, found)
+    for cell, contenders in study.comparisons:
+        for contender in contenders:
+            key = (cell.name, contender.label)
+            if key in undecided:
+                seeds = (*cell.final_seeds, *cell.more_seeds)
+                found[key] = _outcome(study, cell, contender, taken[key], results, seeds)
     return found
+
+
+def _undecided(study: Study, found: Mapping[tuple[str, str], Outcome]) -> set[tuple[str, str]]:
+    """Contenders that a claim needs apart and whose first seeds do not tell apart."""
+    undecided: set[tuple[str, str]] = set()
+    for cell in {cell.name: cell for cell, _ in study.comparisons}.values():
+        for pair in study.claims if cell.more_seeds else ():
+            keys = [(cell.name, label) for label in pair]
+            both = [found[key] for key in keys if key in found]
+            if len(both) < 2 or any(len(o.rows) < len(cell.final_seeds) for o in both):
+                continue
+            difference = paired_difference(both[0].by_seed, both[1].by_seed)
+            if (
+                difference is not None
+                and not difference.excludes_zero
+                and abs(difference.mean) > study.metric.close
+            ):
+                undecided.update(keys)
+    return undecided
 
 
 def next_runs(study: Study, results: Results) -> list[Run]:
@@ -243,6 +327,7 @@ def _outcome(
     contender: Contender,
     inherited: Mapping[str, float],
     results: Results,
+    final_seeds: Sequence[int],
 ) -> Outcome:
     def run(stage: str, value: float, seed: int) -> Run:
         settings: dict[str, Scalar] = {**cell.settings, **contender.settings, **inherited}
@@ -251,6 +336,8 @@ def _outcome(
         settings["seed"] = seed
         if cell.validation_size is not None:
             settings["validation_size"] = cell.validation_size if stage == TUNING else 0
+        if stage == FINAL:
+            settings.update(cell.final_settings)
         return Run(study.name, cell.name, contender.label, stage, value, settings)
 
     tried: dict[float, float] = {}
@@ -283,7 +370,20 @@ def _outcome(
                 break
     else:
         best = _UNTUNED[0]
-    runs = [run(FINAL, best, seed) for seed in cell.final_seeds]
+    repeated: dict[float, list[float]] = {}
+    if contender.values and cell.repeated_seeds:
+        seeds = (*cell.tuning_seeds, *cell.repeated_seeds)
+        for value in tried:
+            scores = [results.score(run(TUNING, value, s)) for s in seeds]
+            if None not in scores:
+                repeated[value] = [float(score) for score in scores if score is not None]
+        choice = _choice(study.metric, tried, repeated)
+        if choice.value is None:
+            runs = [run(TUNING, v, s) for v in choice.repeated for s in cell.repeated_seeds]
+            missing = [r for r in runs if results.score(r) is None]
+            return Outcome(dict(sorted(tried.items())), None, [], missing, [], repeated)
+        best = choice.value
+    runs = [run(FINAL, best, seed) for seed in final_seeds]
     scores = [results.score(r) for r in runs]
     return Outcome(
         dict(sorted(tried.items())),
@@ -291,6 +391,18 @@ def _outcome(
         [s for s in scores if s is not None],
         [r for r, s in zip(runs, scores, strict=True) if s is None],
         [row for r in runs if (row := results.row(r)) is not None],
+        repeated,
+    )
+
+
+def _choice(
+    metric: Metric, first: Mapping[float, float], repeated: Mapping[float, Sequence[float]]
+) -> Choice:
+    sign = -1.0 if metric.lower_is_better else 1.0
+    return choose(
+        {value: sign * score for value, score in first.items()},
+        {value: [sign * score for score in scores] for value, scores in repeated.items()},
+        Rule(near=2 * metric.close, spread=5 * metric.close, collapse=10 * metric.close),
     )
 
 

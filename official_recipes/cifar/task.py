@@ -27,6 +27,7 @@ class ImageTask:
         augmentation: Whether training images are shifted by up to 4 pixels and mirrored.
         held_out: Whether ``data``'s test split is a validation split.
         label_smoothing: In [0, 1).
+        evaluated_training_images: How many training images are evaluated on too, as they are.
     """
 
     name = "cifar"
@@ -40,6 +41,7 @@ class ImageTask:
         augmentation: bool = True,
         held_out: bool = False,
         label_smoothing: float = 0.0,
+        evaluated_training_images: int = 0,
     ) -> None:
         self._data = data
         # Eager tensors are captured by tf.data; arrays would become constants of its graph.
@@ -47,6 +49,13 @@ class ImageTask:
         self._network = network
         self._augmentation = augmentation
         self._split = "validation" if held_out else "test"
+        self._evaluated = {self._split: (data.test_images, data.test_labels)}
+        if evaluated_training_images:
+            # From all over the split, which may be sorted by class.
+            some = np.linspace(
+                0, len(data.train_labels), evaluated_training_images, False, dtype=int
+            )
+            self._evaluated["train"] = (data.train_images[some], data.train_labels[some])
         self._label_smoothing = label_smoothing
         pixels = data.train_images.reshape(-1, data.train_images.shape[-1])
         # Exact integer sums; an array of floats would take four times the images' memory.
@@ -74,8 +83,8 @@ class ImageTask:
         return len(self._data.train_labels)
 
     def splits(self) -> tuple[str, ...]:
-        """The one split that is not trained on."""
-        return (self._split,)
+        """The one that is not trained on, and ``train`` if some of it is evaluated on."""
+        return tuple(self._evaluated)
 
     def build_model(self) -> keras.Model:
         """Returns the network, which takes uint8 images and gives logits."""
@@ -107,8 +116,7 @@ class ImageTask:
     def evaluate(self, model: keras.Model, split: str, *, final: bool) -> Metrics:
         """Accuracy and cross-entropy, on one device with the weights that all replicas share."""
         del final
-        assert split == self._split
-        images, labels = self._data.test_images, self._data.test_labels
+        images, labels = self._evaluated[split]
         logits = _logits(model, images)
         loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
         return {

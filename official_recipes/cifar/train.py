@@ -59,6 +59,13 @@ def define_flags() -> flags.FlagValues:
         "Training images to set apart and evaluate on instead of the test split.",
         minimum=0,
     )
+    define_integer(
+        values,
+        "evaluated_training_images",
+        0,
+        "Training images to evaluate on too, without augmentation.",
+        minimum=0,
+    )
     return values
 
 
@@ -124,12 +131,20 @@ def task_of(data: ImageData, values: flags.FlagValues) -> ImageTask:
                 size,
             )
         data = hold_out_validation(data, size)
+    most = len(data.train_labels)
+    if values.evaluated_training_images > most:
+        raise FlagValueError(
+            "evaluated_training_images",
+            f"at most the {most} training images",
+            values.evaluated_training_images,
+        )
     return ImageTask(
         data,
         values.model,
         augmentation=values.augmentation,
         held_out=bool(values.validation_size),
         label_smoothing=values.label_smoothing,
+        evaluated_training_images=values.evaluated_training_images,
     )
 
 

@@ -1,0 +1,199 @@
+"""Studies of the papers' claims under their own conditions: the second edition of the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.study.grid import Cell, Contender, Scalar, Study
+
+# Of every study here. The seeds that choose a rate are none of those that tell the result.
+_SUB_BATCHES = 8
+_EVALUATION: dict[str, Scalar] = {"evaluate_every": 1, "evaluated_training_images": 10_000}
+_TWO_CONV: dict[str, Scalar] = {
+    "model": "two_conv",
+    "epochs": 20,
+    "replicas": 1,
+    "schedule": "polynomial",
+    "power": 1.1,
+    "weight_decay": 1e-4,
+    "augmentation": True,
+    "evaluate_every": 0,
+}
+_WARMUP: dict[str, Scalar] = {"warmup_epochs": 2.0}
+
+
+def tuned_cell(name: str, settings: dict[str, Scalar], validation_size: int | None = 5000) -> Cell:
+    """A cell with the seeds and the evaluations that all studies of this edition have."""
+    return Cell(
+        name,
+        settings,
+        validation_size=validation_size,
+        tuning_seeds=(11,),
+        repeated_seeds=(12, 13),
+        final_seeds=(1, 2, 3),
+        more_seeds=(4, 5),
+        final_settings=_EVALUATION,
+    )
+
+
+def around(middle: float) -> tuple[float, ...]:
+    """A first grid, a factor of 2 apart."""
+    return tuple(float(f"{factor * middle:.3g}") for factor in (0.5, 1.0, 2.0))
+
+
+# --- 1. The trust coefficient and the bias --------------------------------------------------------
+
+COEFFICIENTS = (0.001, 0.01, 0.1)
+ALIKE = "ρ = τ"
+"""Zero biases train at η τ, as everything else: then τ changes nothing but the rate's unit."""
+EXCLUDED = "excluded"
+
+
+def trust_label(name: str, coefficient: float | None, bias: str = "", warmup: bool = False) -> str:
+    """A contender's label.
+
+    Args:
+        name: The optimizer.
+        coefficient: τ; ``None`` with `ALIKE`, where it does not matter.
+        bias: `EXCLUDED`, or nothing for the default ρ = 1 of zero biases.
+        warmup: Whether there is one.
+    """
+    parts = [name, ALIKE if coefficient is None else f"τ = {coefficient:g}"]
+    return ", ".join([*parts, *([bias] if bias else []), *(["warm-up"] if warmup else [])])
+
+
+def _trust(
+    name: str,
+    product: float,
+    coefficient: float | None = None,
+    bias: str = "",
+    warmup: bool = False,
+    scale: float = 1.0,
+    **settings: Scalar,
+) -> Contender:
+    """LARS, VR-LARS or CLARS with rates around that of a given product η τ."""
+    tau = coefficient or 0.01
+    optimizer = name.split(",")[0].lower().replace("-", "_")
+    flags: dict[str, Scalar] = {"optimizer": optimizer, "trust_coefficient": tau}
+    if coefficient is None:
+        flags["default_trust_ratio"] = tau
+    if bias == EXCLUDED:
+        flags["exclude_from_weight_decay"] = "/bias$"
+    if warmup:
+        flags |= _WARMUP
+    label = trust_label(name, coefficient, bias, warmup)
+    return Contender(label, {**flags, **settings}, values=around(scale * product / tau))
+
+
+def _trust_cell(batch_size: int) -> Cell:
+    # All in as many micro-steps, so that all see the same augmented images.
+    settings = {"batch_size": batch_size, "gradient_accumulation_steps": _SUB_BATCHES}
+    return tuned_cell(f"two-conv, B={batch_size}", {**_TWO_CONV, **settings})
+
+
+def _at_another_batch(batch_size: int) -> tuple[Cell, list[Contender]]:
+    scale = (batch_size / 4096) ** 0.5
+    return _trust_cell(batch_size), [
+        _trust(name, 0.016 if warmup else 0.008, tau, warmup=warmup, scale=scale)
+        for tau in (None, 0.01)
+        for name in ("LARS", "CLARS")
+        for warmup in (False, True)
+    ]
+
+
+_MAIN: list[Contender] = [
+    _trust("LARS", 0.008),
+    _trust("LARS", 0.016, warmup=True),
+    _trust("CLARS", 0.016),
+    _trust("CLARS", 0.016, warmup=True),
+    *(
+        _trust(name, product, tau)
+        for name in ("LARS", "CLARS")
+        for tau, product in zip(COEFFICIENTS, (0.002, 0.008, 0.008), strict=True)
+    ),
+    *(_trust(name, 0.016, tau, warmup=True) for name in ("LARS", "CLARS") for tau in COEFFICIENTS),
+]
+_VARIANTS: list[Contender] = [
+    _trust("LARS, Nesterov", 0.008, nesterov=True),
+    _trust("CLARS, heavy ball", 0.016, nesterov=False),
+    _trust("CLARS, k = 1", 0.008, gradient_accumulation_steps=1),
+    _trust("CLARS, k = 64", 0.016, gradient_accumulation_steps=64),
+    _trust("CLARS, per example", 0.032, norm_estimator="per_example"),
+    _trust("VR-LARS", 0.008),
+    _trust("VR-LARS", 0.016, warmup=True),
+]
+# Biases at the raw rate η: one that they take as momentum SGD's is small beside 0.016 / τ.
+_EXCLUDING: list[Contender] = [
+    _trust(name, product, tau, EXCLUDED, warmup)
+    for warmup, products in ((False, (0.0005, 0.004, 0.008)), (True, (0.001, 0.008, 0.016)))
+    for name in ("LARS", "CLARS")
+    for tau, product in zip(COEFFICIENTS, products, strict=True)
+]
+
+
+def _trust_claims() -> Sequence[tuple[str, str]]:
+    both = ("LARS", "CLARS")
+    every = (None, *COEFFICIENTS)
+    return [
+        *((trust_label(n, t, warmup=True), trust_label(n, t)) for n in both for t in every),
+        *((trust_label("CLARS", t), trust_label("LARS", t)) for t in every),
+        *((trust_label(n, None), trust_label(n, t)) for n in both for t in COEFFICIENTS),
+        (trust_label("CLARS", None), trust_label("LARS", None, warmup=True)),
+        (trust_label("LARS, Nesterov", None), trust_label("LARS", None)),
+        (trust_label("CLARS", None), trust_label("CLARS, heavy ball", None)),
+        (trust_label("CLARS", None), trust_label("LARS, Nesterov", None)),
+        *(
+            (trust_label("VR-LARS", None, warmup=w), trust_label("LARS", None, warmup=w))
+            for w in (False, True)
+        ),
+    ]
+
+
+TRUST = Study(
+    "trust",
+    [
+        (_trust_cell(4096), _MAIN),
+        _at_another_batch(8192),
+        _at_another_batch(1024),
+        (_trust_cell(4096), _VARIANTS),
+        (_trust_cell(4096), _EXCLUDING),
+    ],
+    claims=_trust_claims(),
+)
+
+TRUST_RESNET20 = Study(
+    "trust_resnet20",
+    [
+        (
+            tuned_cell(
+                "ResNet-20, B=4096",
+                {
+                    **_TWO_CONV,
+                    "model": "resnet20",
+                    "epochs": 3,
+                    "batch_size": 4096,
+                    "gradient_accumulation_steps": _SUB_BATCHES,
+                },
+            ),
+            [
+                Contender(
+                    f"{label}, η τ = {product:g}",
+                    {
+                        "optimizer": "lars",
+                        "trust_coefficient": tau,
+                        "default_trust_ratio": ratio,
+                        "learning_rate": float(f"{product / tau:.3g}"),
+                        "warmup_epochs": 0.5 if warmup else 0.0,
+                    },
+                )
+                for product in (0.008, 0.004)
+                for label, tau, ratio, warmup in (
+                    (trust_label("LARS", 0.001), 0.001, 1.0, False),
+                    (trust_label("LARS", None), 0.01, 0.01, False),
+                    (trust_label("LARS", 0.001, warmup=True), 0.001, 1.0, True),
+                    (trust_label("LARS", None, warmup=True), 0.01, 0.01, True),
+                )
+            ],
+        )
+    ],
+)
