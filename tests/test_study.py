@@ -194,7 +194,8 @@ def test_every_run_of_a_study_has_flags_that_the_recipe_takes(study):
         study, lambda run: 1 / (1 + abs(math.log(run.value / 0.1))), limit=2000, at_once=2000
     )
     recipe = importlib.import_module(f"official_recipes.{study.task}.train")
-    for row in rows:
+    # Seeds and rates apart, of which one is as good as another.
+    for row in {(row["cell"], row["label"], row["stage"]): row for row in rows}.values():
         values = runner.parsed(recipe, row["flags"], Path("."))
         options = training_options(values)
         assert options.seed == row["flags"]["seed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.study.grid import Cell, Contender, Scalar, Study
 
@@ -197,3 +198,181 @@ TRUST_RESNET20 = Study(
         )
     ],
 )
+
+# --- 8. With warm-up at 4,096 ---------------------------------------------------------------------
+
+WARMED = Study(
+    "warmed",
+    [
+        (
+            tuned_cell("two-conv, B=4096", {**_TWO_CONV, **_WARMUP, "batch_size": 4096}),
+            [
+                Contender("momentum", {"optimizer": "momentum"}, values=around(0.1)),
+                Contender("Nesterov momentum", {"optimizer": "nesterov"}, values=around(0.1)),
+                Contender(
+                    "EXTRAP-SGD",
+                    {"optimizer": "extrap_sgd", "sub_batches": _SUB_BATCHES},
+                    values=around(0.1),
+                ),
+                Contender("Adam", {"optimizer": "adam"}, values=around(0.004)),
+                Contender(
+                    "EXTRAP-ADAM",
+                    {"optimizer": "extrap_adam", "sub_batches": _SUB_BATCHES},
+                    values=around(0.004),
+                ),
+                Contender(
+                    "VR-SGD",
+                    {"optimizer": "vr_sgd", "gradient_accumulation_steps": _SUB_BATCHES},
+                    values=around(0.25),
+                ),
+            ],
+        )
+    ],
+    claims=[
+        ("EXTRAP-SGD", "Nesterov momentum"),
+        ("EXTRAP-SGD", "momentum"),
+        ("EXTRAP-ADAM", "Adam"),
+        ("momentum", "Nesterov momentum"),
+        ("momentum", "VR-SGD"),
+    ],
+)
+
+# --- 2. VRGD at rates that are scaled, not tuned --------------------------------------------------
+
+_SMALL_BATCH = 256
+SCALED_BATCHES = (256, 2048, 8192)
+# γ = 0.1, k = 8 and k = 32 are in the comparison before, γ = 1 is the base.
+GAMMAS = (0.01, 0.04, 0.3)
+SUB_BATCH_NUMBERS = (2, 4, 128)
+# VRGD's base with nothing of it: γ = 1 weighs nothing, and accumulates as the others do.
+_BASES: dict[str, tuple[str, float]] = {"momentum": ("vr_momentum", 0.035), "LAMB": ("lamb", 0.01)}
+_WEIGHTED = {"momentum": ("VR-Momentum", "vr_momentum"), "LAMB": ("VR-LAMB", "vr_lamb")}
+
+
+def _scaled_label(name: str, warmup: bool) -> str:
+    return f"{name}, warm-up" if warmup else name
+
+
+def _base(name: str, warmup: bool, **settings: Scalar) -> Contender:
+    optimizer, middle = _BASES[name]
+    flags: dict[str, Scalar] = {"optimizer": optimizer, "gradient_accumulation_steps": _SUB_BATCHES}
+    if optimizer == "vr_momentum":
+        flags["gamma"] = 1.0
+    values = () if settings else around(middle)
+    flags |= {**(_WARMUP if warmup else {}), **settings}
+    return Contender(_scaled_label(name, warmup), flags, values=values)
+
+
+def _at_the_scaled_rate(contender: Contender, name: str, warmup: bool) -> Contender:
+    return replace(
+        contender,
+        takes_from=_scaled_label(name, warmup),
+        takes_from_cell=_scaled_cell(_SMALL_BATCH).name,
+    )
+
+
+def _scaled_cell(batch_size: int) -> Cell:
+    settings = {"batch_size": batch_size, "base_batch_size": _SMALL_BATCH}
+    return tuned_cell(f"two-conv, B={batch_size}", {**_TWO_CONV, **settings})
+
+
+def _scaled(batch_size: int) -> tuple[Cell, list[Contender]]:
+    """Base, VRGD and control at the small batch's rate times √(B / 256)."""
+    contenders = []
+    for name in _BASES:
+        for warmup in (False, True):
+            base = _base(name, warmup, ratio_sub_batches=_SUB_BATCHES)
+            label, optimizer = _WEIGHTED[name]
+            reduced = [
+                Contender(
+                    _scaled_label(f"{label}, k = {k}", warmup),
+                    {
+                        "optimizer": optimizer,
+                        "gradient_accumulation_steps": k,
+                        "ratio_sub_batches": k,
+                        **(_WARMUP if warmup else {}),
+                    },
+                )
+                for k in (8, 32)
+            ]
+            control = replace(
+                base,
+                label=_scaled_label(f"{name} × mean r", warmup),
+                ratio_of=reduced[0].label,
+            )
+            group = [*([] if batch_size == _SMALL_BATCH else [base]), *reduced, control]
+            contenders += [_at_the_scaled_rate(each, name, warmup) for each in group]
+    if batch_size == _SMALL_BATCH:  # Where the bases' rates are tuned.
+        contenders = [*(_base(name, w) for name in _BASES for w in (False, True)), *contenders]
+    return _scaled_cell(batch_size), contenders
+
+
+def _of_gamma_and_k(batch_size: int = 2048) -> tuple[Cell, list[Contender]]:
+    settings: dict[str, Scalar] = {"optimizer": "vr_momentum", **_WARMUP}
+    numbers: list[tuple[str, dict[str, Scalar]]] = []
+    for gamma in GAMMAS:
+        numbers.append((f"γ = {gamma:g}", {"gamma": gamma, "gradient_accumulation_steps": 8}))
+    for k in SUB_BATCH_NUMBERS:
+        numbers.append((f"k = {k}", {"gradient_accumulation_steps": k}))
+    return _scaled_cell(batch_size), [
+        _at_the_scaled_rate(
+            Contender(f"VR-Momentum, {text}, warm-up", {**settings, **chosen}), "momentum", True
+        )
+        for text, chosen in numbers
+    ]
+
+
+SCALED = Study(
+    "scaled",
+    [*(_scaled(batch_size) for batch_size in SCALED_BATCHES), _of_gamma_and_k()],
+    claims=[
+        (_scaled_label(first, warmup), _scaled_label(second, warmup))
+        for name in _BASES
+        for warmup in (False, True)
+        for first, second in (
+            (f"{_WEIGHTED[name][0]}, k = 8", name),
+            (f"{_WEIGHTED[name][0]}, k = 32", name),
+            (f"{_WEIGHTED[name][0]}, k = 8", f"{name} × mean r"),
+        )
+    ],
+)
+
+# --- 3. A gap to narrow ---------------------------------------------------------------------------
+
+GAP_IMAGES = 5000
+
+
+def _gap(batch_size: int) -> tuple[Cell, list[Contender]]:
+    """On few images, so that the base over-fits."""
+    settings: dict[str, Scalar] = {
+        **_TWO_CONV,
+        "epochs": 100,
+        "augmentation": False,
+        "training_images": GAP_IMAGES,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": _SUB_BATCHES,
+        "warmup_epochs": 10.0,
+    }
+    cell = tuned_cell(f"5,000 images, B={batch_size}", settings)
+    scale = (batch_size / 4096) ** 0.5
+    tau: dict[str, Scalar] = {"trust_coefficient": 0.01, "default_trust_ratio": 0.01}
+    contenders: list[tuple[str, dict[str, Scalar], float]] = [
+        ("momentum", {"optimizer": "vr_momentum", "gamma": 1.0}, 0.1),
+        ("VR-Momentum", {"optimizer": "vr_momentum"}, 0.1),
+        ("LARS", {"optimizer": "lars", **tau}, 1.6),
+        ("VR-LARS", {"optimizer": "vr_lars", **tau}, 1.6),
+    ]
+    return replace(
+        cell,
+        final_settings={"evaluate_every": 5, "evaluated_training_images": GAP_IMAGES},
+    ), [Contender(name, flags, values=around(scale * rate)) for name, flags, rate in contenders]
+
+
+GAP = Study(
+    "gap",
+    [_gap(batch_size) for batch_size in (2048, 128)],
+    claims=[("VR-Momentum", "momentum"), ("VR-LARS", "LARS")],
+)
+
+CONDITIONS = (TRUST, WARMED, SCALED, GAP, TRUST_RESNET20)
+"""In order of their value."""

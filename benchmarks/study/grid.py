@@ -63,6 +63,8 @@ class Contender:
         values: The first grid, rising, of equal ratios between neighbours.
         takes_from: Label of the contender whose best value of its own axis this one takes over.
         takes_from_cell: The name of that contender's cell, an earlier one; its own by default.
+        ratio_of: Label of a contender before it in the cell, by whose mean r (`mean_ratio`) the
+            value that is taken over is multiplied.
     """
 
     label: str
@@ -71,6 +73,7 @@ class Contender:
     values: tuple[float, ...] = ()
     takes_from: str | None = None
     takes_from_cell: str | None = None
+    ratio_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,14 @@ def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
                 if best is None:
                     found[key] = Outcome({}, None, [], [])
                     continue
-                taken[key] = {axes[source]: best}
+                factor = 1.0
+                if contender.ratio_of is not None:
+                    weighted = found[cell.name, contender.ratio_of]
+                    if weighted.best is None or weighted.missing:
+                        found[key] = Outcome({}, None, [], [])
+                        continue
+                    factor = mean_ratio(weighted.rows)
+                taken[key] = {axes[source]: best if factor == 1.0 else _rounded(factor * best, 1.0)}
             found[key] = _outcome(study, cell, contender, taken[key], results, cell.final_seeds)
     undecided = _undecided(study, found)
     for cell, contenders in study.comparisons:
@@ -295,6 +305,16 @@ def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
                 seeds = (*cell.final_seeds, *cell.more_seeds)
                 found[key] = _outcome(study, cell, contender, taken[key], results, seeds)
     return found
+
+
+RATIO = "train_mean_ratio"
+"""The evaluation that a run has with the flag ``ratio_sub_batches``."""
+
+
+def mean_ratio(rows: Sequence[Row]) -> float:
+    """The mean r of runs, over their evaluations; 1 if all diverged before the first."""
+    found = [each[RATIO] for row in rows for each in row.get("evaluations", ()) if each.get(RATIO)]
+    return statistics.fmean(found) if found else 1.0
 
 
 def _undecided(study: Study, found: Mapping[tuple[str, str], Outcome]) -> set[tuple[str, str]]:

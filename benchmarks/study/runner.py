@@ -16,6 +16,9 @@ from official_recipes.common.flag_parsing import parse_flags
 if TYPE_CHECKING:
     from official_recipes.common.image_data import ImageData
 
+OF_THE_STUDY = ("ratio_sub_batches",)
+"""Settings that are no flags of a recipe."""
+
 Progress = Callable[[int, int], None]
 
 TASKS = {
@@ -107,8 +110,18 @@ class ImageRunner(RecipeRunner):
         self._whole = self._recipe.load_data(source, progress)
         return self._whole.name
 
+    def train(self, flags: Mapping[str, Scalar], on_update: Progress) -> dict[str, Any]:
+        """Trains once; ``ratio_sub_batches`` adds r by VRGD's definition to the evaluations."""
+        self._ratio_sub_batches = int(flags.get("ratio_sub_batches", 0))
+        return super().train(flags, on_update)
+
     def _task(self, values: flags.FlagValues) -> Any:
-        return self._recipe.task_of(self._whole, values)
+        task = self._recipe.task_of(self._whole, values)
+        if self._ratio_sub_batches:
+            from benchmarks.study.ratio import measure_ratio
+
+            return measure_ratio(task, values.batch_size, self._ratio_sub_batches)
+        return task
 
 
 def parsed(recipe: Any, settings: Mapping[str, Scalar], data_dir: Path) -> flags.FlagValues:
@@ -117,6 +130,7 @@ def parsed(recipe: Any, settings: Mapping[str, Scalar], data_dir: Path) -> flags
     arguments = [
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in settings.items()
+        if name not in OF_THE_STUDY
     ]
     parse_flags(values, ["study", f"--data_dir={data_dir}", *arguments])
     return values

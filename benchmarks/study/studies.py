@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.study.conditions import TRUST, TRUST_RESNET20
+from benchmarks.study.conditions import CONDITIONS
 from benchmarks.study.grid import Cell, Contender, Metric, Scalar, Study
 
 _RATES = (0.05, 0.1, 0.2, 0.4)
@@ -559,7 +559,6 @@ STUDIES = {
         DLRM,
         BERT,
         REGRESSION,
-        TRUST,
-        TRUST_RESNET20,
+        *CONDITIONS,
     )
 }

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from official_recipes.cifar.models import build_model
-from official_recipes.common.image_data import ImageData
+from official_recipes.common.image_data import ImageData, evenly_spaced
 from official_recipes.common.keras_training import Metrics, Predictions, Serving
 
 _PADDING = 4
@@ -51,10 +51,7 @@ class ImageTask:
         self._split = "validation" if held_out else "test"
         self._evaluated = {self._split: (data.test_images, data.test_labels)}
         if evaluated_training_images:
-            # From all over the split, which may be sorted by class.
-            some = np.linspace(
-                0, len(data.train_labels), evaluated_training_images, False, dtype=int
-            )
+            some = evenly_spaced(len(data.train_labels), evaluated_training_images)
             self._evaluated["train"] = (data.train_images[some], data.train_labels[some])
         self._label_smoothing = label_smoothing
         pixels = data.train_images.reshape(-1, data.train_images.shape[-1])

@@ -23,6 +23,7 @@ from official_recipes.common.image_data import (
     ImageSource,
     ProgressCallback,
     TfdsSource,
+    fewer_training_images,
     hold_out_validation,
     source_in,
 )
@@ -58,6 +59,12 @@ def define_flags() -> flags.FlagValues:
         0,
         "Training images to set apart and evaluate on instead of the test split.",
         minimum=0,
+    )
+    define_integer(
+        values,
+        "training_images",
+        None,
+        "Train on so many of the training images, evenly spaced ones [default: on all].",
     )
     define_integer(
         values,
@@ -132,6 +139,15 @@ def task_of(data: ImageData, values: flags.FlagValues) -> ImageTask:
             )
         data = hold_out_validation(data, size)
     most = len(data.train_labels)
+    if values.training_images is not None:
+        if not data.classes <= values.training_images <= most:
+            raise FlagValueError(
+                "training_images",
+                f"from {data.classes} to the {most} training images",
+                values.training_images,
+            )
+        most = values.training_images
+        data = fewer_training_images(data, most)
     if values.evaluated_training_images > most:
         raise FlagValueError(
             "evaluated_training_images",
