@@ -241,6 +241,8 @@ WARMED = Study(
 
 _SMALL_BATCH = 256
 SCALED_BATCHES = (256, 2048, 8192)
+CONTROLS = {"train_mean_ratio": "mean r", "train_length_ratio": "‖r ḡ‖ / ‖ḡ‖"}
+"""What the base's rate is multiplied by, to tell a weighting from a smaller step."""
 # γ = 0.1, k = 8 and k = 32 are in the comparison before, γ = 1 is the base.
 GAMMAS = (0.01, 0.04, 0.3)
 SUB_BATCH_NUMBERS = (2, 4, 128)
@@ -295,12 +297,13 @@ def _scaled(batch_size: int) -> tuple[Cell, list[Contender]]:
                 )
                 for k in (8, 32)
             ]
-            control = replace(
-                base,
-                label=_scaled_label(f"{name} × mean r", warmup),
-                ratio_of=reduced[0].label,
-            )
-            group = [*([] if batch_size == _SMALL_BATCH else [base]), *reduced, control]
+            group = [*([] if batch_size == _SMALL_BATCH else [base]), *reduced]
+            for ratio, text in CONTROLS.items():
+                # LAMB's step does not depend on its gradient's length.
+                if name == "momentum" or ratio == "train_mean_ratio":
+                    control = _scaled_label(f"{name} × {text}", warmup)
+                    of = reduced[0].label
+                    group.append(replace(base, label=control, ratio_of=of, ratio=ratio))
             contenders += [_at_the_scaled_rate(each, name, warmup) for each in group]
     if batch_size == _SMALL_BATCH:  # Where the bases' rates are tuned.
         contenders = [*(_base(name, w) for name in _BASES for w in (False, True)), *contenders]
@@ -333,7 +336,9 @@ SCALED = Study(
             (f"{_WEIGHTED[name][0]}, k = 8", name),
             (f"{_WEIGHTED[name][0]}, k = 32", name),
             (f"{_WEIGHTED[name][0]}, k = 8", f"{name} × mean r"),
+            (f"{_WEIGHTED[name][0]}, k = 8", f"{name} × ‖r ḡ‖ / ‖ḡ‖"),
         )
+        if name == "momentum" or "ḡ" not in second
     ],
 )
 

@@ -11,10 +11,11 @@ from tf_lbopt.rules.gsnr import SubBatchStatistics, clipped_gsnr
 
 
 def measure_ratio(task: Any, batch_size: int, sub_batches: int, gamma: float = 0.1) -> Any:
-    """Makes a task's evaluations of the training images tell the mean of r.
+    """Makes a task's evaluations of the training images tell how small r is.
 
     r is that of one batch of training images at the weights of the evaluation, the same batch
-    every time, its mean over all elements of all trainable variables.
+    every time: its mean over all elements of all trainable variables, ``mean_ratio``, and
+    ‖r ḡ‖ / ‖ḡ‖, ``length_ratio``.
 
     Args:
         task: An `official_recipes.cifar.task.ImageTask` that evaluates on training images; it is
@@ -31,16 +32,16 @@ def measure_ratio(task: Any, batch_size: int, sub_batches: int, gamma: float = 0
     def with_ratio(model: keras.Model, split: str, *, final: bool) -> dict[str, float]:
         metrics = evaluate(model, split, final=final)
         if split == "train":
-            metrics["mean_ratio"] = _mean_ratio(task, model, batch_size, sub_batches, gamma)
+            metrics |= _ratios(task, model, batch_size, sub_batches, gamma)
         return metrics
 
     task.evaluate = with_ratio
     return task
 
 
-def _mean_ratio(
+def _ratios(
     task: Any, model: keras.Model, batch_size: int, sub_batches: int, gamma: float
-) -> float:
+) -> dict[str, float]:
     loss = task.loss()
     size = batch_size // sub_batches
     gradients: list[list[tf.Tensor]] = []
@@ -58,4 +59,9 @@ def _mean_ratio(
     ]
     live = tf.constant(float(sub_batches))
     ratios = clipped_gsnr(SubBatchStatistics(means, deviations, live, tf.constant(1.0)), gamma)
-    return float(sum(tf.reduce_sum(r) for r in ratios) / sum(tf.size(r).numpy() for r in ratios))
+    r = tf.concat([tf.reshape(ratio, [-1]) for ratio in ratios], 0)
+    g = tf.concat([tf.reshape(mean, [-1]) for mean in means], 0)
+    return {
+        "mean_ratio": float(tf.reduce_mean(r)),
+        "length_ratio": float(tf.norm(r * g) / tf.norm(g)),
+    }
