@@ -6,12 +6,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from benchmarks.study import conditions_page
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
+from benchmarks.study.panels import Line, Panel, plot_panels
 from benchmarks.study.render import figure_file, plot_comparison, shown
 from benchmarks.study.studies import (
-    BASELINES,
     BERT,
     DLRM,
     EXCLUSIONS,
@@ -27,9 +27,6 @@ from benchmarks.study.studies import (
     WIKITEXT2,
     optimizer_and_warmup,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _NOT_RUN = "not run"
 _TUNED = (TWO_CONV, EXCLUSIONS, RESNET20, MNIST, WIKITEXT2, MULTI30K, DLRM, BERT)
@@ -81,78 +78,63 @@ def plot_batches(study: Study, results: Results, path: Path) -> bool:
     """Draws the test result over the batch size; returns whether there was anything to draw."""
     known = outcomes(study, results)
     cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
-    seen = [c for c in cells if any(o.final for (name, _), o in known.items() if name == c.name)]
-    if len(seen) < 2:  # A line needs two batch sizes.
-        return False
-    with figure_file(path, (13, 6)) as figure:
-        axes = figure.subplots(1, len(FAMILIES), sharex=True, sharey=True)
-        for axis, (family, kinds) in zip(axes, FAMILIES.items(), strict=True):
-            place = 0
-            for label in _labels(study, kinds):
-                points = [
-                    (_batch(cell), statistics.fmean(final), _spread(final))
-                    for cell in seen
-                    if (found := known.get((cell.name, label))) and (final := _finite(found.final))
-                ]
-                if not points:
-                    continue
+    panels = []
+    for family, kinds in FAMILIES.items():
+        lines: list[Line] = []
+        for label in _labels(study, kinds):
+            points = [
+                (_batch(cell), 100 * statistics.fmean(final), 100 * _spread(final))
+                for cell in cells
+                if (found := known.get((cell.name, label))) and (final := _finite(found.final))
+            ]
+            if len(points) > 1:  # A line needs two batch sizes.
                 x, y, spread = zip(*points, strict=True)
-                axis.errorbar(
-                    # Slightly apart, so that no error bar hides another.
-                    [value * 1.02 ** (place - 4) for value in x],
-                    [100 * value for value in y],
-                    [100 * value for value in spread],
-                    label=label,
-                    capsize=2,
-                    **_style(label, kinds),
-                )
-                place += 1
-            axis.set_xscale("log", base=2)
-            axis.set_xticks([_batch(cell) for cell in seen], [str(_batch(cell)) for cell in seen])
-            axis.set_xlabel("batch size")
-            axis.set_title(family, fontsize=10)
-            axis.grid(alpha=0.3)
-            _legend(axis, below=0.12)
-        axes[0].set_ylabel(f"test {study.metric.title} (%), mean and standard deviation")
-    return True
+                lines.append(_line(label, len(lines), x, y, spread))
+        unit = f"test {study.metric.title} (%)"
+        panels.append(Panel(family, "batch size", unit, lines, log=True))
+    return plot_panels(path, [panels])
 
 
 def plot_rates(study: Study, results: Results, path: Path) -> bool:
-    """Draws validation results over the learning rate; returns whether there was anything."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    """Draws validation results over the learning rate; returns whether there was anything.
 
+    Of the optimizers that all batch sizes have, a cell a row.
+    """
     known = outcomes(study, results)
     cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
-    cells = [c for c in cells if any(o.tried for (name, _), o in known.items() if name == c.name)]
-    if not cells:
-        return False
-    with figure_file(path, (13, 0.6 + 5 * len(cells))) as figure:
-        axes = figure.subplots(len(cells), len(FAMILIES), squeeze=False, sharey="row")
-        for line, cell in zip(axes, cells, strict=True):
-            for axis, (family, kinds) in zip(line, FAMILIES.items(), strict=True):
-                for label in _labels(study, kinds):
-                    outcome = known.get((cell.name, label))
-                    tried = sorted(outcome.tried.items()) if outcome else []
-                    points = [(v, 100 * s) for v, s in tried if math.isfinite(s)]
-                    style = _style(label, kinds)
-                    if points:
-                        axis.plot(*zip(*points, strict=True), label=label, **style)
-                    for value, score in tried:
-                        if not math.isfinite(score):
-                            axis.plot(
-                                [value], [0.02], **{**style, "marker": "x", "markersize": 7},
-                                transform=axis.get_xaxis_transform(),
-                            )  # fmt: skip
-                axis.set_xscale("log")
-                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.xaxis.set_major_formatter("{x:g}")
-                axis.xaxis.set_minor_formatter(NullFormatter())
-                axis.set_title(f"{cell.name}: {family}", fontsize=10)
-                axis.set_xlabel("learning rate (×: diverged)")
-                axis.grid(alpha=0.3, which="both")
-                _legend(axis, below=0.18)
-            line[0].set_ylabel(f"validation {study.metric.title} (%), one seed")
-    return True
+    common = set.intersection(*({c.label for c in cs} for _, cs in study.comparisons))
+    rows = []
+    for cell in cells:
+        row = []
+        for family, kinds in FAMILIES.items():
+            lines: list[Line] = []
+            for label in _labels(study, kinds):
+                if label not in common:
+                    continue
+                tried = sorted(known[cell.name, label].tried.items())
+                points = [(v, 100 * s) for v, s in tried if math.isfinite(s)]
+                lost = [v for v, s in tried if not math.isfinite(s)]
+                x, y = zip(*points, strict=True) if points else ((), ())
+                lines.append(_line(label, len(lines), x, y, (), lost))
+            title = f"B = {_batch(cell):,}: {family}"
+            unit = f"validation {study.metric.title} (%)"
+            row.append(Panel(title, "learning rate (×: diverged)", unit, lines, log=True))
+        rows.append(row)
+    return plot_panels(path, rows)
+
+
+def _line(
+    label: str,
+    colour: int,
+    x: Sequence[float],
+    y: Sequence[float],
+    spread: Sequence[float],
+    lost: Sequence[float] = (),
+) -> Line:
+    """Dashed, and said so, without warm-up, which most have."""
+    kind, warmup = optimizer_and_warmup(label)
+    text = kind if warmup else f"{kind}, no warm-up"
+    return Line(text, x, y, spread, colour, dashed=not warmup, lost=lost)
 
 
 def regression_table(study: Study, results: Results) -> str:
@@ -269,30 +251,6 @@ def _labels(study: Study, kinds: Sequence[str]) -> list[str]:
     return sorted(found, key=lambda label: kinds.index(optimizer_and_warmup(label)[0]))
 
 
-def _style(label: str, kinds: Sequence[str]) -> dict[str, Any]:
-    """A colour for each optimizer, dashed without warm-up, squares for the baselines."""
-    kind, warmup = optimizer_and_warmup(label)
-    return {
-        "color": f"C{kinds.index(kind)}",
-        "linestyle": "-" if warmup else "--",
-        "marker": "s" if kind in BASELINES else "o",
-        "markersize": 4,
-        "linewidth": 1.3,
-    }
-
-
-def _legend(axis: Axes, below: float) -> None:
-    """Beneath the axis, as lines go from one corner to the other; ``below`` in its height."""
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(
-            fontsize=8,
-            handlelength=3,  # long enough to see dashes
-            ncols=2,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -below),
-        )
-
-
 def _batch(cell: Cell) -> int:
     return int(cell.settings["batch_size"])
 
@@ -313,7 +271,7 @@ def blocks(results: dict[str, Results]) -> dict[str, str]:
             name = f"{study.name}-{_batch(cell)}"
             found[name] = tuned_table(study, results[study.name], cell, list(contenders))
     found["regression"] = regression_table(REGRESSION, results[REGRESSION.name])
-    return found
+    return found | conditions_page.blocks(results)
 
 
 def plots(results: dict[str, Results], images: Path) -> list[Path]:
@@ -336,4 +294,4 @@ def plots(results: dict[str, Results], images: Path) -> list[Path]:
                 path = images / f"evidence_{study.name}_{_batch(cell)}.png"
                 plot_comparison(study, results[study.name], cell, finished, path)
                 written.append(path)
-    return written
+    return written + conditions_page.plots(results, images)

@@ -161,7 +161,6 @@ _RATES_OF_4096 = {
     "Lion, warm-up": 0.0004,
     "Muon, warm-up": 0.004,
 }
-BASELINES = ("momentum", "Nesterov momentum", "Adam", "Lion", "Muon", "LARS", "LAMB")
 FAMILIES = {
     "SGD": ("momentum", "Nesterov momentum", "VR-Momentum", "VR-SGD", "EXTRAP-SGD"),
     "layer-wise or normalized": (
@@ -174,7 +173,7 @@ FAMILIES = {
     # In the place of Adam's: Lion takes signs, Muon orthogonalizes. "Adam" is Keras's AdamW.
     "Adam": ("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB", "Lion", "Muon"),
 }
-"""Optimizers by what they stand on; each has its colour within its family's plot."""
+"""Optimizers by what they stand on, a plot each."""
 
 
 def optimizer_and_warmup(label: str) -> tuple[str, bool]:

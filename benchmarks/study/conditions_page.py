@@ -1,0 +1,321 @@
+"""Tables and plots of the second edition's studies, for docs/evidence.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.study.conditions import (
+    ALIKE,
+    COEFFICIENTS,
+    TRUST,
+    trust_label,
+)
+from benchmarks.study.curves import (
+    examples_to,
+    generalization_gap,
+    mean_curve,
+    updates_to,
+)
+from benchmarks.study.differences import Difference, holm, paired_difference
+from benchmarks.study.grid import (
+    ACCURACY,
+    Cell,
+    Contender,
+    Metric,
+    Outcome,
+    Results,
+    Row,
+    Study,
+    outcomes,
+)
+from benchmarks.study.panels import Line, Panel, plot_panels
+from benchmarks.study.render import shown
+from benchmarks.study.studies import STUDIES, TWO_CONV
+
+TARGETS = {"two-conv, B=4096": 0.55}
+"""The test accuracy that "updates to" is about, by cell."""
+_LEVEL = 0.05
+_NOT_YET = "Not run yet."
+
+# Of the first edition, whose three seeds have the same weights and order of the data too.
+FIRST_CLAIMS = (
+    ("LARS, warm-up", "momentum, warm-up"),
+    ("SNGM", "momentum, warm-up"),
+    ("CLARS", "momentum, warm-up"),
+    ("VR-Momentum, warm-up", "momentum, warm-up"),
+    ("VR-LARS, warm-up", "LARS, warm-up"),
+    ("VR-Adam, warm-up", "Adam, warm-up"),
+    ("VR-LAMB, warm-up", "LAMB, warm-up"),
+    ("EXTRAP-SGD, warm-up", "Nesterov momentum, warm-up"),
+    ("EXTRAP-SGD, warm-up", "momentum, warm-up"),
+    ("EXTRAP-ADAM, warm-up", "Adam, warm-up"),
+)
+OTHER_CLAIMS = {
+    "resnet20": (
+        ("LARS, warm-up", "momentum, warm-up"),
+        ("LARS, warm-up", "SNGM"),
+        ("SNGM", "momentum, warm-up"),
+    ),
+    "mnist": (
+        ("Nesterov momentum, warm-up", "Nesterov momentum"),
+        ("LARS", "Nesterov momentum"),
+        ("LARS, warm-up", "LARS"),
+        ("CLARS", "LARS"),
+    ),
+    "wikitext2": (("EXTRAP-SGD", "Nesterov momentum"), ("EXTRAP-ADAM", "Adam")),
+    "multi30k": (("EXTRAP-ADAM", "Adam"),),
+    "dlrm": (("VR-SGD", "SGD"),),
+    "bert": (("VR-LAMB", "LAMB"),),
+}
+
+
+def results_table(study: Study, results: Results, cell: Cell) -> str:
+    """Returns the test result of every contender of a cell, its training loss and its gap."""
+    known = outcomes(study, results)
+    target = TARGETS.get(cell.name)
+    headings = ["method", "rate", f"test {study.metric.title}", "training loss", "gap"]
+    if target is not None:
+        headings.append(f"updates (examples) to {100 * target:g} %")
+    headings.append("seeds")
+    lines = [
+        "| " + " | ".join(headings) + " |",
+        "|---|" + "---:|" * (len(headings) - 1),
+    ]
+    missing = []
+    for contender in _contenders(study, cell):
+        outcome = known[cell.name, contender.label]
+        if not outcome.final:
+            missing.append(contender.label)
+            continue
+        values = [
+            contender.label,
+            f"{outcome.rows[0]['flags']['learning_rate']:g}",
+            shown(study.metric, outcome.final),
+            _mean_of(outcome.rows, lambda row: row["final"].get("train_loss"), 1.0, 3),
+            _mean_of(outcome.rows, generalization_gap, 100.0, 1),
+        ]
+        if target is not None:
+            values.append(_to_target(outcome.rows, target))
+        lines.append("| " + " | ".join([*values, str(len(outcome.final))]) + " |")
+    if len(lines) == 2:
+        return _NOT_YET
+    if missing:
+        lines += ["", f"Not run yet: {'; '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def _contenders(study: Study, cell: Cell) -> list[Contender]:
+    return [c for other, cs in study.comparisons if other.name == cell.name for c in cs]
+
+
+def _mean_of(
+    rows: Sequence[Row], value: Callable[[Row], float | None], scale: float, digits: int
+) -> str:
+    values = [v for row in rows if (v := value(row)) is not None and math.isfinite(v)]
+    return f"{scale * statistics.fmean(values):.{digits}f}".replace("-", "−") if values else "–"
+
+
+def _to_target(rows: Sequence[Row], target: float) -> str:
+    needed = [updates_to(row, "test_accuracy", target) for row in rows]
+    middle = statistics.median(needed)
+    if not math.isfinite(middle):
+        return "not reached"
+    examples = statistics.median(examples_to(row, "test_accuracy", target) for row in rows)
+    return f"{middle:g} ({examples / 1e6:.2f} M)"
+
+
+def verdict(metric: Metric, difference: Difference, adjusted: float) -> str:
+    """What a paired difference, and its p value with Holm's correction, allow to be said."""
+    if not difference.excludes_zero:
+        return "not told apart"
+    ahead = "ahead" if (difference.mean < 0) == metric.lower_is_better else "behind"
+    return ahead if adjusted < _LEVEL else f"{ahead}, before the correction"
+
+
+def with_interval(metric: Metric, difference: Difference) -> str:
+    """A difference and its interval, as people read them."""
+    scaled = [metric.scale * v for v in (difference.mean, difference.low, difference.high)]
+    digits = 1 if metric.unit == ACCURACY.unit else metric.digits
+    mean, low, high = (f"{value:+.{digits}f}".replace("-", "−") for value in scaled)
+    return f"{mean} [{low}, {high}]"
+
+
+def claims_table(
+    study: Study, results: Results, cell: Cell, claims: Sequence[tuple[str, str]] | None = None
+) -> str:
+    """Returns the paired differences that there are runs for, a claim a row.
+
+    Args:
+        study: Of the runs.
+        results: Its rows.
+        cell: Where they are compared.
+        claims: Pairs of labels; the study's by default.
+    """
+    known = outcomes(study, results)
+    found: list[tuple[str, str, Difference]] = []
+    for pair in study.claims if claims is None else claims:
+        keys = [(cell.name, label) for label in pair]
+        if all(key in known for key in keys):
+            difference = paired_difference(*(known[key].by_seed for key in keys))
+            if difference is not None:
+                found.append((*pair, difference))
+    if not found:
+        return _NOT_YET
+    adjusted = holm([difference.p for *_, difference in found])
+    lines = [
+        f"| method | against | {study.metric.title}, difference [95 % interval] | p | p of Holm, "
+        f"{len(found)} comparisons | seeds | the first is |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for (first, second, difference), p in zip(found, adjusted, strict=True):
+        lines.append(
+            f"| {first} | {second} | {with_interval(study.metric, difference)} | "
+            f"{difference.p:.3f} | {p:.3f} | {difference.seeds} | "
+            f"{verdict(study.metric, difference, p)} |"
+        )
+    return "\n".join(lines)
+
+
+def differences_by_batch(study: Study, results: Results) -> str:
+    """Returns the first edition's differences, a pair a row and a batch size a column.
+
+    Bold where the interval excludes 0, with two stars where that holds after Holm's correction
+    for all of them.
+    """
+    known = outcomes(study, results)
+    cells = sorted(
+        (cell for cell, _ in study.comparisons), key=lambda c: int(c.settings["batch_size"])
+    )
+    found: dict[tuple[str, str, str], Difference] = {}
+    for pair in FIRST_CLAIMS:
+        for cell in cells:
+            both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
+            difference = paired_difference(both[0].by_seed, both[1].by_seed)
+            if difference is not None:
+                found[(*pair, cell.name)] = difference
+    adjusted = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
+    sizes = [f"B = {int(cell.settings['batch_size']):,}" for cell in cells]
+    lines = [f"| method | against | {' | '.join(sizes)} |", "|---|---|" + "---:|" * len(cells)]
+    for pair in FIRST_CLAIMS:
+        shown_ones = []
+        for cell in cells:
+            key = (*pair, cell.name)
+            if key not in found:
+                shown_ones.append("–")
+                continue
+            text = with_interval(study.metric, found[key])
+            text = f"**{text}**" if found[key].excludes_zero else text
+            shown_ones.append(text + (" \\*\\*" if adjusted[key] < _LEVEL else ""))
+        lines.append(f"| {pair[0]} | {pair[1]} | {' | '.join(shown_ones)} |")
+    return "\n".join(lines)
+
+
+def differences_of_others(results: dict[str, Results]) -> str:
+    """Returns the same of the first edition's other studies, corrected together."""
+    found: list[tuple[Study, Cell, tuple[str, str], Difference]] = []
+    for study, pairs in OTHER_CLAIMS.items():
+        known = outcomes(STUDIES[study], results[study])
+        for cell, _ in STUDIES[study].comparisons:
+            for pair in pairs:
+                both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
+                difference = paired_difference(both[0].by_seed, both[1].by_seed)
+                if difference is not None:
+                    found.append((STUDIES[study], cell, pair, difference))
+    adjusted = holm([difference.p for *_, difference in found])
+    lines = [
+        "| runs | method | against | difference [95 % interval] | in | the first is |",
+        "|---|---|---|---:|---|---|",
+    ]
+    for (study, cell, pair, difference), p in zip(found, adjusted, strict=True):
+        metric = study.metric
+        lines.append(
+            f"| {cell.name} | {pair[0]} | {pair[1]} | {with_interval(metric, difference)} | "
+            f"{'points' if metric.unit == ACCURACY.unit else metric.title} | "
+            f"{verdict(metric, difference, p)} |"
+        )
+    return "\n".join(lines)
+
+
+def _trust_lines(warmup: bool, name: str) -> list[tuple[str, str, int, float]]:
+    """Short label, label, colour and τ of what a panel shows."""
+    found = [(ALIKE, trust_label(name, None, warmup=warmup), 0, 0.01)]
+    for colour, tau in enumerate(COEFFICIENTS, start=1):
+        found.append((f"τ = {tau:g}", trust_label(name, tau, warmup=warmup), colour, tau))
+    return found
+
+
+_PANELS = [(name, warmup) for name in ("LARS", "CLARS") for warmup in (False, True)]
+
+
+def _title(name: str, warmup: bool) -> str:
+    return f"{name}, {'warm-up' if warmup else 'no warm-up'}"
+
+
+def plot_trust_rates(results: Results, path: Path) -> bool:
+    """Validation accuracy over η τ; returns whether there was anything to draw."""
+    known = outcomes(TRUST, results)
+    cell = TRUST.comparisons[0][0]
+    panels = []
+    for name, warmup in _PANELS:
+        lines = []
+        for short, label, colour, tau in _trust_lines(warmup, name):
+            outcome = known[cell.name, label]
+            points = [
+                (value * tau, 100 * statistics.fmean(outcome.repeated.get(value, [score])))
+                for value, score in sorted(outcome.tried.items())
+                if math.isfinite(score)
+            ]
+            lines.append(Line(short, [x for x, _ in points], [y for _, y in points], (), colour))
+        panels.append(
+            Panel(_title(name, warmup), "η τ", "validation accuracy (%)", lines, log=True)
+        )
+    return plot_panels(path, [panels[:2], panels[2:]])
+
+
+def plot_trust_curves(results: Results, path: Path) -> bool:
+    """Training loss and test accuracy by epoch; returns whether there was anything to draw."""
+    known = outcomes(TRUST, results)
+    cell = TRUST.comparisons[0][0]
+    rows: list[list[Panel]] = []
+    for evaluation, text, scale in (
+        ("train_loss", "training loss", 1.0),
+        ("test_accuracy", "test accuracy (%)", 100.0),
+    ):
+        row = []
+        for name, warmup in _PANELS:
+            lines = []
+            for short, label, colour, _ in _trust_lines(warmup, name):
+                x, y, spread = mean_curve(known[cell.name, label].rows, evaluation)
+                lines.append(
+                    Line(short, x, [scale * v for v in y], [scale * v for v in spread], colour)
+                )
+            row.append(Panel(_title(name, warmup), "epoch", text, lines))
+        rows.append(row)
+    return plot_panels(path, rows)
+
+
+def blocks(results: dict[str, Results]) -> dict[str, str]:
+    """Returns this edition's tables by their names on the page."""
+    found = {
+        "differences": differences_by_batch(TWO_CONV, results[TWO_CONV.name]),
+        "differences-of-others": differences_of_others(results),
+    }
+    for cell in {cell.name: cell for cell, _ in TRUST.comparisons}.values():
+        name = f"{TRUST.name}-{cell.settings['batch_size']}"
+        found[name] = results_table(TRUST, results[TRUST.name], cell)
+        found[f"{name}-claims"] = claims_table(TRUST, results[TRUST.name], cell)
+    return found
+
+
+def plots(results: dict[str, Results], images: Path) -> list[Path]:
+    """Draws this edition's plots that have something to show; returns their files."""
+    drawn = {
+        "evidence_trust_rates.png": plot_trust_rates,
+        "evidence_trust_curves.png": plot_trust_curves,
+    }
+    return [
+        images / name for name, plot in drawn.items() if plot(results[TRUST.name], images / name)
+    ]
