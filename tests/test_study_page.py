@@ -7,14 +7,13 @@ import pytest
 from PIL import Image
 from test_study import carry_out
 
-from benchmarks.study import conditions_page
-from benchmarks.study.conditions import TRUST
+from benchmarks.study.conditions import CONDITIONS
 from benchmarks.study.conditions_page import (
     FIRST_CLAIMS,
+    blocks,
     claims_table,
     differences_by_batch,
-    plot_trust_curves,
-    plot_trust_rates,
+    plots,
     results_table,
     verdict,
     with_interval,
@@ -23,6 +22,7 @@ from benchmarks.study.curves import examples_to, generalization_gap, mean_curve,
 from benchmarks.study.differences import Difference
 from benchmarks.study.grid import ACCURACY, FINAL, Cell, Contender, Metric, Results, Study
 from benchmarks.study.panels import Line, Panel, plot_panels, spaced, spread_out
+from benchmarks.study.studies import STUDIES
 
 
 def row(accuracies, seed=1):
@@ -84,7 +84,7 @@ def rows_of(study, gains, seeds_differ=0.01):
         common = seeds_differ * math.sin(run.seed) + 0.001 * (run.label == "a") * run.seed
         return 0.6 + gains.get(run.label, 0.0) + common - 0.05 * abs(math.log2(run.value / 0.2))
 
-    rows = carry_out(study, score)
+    rows = carry_out(study, score, limit=1000, at_once=1000)
     for made in rows:
         if made["stage"] == FINAL:
             curve = row([made["final"]["test_accuracy"] - 0.1, made["final"]["test_accuracy"]])
@@ -125,20 +125,32 @@ def test_differences_by_batch():
     assert len(lines) == 2 + len(FIRST_CLAIMS)
 
 
-def test_plots_of_the_trust_coefficient(tmp_path, monkeypatch):
-    cell, contenders = TRUST.comparisons[0]
-    study = dataclasses.replace(TRUST, comparisons=[(cell, contenders)], claims=())
-    monkeypatch.setattr(conditions_page, "TRUST", study)
-    for plot in (plot_trust_rates, plot_trust_curves):
-        path = tmp_path / f"{plot.__name__}.png"
-        assert not plot(Results(study, []), path)
-        assert not path.exists()
+@pytest.mark.parametrize("study", CONDITIONS, ids=lambda study: study.name)
+def test_a_section_of_the_page(study, tmp_path):
+    """With all runs made up, then with one contender's only."""
+    nothing = {other.name: Results(other, []) for other in STUDIES.values()}
+    assert blocks(nothing)[study.name] == "Not run yet."
+    assert plots(nothing, tmp_path) == []
     rows = rows_of(study, {})
-    for plot in (plot_trust_rates, plot_trust_curves):
-        path = tmp_path / f"{plot.__name__}.png"
-        assert plot(Results(study, rows), path)
+    known = {**nothing, study.name: Results(study, rows)}
+    text = blocks(known)[study.name]
+    assert "Not run yet" not in text
+    images = plots(known, tmp_path)
+    assert len(images) == text.count("![")
+    for path in images:
         with Image.open(path) as image:
             assert image.width <= 1400
+    for cell, _ in study.comparisons:
+        assert f"**{cell.name}**" in text
+    if study.name == "gap":
+        assert "gap, difference" in text
+    cell, contenders = study.comparisons[0]
+    one = [
+        made for made in rows if (made["cell"], made["label"]) == (cell.name, contenders[0].label)
+    ]
+    text = blocks({**nothing, study.name: Results(study, one)})[study.name]
+    assert f"| {contenders[0].label} |" in text
+    assert text.count("**") == 2
 
 
 def test_no_panel_has_more_lines_than_can_be_told_apart(tmp_path):

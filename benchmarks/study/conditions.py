@@ -248,10 +248,11 @@ GAMMAS = (0.01, 0.04, 0.3)
 SUB_BATCH_NUMBERS = (2, 4, 128)
 # VRGD's base with nothing of it: γ = 1 weighs nothing, and accumulates as the others do.
 _BASES: dict[str, tuple[str, float]] = {"momentum": ("vr_momentum", 0.035), "LAMB": ("lamb", 0.01)}
-_WEIGHTED = {"momentum": ("VR-Momentum", "vr_momentum"), "LAMB": ("VR-LAMB", "vr_lamb")}
+WEIGHTED = {"momentum": ("VR-Momentum", "vr_momentum"), "LAMB": ("VR-LAMB", "vr_lamb")}
 
 
-def _scaled_label(name: str, warmup: bool) -> str:
+def scaled_label(name: str, warmup: bool) -> str:
+    """A contender's label."""
     return f"{name}, warm-up" if warmup else name
 
 
@@ -262,13 +263,13 @@ def _base(name: str, warmup: bool, **settings: Scalar) -> Contender:
         flags["gamma"] = 1.0
     values = () if settings else around(middle)
     flags |= {**(_WARMUP if warmup else {}), **settings}
-    return Contender(_scaled_label(name, warmup), flags, values=values)
+    return Contender(scaled_label(name, warmup), flags, values=values)
 
 
 def _at_the_scaled_rate(contender: Contender, name: str, warmup: bool) -> Contender:
     return replace(
         contender,
-        takes_from=_scaled_label(name, warmup),
+        takes_from=scaled_label(name, warmup),
         takes_from_cell=_scaled_cell(_SMALL_BATCH).name,
     )
 
@@ -284,10 +285,10 @@ def _scaled(batch_size: int) -> tuple[Cell, list[Contender]]:
     for name in _BASES:
         for warmup in (False, True):
             base = _base(name, warmup, ratio_sub_batches=_SUB_BATCHES)
-            label, optimizer = _WEIGHTED[name]
+            label, optimizer = WEIGHTED[name]
             reduced = [
                 Contender(
-                    _scaled_label(f"{label}, k = {k}", warmup),
+                    scaled_label(f"{label}, k = {k}", warmup),
                     {
                         "optimizer": optimizer,
                         "gradient_accumulation_steps": k,
@@ -301,7 +302,7 @@ def _scaled(batch_size: int) -> tuple[Cell, list[Contender]]:
             for ratio, text in CONTROLS.items():
                 # LAMB's step does not depend on its gradient's length.
                 if name == "momentum" or ratio == "train_mean_ratio":
-                    control = _scaled_label(f"{name} × {text}", warmup)
+                    control = scaled_label(f"{name} × {text}", warmup)
                     of = reduced[0].label
                     group.append(replace(base, label=control, ratio_of=of, ratio=ratio))
             contenders += [_at_the_scaled_rate(each, name, warmup) for each in group]
@@ -329,14 +330,14 @@ SCALED = Study(
     "scaled",
     [*(_scaled(batch_size) for batch_size in SCALED_BATCHES), _of_gamma_and_k()],
     claims=[
-        (_scaled_label(first, warmup), _scaled_label(second, warmup))
+        (scaled_label(first, warmup), scaled_label(second, warmup))
         for name in _BASES
         for warmup in (False, True)
         for first, second in (
-            (f"{_WEIGHTED[name][0]}, k = 8", name),
-            (f"{_WEIGHTED[name][0]}, k = 32", name),
-            (f"{_WEIGHTED[name][0]}, k = 8", f"{name} × mean r"),
-            (f"{_WEIGHTED[name][0]}, k = 8", f"{name} × ‖r ḡ‖ / ‖ḡ‖"),
+            (f"{WEIGHTED[name][0]}, k = 8", name),
+            (f"{WEIGHTED[name][0]}, k = 32", name),
+            (f"{WEIGHTED[name][0]}, k = 8", f"{name} × mean r"),
+            (f"{WEIGHTED[name][0]}, k = 8", f"{name} × ‖r ḡ‖ / ‖ḡ‖"),
         )
         if name == "momentum" or "ḡ" not in second
     ],

@@ -10,7 +10,14 @@ from pathlib import Path
 from benchmarks.study.conditions import (
     ALIKE,
     COEFFICIENTS,
+    CONDITIONS,
+    CONTROLS,
+    GAP,
+    SCALED,
+    SCALED_BATCHES,
     TRUST,
+    WEIGHTED,
+    scaled_label,
     trust_label,
 )
 from benchmarks.study.curves import (
@@ -143,30 +150,34 @@ def with_interval(metric: Metric, difference: Difference) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def claims_table(
-    study: Study, results: Results, cell: Cell, claims: Sequence[tuple[str, str]] | None = None
-) -> str:
-    """Returns the paired differences that there are runs for, a claim a row.
+def claims_table(study: Study, results: Results, cell: Cell, gap: bool = False) -> str:
+    """Returns the paired differences of a study's claims that there are runs for, one a row.
 
     Args:
         study: Of the runs.
         results: Its rows.
         cell: Where they are compared.
-        claims: Pairs of labels; the study's by default.
+        gap: Whether in the generalization gap, not in the test result.
     """
     known = outcomes(study, results)
     found: list[tuple[str, str, Difference]] = []
-    for pair in study.claims if claims is None else claims:
+    for pair in study.claims:
         keys = [(cell.name, label) for label in pair]
         if all(key in known for key in keys):
-            difference = paired_difference(*(known[key].by_seed for key in keys))
+            first, second = (known[key] for key in keys)
+            difference = (
+                paired_difference(_gaps(first), _gaps(second))
+                if gap
+                else paired_difference(first.by_seed, second.by_seed)
+            )
             if difference is not None:
                 found.append((*pair, difference))
     if not found:
         return _NOT_YET
     adjusted = holm([difference.p for *_, difference in found])
     lines = [
-        f"| method | against | {study.metric.title}, difference [95 % interval] | p | p of Holm, "
+        f"| method | against | {'gap' if gap else study.metric.title}, difference "
+        f"[95 % interval] | p | p of Holm, "
         f"{len(found)} comparisons | seeds | the first is |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
@@ -177,6 +188,11 @@ def claims_table(
             f"{verdict(study.metric, difference, p)} |"
         )
     return "\n".join(lines)
+
+
+def _gaps(outcome: Outcome) -> dict[int, float]:
+    found = {int(row["flags"]["seed"]): generalization_gap(row) for row in outcome.rows}
+    return {seed: gap for seed, gap in found.items() if gap is not None}
 
 
 def differences_by_batch(study: Study, results: Results) -> str:
@@ -297,25 +313,95 @@ def plot_trust_curves(results: Results, path: Path) -> bool:
     return plot_panels(path, rows)
 
 
+def plot_scaled(results: Results, path: Path) -> bool:
+    """Test accuracy by batch size at scaled rates; returns whether there was anything to draw."""
+    known = outcomes(SCALED, results)
+    rows = []
+    for name, (weighted, _) in WEIGHTED.items():
+        row = []
+        for warmup in (False, True):
+            lines = []
+            labels = [name, f"{weighted}, k = 8", f"{weighted}, k = 32"]
+            labels += [f"{name} × {text}" for text in CONTROLS.values()]
+            for colour, label in enumerate(labels):
+                points = []
+                for batch_size in SCALED_BATCHES:
+                    key = (f"two-conv, B={batch_size}", scaled_label(label, warmup))
+                    if key in known and (final := _finite(known[key].final)):
+                        deviation = statistics.stdev(final) if len(final) > 1 else 0.0
+                        points.append((batch_size, 100 * statistics.fmean(final), 100 * deviation))
+                if points:
+                    x, y, spread = zip(*points, strict=True)
+                    lines.append(Line(label, x, y, spread, colour, dashed="×" in label))
+            row.append(
+                Panel(_title(name, warmup), "batch size", "test accuracy (%)", lines, log=True)
+            )
+        rows.append(row)
+    return plot_panels(path, rows)
+
+
+def _finite(scores: Sequence[float]) -> list[float]:
+    return [score for score in scores if math.isfinite(score)]
+
+
+def plot_gap(results: Results, path: Path) -> bool:
+    """Training and test accuracy by epoch; returns whether there was anything to draw."""
+    known = outcomes(GAP, results)
+    rows = []
+    for cell, _ in GAP.comparisons:
+        row = []
+        for reduced, base in GAP.claims:
+            lines = []
+            for colour, label in enumerate((base, reduced)):
+                for split in ("train", "test"):
+                    x, y, _ = mean_curve(known[cell.name, label].rows, f"{split}_accuracy")
+                    text = f"{label}, {'training' if split == 'train' else 'test'}"
+                    dashed = split == "train"
+                    lines.append(Line(text, x, [100 * v for v in y], (), colour, dashed))
+            row.append(Panel(cell.name, "epoch", "accuracy (%)", lines))
+        rows.append(row)
+    return plot_panels(path, rows)
+
+
+_PLOTS: dict[str, tuple[Study, Callable[[Results, Path], bool], str]] = {
+    "evidence_trust_rates.png": (TRUST, plot_trust_rates, "validation accuracy by η τ"),
+    "evidence_trust_curves.png": (TRUST, plot_trust_curves, "training loss and test accuracy"),
+    "evidence_scaled.png": (SCALED, plot_scaled, "test accuracy by batch size"),
+    "evidence_gap.png": (GAP, plot_gap, "training and test accuracy by epoch"),
+}
+
+
+def _has_results(study: Study, results: Results) -> bool:
+    return any(outcome.final for outcome in outcomes(study, results).values())
+
+
 def blocks(results: dict[str, Results]) -> dict[str, str]:
     """Returns this edition's tables by their names on the page."""
     found = {
         "differences": differences_by_batch(TWO_CONV, results[TWO_CONV.name]),
         "differences-of-others": differences_of_others(results),
     }
-    for cell in {cell.name: cell for cell, _ in TRUST.comparisons}.values():
-        name = f"{TRUST.name}-{cell.settings['batch_size']}"
-        found[name] = results_table(TRUST, results[TRUST.name], cell)
-        found[f"{name}-claims"] = claims_table(TRUST, results[TRUST.name], cell)
+    for study in CONDITIONS:
+        known = results[study.name]
+        parts = [
+            f"![{text}](images/{name})"
+            for name, (of, _, text) in _PLOTS.items()
+            if of is study and _has_results(study, known)
+        ]
+        for cell in {cell.name: cell for cell, _ in study.comparisons}.values():
+            tables = [results_table(study, known, cell), claims_table(study, known, cell)]
+            if study is GAP:
+                tables.append(claims_table(study, known, cell, gap=True))
+            if tables[0] != _NOT_YET:
+                parts += [f"**{cell.name}**", *(t for t in tables if t != _NOT_YET)]
+        found[study.name] = "\n\n".join(parts) or _NOT_YET
     return found
 
 
 def plots(results: dict[str, Results], images: Path) -> list[Path]:
-    """Draws this edition's plots that have something to show; returns their files."""
-    drawn = {
-        "evidence_trust_rates.png": plot_trust_rates,
-        "evidence_trust_curves.png": plot_trust_curves,
-    }
+    """Draws this edition's plots of studies that have a result; returns their files."""
     return [
-        images / name for name, plot in drawn.items() if plot(results[TRUST.name], images / name)
+        images / name
+        for name, (study, plot, _) in _PLOTS.items()
+        if _has_results(study, results[study.name]) and plot(results[study.name], images / name)
     ]
