@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +26,12 @@ from benchmarks.study.grid import (
     outcomes,
 )
 from benchmarks.study.ratio import measure_ratio
+from benchmarks.study.runner import parsed
+from official_recipes.cifar import train
 from official_recipes.cifar.task import ImageTask
 from official_recipes.common.image_data import ImageData, evenly_spaced, fewer_training_images
+from official_recipes.common.keras_options import training_options
+from official_recipes.common.keras_training import batches, compiled_model
 
 RULE = Rule()
 CELL = Cell(
@@ -250,3 +255,21 @@ def test_fewer_training_images_are_of_all_classes():
     assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
     assert len(data.test_labels) == 20
+
+
+def test_methods_share_weights_and_order_of_the_data():
+    """Of one seed, however they accumulate: their differences are paired."""
+    seen = []
+    for optimizer, steps, seed in (("lars", 1, 1), ("clars", 4, 1), ("lars", 1, 2)):
+        flags = {"optimizer": optimizer, "gradient_accumulation_steps": steps, "seed": seed}
+        flags |= {"batch_size": 16, "epochs": 2, "learning_rate": 1.0, "replicas": 1}
+        options = training_options(parsed(train, flags, Path(".")))
+        task = ImageTask(images(), "two_conv", augmentation=False)
+        model = compiled_model(task, options, tf.distribute.get_strategy())
+        # The two updates of the first epoch and the first of the second.
+        micro_batches = list(batches(task, options, 0).take(3 * steps))
+        pixels = np.concatenate([x.numpy() for x, _ in micro_batches])
+        seen.append((pixels, *model.get_weights()))
+    for one, other, another in zip(*seen, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.std() == 0 or not np.array_equal(one, another)

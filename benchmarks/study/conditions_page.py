@@ -164,12 +164,8 @@ def claims_table(study: Study, results: Results, cell: Cell, gap: bool = False) 
     for pair in study.claims:
         keys = [(cell.name, label) for label in pair]
         if all(key in known for key in keys):
-            first, second = (known[key] for key in keys)
-            difference = (
-                paired_difference(_gaps(first), _gaps(second))
-                if gap
-                else paired_difference(first.by_seed, second.by_seed)
-            )
+            scores = [_gaps(known[key]) if gap else known[key].by_seed for key in keys]
+            difference = paired_difference(*scores)
             if difference is not None:
                 found.append((*pair, difference))
     if not found:
@@ -232,14 +228,15 @@ def differences_by_batch(study: Study, results: Results) -> str:
 def differences_of_others(results: dict[str, Results]) -> str:
     """Returns the same of the first edition's other studies, corrected together."""
     found: list[tuple[Study, Cell, tuple[str, str], Difference]] = []
-    for study, pairs in OTHER_CLAIMS.items():
-        known = outcomes(STUDIES[study], results[study])
-        for cell, _ in STUDIES[study].comparisons:
+    for name, pairs in OTHER_CLAIMS.items():
+        study = STUDIES[name]
+        known = outcomes(study, results[name])
+        for cell, _ in study.comparisons:
             for pair in pairs:
                 both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
                 difference = paired_difference(both[0].by_seed, both[1].by_seed)
                 if difference is not None:
-                    found.append((STUDIES[study], cell, pair, difference))
+                    found.append((study, cell, pair, difference))
     adjusted = holm([difference.p for *_, difference in found])
     lines = [
         "| runs | method | against | difference [95 % interval] | in | the first is |",
