@@ -29,6 +29,7 @@ from benchmarks.study.ratio import measure_ratio
 from benchmarks.study.runner import parsed
 from official_recipes.cifar import train
 from official_recipes.cifar.task import ImageTask
+from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.image_data import ImageData, evenly_spaced, fewer_training_images
 from official_recipes.common.keras_options import training_options
 from official_recipes.common.keras_training import batches, compiled_model
@@ -273,3 +274,17 @@ def test_methods_share_weights_and_order_of_the_data():
     for one, other, another in zip(*seen, strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.std() == 0 or not np.array_equal(one, another)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("training_images", 41, "from 4 to the 40 training images"),
+        ("training_images", 3, "from 4 to the 40 training images"),
+        ("evaluated_training_images", 41, "at most the 40 training images"),
+    ],
+)
+def test_more_training_images_than_there_are(flag, value, expected):
+    values = parsed(train, {flag: value}, Path("."))
+    with pytest.raises(FlagValueError, match=f"--{flag}: expected {expected}, received {value}"):
+        train.task_of(images(), values)
