@@ -79,7 +79,7 @@ def test_equals_the_reference(replicas, micro_steps, compiled):
     assert int(run.optimizer.iterations.numpy()) == 6
 
 
-def test_a_discarded_update_changes_nothing():
+def test_updates_that_are_discarded_or_without_an_estimate():
     gradients = gradients_of(3, 2)[:2]
     run = Run(make, 2).update(gradients[0])
     before = run.state()
@@ -89,14 +89,8 @@ def test_a_discarded_update_changes_nothing():
     assert_states_equal(before, run.state())
     run.update(gradients[1])
     assert_as_reference(run, adascale(initial_weights(), gradients, schedule, **MOMENTUM))
-
-
-def test_an_update_without_an_estimate_has_no_gain():
-    gradients = gradients_of(2, 2)
-    alone = [gradients[1][0], [np.zeros_like(g) for g in gradients[1][1]]]
-    run = Run(make, 2).update(gradients[0])
     tau, variance = run.inner.scale_invariant_steps, run.inner._variance.numpy()
-    run.update(alone)
+    run.update([gradients[1][0], [np.zeros_like(g) for g in gradients[1][1]]])
     assert float(run.inner.gain.numpy()) == 1.0
     assert run.inner.scale_invariant_steps == pytest.approx(tau + 1.0)
     assert run.inner._variance.numpy() == variance
