@@ -164,7 +164,8 @@ def test_between_updates_nothing_is_stored_for_the_accumulators(caplog):
     other = Run(SNGM, 4, 2)
     with caplog.at_level("WARNING"):
         other.optimizer.load_own_variables(store)
-    assert not caplog.text
+    # TensorFlow may warn of the traces that this process's tests have made.
+    assert not [record for record in caplog.records if record.name.startswith("tf_lbopt")]
     assert other.optimizer.iterations.numpy() == 1
 
 
