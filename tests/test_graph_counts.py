@@ -50,3 +50,11 @@ def test_updates():
         assert compiled.launches < plain.launches / 3
         assert compiled.programs >= 1
         assert plain.programs == 0
+
+
+@pytest.mark.parametrize(("name", "waits"), [("sngm", 2), ("lars", 2), ("lamb", 3)])
+def test_waits(name, waits):
+    """For norms that are taken together, for the update, and for LAMB's directions."""
+    known = {contender.name: contender for contender in contenders(0.01, replicas=1)[0]}
+    found = graph_counts.of_update(known[name], [(200, 100), (9,)], compiled=False)
+    assert found.waits == waits
