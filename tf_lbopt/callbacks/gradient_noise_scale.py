@@ -46,7 +46,8 @@ class GradientNoiseScale(EpochNumbers):
 
     TensorBoard gets them every `every` updates, by the number of updates, if `log_dir` is given.
 
-    Gradients are those of the loss, before clipping and weight decay, in float32 or wider. A
+    Gradients are those of the loss, before clipping and weight decay. Their squared norms are of
+    float32 or wider: a noise scale a million times below a sub-batch is lost in the difference. A
     discarded update does not enter, nor one whose micro-steps began before the callback did, nor
     one with fewer than 2 sub-batches with a gradient. Sub-batches count as of one size: use
     `drop_remainder`. Under `ExtrapSGD` and `ExtrapAdam`, whose sub-batches take their gradients at
