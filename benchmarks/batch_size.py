@@ -119,7 +119,7 @@ EXPERIMENTS = {
         checkpoints=(1, 2),
         batch_sizes=(8, 16, 32, 64, 128, 256),
         examples=1024,
-        orders=2,
+        orders=1,
     ),
 }
 

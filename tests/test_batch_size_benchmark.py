@@ -46,6 +46,7 @@ class FromLoss(keras.callbacks.Callback):
         logs.update(examples_per_update=64)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_and_fills_a_page(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(callbacks, "GradientNoiseScale", FromLoss, raising=False)
@@ -54,6 +55,7 @@ def test_a_run_goes_on_and_fills_a_page(tmp_path, monkeypatch, capsys):
         batch_sizes=(128, 256), examples=512, orders=1,
     )  # fmt: skip
     monkeypatch.setattr(batch_size, "EXPERIMENTS", {"cifar": digits})
+    monkeypatch.setattr(batch_size.os, "getloadavg", lambda: (1.0, 1.0, 1.0))
     make_task = batch_size.make_task
     monkeypatch.setattr(batch_size, "make_task", lambda e, _: make_task(e, None))
     blocks = [f"cifar-{name}" for name in ("comparison", "branches", "recommendation", "time")]
