@@ -133,7 +133,8 @@ class Recommendation:
     Attributes:
         batch: The batch that is recommended.
         noise_scale: B_noise of the whole run, in examples.
-        standard_error: Of `noise_scale`, or `None` where the history has none.
+        standard_error: Of `noise_scale`, as if values were independent, or `None` where the history
+            has none. It is too small for values that are averages over the same updates.
         last_noise_scale: The last value in the history.
         values: How many there are, one for each epoch or each time that it was logged.
         missing: How many more are not positive and finite, and left out.
