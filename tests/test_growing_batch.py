@@ -48,6 +48,7 @@ class Growing:
             arguments["gradient_accumulation_steps"] = 1
         weights = arguments.pop("weights", initial_weights(SHAPES))
         super().__init__(make, replicas, steps, weights, **arguments)
+        self.inner.let_batch_grow()
 
     def update(self, sub_batches):
         self.micro_steps = len(sub_batches) // self.replicas
@@ -298,13 +299,41 @@ def test_steps_that_are_unrolled():
     with optimizer.micro_step(0):
         pass
     for change in (lambda: assign(optimizer, 3), lambda: optimizer.load_own_variables(store)):
-        with pytest.raises(ValueError, match=r"`micro_step`.*Expected: 2\. Received.*=3"):
+        with pytest.raises(ValueError, match=r"it is 2, a constant.*`micro_step`.*Received.*=3"):
             change()
         assert optimizer.accumulation_steps == 2
     one = built(tf_lbopt.SNGM, 0.1, gradient_accumulation_steps=1)
     with one.micro_step(0):
         one.apply([tf.ones([2])])
     assert one.iterations.numpy() == 1
+
+
+def test_steps_that_were_traced_with_a_constant():
+    gradients = gradients_of([2, 3])
+    run = Run(tf_lbopt.SNGM, 1, 2, initial_weights(SHAPES), learning_rate=0.1).update(gradients[0])
+    with pytest.raises(ValueError, match=r"traced in which it is 2.*let_batch_grow"):
+        assign(run.inner, 3)
+    assign(run.inner, 2)
+    assert run.inner.let_batch_grow()
+    assert not run.inner.let_batch_grow()
+    eager = built(tf_lbopt.SNGM, 0.1, gradient_accumulation_steps=2)
+    for steps in (2, 3):
+        for _ in range(steps):
+            eager.apply([tf.ones([2])])
+        assign(eager, 3)
+    assert eager.iterations.numpy() == 2
+    with pytest.raises(ValueError, match="Received: gradient_accumulation_steps=None"):
+        built(tf_lbopt.SNGM, 0.1).let_batch_grow()
+
+
+def test_a_schedule_after_fit_without_one():
+    """The training step is traced anew."""
+    model = model_with(momentum(gradient_accumulation_steps=2))
+    fit(model, 2)
+    before = CountedDense.traces
+    fit(model, 8, BatchSizeSchedule({0: 2, 2: 4}), first=2)
+    assert CountedDense.traces == before + 1
+    assert_close(model.get_weights(), by_hand([2, 2, 4], [0.01] * 3))
 
 
 def test_in_a_function_that_is_traced():

@@ -54,8 +54,9 @@ class Accumulation(ReplicaState):
 
     The accumulators are saved only in mid-accumulation. Between updates nothing in them is needed.
 
-    How many micro-steps an update has may be assigned at any time. The first micro-step of an
-    update takes it over into `due`, which holds until the last.
+    How many micro-steps an update has is a constant of traced steps, or after `let_grow` a number
+    that may be assigned at any time. The first micro-step of an update takes it over into `due`,
+    which holds until the last.
 
     Args:
         strategy: The strategy under which the variables live.
@@ -78,12 +79,13 @@ class Accumulation(ReplicaState):
         self.parts = parts
         # How many micro-steps of the current update were made: one of the optimizer's variables.
         self.micro_step: tf.Variable
-        # What was assigned for the updates that begin from now on, or 0 for `steps`; and the number
-        # in force for them as traced steps read it, or `None` where that is always `steps`.
+        # What was assigned for the updates that begin from now on, or 0 for `steps`; whether traced
+        # steps read it, and from where: XLA makes less of a number that is no constant.
         self.assigned = 0
+        self.grows = steps == 1
         self.in_force: tf.Variable | None = None
-        # Whether training steps were traced that take all micro-steps of an update.
-        self.unrolled = False
+        # Whether training steps were traced that have `steps` micro-steps in an update.
+        self.counted = False
         # Made with the first accumulators: after how many updates, and micro-steps of the current
         # one, they were as they are; how many micro-steps were live; which of the optimizer's
         # variables had a gradient in one of them; how many updates ended since
@@ -165,13 +167,16 @@ class Accumulation(ReplicaState):
     @property
     def fixed(self) -> bool:
         """Whether every update that is traced from now on has `steps` micro-steps."""
-        return self.in_force is None or self.unrolled
+        return self.in_force is None or self.counted
 
-    def let_assign_steps(self) -> None:
-        """Lets the number of micro-steps change, in steps that are traced from now on too.
+    def let_grow(self) -> None:
+        """Lets the number of micro-steps change, in steps that are traced from now on.
 
-        To be called in the cross-replica context, eagerly.
+        To be called after the optimizer was built.
         """
+        self.counted = False
+        if self.in_force is not None:
+            return
         with _compat.outside_of_functions(), self._strategy.scope():
             # Not of int32, which TensorFlow keeps on the host: XLA could not read it on a GPU.
             self.in_force = self._variable(
@@ -212,7 +217,8 @@ class Accumulation(ReplicaState):
         Args:
             count: The `position`.
         """
-        if self.in_force is None or self.unrolled:
+        if self.in_force is None or self.counted:
+            self.counted |= not tf.executing_eagerly()
             return self.steps
         due = tf.where(tf.equal(count, 0), self.in_force.read_value(), self.due.read_value())
         self.due.assign(due)

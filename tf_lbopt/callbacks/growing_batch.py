@@ -56,6 +56,8 @@ class GrowingBatch(keras.callbacks.Callback):
                 f"{type(optimizer).__name__} with a schedule"
             )
         self._due = None
+        if optimizer.let_batch_grow():
+            self.model.make_train_function(force=True)
         self._look()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:

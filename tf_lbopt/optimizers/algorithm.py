@@ -229,8 +229,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             # The last of all: without accumulation the others have the same places.
             self._pending_micro_steps = self._add_counter("pending_micro_steps")
             self._accumulation.micro_step = tensorflow_variable(self._pending_micro_steps)
-            if self.batch_can_grow:
-                self._accumulation.let_assign_steps()
+            if self.batch_can_grow and self._accumulation.grows:
+                self._accumulation.let_grow()
 
     def _check_trainable(self, variable: Variable) -> None:
         check_floating(self, variable)
@@ -680,7 +680,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
                     "`micro_step` needs as many micro-steps as `gradient_accumulation_steps` says, "
                     f"which is {steps}. Received: accumulation_steps={self.accumulation_steps}"
                 )
-            self._accumulation.unrolled = True
+            self._accumulation.counted = True
         with self._in_micro_step(MicroStep(number, steps)):
             yield
 
@@ -712,15 +712,18 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         with the state, and in force again when that is loaded, whatever the constructor was given.
         On several workers each has to assign the same at the same time.
 
+        In training steps that were traced before the number is a constant, unless the optimizer was
+        made with `gradient_accumulation_steps=1` or `let_batch_grow` was called. The callbacks
+        `BatchSizeSchedule` and `BatchSizeWarmup` of `tf_lbopt.callbacks` do so in `fit`.
+
         The mean gradient is over as many micro-steps as the update has, and so are the statistics
-        of sub-batches. The learning rate stays as it is: the callbacks `BatchSizeSchedule` and
-        `BatchSizeWarmup` of `tf_lbopt.callbacks` can scale it with the batch.
+        of sub-batches. The learning rate stays as it is; these callbacks can scale it.
 
         Raises:
             TypeError, ValueError: What is assigned is no integer ≥ 1, or leaves an optimizer that
                 estimates a variance with a single sub-batch; the optimizer does not accumulate
-                (`gradient_accumulation_steps=1` does), is an extrapolated one, or was used in
-                blocks of `micro_step`, which count the micro-steps while tracing.
+                (`gradient_accumulation_steps=1` does), is an extrapolated one, or was traced with
+                another number as a constant, as in blocks of `micro_step`.
         """
         return self._assigned_steps() or self.gradient_accumulation_steps or 1
 
@@ -728,20 +731,34 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
     def accumulation_steps(self, steps: int) -> None:
         steps = _validation.integer("accumulation_steps", steps, low=1)
         received = f"Received: accumulation_steps={steps}"
-        if self._accumulation is None or not self.batch_can_grow:
-            raise ValueError(
-                f"`accumulation_steps` of this {type(self).__name__} can not be changed. Expected: "
-                "an optimizer that was made with `gradient_accumulation_steps` (1 begins with "
-                f"batches as they come), not extrapolated, and no PostLocalSGD. {received}, "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            )
+        self._check_can_grow(f"{received}, ")
         if tf.inside_function():
             raise ValueError(
                 "`accumulation_steps` must be set between training steps, by Python. "
                 f"{received} in a function that is traced"
             )
-        self._check_steps(steps)
-        self._accumulation.assign_steps(steps)
+        self._assign_steps(steps)
+
+    def let_batch_grow(self) -> bool:
+        """Lets training steps that are traced from now on have any number of micro-steps.
+
+        That number is `accumulation_steps`, read from a variable. Without it the number is a
+        constant, of which XLA makes a faster update. Steps that were traced before this call must
+        not be used any more.
+
+        Returns:
+            Whether it was a constant until now.
+
+        Raises:
+            ValueError: The optimizer does not accumulate, or is an extrapolated one.
+        """
+        self._check_can_grow("Received: ")
+        assert self._accumulation is not None
+        fixed = not self._accumulation.grows or self._accumulation.counted
+        self._accumulation.grows = True
+        if self.built:
+            self._accumulation.let_grow()
+        return fixed
 
     @property
     def pending_micro_steps(self) -> int:
@@ -756,19 +773,34 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
     def _restore_assigned_steps(self, steps: int) -> None:
         if self._accumulation is not None and self.batch_can_grow:
             if steps:
-                self._check_steps(steps)
-            self._accumulation.assign_steps(steps)
+                self._assign_steps(steps)
+            else:
+                self._accumulation.assign_steps(0)
 
-    def _check_steps(self, steps: int) -> None:
-        assert self._accumulation is not None
-        if self._accumulation.unrolled and steps != self.gradient_accumulation_steps:
+    def _check_can_grow(self, received: str) -> None:
+        if self._accumulation is None or not self.batch_can_grow:
             raise ValueError(
-                "`accumulation_steps` can not be changed where training steps take all micro-steps "
-                "of an update (in blocks of `micro_step`, or by a recipe's `sub_batches`), which "
-                "are counted when the step is traced. Expected: "
-                f"{self.gradient_accumulation_steps}. Received: accumulation_steps={steps}"
+                f"`accumulation_steps` of this {type(self).__name__} can not be changed. Expected: "
+                "an optimizer that was made with `gradient_accumulation_steps` (1 begins with "
+                "batches as they come), not extrapolated, and no PostLocalSGD. "
+                f"{received}gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+
+    def _assign_steps(self, steps: int) -> None:
+        accumulation = self._accumulation
+        assert accumulation is not None
+        if accumulation.counted and steps != self.gradient_accumulation_steps:
+            raise ValueError(
+                "`accumulation_steps` can not be changed any more: training steps were traced in "
+                f"which it is {self.gradient_accumulation_steps}, a constant. Expected: an "
+                "optimizer made with `gradient_accumulation_steps=1`, or `let_batch_grow()` before "
+                "the first step, and no blocks of `micro_step` (nor a recipe's `sub_batches`). "
+                f"Received: accumulation_steps={steps}"
             )
         self._check_sub_batches(steps)
+        accumulation.assign_steps(steps)
+        if not accumulation.counted:
+            self.let_batch_grow()
 
     def _check_sub_batches(self, steps: int) -> None:
         """Raises, or warns, if so many micro-steps make too few sub-batches; by default neither."""
