@@ -1,7 +1,7 @@
 """The code of docs/migrate.md: ours gives the weights that the other package's computed.
 
-The vectors in migrate_vectors.json were written by migrate_vectors.py, which runs the other packages'
-blocks. Where the page says that weights differ, they must, and an independent formula says how.
+migrate_vectors.py runs the other packages' blocks and wrote migrate_vectors.json. Where the page
+says that weights differ, they must, and an independent formula says how.
 """
 
 import ast
@@ -21,7 +21,7 @@ import tf_lbopt
 PAGE = migrate_vectors.PAGE.read_text(encoding="utf-8")
 DATA = json.loads(VECTORS.read_text(encoding="utf-8"))
 PAIRS = {pair.name: pair for pair in pairs()}
-TOLERANCE = 2e-6
+TOLERANCE = 5e-6
 
 
 def weights_of(pair, code=None):
@@ -80,7 +80,7 @@ def variants():
         calls = [
             node
             for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("tf_lbopt.")
+            if isinstance(node, ast.Call) and re.match(r"tf_lbopt\.\w+$", ast.unparse(node.func))
         ]
         for call in calls:
             for keyword in list(call.keywords):
@@ -95,7 +95,7 @@ IDLE = {"momentum", "epsilon"}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("pair", "code"), variants())
+@pytest.mark.parametrize(("pair", "code"), list(variants()))
 def test_every_argument_counts(pair, code, request):
     if request.node.callspec.id.rpartition("-")[2] in IDLE or pair.differs:
         pytest.skip("need not be seen in these vectors")
@@ -145,7 +145,7 @@ def test_what_is_needed_is_what_the_page_says(name):
     assert max(far(theirs_by_formula(name), name).values()) <= 1
 
 
-def test_apply_if_finite_counts_as_theirs(recwarn):
+def test_apply_if_finite_counts_as_theirs():
     pair = PAIRS["optax_apply_if_finite"]
     variables = migrate_vectors.keras_variables(float32(DATA["weights"]))
     optimizer = tf_lbopt.LAMB(0.1, weight_decay=0.1)
@@ -177,8 +177,10 @@ def test_lamb_goes_on_from_where_keras_lamb_was(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     theirs.save("model.keras")
     if how == "checkpoint":
+
         def checkpoint(model):
             return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+
         path = checkpoint(theirs).save(str(tmp_path / "checkpoint"))
         restored = made()
         checkpoint(restored).restore(path).assert_consumed()
