@@ -52,11 +52,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Traces make many objects and little garbage; without this the collector takes a tenth of the
-    # time, most of it to look again at what was imported.
+    # Traces make many objects; without this the collector takes a tenth of the time, most of it to
+    # look again at what was imported. Functions that nobody uses must go now and then: the more
+    # there are, the slower TensorFlow makes new ones.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(5_000, 10, 5)
 
 
 @pytest.fixture

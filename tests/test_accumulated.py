@@ -249,7 +249,7 @@ def test_configuration():
         (lambda: stock("Lion", loss_scale_factor=2.0), {}, "`loss_scale_factor`"),
         (lambda: stock("SGD"), {"weight_decay": 0.1}, "`weight_decay`.*on the `inner_optimizer`"),
         (lambda: stock("SGD"), {"learning_rate": 0.1}, "`learning_rate`.*on the `inner_opti"),
-        (lambda: stock("SGD"), {"gradient_accumulation_steps": 1}, "`gradient_accumulation_steps`"),
+        (lambda: stock("SGD"), {"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps`"),
     ],
 )  # fmt: skip
 def test_refusals(inner, arguments, message):

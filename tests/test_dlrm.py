@@ -695,8 +695,8 @@ RUNS = [
         [f"--params_override={_DEEPER}"],
     ),
     (
-        "the same optimizer, vr_sgd (or --new_optimizer, to begin with an optimizer without its "
-        "past), received {}/model/ckpt-2 of sgd",
+        "the same optimizer, vr_sgd (or --new_optimizer, to go on with this one), "
+        "received {}/model/ckpt-2 of sgd",
         [f"{_KIND}.optimizer.type=vr_sgd"],
     ),
     (
