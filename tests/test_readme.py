@@ -186,7 +186,7 @@ def test_what_accumulation_does_with_parts():
         model.fit(x[:2], y[:2], batch_size=2, epochs=1, shuffle=False, verbose=0)
     # The micro-batch of one example, left over at 6 − 1.5, and one of two at 1 − 1.5.
     np.testing.assert_allclose(layer.kernel.numpy(), [[1.5 + (4.5 - 0.5) / 2]], rtol=1e-6)
-    with pytest.warns(UserWarning, match="before an update was due.* 1 of accumulation_steps=2 are"):
+    with pytest.warns(UserWarning, match="an update was due.* 1 of accumulation_steps=2 are"):
         model.fit(x[:2], y[:2], batch_size=2, epochs=1, verbose=0)
     np.testing.assert_allclose(layer.kernel.numpy(), [[3.5]], rtol=1e-6)
 
