@@ -13,8 +13,10 @@ LIMIT ?= 900
 JOBS ?= 2
 # For `make recipes`: a folder of small real data sets, or nothing.
 DATA ?= $(wildcard ../shared/data)
+PRINT_PACKAGES := 'import sysconfig; print(sysconfig.get_path("purelib"))'
+MKDOCS := NO_MKDOCS_2_WARNING=1 TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES= .venv-docs/bin/mkdocs
 
-.PHONY: setup quickstart recipes evidence batch-size test test-all matrix lint types format benchmark tpu-check clean
+.PHONY: setup quickstart recipes evidence batch-size test test-all matrix lint types format benchmark tpu-check docs docs-serve clean
 
 setup: .venv/.installed
 
@@ -80,5 +82,20 @@ benchmark: setup
 tpu-check: setup .venv-tpu/.installed
 	$(BIN)/python -m benchmarks.tpu_check --only='$(ONLY)'
 
+# MkDocs in an environment of its own, which finds the package and TensorFlow in the other one.
+.venv-docs/.installed: .venv/.dependencies
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --progress-bar on $(PINS) --group docs
+	$(BIN)/python -c $(PRINT_PACKAGES) >$$(.venv-docs/bin/python -c $(PRINT_PACKAGES))/package.pth
+	touch $@
+
+# The documentation as a site, in build/site; with `docs-serve` on a local port, anew at each change.
+docs: setup .venv-docs/.installed
+	$(MKDOCS) build --clean
+
+docs-serve: setup .venv-docs/.installed
+	$(MKDOCS) serve
+
 clean:
-	rm -rf .venv .venv-tpu build dist *.egg-info runs
+	rm -rf .venv .venv-docs .venv-tpu build dist *.egg-info runs

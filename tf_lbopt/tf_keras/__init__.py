@@ -30,7 +30,8 @@ if importlib.util.find_spec("tf_keras") is None:
 from tf_lbopt.tf_keras.optimizers import CLASSES
 from tf_lbopt.tf_keras.schedules import KerasSchedule
 
-__all__ = ["KerasSchedule", *CLASSES]
+__all__ = ["KerasSchedule"]
+__all__.extend(CLASSES)
 
 globals().update(CLASSES)
 

@@ -54,8 +54,8 @@ __all__ = [
     "extended",
     "needs_sub_batches",
     "with_optimizers",
-    *CONFIGS,
 ]
+__all__.extend(CONFIGS)
 
 globals().update(CONFIGS)
 
