@@ -36,6 +36,7 @@ PUBLIC_MODULES = [
 ]
 _MATH = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 _FILLED = re.compile(r"<!-- (facts|classes|configurations)(?:: (\w+))? -->")
+_NOT_RUN = re.compile(r"<!-- not run: (.*?) -->")
 _documented: dict[str, list[str]] = {}
 
 
@@ -64,7 +65,8 @@ def _destination(path: str) -> str:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Fills in what is made of the package's tables."""
+    """Fills in what is made of the package's tables; says what the tests do not run."""
+    markdown = _NOT_RUN.sub(r"*Not run by the tests: \1.*", markdown)
     return _FILLED.sub(lambda found: globals()[f"_{found[1]}"](found[2]), markdown)
 
 
