@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUN_ELSEWHERE = {
     "README.md": "test_readme.py",
     "docs/known_defects.md": "test_known_defects.py",
+    "docs/migrate.md": "test_migrate.py",
     "docs/scaling.md": "test_multi_worker_fit.py",
 }
 FENCE = re.compile(
