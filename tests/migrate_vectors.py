@@ -2,9 +2,9 @@
 
 Not a test. Each package needs an environment that has it, and other cases are kept as they are:
 
-    python -m venv /tmp/migrate
-    /tmp/migrate/bin/pip install optax timm pytorch_optimizer
-    /tmp/migrate/bin/python tests/migrate_vectors.py optax torch timm pytorch_optimizer
+    python -m venv .venv-migrate
+    .venv-migrate/bin/pip install optax timm pytorch_optimizer
+    .venv-migrate/bin/python tests/migrate_vectors.py optax torch timm pytorch_optimizer
     .venv/bin/python tests/migrate_vectors.py keras tf_models
 """
 
