@@ -10,7 +10,7 @@ from benchmarks.study.grid import Cell, Contender, Scalar, Study
 # Of every study here. The seeds that choose a rate are none of those that tell the result.
 _SUB_BATCHES = 8
 _EVALUATION: dict[str, Scalar] = {"evaluate_every": 1, "evaluated_training_images": 10_000}
-_TWO_CONV: dict[str, Scalar] = {
+TWO_CONV_SETTINGS: dict[str, Scalar] = {
     "model": "two_conv",
     "epochs": 20,
     "replicas": 1,
@@ -89,7 +89,7 @@ def _trust(
 def _trust_cell(batch_size: int) -> Cell:
     # All in as many micro-steps, so that all see the same augmented images.
     settings = {"batch_size": batch_size, "gradient_accumulation_steps": _SUB_BATCHES}
-    return tuned_cell(f"two-conv, B={batch_size}", {**_TWO_CONV, **settings})
+    return tuned_cell(f"two-conv, B={batch_size}", {**TWO_CONV_SETTINGS, **settings})
 
 
 def _at_another_batch(batch_size: int) -> tuple[Cell, list[Contender]]:
@@ -169,7 +169,7 @@ TRUST_RESNET20 = Study(
             tuned_cell(
                 "ResNet-20, B=4096",
                 {
-                    **_TWO_CONV,
+                    **TWO_CONV_SETTINGS,
                     "model": "resnet20",
                     "epochs": 3,
                     "batch_size": 4096,
@@ -205,7 +205,7 @@ WARMED = Study(
     "warmed",
     [
         (
-            tuned_cell("two-conv, B=4096", {**_TWO_CONV, **_WARMUP, "batch_size": 4096}),
+            tuned_cell("two-conv, B=4096", {**TWO_CONV_SETTINGS, **_WARMUP, "batch_size": 4096}),
             [
                 Contender("momentum", {"optimizer": "momentum"}, values=around(0.1)),
                 Contender("Nesterov momentum", {"optimizer": "nesterov"}, values=around(0.1)),
@@ -276,7 +276,7 @@ def _at_the_scaled_rate(contender: Contender, name: str, warmup: bool) -> Conten
 
 def _scaled_cell(batch_size: int) -> Cell:
     settings = {"batch_size": batch_size, "base_batch_size": _SMALL_BATCH}
-    return tuned_cell(f"two-conv, B={batch_size}", {**_TWO_CONV, **settings})
+    return tuned_cell(f"two-conv, B={batch_size}", {**TWO_CONV_SETTINGS, **settings})
 
 
 def _scaled(batch_size: int) -> tuple[Cell, list[Contender]]:
@@ -351,7 +351,7 @@ GAP_IMAGES = 5000
 def _gap(batch_size: int) -> tuple[Cell, list[Contender]]:
     """On few images, so that the base over-fits."""
     settings: dict[str, Scalar] = {
-        **_TWO_CONV,
+        **TWO_CONV_SETTINGS,
         "epochs": 100,
         "augmentation": False,
         "training_images": GAP_IMAGES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.study.conditions import CONDITIONS
+from benchmarks.study.conditions import CONDITIONS, TWO_CONV_SETTINGS
 from benchmarks.study.grid import Cell, Contender, Metric, Scalar, Study
 
 _RATES = (0.05, 0.1, 0.2, 0.4)
@@ -203,17 +203,7 @@ def _contender(label: str, middle: float, warmup_epochs: float) -> Contender:
 def _two_conv(batch_size: int, rates_at_4096: Mapping[str, float]) -> tuple[Cell, list[Contender]]:
     cell = Cell(
         f"two-conv, B={batch_size}",
-        {
-            "model": "two_conv",
-            "batch_size": batch_size,
-            "epochs": 20,
-            "replicas": 1,
-            "schedule": "polynomial",
-            "power": 1.1,
-            "weight_decay": 1e-4,
-            "augmentation": True,
-            "evaluate_every": 0,
-        },
+        {**TWO_CONV_SETTINGS, "batch_size": batch_size},
         validation_size=5000,
     )
     scale = (batch_size / 4096) ** 0.5

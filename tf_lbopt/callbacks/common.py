@@ -1,7 +1,8 @@
 """What callbacks have in common."""
 
+import abc
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -27,7 +28,15 @@ def build_optimizer(callback: keras.callbacks.Callback) -> None:
             model.optimizer.build(model.trainable_variables)
 
 
-class EpochNumbers(keras.callbacks.Callback):
+def without_loss_scale(model: keras.Model) -> Any:
+    """The optimizer of a model, or the one inside of it if it scales the loss."""
+    optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+class EpochNumbers(keras.callbacks.Callback, abc.ABC):
     """Puts `numbers` into `fit`'s logs at the end of every epoch, and into TensorBoard's files.
 
     Args:
@@ -39,9 +48,9 @@ class EpochNumbers(keras.callbacks.Callback):
         self.log_dir = log_dir
         self._writer: tf.summary.SummaryWriter | None = None
 
+    @abc.abstractmethod
     def numbers(self) -> dict[str, float]:
         """What is to be logged now, by name."""
-        raise NotImplementedError
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Opens the event file."""

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _validation
-from tf_lbopt.callbacks.common import EpochNumbers, Logs, build_optimizer
+from tf_lbopt.callbacks.common import EpochNumbers, Logs, build_optimizer, without_loss_scale
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.trained import path_of
 from tf_lbopt.per_example import PerExampleNormsModel
@@ -198,9 +198,7 @@ class GradientNoiseScale(EpochNumbers):
             self._examples = float(examples)
 
     def _optimizer(self) -> LargeBatchOptimizer:
-        optimizer = self.model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
+        optimizer = without_loss_scale(self.model)
         if not isinstance(optimizer, LargeBatchOptimizer):
             raise ValueError(
                 "GradientNoiseScale needs a model whose optimizer is one of tf_lbopt. "

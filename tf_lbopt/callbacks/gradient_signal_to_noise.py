@@ -1,9 +1,7 @@
 """Looking at VRGD's signal-to-noise ratios."""
 
-import keras
-
 from tf_lbopt import _validation
-from tf_lbopt.callbacks.common import EpochNumbers, Logs, build_optimizer
+from tf_lbopt.callbacks.common import EpochNumbers, Logs, build_optimizer, without_loss_scale
 from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
 
 
@@ -69,9 +67,7 @@ class GradientSignalToNoise(EpochNumbers):
         }
 
     def _optimizer(self) -> GSNRWeighting:
-        optimizer = self.model.optimizer
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = optimizer.inner_optimizer
+        optimizer = without_loss_scale(self.model)
         if not isinstance(optimizer, GSNRWeighting):
             raise ValueError(
                 "GradientSignalToNoise needs a VRGD optimizer (VRSGD, VRMomentum, VRAdam, VRLARS, "

@@ -1,5 +1,6 @@
 """What the callbacks that change the batch size have in common."""
 
+import abc
 import logging
 from typing import Any
 
@@ -7,7 +8,7 @@ import keras
 import numpy as np
 
 from tf_lbopt import _compat, _validation
-from tf_lbopt.callbacks.common import Logs
+from tf_lbopt.callbacks.common import Logs, without_loss_scale
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.schedules import linear_scaling, sqrt_scaling
 
@@ -16,7 +17,7 @@ _logger = logging.getLogger(__name__)
 _RULES = {"linear": linear_scaling, "sqrt": sqrt_scaling}
 
 
-class GrowingBatch(keras.callbacks.Callback):
+class GrowingBatch(keras.callbacks.Callback, abc.ABC):
     """Assigns `accumulation_steps` of the optimizer between training steps.
 
     Args:
@@ -32,6 +33,7 @@ class GrowingBatch(keras.callbacks.Callback):
         # For how many micro-steps there is nothing to do.
         self._wait = 0.0
 
+    @abc.abstractmethod
     def wanted(self, updates: int, steps: int) -> int:
         """How many micro-steps an update is to have from now on.
 
@@ -39,11 +41,10 @@ class GrowingBatch(keras.callbacks.Callback):
             updates: How many are made.
             steps: How many micro-steps they have now.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def next_change(self, updates: int) -> float:
         """After how many updates, more than these, `wanted` may be another."""
-        raise NotImplementedError
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Looks at the optimizer, and assigns what is due from its next update on."""
@@ -111,10 +112,7 @@ class GrowingBatch(keras.callbacks.Callback):
         return optimizer
 
     def _accumulating(self) -> Any:
-        outer = self.model.optimizer
-        inner = outer
-        if isinstance(outer, keras.optimizers.LossScaleOptimizer):
-            inner = outer.inner_optimizer
+        inner = without_loss_scale(self.model)
         if (
             not isinstance(inner, Algorithm)
             or inner.gradient_accumulation_steps is None
@@ -123,7 +121,7 @@ class GrowingBatch(keras.callbacks.Callback):
             raise ValueError(
                 f"{type(self).__name__} needs an optimizer of tf_lbopt that accumulates and is "
                 "not extrapolated: `gradient_accumulation_steps=1` begins with batches as they "
-                f"come. Received: {type(outer).__name__}, gradient_accumulation_steps="
+                f"come. Received: {type(inner).__name__}, gradient_accumulation_steps="
                 f"{getattr(inner, 'gradient_accumulation_steps', None)}"
             )
         return inner
