@@ -12,8 +12,8 @@ class BatchSizeSchedule(GrowingBatch):
 
     A batch of the data set is a micro-step; an update is of ``accumulation_steps`` of them on each
     replica, so the batch size is their product with the micro-step's examples. This callback
-    assigns the optimizer's `accumulation_steps`, without tracing anew. `fit`'s logs get the number
-    in force as ``accumulation_steps`` at the end of every epoch.
+    assigns the optimizer's `accumulation_steps`; a change traces nothing anew. `fit`'s logs get the
+    number in force as ``accumulation_steps`` at the end of every epoch.
 
     Updates count as in `iterations`, which is saved: the schedule goes on where a training is
     resumed. Discarded updates do not count. Under `steps_per_execution` it is looked at between two
