@@ -8,12 +8,19 @@ import pkgutil
 import re
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 from helpers_arguments import accepts, minimal_arguments, named_variables
 
 import tf_lbopt
 from tf_lbopt import batch_size, callbacks, schedules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
+
+
+def _defined_in(module, thing):
+    return getattr(thing, "__module__", None) == module.__name__
+
 
 INFOS = tf_lbopt.list_optimizers()
 over_optimizers = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
@@ -21,7 +28,7 @@ over_optimizers = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.n
 SCHEDULE_NAMES = [
     name
     for name, value in vars(schedules).items()
-    if not name.startswith("_") and getattr(value, "__module__", None) == schedules.__name__
+    if not name.startswith("_") and _defined_in(schedules, value)
 ]
 PUBLIC = {
     **{
@@ -203,10 +210,14 @@ def test_papers_of_the_rules_of_thumb(name):
 
 
 def test_examples_run():
+    """With `keras`, `np` and `tf`, and what the module itself defines, whatever else it imports."""
     finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
     with_examples, failures = set(), []
     for module in modules():
-        for test in finder.find(module, module.__name__):
+        own = {n: t for n, t in vars(module).items() if _defined_in(module, t)}
+        for test in finder.find(
+            module, module.__name__, globs={"keras": keras, "np": np, "tf": tf, **own}
+        ):
             if not test.examples:
                 continue
             output = []

@@ -65,8 +65,9 @@ class AdaScale(PipelineAroundOptimizer):
             one replica without accumulation.
 
     Example:
+        >>> import tf_lbopt
         >>> w = keras.Variable([0.0])
-        >>> optimizer = AdaScale(SGD(1.0), gradient_accumulation_steps=2)
+        >>> optimizer = AdaScale(tf_lbopt.SGD(1.0), gradient_accumulation_steps=2)
         >>> for gradient in (1.0, 3.0):
         ...     optimizer.apply([keras.ops.convert_to_tensor([gradient])], [w])
         >>> float(optimizer.gain.numpy())       # σ² = 2, μ² = 4 − 1: (2 + 3) / (1 + 3)

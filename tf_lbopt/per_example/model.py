@@ -62,9 +62,11 @@ class PerExampleNormsModel(keras.Model):
         ValueError: In training: the losses of the examples can not be told from what was compiled.
 
     Example:
+        >>> import tf_lbopt
         >>> inputs = keras.Input([3])
         >>> model = PerExampleNormsModel(inputs, keras.layers.Dense(1)(inputs))
-        >>> model.compile(optimizer=CLARS(0.1, norm_estimator="per_example"), loss="mse")
+        >>> optimizer = tf_lbopt.CLARS(0.1, norm_estimator="per_example")
+        >>> model.compile(optimizer=optimizer, loss="mse")
         >>> history = model.fit(tf.ones([8, 3]), tf.ones([8, 1]), batch_size=4, verbose=0)
         >>> int(model.optimizer.iterations.numpy())
         2

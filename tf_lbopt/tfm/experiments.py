@@ -85,6 +85,7 @@ def with_optimizers(
         One of a subclass of its class.
 
     Example:
+        >>> from official.modeling import optimization
         >>> config = with_optimizers(optimization.OptimizationConfig())
         >>> config.override({"optimizer": {"type": "vr_lars", "vr_lars": {"gamma": 0.2}}})
         >>> config.optimizer.get().gamma
