@@ -4,8 +4,10 @@ import dataclasses
 import doctest
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
+import xml.etree.ElementTree
 
 import keras
 import numpy as np
@@ -14,7 +16,7 @@ import tensorflow as tf
 from helpers_arguments import accepts, minimal_arguments, named_variables
 
 import tf_lbopt
-from tf_lbopt import batch_size, callbacks, schedules
+from tf_lbopt import batch_size, callbacks, registry, schedules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 
 
@@ -90,6 +92,43 @@ def test_patterns():
     assert tf_lbopt.list_optimizers("lar") == []
     for info in INFOS:
         assert tf_lbopt.list_optimizers(info.name) == [info]
+
+
+def test_a_terminal_shows_a_table():
+    heading, line, *rows = repr(INFOS).splitlines()
+    assert str(INFOS) == repr(INFOS)
+    starts = [match.start() for match in re.finditer("-+", line)]
+    assert [heading[start:].split()[0] for start in starts] == [*registry._COLUMNS]
+    assert [row.split()[:2] for row in rows] == [[i.name, i.cls.__name__] for i in INFOS]
+    assert all(len(row) <= 100 for row in rows)
+    cells = {
+        row.split()[0]: [row[a:b].strip() for a, b in itertools.pairwise([*starts, None])]
+        for row in rows
+    }
+    assert cells["vr_lamb"][2:5] == ["3", "variance", "2 or more"]
+    assert cells["clars"][2:] == ["1", "mean norm", "any", "Huo et al. 2021, AAAI"]
+    assert cells["sngm"][3:] == ["-", "any", "Zhao et al., arXiv:2007.13985"]
+    assert cells["adam"][5] == "Kingma, Ba 2015, arXiv:1412.6980"
+    assert repr(tf_lbopt.list_optimizers("nothing-like-this")) == "[]"
+    assert repr(INFOS[:1]).startswith("[OptimizerInfo(")  # a slice is a plain list
+
+
+def test_a_notebook_shows_a_table():
+    cells = "".join(f"<{tag}>{text}</{tag}>" for tag, text in [("td", "lans"), ("td", "LANS")])
+    text = tf_lbopt.list_optimizers("la*")._repr_html_()
+    assert f"<tr>{cells}<td>2</td>" in text
+    assert text.count("<tr>") == 4
+    xml.etree.ElementTree.fromstring(text)  # each element is closed
+    (info,) = tf_lbopt.list_optimizers("lars")
+    changed = dataclasses.replace(info, name="<b>&", paper='A, B, C 2020, "<i>" (X), eq. 1.')
+    text = registry._Table([changed])._repr_html_()
+    assert "<td>&lt;b&gt;&amp;</td>" in text
+    assert "<td>A et al. 2020, X</td>" in text
+
+
+def test_papers_that_say_less():
+    assert registry._short('"A title"') == "A title"
+    assert registry._short("") == "-"
 
 
 @over_optimizers
