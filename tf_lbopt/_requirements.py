@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import sys
 import warnings
 
 _TENSORFLOW = (2, 16), (2, 21)
@@ -77,4 +78,18 @@ def _check_version(
         )
 
 
-check()
+def _is_run() -> bool:
+    """Whether this import is that of ``python -m tf_lbopt`` or of a module inside."""
+    if sys.argv[:1] != ["-m"]:  # which it is until the module is found
+        return False
+    name = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    return name.partition(".")[0] == "tf_lbopt"
+
+
+try:
+    check()
+except ImportError as problem:
+    # Others are failures inside of TensorFlow or Keras.
+    if _is_run() and str(problem).startswith("tf_lbopt "):
+        sys.exit(str(problem))
+    raise
