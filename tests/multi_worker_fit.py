@@ -1,7 +1,7 @@
 """Keras's `fit` on two worker processes, and on as many replicas of one.
 
 Called with a folder, the number of replicas of each worker, the number of the epoch in which worker
-1 is to kill itself (or -1), and names of `RUNS`.
+1 is to kill itself (or -1), and names of `RUNS` and `GROWING`.
 """
 
 import importlib.util
@@ -26,6 +26,26 @@ RUNS = {
     "extrap_sgd": lambda: tf_lbopt.ExtrapSGD(0.1),
     "extrap_sgd_sub_batches": lambda: tf_lbopt.ExtrapSGD(
         0.1, sub_batches=2, gradient_accumulation_steps=3
+    ),
+}
+
+
+def noise_scale_and_warmup():
+    measured = tf_lbopt.callbacks.GradientNoiseScale(every=1)
+    # The second decision is against, the third for a batch that grows.
+    warmup = tf_lbopt.callbacks.BatchSizeWarmup(measured, 3, every=2, fraction=6.0)
+    return [measured, warmup]
+
+
+# An optimizer, and callbacks that have its batch grow.
+GROWING = {
+    "growing_by_schedule": (
+        lambda: tf_lbopt.VRLAMB(0.05, gradient_accumulation_steps=1),
+        lambda: [tf_lbopt.callbacks.BatchSizeSchedule({2: 2, 4: 3}, "sqrt")],
+    ),
+    "growing_by_noise_scale": (
+        lambda: tf_lbopt.SGD(0.05, 0.9, gradient_accumulation_steps=1),
+        noise_scale_and_warmup,
     ),
 }
 EPOCHS = 3
@@ -73,6 +93,28 @@ def train(strategy, make, callbacks=(), epochs=EPOCHS):
         "predicted": model.predict(x[:36], BATCH, verbose=0),
         **state_of(model),
     }
+
+
+class Seen(keras.callbacks.Callback):
+    """Notes after every batch the number of updates, and how many micro-steps the next one has."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        optimizer = self.model.optimizer
+        self.rows.append([int(optimizer.iterations.numpy()), optimizer.accumulation_steps])
+
+
+def train_growing(strategy, name):
+    """What comes out of `fit`, and what was seen of the growth."""
+    make, callbacks = GROWING[name]
+    model, seen = model_of(strategy, make), Seen()
+    callbacks = [*callbacks(), seen]
+    history = model.fit(*data(), BATCH, EPOCHS, 0, callbacks, shuffle=False).history
+    history = {name: np.asarray(values) for name, values in history.items()}
+    return {**history, "seen": np.array(seen.rows), **state_of(model)}
 
 
 def callbacks_of(folder):
@@ -126,6 +168,9 @@ def main(folder, replicas, killed_in, *names):
     tempfile.tempdir = str(folder / f"temporary-{index}")
     os.makedirs(tempfile.tempdir, exist_ok=True)
     for name in names:
+        if name in GROWING:
+            np.savez(folder / f"{name}-{index}.npz", **train_growing(strategy, name))
+            continue
         callbacks = callbacks_of(folder / name)
         if index == 1:
             callbacks.append(Dies(int(killed_in)))

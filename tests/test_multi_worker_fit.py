@@ -89,6 +89,27 @@ def test_every_optimizer(tmp_path, replicas, part):
         assert_equals_one_process(tmp_path, replicas, name)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("name", multi_worker_fit.GROWING)
+@pytest.mark.quick(replicas=1, name="growing_by_noise_scale")
+def test_a_batch_that_grows(tmp_path, replicas, name):
+    """On all workers at the same update, also where the noise scale decides; as in one process."""
+    with run(tmp_path, "job", replicas, name) as job:
+        assert job.exit_codes() == [0, 0], job.errors()
+    first, other = (dict(np.load(tmp_path / f"{name}-{index}.npz")) for index in (0, 1))
+    expected = multi_worker_fit.train_growing(strategy_of(2 * replicas), name)
+    steps = list(dict.fromkeys(expected["seen"][:, 1].tolist()))
+    assert steps == ([1, 2, 3] if name == "growing_by_schedule" else [1, 2])
+    assert len(first) == len(other) == len(expected)
+    for key, one, two, three in zip(
+        expected, first.values(), other.values(), expected.values(), strict=True
+    ):
+        np.testing.assert_array_equal(one, two, err_msg=key)
+        # What is measured is a ratio of differences.
+        tolerance = 1e-3 if "noise_scale" in key else 1e-6
+        np.testing.assert_allclose(one, three, tolerance, tolerance, err_msg=key)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("replicas", "name"),
