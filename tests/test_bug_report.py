@@ -58,6 +58,7 @@ def test_the_program(flags, tmp_path):
     assert report["registered"]["Keras 3"] == f"{len(NAMES)} of {len(NAMES)} optimizers"
     assert ("updates" in report) is not bool(flags)
     if not flags:
+        assert report["updates"].pop("on")
         assert [*report["updates"]] == NAMES
         assert all(result.startswith("ok, error ") for result in report["updates"].values())
 
@@ -144,6 +145,41 @@ def test_a_broken_optimizer(value, expected, monkeypatch, capsys):
     assert report["updates"]["sgd"].startswith("FAILED: ")
     assert expected in report["updates"]["sgd"]
     assert report["updates"]["lars"].startswith("ok, error ")
+
+
+def test_gpus(monkeypatch):
+    """As TensorFlow would tell of two, whose memory is in use."""
+
+    def in_use(device, growth):
+        raise RuntimeError("Physical devices cannot be modified after being initialized")
+
+    found = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in (0, 1)]
+    logical = [tf.config.LogicalDevice(f"/device:GPU:{i}", "GPU") for i in (0, 1)]
+    details = {"compute_capability": (9, 0), "device_name": "A GPU"}
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: found)
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: logical)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda device: details)
+    monkeypatch.setattr(tf.config.experimental, "get_memory_growth", lambda device: False)
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", in_use)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: "mirrored")
+    row = "compute_capability (9, 0), device_name A GPU, memory growth off"
+    assert bug_report._devices() == {"GPU:0": row, "GPU:1": row, "logical": "2 GPU"}
+    assert bug_report._strategy() == ("mirrored", "2 GPUs")
+    del logical[1]
+    assert bug_report._strategy() == (tf.distribute.get_strategy(), "a GPU")
+
+
+def test_a_device_that_fails(monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("no\ndriver")
+
+    for name in ("_devices", "_strategy"):
+        monkeypatch.setattr(bug_report, name, fails)
+    monkeypatch.setattr(bug_report, "_PARTS", {})
+    assert bug_report.main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["tf_lbopt"] == tf_lbopt.__version__
+    assert report["devices"] == report["updates"] == {"all": "FAILED: RuntimeError: no driver"}
 
 
 def test_a_broken_part(monkeypatch, capsys):
