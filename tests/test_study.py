@@ -16,7 +16,16 @@ import tf_lbopt
 from benchmarks.study import regression, runner
 from benchmarks.study.__main__ import main, summary
 from benchmarks.study.documents import DOCS, render_pages
-from benchmarks.study.evidence import good_rates, plot_batches, plot_rates, tuned_table
+from benchmarks.study.evidence import (
+    good_rates,
+    plot_answer,
+    plot_extrap,
+    plot_loss,
+    plot_rates,
+    plot_vrgd,
+    plot_warmup,
+    tuned_table,
+)
 from benchmarks.study.grid import (
     ACCURACY,
     FINAL,
@@ -225,25 +234,26 @@ def test_good_rates():
     assert good_rates(outcome, wide) == "0.1–0.4 (≥ ×4)"
 
 
-@pytest.mark.filterwarnings("error:No artists")
-def test_plots_by_family(tmp_path):
-    """Lines over batch sizes need two; one over rates shows what diverged."""
-    contenders = [
-        Contender(label, {"optimizer": "momentum"}, values=(0.1, 0.2, 0.4))
-        for label in ("momentum, warm-up", "VR-Adam", "VR-LAMB, warm-up")
-    ]
+ANSWER_PLOTS = (plot_answer, plot_loss, plot_warmup, plot_vrgd, plot_extrap, plot_rates)
+
+
+@pytest.mark.parametrize("plot", ANSWER_PLOTS, ids=lambda plot: plot.__name__)
+def test_plots_of_the_first_edition(plot, tmp_path):
+    """Nothing is drawn of nothing; something of runs at one batch or two, or of a few methods."""
+    labels = ["momentum", "momentum, warm-up", "LARS, warm-up", "VR-LARS, warm-up"]
+    labels += ["EXTRAP-SGD, warm-up"]
+    contenders = [Contender(label, {}, values=(0.1, 0.2, 0.4)) for label in labels]
     cells = [Cell(f"B={size}", {"batch_size": size}, 10) for size in (64, 256)]
     study = Study("study", [(cell, contenders) for cell in cells])
-    rows = carry_out(study, lambda run: None if run.value > 0.3 else run.value)
-    for plot in (plot_batches, plot_rates):
-        path = tmp_path / f"{plot.__name__}.png"
-        assert not plot(study, Results(study, []), path)
-        assert not path.exists()
-        assert plot(study, Results(study, rows), path)
+    rows = carry_out(study, lambda run: None if run.value > 0.3 else run.value + 0.01 * run.seed)
+    for row in rows:
+        row["train_loss"] = [2.0, 1.5, 1.2]
+    assert not plot(study, Results(study, []), tmp_path / "none.png")
+    assert list(tmp_path.iterdir()) == []
+    for kept in (rows, [row for row in rows if row["cell"] == "B=64"]):
+        path = tmp_path / f"{len(kept)}.png"
+        assert plot(study, Results(study, kept), path)
         assert path.stat().st_size > 10_000
-    first = Results(study, [row for row in rows if row["cell"] == "B=64"])
-    assert not plot_batches(study, first, tmp_path / "one.png")
-    assert plot_rates(study, first, tmp_path / "one.png")
 
 
 def test_a_loss_is_better_where_it_is_lower():

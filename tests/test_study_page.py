@@ -16,12 +16,20 @@ from benchmarks.study.conditions_page import (
     plots,
     results_table,
     verdict,
-    with_interval,
 )
 from benchmarks.study.curves import examples_to, generalization_gap, mean_curve, updates_to
 from benchmarks.study.differences import Difference
 from benchmarks.study.grid import ACCURACY, FINAL, Cell, Contender, Metric, Results, Study
-from benchmarks.study.panels import Line, Panel, plot_panels, spaced, spread_out
+from benchmarks.study.panels import (
+    Interval,
+    Line,
+    Panel,
+    plot_intervals,
+    plot_panels,
+    spaced,
+    spread_out,
+)
+from benchmarks.study.render import with_interval
 from benchmarks.study.studies import STUDIES
 
 
@@ -157,11 +165,21 @@ def test_no_panel_has_more_lines_than_can_be_told_apart(tmp_path):
     lines = [Line(str(i), [1.0, 2.0], [i, i], colour=i % 6) for i in range(7)]
     with pytest.raises(ValueError, match="at most 6 lines, not 7"):
         plot_panels(tmp_path / "a.png", [[Panel("title", "x", "y", lines)]])
-    path = tmp_path / "b.png"
-    # A line that only diverged is a mark.
-    only_lost = Line("lost", (), (), lost=[2.0])
-    assert plot_panels(path, [[Panel("t", "x", "y", [*lines[:5], only_lost], log=True)]])
-    assert path.stat().st_size > 10_000
+    panel = Panel("t", "x", "y", lines[:6], log=True, zero="nothing")
+    with pytest.raises(ValueError, match="at most 2 panels beside each other, not 3"):
+        plot_panels(tmp_path / "a.png", [[panel] * 3])
+    assert plot_panels(tmp_path / "b.png", [[panel], [panel]])
+    assert not plot_panels(tmp_path / "c.png", [[Panel("t", "x", "y", [Line("a", (), ())])]])
+    assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.width == 1200
+
+
+def test_intervals_beside_0(tmp_path):
+    assert not plot_intervals(tmp_path / "a.png", [], "x")
+    found = [Interval("a", 1.0, -0.5, 2.5, colour) for colour in (0, 1)]
+    assert plot_intervals(tmp_path / "a.png", found, "x", ("first", "second"))
+    assert (tmp_path / "a.png").stat().st_size > 5_000
 
 
 def test_labels_are_spread_out():

@@ -26,9 +26,8 @@ from benchmarks.study.curves import (
     mean_curve,
     updates_to,
 )
-from benchmarks.study.differences import Difference, holm, paired_difference
+from benchmarks.study.differences import LEVEL, Difference, holm, paired_difference
 from benchmarks.study.grid import (
-    ACCURACY,
     Cell,
     Contender,
     Metric,
@@ -39,12 +38,11 @@ from benchmarks.study.grid import (
     outcomes,
 )
 from benchmarks.study.panels import Line, Panel, plot_panels
-from benchmarks.study.render import shown
-from benchmarks.study.studies import STUDIES, TWO_CONV
+from benchmarks.study.render import shown, with_interval
+from benchmarks.study.studies import TWO_CONV
 
 TARGETS = {"two-conv, B=4096": 0.55}
 """The test accuracy that "updates to" is about, by cell."""
-_LEVEL = 0.05
 _NOT_YET = "Not run yet."
 
 # Of the first edition, whose three seeds have the same weights and order of the data too.
@@ -52,6 +50,8 @@ FIRST_CLAIMS = (
     ("LARS, warm-up", "momentum, warm-up"),
     ("SNGM", "momentum, warm-up"),
     ("CLARS", "momentum, warm-up"),
+    ("LAMB, warm-up", "momentum, warm-up"),
+    ("Adam, warm-up", "momentum, warm-up"),
     ("VR-Momentum, warm-up", "momentum, warm-up"),
     ("VR-LARS, warm-up", "LARS, warm-up"),
     ("VR-Adam, warm-up", "Adam, warm-up"),
@@ -60,23 +60,6 @@ FIRST_CLAIMS = (
     ("EXTRAP-SGD, warm-up", "momentum, warm-up"),
     ("EXTRAP-ADAM, warm-up", "Adam, warm-up"),
 )
-OTHER_CLAIMS = {
-    "resnet20": (
-        ("LARS, warm-up", "momentum, warm-up"),
-        ("LARS, warm-up", "SNGM"),
-        ("SNGM", "momentum, warm-up"),
-    ),
-    "mnist": (
-        ("Nesterov momentum, warm-up", "Nesterov momentum"),
-        ("LARS", "Nesterov momentum"),
-        ("LARS, warm-up", "LARS"),
-        ("CLARS", "LARS"),
-    ),
-    "wikitext2": (("EXTRAP-SGD", "Nesterov momentum"), ("EXTRAP-ADAM", "Adam")),
-    "multi30k": (("EXTRAP-ADAM", "Adam"),),
-    "dlrm": (("VR-SGD", "SGD"),),
-    "bert": (("VR-LAMB", "LAMB"),),
-}
 
 
 def results_table(study: Study, results: Results, cell: Cell) -> str:
@@ -139,15 +122,7 @@ def verdict(metric: Metric, difference: Difference, adjusted: float) -> str:
     if not difference.excludes_zero:
         return "not told apart"
     ahead = "ahead" if (difference.mean < 0) == metric.lower_is_better else "behind"
-    return ahead if adjusted < _LEVEL else f"{ahead}, before the correction"
-
-
-def with_interval(metric: Metric, difference: Difference) -> str:
-    """A difference and its interval, as people read them."""
-    scaled = [metric.scale * v for v in (difference.mean, difference.low, difference.high)]
-    digits = 1 if metric.unit == ACCURACY.unit else metric.digits
-    mean, low, high = (f"{value:+.{digits}f}".replace("-", "−") for value in scaled)
-    return f"{mean} [{low}, {high}]"
+    return ahead if adjusted < LEVEL else f"{ahead}, before the correction"
 
 
 def claims_table(study: Study, results: Results, cell: Cell, gap: bool = False) -> str:
@@ -191,64 +166,54 @@ def _gaps(outcome: Outcome) -> dict[int, float]:
     return {seed: gap for seed, gap in found.items() if gap is not None}
 
 
+FirstDifferences = dict[tuple[str, str, int], tuple[Difference, float]]
+
+
+def first_differences(study: Study, results: Results) -> FirstDifferences:
+    """The first edition's differences by method, the other one and batch size.
+
+    Beside each is its p value with Holm's correction for all of them.
+    """
+    known = outcomes(study, results)
+    found: dict[tuple[str, str, int], Difference] = {}
+    for pair in FIRST_CLAIMS:
+        for cell, _ in study.comparisons:
+            both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
+            difference = paired_difference(both[0].by_seed, both[1].by_seed)
+            if difference is not None:
+                found[(*pair, batch_of(cell))] = difference
+    adjusted = holm([difference.p for difference in found.values()])
+    return {key: (d, p) for (key, d), p in zip(found.items(), adjusted, strict=True)}
+
+
+def batch_of(cell: Cell) -> int:
+    """The batch size of a cell."""
+    return int(cell.settings["batch_size"])
+
+
 def differences_by_batch(study: Study, results: Results) -> str:
     """Returns the first edition's differences, a pair a row and a batch size a column.
 
     Bold where the interval excludes 0, with two stars where that holds after Holm's correction
     for all of them.
     """
-    known = outcomes(study, results)
-    cells = sorted(
-        (cell for cell, _ in study.comparisons), key=lambda c: int(c.settings["batch_size"])
-    )
-    found: dict[tuple[str, str, str], Difference] = {}
-    for pair in FIRST_CLAIMS:
-        for cell in cells:
-            both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
-            difference = paired_difference(both[0].by_seed, both[1].by_seed)
-            if difference is not None:
-                found[(*pair, cell.name)] = difference
-    adjusted = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
-    sizes = [f"B = {int(cell.settings['batch_size']):,}" for cell in cells]
-    lines = [f"| method | against | {' | '.join(sizes)} |", "|---|---|" + "---:|" * len(cells)]
+    found = first_differences(study, results)
+    sizes = sorted(batch_of(cell) for cell, _ in study.comparisons)
+    lines = [
+        f"| method | against | {' | '.join(f'B = {size:,}' for size in sizes)} |",
+        "|---|---|" + "---:|" * len(sizes),
+    ]
     for pair in FIRST_CLAIMS:
         shown_ones = []
-        for cell in cells:
-            key = (*pair, cell.name)
-            if key not in found:
+        for size in sizes:
+            if (*pair, size) not in found:
                 shown_ones.append("–")
                 continue
-            text = with_interval(study.metric, found[key])
-            text = f"**{text}**" if found[key].excludes_zero else text
-            shown_ones.append(text + (" \\*\\*" if adjusted[key] < _LEVEL else ""))
+            difference, adjusted = found[(*pair, size)]
+            text = with_interval(study.metric, difference)
+            text = f"**{text}**" if difference.excludes_zero else text
+            shown_ones.append(text + (" \\*\\*" if adjusted < LEVEL else ""))
         lines.append(f"| {pair[0]} | {pair[1]} | {' | '.join(shown_ones)} |")
-    return "\n".join(lines)
-
-
-def differences_of_others(results: dict[str, Results]) -> str:
-    """Returns the same of the first edition's other studies, corrected together."""
-    found: list[tuple[Study, Cell, tuple[str, str], Difference]] = []
-    for name, pairs in OTHER_CLAIMS.items():
-        study = STUDIES[name]
-        known = outcomes(study, results[name])
-        for cell, _ in study.comparisons:
-            for pair in pairs:
-                both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
-                difference = paired_difference(both[0].by_seed, both[1].by_seed)
-                if difference is not None:
-                    found.append((study, cell, pair, difference))
-    adjusted = holm([difference.p for *_, difference in found])
-    lines = [
-        "| runs | method | against | difference [95 % interval] | in | the first is |",
-        "|---|---|---|---:|---|---|",
-    ]
-    for (study, cell, pair, difference), p in zip(found, adjusted, strict=True):
-        metric = study.metric
-        lines.append(
-            f"| {cell.name} | {pair[0]} | {pair[1]} | {with_interval(metric, difference)} | "
-            f"{'points' if metric.unit == ACCURACY.unit else metric.title} | "
-            f"{verdict(metric, difference, p)} |"
-        )
     return "\n".join(lines)
 
 
@@ -301,12 +266,10 @@ def plot_trust_curves(results: Results, path: Path) -> bool:
         for name, warmup in _PANELS:
             lines = []
             for short, label, colour, _ in _trust_lines(warmup, name):
-                x, y, spread = mean_curve(known[cell.name, label].rows, evaluation)
-                lines.append(
-                    Line(short, x, [scale * v for v in y], [scale * v for v in spread], colour)
-                )
+                curve = mean_curve(known[cell.name, label].rows, evaluation, scale)
+                lines.append(Line(short, *curve, colour))
             row.append(Panel(_title(name, warmup), "epoch", text, lines))
-        rows.append(row)
+        rows += [row[:2], row[2:]]
     return plot_panels(path, rows)
 
 
@@ -349,13 +312,12 @@ def plot_gap(results: Results, path: Path) -> bool:
         row = []
         for reduced, base in GAP.claims:
             lines = []
-            for colour, label in enumerate((base, reduced)):
-                for split in ("train", "test"):
-                    x, y, _ = mean_curve(known[cell.name, label].rows, f"{split}_accuracy")
-                    text = f"{label}, {'training' if split == 'train' else 'test'}"
-                    dashed = split == "train"
-                    lines.append(Line(text, x, [100 * v for v in y], (), colour, dashed))
-            row.append(Panel(cell.name, "epoch", "accuracy (%)", lines))
+            for colour, (label, short) in enumerate(((base, "base"), (reduced, "VR"))):
+                for split, text in (("train", "training"), ("test", "test")):
+                    curve = mean_curve(known[cell.name, label].rows, f"{split}_accuracy", 100.0)
+                    lines.append(Line(f"{short}, {text}", *curve, colour, split == "train"))
+            title = f"{base}, B = {batch_of(cell):,}"
+            row.append(Panel(title, "epoch", "accuracy (%)", lines))
         rows.append(row)
     return plot_panels(path, rows)
 
@@ -376,7 +338,6 @@ def blocks(results: dict[str, Results]) -> dict[str, str]:
     """Returns this edition's tables by their names on the page."""
     found = {
         "differences": differences_by_batch(TWO_CONV, results[TWO_CONV.name]),
-        "differences-of-others": differences_of_others(results),
     }
     for study in CONDITIONS:
         known = results[study.name]

@@ -35,8 +35,10 @@ def generalization_gap(row: Row, name: str = "accuracy") -> float | None:
     return None if None in both else both[0] - both[1]
 
 
-def mean_curve(rows: Sequence[Row], name: str) -> tuple[list[float], list[float], list[float]]:
-    """Epochs, means and standard deviations of an evaluation over the seeds' rows.
+def mean_curve(
+    rows: Sequence[Row], name: str, scale: float = 1.0
+) -> tuple[list[float], list[float], list[float]]:
+    """Epochs, means and standard deviations of an evaluation over the seeds' rows, times a scale.
 
     Only epochs that all rows have, with finite values, are kept.
     """
@@ -44,7 +46,7 @@ def mean_curve(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]
     for row in rows:
         for each in row["evaluations"]:
             if (value := each.get(name)) is not None and math.isfinite(value):
-                by_epoch.setdefault(each["epoch"], []).append(value)
+                by_epoch.setdefault(each["epoch"], []).append(scale * value)
     kept = sorted(epoch for epoch, values in by_epoch.items() if len(values) == len(rows))
     return (
         kept,

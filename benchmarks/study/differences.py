@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+LEVEL = 0.05
+"""Below it an adjusted p value is one of a difference."""
 
 
 @dataclass(frozen=True)

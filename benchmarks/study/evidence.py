@@ -7,15 +7,17 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.study import conditions_page
+from benchmarks.study import answer, conditions_page
+from benchmarks.study.claims import all_outcomes, claims_of_papers
+from benchmarks.study.conditions_page import FIRST_CLAIMS, batch_of, first_differences
+from benchmarks.study.differences import paired_difference
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
-from benchmarks.study.panels import Line, Panel, plot_panels
-from benchmarks.study.render import figure_file, plot_comparison, shown
+from benchmarks.study.panels import Interval, Line, Panel, plot_intervals, plot_panels
+from benchmarks.study.render import shown
 from benchmarks.study.studies import (
     BERT,
     DLRM,
     EXCLUSIONS,
-    FAMILIES,
     GAMMAS,
     MNIST,
     MULTI30K,
@@ -74,67 +76,178 @@ def good_rates(outcome: Outcome, metric: Metric) -> str:
     return f"{close[0]:g}–{close[-1]:g} ({at_least}×{close[-1] / close[0]:.2g})"
 
 
-def plot_batches(study: Study, results: Results, path: Path) -> bool:
-    """Draws the test result over the batch size; returns whether there was anything to draw."""
+# Each optimizer has its colour on the whole page.
+_COLOURS = {
+    "LARS": 0,
+    "LAMB": 1,
+    "SNGM": 2,
+    "CLARS": 3,
+    "Adam": 4,
+    "momentum": 5,
+    "VR-LARS": 0,
+    "VR-LAMB": 1,
+    "VR-Adam": 4,
+    "VR-Momentum": 5,
+    "LARS at τ = 0.01": 1,
+}
+_AGAINST = "momentum, warm-up"
+_BATCH = "batch size"
+
+
+def _colour(label: str) -> int:
+    return _COLOURS[optimizer_and_warmup(label)[0]]
+
+
+def _curve_of_differences(
+    study: Study, results: Results, pairs: Sequence[tuple[str, str]], text: Callable[..., str]
+) -> list[Line]:
+    """Lines of `first_differences` by batch size, their intervals as error bars."""
+    found = first_differences(study, results)
+    lines = []
+    for number, pair in enumerate(pairs):
+        of_pair = sorted((key[2], found[key][0]) for key in found if key[:2] == pair)
+        x, y = [b for b, _ in of_pair], [100 * d.mean for _, d in of_pair]
+        spread = [100 * (d.high - d.mean) for _, d in of_pair]
+        colour = number if text is _both else _colour(pair[0])
+        dashed = text is not _both and not optimizer_and_warmup(pair[0])[1]
+        lines.append(Line(text(*pair), x, y, spread, colour, dashed))
+    return lines
+
+
+def _both(first: str, second: str) -> str:
+    return f"{_short(first)} − {_short(second)}"
+
+
+def _short(label: str) -> str:
+    """Without the warm-up that all have, and as little as is clear."""
+    kind = optimizer_and_warmup(label)[0]
+    return {"Nesterov momentum": "Nesterov"}.get(kind, kind)
+
+
+def plot_answer(study: Study, results: Results, path: Path) -> bool:
+    """Draws test accuracy by batch size, and differences from momentum SGD with warm-up."""
     known = outcomes(study, results)
-    cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
+    cells = sorted((cell for cell, _ in study.comparisons), key=batch_of)
+    lines = []
+    for label in ("LARS, warm-up", "SNGM", _AGAINST, "momentum"):
+        points = [
+            (batch_of(cell), 100 * statistics.fmean(final), 100 * _spread(final))
+            for cell in cells
+            if (found := known.get((cell.name, label))) and (final := _finite(found.final))
+        ]
+        x, y, spread = zip(*points, strict=True) if points else ((), (), ())
+        kind, warmup = optimizer_and_warmup(label)
+        text = kind if warmup else f"{kind}, no warm-up"
+        lines.append(Line(text, x, y, spread, _colour(label), dashed=not warmup))
+    pairs = [
+        pair for pair in FIRST_CLAIMS if pair[1] == _AGAINST and pair[0][:2] not in ("VR", "EX")
+    ]
+    above = _curve_of_differences(study, results, pairs, lambda first, _: _no_warmup(first))
+    unit = f"test {study.metric.title} (%)"
+    return plot_panels(
+        path,
+        [
+            [Panel("Test accuracy (± standard deviation)", _BATCH, unit, lines, log=True)],
+            [
+                Panel(
+                    "Against momentum SGD with warm-up (95 % intervals)",
+                    _BATCH,
+                    "points",
+                    above,
+                    log=True,
+                    zero="momentum",
+                )
+            ],
+        ],
+    )
+
+
+def _no_warmup(label: str) -> str:
+    kind, warmup = optimizer_and_warmup(label)
+    return kind if warmup else f"{kind}, no warm-up"
+
+
+def plot_vrgd(study: Study, results: Results, path: Path) -> bool:
+    """Draws the differences of VRGD's forms from their bases by batch size."""
+    pairs = [pair for pair in FIRST_CLAIMS if pair[0].startswith("VR-")]
+    lines = _curve_of_differences(study, results, pairs, lambda first, _: _short(first))
+    title = "VRGD, k = 8, against its base, both tuned, with warm-up (95 % intervals)"
+    return plot_panels(path, [[Panel(title, _BATCH, "points", lines, log=True, zero="base")]], 3.2)
+
+
+def plot_extrap(study: Study, results: Results, path: Path) -> bool:
+    """Draws the differences of EXTRAP's methods from theirs by batch size."""
+    pairs = [pair for pair in FIRST_CLAIMS if pair[0].startswith("EXTRAP-")]
+    lines = _curve_of_differences(study, results, pairs, _both)
+    title = "EXTRAP, k = 8, both tuned, with warm-up (95 % intervals)"
+    return plot_panels(path, [[Panel(title, _BATCH, "points", lines, log=True, zero="equal")]], 3.2)
+
+
+def plot_loss(study: Study, results: Results, path: Path) -> bool:
+    """Draws the training loss by epoch at the first cell's batch, without and with warm-up."""
+    known, cell = outcomes(study, results), study.comparisons[0][0]
     panels = []
-    for family, kinds in FAMILIES.items():
-        lines: list[Line] = []
-        for label in _labels(study, kinds):
-            points = [
-                (_batch(cell), 100 * statistics.fmean(final), 100 * _spread(final))
-                for cell in cells
-                if (found := known.get((cell.name, label))) and (final := _finite(found.final))
-            ]
-            if len(points) > 1:  # A line needs two batch sizes.
-                x, y, spread = zip(*points, strict=True)
-                lines.append(_line(label, len(lines), x, y, spread))
-        unit = f"test {study.metric.title} (%)"
-        panels.append(Panel(family, "batch size", unit, lines, log=True))
-    return plot_panels(path, [panels])
+    for warmup in (False, True):
+        lines = []
+        for kind in ("momentum", "Adam", "LARS", "LARS at τ = 0.01", "SNGM", "CLARS", "LAMB"):
+            label = f"{kind}, warm-up" if warmup else kind
+            skipped = "LAMB" if not warmup else "LARS at τ = 0.01"
+            if kind == skipped or (cell.name, label) not in known:
+                continue
+            losses = [row["train_loss"] for row in known[cell.name, label].rows]
+            by_epoch = list(zip(*losses, strict=False))
+            y, spread = [statistics.fmean(v) for v in by_epoch], [_spread(v) for v in by_epoch]
+            x = list(range(1, len(y) + 1))
+            # From the second epoch on: the first one is of another size.
+            text = "LARS at τ = 0.001" if label == "LARS" else kind
+            lines.append(Line(text, x[1:], y[1:], spread[1:], _colour(label)))
+        title = f"B = {batch_of(cell):,}, {'two epochs of' if warmup else 'no'} warm-up"
+        panels.append([Panel(title, "epoch", "training loss", lines)])
+    return plot_panels(path, panels)
+
+
+def plot_warmup(study: Study, results: Results, path: Path) -> bool:
+    """Draws what warm-up brings at the first cell's batch, an optimizer a line."""
+    known, (cell, contenders) = outcomes(study, results), study.comparisons[0]
+    found = []
+    for label in (contender.label for contender in contenders):
+        both = [known.get((cell.name, each)) for each in (f"{label}, warm-up", label)]
+        if None not in both:
+            difference = paired_difference(*(each.by_seed for each in both if each))
+            if difference is not None:
+                ends = (difference.mean, difference.low, difference.high)
+                found.append(Interval(label, *(100 * value for value in ends)))
+    found.sort(key=lambda each: -each.middle)
+    text = f"points that two epochs of warm-up bring at B = {batch_of(cell):,} (95 % intervals)"
+    return plot_intervals(path, found, text)
 
 
 def plot_rates(study: Study, results: Results, path: Path) -> bool:
-    """Draws validation results over the learning rate; returns whether there was anything.
+    """Draws what half and twice the best rate cost, means and ranges over the batch sizes.
 
-    Of the optimizers that all batch sizes have, a cell a row.
+    Of the optimizers that all batch sizes have; a run that diverged has the accuracy of chance.
     """
     known = outcomes(study, results)
-    cells = sorted((cell for cell, _ in study.comparisons), key=_batch)
     common = set.intersection(*({c.label for c in cs} for _, cs in study.comparisons))
-    rows = []
-    for cell in cells:
-        row = []
-        for family, kinds in FAMILIES.items():
-            lines: list[Line] = []
-            for label in _labels(study, kinds):
-                if label not in common:
-                    continue
-                tried = sorted(known[cell.name, label].tried.items())
-                points = [(v, 100 * s) for v, s in tried if math.isfinite(s)]
-                lost = [v for v, s in tried if not math.isfinite(s)]
-                x, y = zip(*points, strict=True) if points else ((), ())
-                lines.append(_line(label, len(lines), x, y, (), lost))
-            title = f"B = {_batch(cell):,}: {family}"
-            unit = f"validation {study.metric.title} (%)"
-            row.append(Panel(title, "learning rate (×: diverged)", unit, lines, log=True))
-        rows.append(row)
-    return plot_panels(path, rows)
-
-
-def _line(
-    label: str,
-    colour: int,
-    x: Sequence[float],
-    y: Sequence[float],
-    spread: Sequence[float],
-    lost: Sequence[float] = (),
-) -> Line:
-    """Dashed, and said so, without warm-up, which most have."""
-    kind, warmup = optimizer_and_warmup(label)
-    text = kind if warmup else f"{kind}, no warm-up"
-    return Line(text, x, y, spread, colour, dashed=not warmup, lost=lost)
+    found = []
+    for label in sorted(common):
+        lost: dict[int, list[float]] = {0: [], 1: []}
+        for cell, _ in study.comparisons:
+            tried, best = known[cell.name, label].tried, known[cell.name, label].best
+            values = sorted(tried)
+            if best in tried and values[0] < best < values[-1]:
+                for colour, step in ((0, -1), (1, 1)):
+                    score = max(tried[values[values.index(best) + step]], 0.1)
+                    lost[colour].append(100 * (score - tried[best]))
+        for colour, losses in lost.items():
+            if losses:
+                mean = statistics.fmean(losses)
+                found.append(Interval(_no_warmup(label), mean, min(losses), max(losses), colour))
+    found.sort(key=lambda each: (each.label, each.colour))
+    order = {each.label: -each.middle for each in found if each.colour == 1}
+    found.sort(key=lambda each: order.get(each.label, 0.0))
+    text = "validation accuracy from the best rate's, points: mean and range"
+    return plot_intervals(path, found, text, ("half the best rate", "twice the best rate"))
 
 
 def regression_table(study: Study, results: Results) -> str:
@@ -175,84 +288,46 @@ def _updates_to(rows: Sequence[Row], goal: Sequence[float]) -> str:
     return f"{middle:g}" if math.isfinite(middle) else "not reached"
 
 
+_SETTINGS = ("uniform, no noise", "uniform, noise", "normal, no noise", "normal, noise")
+"""Short names of the regression study's cells."""
+
+
 def plot_regression(study: Study, results: Results, path: Path) -> bool:
-    """Draws losses, weights and ratios of the first cell, and what γ and k do in all cells."""
+    """Draws losses and weights of the first cell, and what k and γ do in all cells."""
     known = outcomes(study, results)
     cell, contenders = study.comparisons[0]
-    labels = [c.label for c in contenders[:2]]
-    rows = {label: known[cell.name, label].rows for label in labels}
+    rows = {c.label: known[cell.name, c.label].rows for c in contenders[:4]}
     if not all(rows.values()):
         return False
-    first = {
-        label: next(r for r in found if "weights" in r["curve"]) for label, found in rows.items()
-    }
-    with figure_file(path, (11, 7.5)) as figure:
-        axes = figure.subplots(2, 3)
-        for number, label in enumerate(labels):
-            for row in rows[label]:
-                curve = row["curve"]
-                axes[0, 0].plot(
-                    curve["steps"], curve["test_loss"], color=f"C{number}", linewidth=1.2,
-                    label=f"{label}, rate {row['value']:g}" if row is rows[label][0] else None,
-                )  # fmt: skip
-        axes[0, 0].set_yscale("log")
-        axes[0, 0].set_title("test loss, three seeds")
-        axes[0, 0].legend(fontsize=8)
-        for index in range(10):
-            for label, style in zip(labels, ("-", "--"), strict=True):
-                curve = first[label]["curve"]
-                axes[0, 1].plot(
-                    curve["steps"], [w[index] for w in curve["weights"]], style, linewidth=1,
-                    color=f"C{index}",
-                )  # fmt: skip
-            curve = first["VR-SGD"]["curve"]
-            axes[0, 2].plot(
-                curve["steps"][: len(curve["ratios"])], [r[index] for r in curve["ratios"]],
-                linewidth=1, color=f"C{index}", label=f"w{index + 1}",
-            )  # fmt: skip
-        axes[0, 1].set_title("weights 1 to 10 (dashed: VR-SGD)")
-        axes[0, 2].set_title("r of VR-SGD, a weight each")
-        axes[0, 2].legend(fontsize=7, ncols=2)
-        for axis in axes[0]:
-            axis.set_xlabel("update")
-        for axis, kind, values in (
-            (axes[1, 0], "γ", GAMMAS),
-            (axes[1, 1], "k", sorted({*SUB_BATCH_NUMBERS, 32})),
-        ):
-            for number, (each, _) in enumerate(study.comparisons):
-                points = []
-                for value in values:
-                    main = value == (0.1 if kind == "γ" else 32)
-                    label = "VR-SGD" if main else f"VR-SGD, {kind} = {value:g}"
-                    if final := _finite(known[each.name, label].final):
-                        points.append((value, statistics.fmean(final), _spread(final)))
-                if points:
-                    axis.errorbar(
-                        *zip(*points, strict=True), color=f"C{number}", marker="o", markersize=4,
-                        linewidth=1, capsize=2, label=each.name,
-                    )  # fmt: skip
-            axis.set_xscale("log")
-            axis.set_xlabel(kind)
-            axis.set_title(f"log₁₀ test loss by {kind}, each with its best rate", fontsize=10)
-        axes[1, 2].set_visible(False)
-        figure.legend(
-            *axes[1, 0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(1, 0.2)
-        )
-        figure.suptitle(f"{cell.name} (upper row)")
-        for axis in axes.flat:
-            axis.grid(alpha=0.3)
-    return True
-
-
-def _labels(study: Study, kinds: Sequence[str]) -> list[str]:
-    """Of all contenders with these optimizers, in the optimizers' order."""
-    labels = dict.fromkeys(c.label for _, contenders in study.comparisons for c in contenders)
-    found = [label for label in labels if optimizer_and_warmup(label)[0] in kinds]
-    return sorted(found, key=lambda label: kinds.index(optimizer_and_warmup(label)[0]))
-
-
-def _batch(cell: Cell) -> int:
-    return int(cell.settings["batch_size"])
+    losses, weights = [], []
+    for colour, (label, found) in enumerate(rows.items()):
+        curves = [row["curve"]["test_loss"] for row in found]
+        logs = [[math.log10(loss) for loss in at] for at in zip(*curves, strict=True)]
+        y, spread = [statistics.fmean(at) for at in logs], [_spread(at) for at in logs]
+        losses.append(Line(label, found[0]["curve"]["steps"], y, spread, colour))
+    for label in ("SGD", "VR-SGD"):
+        curve = next(row["curve"] for row in rows[label] if "weights" in row["curve"])
+        for colour, index in enumerate((0, 4, 9)):
+            text = f"w{index + 1}" if label == "SGD" else ""
+            y = [each[index] for each in curve["weights"]]
+            weights.append(Line(text, curve["steps"], y, (), colour, dashed=label != "SGD"))
+    panels = [
+        Panel(f"{_SETTINGS[0]} (± standard deviation)", "update", "log₁₀ test loss", losses),
+        Panel(f"{_SETTINGS[0]}: w1, w5, w10 (dashed: VR-SGD)", "update", "weight", weights),
+    ]
+    for kind, main, values in (("k", 32, (*SUB_BATCH_NUMBERS, 32)), ("γ", 0.1, GAMMAS)):
+        lines = []
+        for colour, (each, _) in enumerate(study.comparisons):
+            points = []
+            for value in sorted(values):
+                label = "VR-SGD" if value == main else f"VR-SGD, {kind} = {value:g}"
+                if final := _finite(known[each.name, label].final):
+                    points.append((value, statistics.fmean(final), _spread(final)))
+            x, y, spread = zip(*points, strict=True) if points else ((), (), ())
+            lines.append(Line(_SETTINGS[colour], x, y, spread, colour))
+        title = f"VR-SGD by {kind}, each at its best rate (± standard deviation)"
+        panels.append(Panel(title, kind, "log₁₀ test loss", lines, log=True))
+    return plot_panels(path, [[panel] for panel in panels], 2.4)
 
 
 def _finite(scores: Sequence[float]) -> list[float]:
@@ -265,33 +340,33 @@ def _spread(scores: Sequence[float]) -> float:
 
 def blocks(results: dict[str, Results]) -> dict[str, str]:
     """Returns the tables of the page by their names."""
-    found: dict[str, str] = {}
+    known = all_outcomes(results)
+    found: dict[str, str] = {"claims": claims_of_papers(known)}
+    found |= answer.blocks(known, first_differences(TWO_CONV, results[TWO_CONV.name]))
     for study in _TUNED:
         for cell, contenders in study.comparisons:
-            name = f"{study.name}-{_batch(cell)}"
+            name = f"{study.name}-{batch_of(cell)}"
             found[name] = tuned_table(study, results[study.name], cell, list(contenders))
     found["regression"] = regression_table(REGRESSION, results[REGRESSION.name])
     return found | conditions_page.blocks(results)
 
 
+_PLOTS: dict[str, tuple[Callable[[Study, Results, Path], bool], Study]] = {
+    "evidence_batches.png": (plot_answer, TWO_CONV),
+    "evidence_loss.png": (plot_loss, TWO_CONV),
+    "evidence_warmup.png": (plot_warmup, TWO_CONV),
+    "evidence_vrgd.png": (plot_vrgd, TWO_CONV),
+    "evidence_extrap.png": (plot_extrap, TWO_CONV),
+    "evidence_rates.png": (plot_rates, TWO_CONV),
+    "evidence_regression.png": (plot_regression, REGRESSION),
+}
+
+
 def plots(results: dict[str, Results], images: Path) -> list[Path]:
     """Draws the plots of the page that have something to show; returns their files."""
-    drawn: list[tuple[Callable[[Study, Results, Path], bool], Study, str]] = [
-        (plot_batches, TWO_CONV, "evidence_batches.png"),
-        (plot_rates, TWO_CONV, "evidence_rates.png"),
-        (plot_regression, REGRESSION, "evidence_regression.png"),
-    ]
     written = [
         images / name
-        for plot, study, name in drawn
+        for name, (plot, study) in _PLOTS.items()
         if plot(study, results[study.name], images / name)
     ]
-    for study in _TUNED:
-        known = outcomes(study, results[study.name])
-        for cell, contenders in study.comparisons:
-            finished = [c for c in contenders if known[cell.name, c.label].final]
-            if len(finished) > 1:
-                path = images / f"evidence_{study.name}_{_batch(cell)}.png"
-                plot_comparison(study, results[study.name], cell, finished, path)
-                written.append(path)
     return written + conditions_page.plots(results, images)

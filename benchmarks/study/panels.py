@@ -1,4 +1,7 @@
-"""Plots of lines with direct labels, in colours that colour-blind people tell apart."""
+"""Plots with direct labels, in colours that colour-blind people tell apart.
+
+They are 6 inches wide: shown 700 pixels wide, or 360 on a phone, their text can still be read.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,13 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MOST_LINES = len(COLOURS)
 _MARKERS = "osD^vP"
-# Between two labels, in parts of an axis's height.
-_APART = 0.075
+_WIDTH = 6.0
+# Between two labels, in inches.
+_APART = 0.16
+# Between the error bars of two lines at one x, in parts of x.
+_DODGE = 0.08
+_CURVE = 12
+"""A line of so many points is a curve: without markers, its spread is a band."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +34,12 @@ class Line:
     """A line of a panel.
 
     Attributes:
-        label: Written at its end.
+        label: Written at its end, if not empty.
         x: Rising.
         y: Of the same length.
-        spread: Half lengths of error bars, or nothing.
+        spread: Half lengths of error bars, or of the band about a curve, or nothing.
         colour: Its place in `COLOURS`.
         dashed: Whether it is.
-        lost: Where runs diverged: marked at the bottom.
     """
 
     label: str
@@ -41,7 +48,6 @@ class Line:
     spread: Sequence[float] = ()
     colour: int = 0
     dashed: bool = False
-    lost: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class Panel:
         title: Above it.
         x_label: Below it.
         y_label: At its left.
-        lines: From the first in the legend's order.
-        log: Whether x is on a logarithmic scale of base 2.
+        lines: In any order.
+        log: Whether x is on a logarithmic scale.
+        zero: What y = 0 is, written there; nothing for no such line.
     """
 
     title: str
@@ -61,85 +68,165 @@ class Panel:
     y_label: str
     lines: Sequence[Line]
     log: bool = False
+    zero: str = ""
 
 
-def plot_panels(path: Path, rows: Sequence[Sequence[Panel]], share_y: bool = True) -> bool:
+@dataclass(frozen=True)
+class Interval:
+    """A mean with an interval, on a line of `plot_intervals`.
+
+    Attributes:
+        label: At the left; those with one label share a line.
+        middle: The mean.
+        low: Lower end of the interval.
+        high: Upper end.
+        colour: Its place in `COLOURS`.
+    """
+
+    label: str
+    middle: float
+    low: float
+    high: float
+    colour: int = 0
+
+
+def plot_panels(path: Path, rows: Sequence[Sequence[Panel]], height: float = 2.6) -> bool:
     """Draws panels in rows, as a PNG; returns whether there was anything to draw.
 
+    Args:
+        path: Of the PNG.
+        rows: Of one or two panels. Two share their y axis, and only the second has labels where
+            both have the same lines.
+        height: Of a row, in inches.
+
     Raises:
-        ValueError: A panel has more lines than can be told apart.
+        ValueError: A panel has more lines than can be told apart, or a row more than two panels.
     """
     for panel in (panel for row in rows for panel in row):
         if len(panel.lines) > MOST_LINES:
             raise ValueError(f"{panel.title}: at most {MOST_LINES} lines, not {len(panel.lines)}")
+    columns = max(map(len, rows))
+    if columns > 2:
+        raise ValueError(f"at most 2 panels beside each other, not {columns}")
     if not any(line.x for row in rows for panel in row for line in panel.lines):
         return False
-    columns = max(map(len, rows))
-    # As wide as text is still read at the width of a page.
-    width = 10.2 if columns > 2 else 4.6 * columns
-    with figure_file(path, (width, 3.1 * len(rows))) as figure:
-        axes = figure.subplots(
-            len(rows), columns, squeeze=False, sharey="row" if share_y else False
-        )
-        for line_of_axes, row in zip(axes, rows, strict=True):
-            for axis in line_of_axes[len(row) :]:
-                axis.set_visible(False)
-            for axis, panel in zip(line_of_axes, row, strict=False):
-                _draw(axis, panel)
-        for line_of_axes, row in zip(axes, rows, strict=True):
-            for axis, panel in zip(line_of_axes, row, strict=False):
-                _label_ends(axis, panel)
+    alike = [row[0] for row in rows if len(row) > 1 and _labels(row[0]) == _labels(row[1])]
+    with figure_file(path, (_WIDTH, height * len(rows))) as figure:
+        axes = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
+        pairs = [*zip(axes.flat, (panel for row in rows for panel in row), strict=True)]
+        for axis, panel in pairs:
+            _draw(axis, panel, ticks=10 if columns == 1 else 3)
+        for axis, panel in pairs:
+            if not axis.get_subplotspec().is_first_col():
+                axis.set_ylabel("")
+            if panel not in alike:
+                _label_ends(axis, panel, height)
     return True
 
 
-def _draw(axis: Axes, panel: Panel) -> None:
-    for line in panel.lines:
-        for x in line.lost:
-            axis.plot(
-                [x], [0.02], "x", color=COLOURS[line.colour], markersize=7,
-                transform=axis.get_xaxis_transform(),
+def _labels(panel: Panel) -> list[str]:
+    return [line.label for line in panel.lines if line.x]
+
+
+def plot_intervals(
+    path: Path, intervals: Sequence[Interval], x_label: str, legend: Sequence[str] = ()
+) -> bool:
+    """Draws means with their intervals, a label a line, beside a line at 0.
+
+    Args:
+        path: Of the PNG.
+        intervals: From the top.
+        x_label: Below.
+        legend: What the colours are, if several.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    labels = list(dict.fromkeys(each.label for each in intervals))
+    if not labels:
+        return False
+    with figure_file(path, (_WIDTH, 0.27 * len(labels) + 0.9 + 0.3 * bool(legend))) as figure:
+        axis = figure.subplots()
+        axis.axvline(0, color="black", linewidth=1)
+        for each in intervals:
+            colour = COLOURS[each.colour]
+            place = labels.index(each.label) + (0.3 * each.colour - 0.15 if legend else 0)
+            ends = [[each.middle - each.low], [each.high - each.middle]]
+            axis.errorbar(
+                [each.middle], [place], xerr=ends, color=colour, marker=_MARKERS[each.colour],
+                markersize=5, linewidth=1.5, capsize=3,
             )  # fmt: skip
+        axis.set_yticks(range(len(labels)), labels, fontsize=9)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.set_xlabel(x_label, fontsize=9)
+        axis.tick_params(labelsize=9)
+        axis.grid(alpha=0.25, axis="x")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        for colour, text in enumerate(legend):
+            axis.plot([], [], _MARKERS[colour], color=COLOURS[colour], label=text)
+        if legend:
+            figure.legend(loc="outside upper center", ncols=len(legend), fontsize=9, frameon=False)
+    return True
+
+
+def _draw(axis: Axes, panel: Panel, ticks: int) -> None:
+    middle = (len(panel.lines) - 1) / 2
+    for place, line in enumerate(panel.lines):
         if not line.x:
             continue
+        colour, style = COLOURS[line.colour], "--" if line.dashed else "-"
+        if len(line.x) >= _CURVE:
+            axis.plot(line.x, line.y, style, color=colour, linewidth=1.5)
+            if line.spread:
+                low, high = zip(
+                    *((y - s, y + s) for y, s in zip(line.y, line.spread, strict=True)), strict=True
+                )
+                axis.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+            continue
+        aside = 1 + _DODGE * (place - middle) if panel.log and line.spread else 1
         axis.errorbar(
-            line.x,
-            line.y,
-            yerr=line.spread or None,
-            color=COLOURS[line.colour],
-            linestyle="--" if line.dashed else "-",
-            marker=_MARKERS[line.colour] if len(line.x) < 12 else "",
-            markersize=4,
-            linewidth=1.5,
-            capsize=2,
-        )
+            [aside * x for x in line.x], line.y, yerr=line.spread or None, color=colour,
+            linestyle=style, linewidth=1.5, elinewidth=1, capsize=2,
+            marker=_MARKERS[line.colour], markersize=4,
+        )  # fmt: skip
+    if panel.zero:
+        axis.axhline(0, color="black", linewidth=1)
     if panel.log:
         axis.set_xscale("log", base=2)
-        every = {x for line in panel.lines for x in (*line.x, *line.lost)}
-        ticks = spaced(every)
-        axis.set_xticks(ticks, [f"{x:.2g}" if x < 1 else f"{x:g}" for x in ticks])
+        at = spaced({x for line in panel.lines for x in line.x}, ticks)
+        axis.set_xticks(at, [f"{x:.2g}" if x < 1 else f"{x:,g}" for x in at])
         axis.minorticks_off()
+    else:
+        axis.locator_params(axis="x", integer=True)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.x_label, fontsize=9)
     axis.set_ylabel(panel.y_label, fontsize=9)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=9)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _label_ends(axis: Axes, panel: Panel) -> None:
+def _label_ends(axis: Axes, panel: Panel, height: float) -> None:
     """Writes each line's label beside its end, moved up or down where two would meet."""
-    low, high = axis.get_ylim()
-    drawn = [line for line in panel.lines if line.x]
-    places = spread_out([(line.y[-1] - low) / (high - low) for line in drawn], _APART)
-    for line, place in zip(drawn, places, strict=True):
-        colour = COLOURS[line.colour]
+    ends = [
+        (line.label, line.x[-1], line.y[-1], COLOURS[line.colour])
+        for line in panel.lines
+        if line.x and line.label
+    ]
+    if panel.zero:
+        ends.append((panel.zero, axis.get_xlim()[1], 0.0, "black"))
+    to_axes = axis.transAxes.inverted()
+    points = [to_axes.transform(axis.transData.transform((x, y))) for _, x, y, _ in ends]
+    # An axis is about as high as its row without title and labels.
+    places = spread_out([float(point[1]) for point in points], _APART / (height - 0.8))
+    for (label, x, y, colour), place in zip(ends, places, strict=True):
         axis.annotate(
-            line.label,
-            xy=(line.x[-1], line.y[-1]),
-            xytext=(1.03, place),
+            label,
+            xy=(x, y),
+            xytext=(1.04, place),
             textcoords="axes fraction",
             color=colour,
-            fontsize=8,
+            fontsize=9,
             va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
             annotation_clip=False,

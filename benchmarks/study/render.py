@@ -14,7 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Study, outcomes
+from benchmarks.study.differences import Difference
+from benchmarks.study.grid import (
+    ACCURACY,
+    Cell,
+    Contender,
+    Metric,
+    Outcome,
+    Results,
+    Study,
+    outcomes,
+)
 from official_recipes.common.files import atomic_write
 
 if TYPE_CHECKING:
@@ -82,6 +92,14 @@ def shown(metric: Metric, scores: Sequence[float]) -> str:
     return f"{mean} ± {metric.shown(statistics.stdev(finite))}{metric.unit}"
 
 
+def with_interval(metric: Metric, difference: Difference) -> str:
+    """A difference and its interval, as people read them."""
+    scaled = [metric.scale * v for v in (difference.mean, difference.low, difference.high)]
+    digits = 1 if metric.unit == ACCURACY.unit else metric.digits
+    mean, low, high = (f"{value:+.{digits}f}".replace("-", "−") for value in scaled)
+    return f"{mean} [{low}, {high}]"
+
+
 @contextmanager
 def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure that is written as a PNG when the block ends, unless nothing was drawn."""
@@ -95,7 +113,7 @@ def figure_file(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         yield figure
         if any(axis.has_data() for axis in figure.axes):
             with atomic_write(path) as temporary:
-                figure.savefig(temporary, dpi=130)
+                figure.savefig(temporary, dpi=200)
     finally:
         plt.close(figure)
 
@@ -108,31 +126,3 @@ def _tried(contender: Contender, outcome: Outcome) -> str:
         text = f"{value:g}: " + (f"{100 * score:.1f} %" if math.isfinite(score) else "diverged")
         parts.append(f"**{text}**" if value == outcome.best else text)
     return f"{contender.axis.replace('_', ' ')} {', '.join(parts)}"
-
-
-def plot_comparison(
-    study: Study, results: Results, cell: Cell, contenders: list[Contender], path: Path
-) -> None:
-    """Draws every seed's result of every contender, with their means, as a PNG."""
-    known = outcomes(study, results)
-    with figure_file(path, (8, 0.45 * len(contenders) + 1.4)) as figure:
-        axis = figure.subplots()
-        labels = []
-        for place, contender in enumerate(contenders):
-            final = known[cell.name, contender.label].final
-            scores = [study.metric.scale * score for score in final if math.isfinite(score)]
-            axis.plot(scores, [place] * len(scores), "o", color="C0", alpha=0.5, markersize=6)
-            if scores:
-                axis.plot(
-                    [statistics.fmean(scores)], [place], "|", color="black", markersize=18,
-                    markeredgewidth=2,
-                )  # fmt: skip
-            labels.append(contender.label)
-        axis.set_yticks(range(len(labels)), labels)
-        axis.set_ylim(len(labels) - 0.5, -0.5)
-        unit = f" ({study.metric.unit.strip()})" if study.metric.unit else ""
-        axis.set_xlabel(
-            f"test {study.metric.title}{unit}; a dot for each seed, a line for their mean"
-        )
-        axis.set_title(cell.name)
-        axis.grid(alpha=0.3)

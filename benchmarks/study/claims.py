@@ -1,0 +1,444 @@
+"""The papers' claims and what the table of results says of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.study.conditions import WEIGHTED, scaled_label, trust_label
+from benchmarks.study.curves import generalization_gap
+from benchmarks.study.differences import LEVEL, Difference, holm, paired_difference
+from benchmarks.study.grid import ACCURACY, Metric, Outcome, Results, Row, outcomes
+from benchmarks.study.render import with_interval
+from benchmarks.study.studies import SLOW_SGD, STUDIES
+
+REPRODUCED, IN_DIRECTION, NOT, NOT_TESTABLE = (
+    "reproduced",
+    "in direction",
+    "not",
+    "not testable",
+)
+_CHANCE = 0.1
+"""The accuracy of a run that diverged, on data of ten classes."""
+
+Known = Mapping[tuple[str, str, str], Outcome]
+Value = Callable[[Row], float | None]
+"""What is compared, of a run's row."""
+
+
+def all_outcomes(results: Mapping[str, Results]) -> Known:
+    """What is known of every contender, by names of study, cell and contender."""
+    return {
+        (name, *key): outcome
+        for name, study in STUDIES.items()
+        for key, outcome in outcomes(study, results[name]).items()
+    }
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two methods that a comparison is between.
+
+    Attributes:
+        study: A key of `STUDIES`.
+        cell: The cell's name.
+        label: The contender's.
+        value: What is compared; the study's metric by default.
+    """
+
+    study: str
+    cell: str
+    label: str
+    value: Value | None = None
+
+    def by_seed(self, known: Known) -> dict[int, float]:
+        """The values there are, by seed; a run that diverged has the accuracy of chance."""
+        outcome = known.get((self.study, self.cell, self.label), Outcome({}, None, [], []))
+        if self.value is None:
+            chance = STUDIES[self.study].metric is ACCURACY
+            return {
+                seed: _CHANCE if chance and not math.isfinite(score) else score
+                for seed, score in outcome.by_seed.items()
+            }
+        found = {int(row["flags"]["seed"]): self.value(row) for row in outcome.rows}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a claim is held against.
+
+    Attributes:
+        here: In words.
+        first: What is claimed to be ahead.
+        second: Of what.
+        metric: Of the difference; that of the study by default.
+    """
+
+    here: str
+    first: Side
+    second: Side
+    metric: Metric | None = None
+
+    @property
+    def unit(self) -> Metric:
+        """The metric of the difference."""
+        return self.metric or STUDIES[self.first.study].metric
+
+    def difference(self, known: Known) -> Difference | None:
+        """Of the seeds that both have."""
+        return paired_difference(self.first.by_seed(known), self.second.by_seed(known))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper.
+
+    Attributes:
+        paper: Its method.
+        text: What is claimed, and where.
+        comparisons: In the order of how near they are to the claim's own conditions. The first
+            that there are runs for tells the verdict.
+        command: What would test it, where nothing here can: of ``python -m official_recipes``.
+        seen: The verdict, and what it rests on, of one that is on another page.
+    """
+
+    paper: str
+    text: str
+    comparisons: Sequence[Comparison] = ()
+    command: str = ""
+    seen: tuple[str, str] = ("", "")
+
+
+def verdict_on_claim(metric: Metric, difference: Difference, adjusted: float) -> str:
+    """One of three words, by the sign, the interval and the p value of Holm's correction."""
+    if difference.mean == 0 or (difference.mean < 0) != metric.lower_is_better:
+        return NOT
+    return REPRODUCED if difference.excludes_zero and adjusted < LEVEL else IN_DIRECTION
+
+
+def claims_of_papers(known: Known, claims: Sequence[Claim] | None = None) -> str:
+    """Returns the table of all claims, one a row; Holm's correction is for all that have runs."""
+    claims = CLAIMS if claims is None else claims
+    found: list[tuple[Comparison, Difference] | None] = []
+    for claim in claims:
+        told = ((each, each.difference(known)) for each in claim.comparisons)
+        found.append(next(((c, d) for c, d in told if d is not None), None))
+    tested = [each[1] for each in found if each is not None]
+    adjusted = iter(holm([difference.p for difference in tested]))
+    lines = [
+        "| paper | claim | compared here | difference [95 % interval] | seeds | verdict |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for claim, told in zip(claims, found, strict=True):
+        here, difference, seeds, verdict = "–", "–", "–", NOT_TESTABLE
+        if told is not None:
+            here, seeds = told[0].here, str(told[1].seeds)
+            difference = f"{with_interval(told[0].unit, told[1])} {_unit(told[0].unit)}"
+            verdict = verdict_on_claim(told[0].unit, told[1], next(adjusted))
+        elif claim.comparisons:
+            here = claim.comparisons[0].here
+            verdict = f"not run yet: `--study={claim.comparisons[0].first.study}`"
+        elif claim.seen[0]:
+            verdict, here = claim.seen
+        elif claim.command:
+            here = f"`python -m official_recipes.{claim.command}`"
+        verdict = f"**{verdict}**" if verdict in (REPRODUCED, IN_DIRECTION, NOT) else verdict
+        row = (claim.paper, claim.text, here, difference, seeds, verdict)
+        lines.append("| " + " | ".join(row) + " |")
+    counted = f"Holm's correction is for the {len(tested)} comparisons that have runs."
+    return "\n".join([*lines, "", counted])
+
+
+def _unit(metric: Metric) -> str:
+    return "points" if metric.unit == ACCURACY.unit else metric.title
+
+
+# --- What is compared besides the metric ----------------------------------------------------------
+
+TRAINING_LOSS = Metric("train_loss", lower_is_better=True, scale=1.0, unit="", label="loss")
+_GAP = Metric("gap", label="gap")
+
+
+def last_training_loss(row: Row) -> float | None:
+    """The mean over the last epoch, in training mode."""
+    return None if row["diverged"] else row["train_loss"][-1]
+
+
+def _training_loss_at_half(row: Row) -> float | None:
+    losses = row["train_loss"]
+    return None if row["diverged"] else losses[len(losses) // 2 - 1]
+
+
+def _accuracy_at_half(row: Row) -> float | None:
+    evaluations = row["evaluations"]
+    return _CHANCE if row["diverged"] else evaluations[len(evaluations) // 2 - 1]["test_accuracy"]
+
+
+def _log_loss_at_half(row: Row) -> float | None:
+    """After half of the updates, or the first kept update behind it."""
+    curve = row.get("curve")
+    if curve is None:
+        return None
+    half = curve["steps"][-1] / 2
+    pairs = zip(curve["steps"], curve["test_loss"], strict=True)
+    return math.log10(next(loss for step, loss in pairs if step >= half))
+
+
+# --- The claims -----------------------------------------------------------------------------------
+
+_Told = tuple[Comparison, ...] | str
+"""What a claim is held against, or the configuration that would test it."""
+
+
+def _of(paper: str, claims: Mapping[str, _Told]) -> tuple[Claim, ...]:
+    return tuple(
+        Claim(paper, text, command=told) if isinstance(told, str) else Claim(paper, text, told)
+        for text, told in claims.items()
+    )
+
+
+def _in(study: str, cell: str, here: str, metric: Metric | None = None) -> Callable[..., _Told]:
+    """A function that makes comparisons of labels, and of what they are compared by, in a cell."""
+
+    def compared(first: str, second: str, *values: Value) -> tuple[Comparison]:
+        sides = [Side(study, cell, first, *values[:1]), Side(study, cell, second, *values[-1:])]
+        return (Comparison(here, sides[0], sides[1], metric),)
+
+    return compared
+
+
+def _two_conv(batch: int, note: str, metric: Metric | None = None) -> Callable[..., _Told]:
+    """Of the first edition."""
+    return _in("two_conv", f"two-conv, B={batch}", f"two-conv, {batch:,}{note}", metric)
+
+
+def _across(note: str, first: tuple[int, str], second: tuple[int, str], *values: Value) -> _Told:
+    """Of the first edition, between two batch sizes."""
+    sides = [Side("two_conv", f"two-conv, B={b}", label, *values) for b, label in (first, second)]
+    metric = TRAINING_LOSS if values else None
+    return (Comparison(f"two-conv{note}", sides[0], sides[1], metric),)
+
+
+_LARS = "LARS at τ = 0.01"
+SNGM = _of(
+    "SNGM",
+    {
+        "Figure 1: momentum SGD has a higher test accuracy at 128 than at 4,096": _across(
+            "", (128, "momentum"), (4096, "momentum")
+        ),
+        "Figure 1: momentum SGD has a lower training loss at 128 than at 4,096": _across(
+            "", (128, "momentum"), (4096, "momentum"), last_training_loss
+        ),
+        "Table 2: at 4,096 SNGM is ahead of momentum SGD, both without warm-up": _two_conv(
+            4096, ""
+        )("SNGM", "momentum"),
+        "Table 2: at 4,096 SNGM is ahead of LARS without warm-up": _two_conv(
+            4096, ", LARS at τ = 0.01"
+        )("SNGM", _LARS),
+        "Table 2: at 4,096 SNGM is ahead of LARS with warm-up": _two_conv(
+            4096, ", LARS at τ = 0.001"
+        )("SNGM", "LARS, warm-up"),
+        "Figure 2: at 4,096 SNGM has a lower training loss than LARS": _two_conv(
+            4096, ", LARS at τ = 0.01", TRAINING_LOSS
+        )("SNGM", _LARS, last_training_loss),
+        "Table 2: SNGM at 4,096 is as good as momentum SGD at 128": _across(
+            ", 240 against 7,800 updates", (4096, "SNGM"), (128, "momentum")
+        ),
+        "Table 2 itself: ResNet-20 and ResNet-56, 160 epochs": (
+            "cifar.train --config_file=sngm_table2_resnet20_sngm"
+        ),
+        "Table 3: ResNet-50 on ImageNet at 8k is as good as momentum SGD at 256": (
+            "resnet50.train --config_file=sngm_8k"
+        ),
+    },
+)
+
+
+def _scaled(name: str, batch: int, what: str, *values: Value) -> _Told:
+    """VRGD against its base at the rate of 256 times √(B / 256), with warm-up."""
+    labels = [scaled_label(label, True) for label in (f"{WEIGHTED[name][0]}, k = 8", name)]
+    here = f"two-conv, {batch:,}, scaled rate{what}"
+    return _in("scaled", f"two-conv, B={batch}", here)(*labels, *values)
+
+
+def _regression(note: str) -> Callable[..., _Told]:
+    cell = "uniform inputs, label noise 0, 100 updates"
+    return _in("regression", cell, f"uniform inputs, no noise{note}")
+
+
+def _by_half(label: str, note: str) -> _Told:
+    cell = "uniform inputs, label noise 0, 100 updates"
+    sides = Side("regression", cell, "VR-SGD", _log_loss_at_half), Side("regression", cell, label)
+    return (Comparison(f"uniform inputs, no noise, {note}", *sides),)
+
+
+_TUNED = ", both tuned, warm-up"
+VRGD = _of(
+    "VRGD",
+    {
+        **{
+            f"Table 5: at 8k and a rate scaled by √B, {WEIGHTED[name][0]} is ahead of {name}": (
+                _scaled(name, 8192, "")
+            )
+            for name in WEIGHTED
+        },
+        **{
+            f"Figure 2: {WEIGHTED[name][0]} converges 1.7 to 4 times as fast as {name}": (
+                _scaled(name, 2048, ", after half of the epochs", _accuracy_at_half)
+            )
+            for name in WEIGHTED
+        },
+        **{
+            f"Table 5: VR-{name} is ahead of {base} at 8k": _two_conv(8192, _TUNED)(
+                f"VR-{name}, warm-up", f"{base}, warm-up"
+            )
+            for name, base in (
+                ("Momentum", "momentum"),
+                ("Adam", "Adam"),
+                ("LAMB", "LAMB"),
+                ("LARS", "LARS"),
+            )
+        },
+        "Table 3: VR-LARS has a smaller generalization gap (test − training) than LARS": _in(
+            "gap", "5,000 images, B=2048", "two-conv, 5,000 images, 2,048", _GAP
+        )("VR-LARS", "LARS", generalization_gap),
+        "Table 4: VR-SGD is ahead of SGD on DLRM, the more the larger the batch": _in(
+            "dlrm", "DLRM, B=8192", "made-up clicks, 8,192, both tuned"
+        )("VR-SGD", "SGD"),
+        "Table 1: VR-LAMB is ahead of LAMB on BERT": _in(
+            "bert", "BERT-tiny, B=128", "BERT-tiny, 128, tuned"
+        )("VR-LAMB", "LAMB"),
+        "§7.2: on linear regression VR-SGD has after 50 updates the loss of SGD after 100": (
+            _by_half("SGD", "both tuned")
+        ),
+        "§7.2, if SGD's rate, which the paper does not tell, was half of its best": _by_half(
+            SLOW_SGD, "SGD at half of its best rate"
+        ),
+        "Figure 3: γ in (0.04, 0.2) is better than γ near 1": _regression(", γ = 0.1 against 1")(
+            "VR-SGD", "VR-SGD, γ = 1"
+        ),
+        "Figure 3: γ in (0.04, 0.2) is better than a smaller γ": _regression(
+            ", γ = 0.1 against 0.01"
+        )("VR-SGD", "VR-SGD, γ = 0.01"),
+        "Figure 3: k in [32, 256] is better than a smaller k": _regression(", k = 32 against 4")(
+            "VR-SGD", "VR-SGD, k = 4"
+        ),
+        "Table 5 itself: ResNet-56 on CIFAR-10, 256 to 8k": (
+            "cifar.train --config_file=vrgd_table5_vr_lars"
+        ),
+        "Table 1 itself: BERT-large up to 128k/64k without loss of F1": (
+            "bert.train --config_file=vrgd_128k_64k_phase1"
+        ),
+        "Tables 2 and 3 themselves: ResNet-50 on ImageNet at 96k, 0.52 points over LARS": (
+            "resnet50.train --config_file=vrgd_96k"
+        ),
+        "Table 4 itself: DLRM on Criteo at 512k": "dlrm.train --config_file=vrgd_512k",
+    },
+)
+
+
+def _trust(here: str) -> Callable[..., _Told]:
+    return _in("trust", "two-conv, B=4096", f"two-conv, 4,096, {here}")
+
+
+_PLAIN, _WARM = trust_label("LARS", None), trust_label("LARS", None, warmup=True)
+# Where the second edition's runs are missing, the first one's tell.
+CLARS = (
+    *_of(
+        "CLARS",
+        {
+            "Figure 1: at 8,192 LARS has a lower training loss than Nesterov's SGD": _two_conv(
+                8192, ", warm-up", TRAINING_LOSS
+            )("LARS, warm-up", "Nesterov momentum, warm-up", last_training_loss),
+            "Eq. 3: LARS is better with warm-up than without": _trust("ρ = τ")(_WARM, _PLAIN),
+            "Figure 4, Table 1: CLARS without warm-up is ahead of LARS with it": (
+                *_trust("ρ = τ")(trust_label("CLARS", None), _WARM),
+                *_two_conv(4096, ", τ = 0.01 and 0.001")("CLARS", "LARS, warm-up"),
+            ),
+            "Without warm-up and at τ = 0.01 CLARS trains, where LARS diverges": (
+                *_trust("τ = 0.01")(trust_label("CLARS", 0.01), trust_label("LARS", 0.01)),
+                *_two_conv(4096, ", τ = 0.01")("CLARS", _LARS),
+            ),
+            "The same on another network": _in(
+                "mnist", "MNIST CNN, B=1024", "MNIST CNN, 1,024, τ = 0.01"
+            )("CLARS", "LARS"),
+            "Figure 3: CLARS without warm-up is ahead of Nesterov's SGD with it": _two_conv(
+                8192, ""
+            )("CLARS", "Nesterov momentum, warm-up"),
+            "Figure 3 itself: and of freezing the last layers; ResNet-56, CIFAR-100, 4,096": (
+                "cifar.train --config_file=clars_figure3_resnet56_fc_freeze"
+            ),
+            "Table 1 itself: ResNet-50 on ImageNet at 16k, better than LARS": (
+                "resnet50.train --config_file=clars_16k"
+            ),
+        },
+    ),
+    Claim(
+        "CLARS",
+        "Figure 2: M_k is largest in the top layers in the first epochs",
+        seen=(
+            IN_DIRECTION,
+            "[clars.md](clars.md#which-layers-gradients-vary-figure-2-of-the-paper), by hand, one "
+            "seed: 12 to 18 times the first layer's",
+        ),
+    ),
+)
+
+
+def _extrap_small(label: str) -> _Told:
+    cell = "two-conv, B=2048, 6 epochs"
+    return _in("extrapolation", cell, "two-conv, 2,048, k = 4")(label, "mini-batch SGD")
+
+
+_LSTM = ("wikitext2", "LSTM, B=64", "WikiText-2, 64, k = 8")
+_TRANSFORMER = ("multi30k", "transformer, B=512", "Multi30k, 512, k = 8")
+_NESTEROV = "Nesterov momentum"
+
+
+def _half_of_the_updates(of: tuple[str, str, str], first: str, second: str) -> _Told:
+    study, cell, here = of
+    compared = _in(study, cell, f"{here}, loss at half against the end", TRAINING_LOSS)
+    return compared(first, second, _training_loss_at_half, last_training_loss)
+
+
+EXTRAP = (
+    *_of(
+        "EXTRAP",
+        {
+            **{
+                text: _two_conv(batch, f", k = 8{_TUNED}")(
+                    "EXTRAP-SGD, warm-up", f"{_NESTEROV}, warm-up"
+                )
+                for batch, text in (
+                    (8192, "Figure 2a, Table 1: EXTRAP-SGD is ahead of SGD at 8k"),
+                    (1024, "The same at a smaller batch"),
+                )
+            },
+            "Table 1: uniform noise in the place of past gradients is ahead of SGD": _extrap_small(
+                "extrapolated SGD, uniform noise"
+            ),
+            "Table 2: EXTRAP-SGD with post-local SGD is ahead of SGD": _extrap_small(
+                "EXTRAP-SGD + post-local SGD"
+            ),
+            "Figure 3: EXTRAP-SGD needs at most half of SGD's updates, LSTM": _half_of_the_updates(
+                _LSTM, "EXTRAP-SGD", _NESTEROV
+            ),
+            "Figure 3: EXTRAP-SGD ends at a lower perplexity, LSTM": _in(*_LSTM)(
+                "EXTRAP-SGD", _NESTEROV
+            ),
+            "Figure 4: EXTRAP-ADAM needs at most half of Adam's updates, transformer": (
+                _half_of_the_updates(_TRANSFORMER, "EXTRAP-ADAM", "Adam")
+            ),
+            "Figure 4: EXTRAP-ADAM ends ahead of Adam, transformer": _in(*_TRANSFORMER)(
+                "EXTRAP-ADAM", "Adam"
+            ),
+            "Tables 1 and 2 themselves: ResNet-20 at 8k, 32 workers, 300 epochs": (
+                "cifar.train --config_file=extrap_table1_resnet20"
+            ),
+        },
+    ),
+)
+
+CLAIMS = (*SNGM, *VRGD, *CLARS, *EXTRAP)
