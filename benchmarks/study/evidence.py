@@ -51,7 +51,7 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
         fixed = contender.settings.get(contender.axis, outcome.best)
         rate = f"as {contender.takes_from}" if contender.takes_from else f"{fixed:g}"
         lines.append(
-            f"| {contender.label} | "
+            f"| {contender.label}{_mark(contender)} | "
             f"{rate} | {good_rates(outcome, metric) if outcome.tried else '–'} | "
             f"{len(outcome.tried) or '–'} | "
             f"{shown(metric, [outcome.tried[outcome.best]]) if outcome.tried else '–'} | "
@@ -61,7 +61,25 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
         lines = []
     if missing:
         lines += ["", f"Not run yet: {'; '.join(missing)}."]
+    if any(f"{_CONFOUNDED} |" in line for line in lines):
+        lines += ["", f"{_CONFOUNDED[1:]} At τ = 0.001, {_WHY}"]
     return "\n".join(lines)
+
+
+_CONFOUNDED = " †"
+_WHY = (
+    "where the first step of zero biases has the raw rate: "
+    "[confounded](#lars-without-warm-up-confounded)."
+)
+
+
+def _mark(contender: Contender) -> str:
+    """Of the first edition's LARS and VR-LARS, whose τ was the default and is not named."""
+    kinds = ("lars", "vr_lars")
+    confounded = contender.settings.get("optimizer") in kinds and (
+        "trust_coefficient" not in contender.settings
+    )
+    return _CONFOUNDED if confounded else ""
 
 
 def good_rates(outcome: Outcome, metric: Metric) -> str:
@@ -136,9 +154,8 @@ def plot_answer(study: Study, results: Results, path: Path) -> bool:
             if (found := known.get((cell.name, label))) and (final := _finite(found.final))
         ]
         x, y, spread = zip(*points, strict=True) if points else ((), (), ())
-        kind, warmup = optimizer_and_warmup(label)
-        text = kind if warmup else f"{kind}, no warm-up"
-        lines.append(Line(text, x, y, spread, _colour(label), dashed=not warmup))
+        dashed = not optimizer_and_warmup(label)[1]
+        lines.append(Line(_no_warmup(label), x, y, spread, _colour(label), dashed))
     pairs = [
         pair for pair in FIRST_CLAIMS if pair[1] == _AGAINST and pair[0][:2] not in ("VR", "EX")
     ]
