@@ -116,7 +116,7 @@ def _warmup(known: Known) -> str:
     cell = "two-conv, B=4096"
     gain = _difference(known, "two_conv", cell, (BASE, "momentum"))
     return (
-        f"**Warm-up comes first.** At 4,096 two epochs of twenty bring momentum SGD, in points: {gain}. "
+        f"**Warm-up comes first.** At 4,096 two epochs bring momentum SGD, in points: {gain}. "
         "Then the rate, by factors of 2: [one twice too large](#two-convolutions-on-cifar-10) "
         "costs more than one half as large as the best."
     )

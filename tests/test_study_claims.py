@@ -1,0 +1,137 @@
+"""The papers' claims: their verdicts, and the answer at the head of docs/evidence.md."""
+
+import math
+from pathlib import Path
+
+import pytest
+from test_study import carry_out
+
+from benchmarks.study import answer
+from benchmarks.study.claims import (
+    CLAIMS,
+    IN_DIRECTION,
+    NOT,
+    REPRODUCED,
+    Claim,
+    Comparison,
+    Side,
+    all_outcomes,
+    claims_of_papers,
+    verdict_on_claim,
+)
+from benchmarks.study.conditions_page import first_differences
+from benchmarks.study.differences import Difference
+from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results
+from benchmarks.study.studies import STUDIES, TWO_CONV
+
+ROOT = Path(__file__).parents[1]
+LOSS = Metric("loss", lower_is_better=True, scale=1.0, unit="")
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "adjusted", "verdict"),
+    [
+        (0.02, 0.01, 0.04, REPRODUCED),
+        (0.02, 0.01, 0.06, IN_DIRECTION),
+        (0.02, 0.03, 0.5, IN_DIRECTION),
+        (0.0, 0.03, 1.0, NOT),
+        (-0.02, 0.03, 0.5, NOT),
+        (-0.02, 0.01, 0.01, NOT),
+    ],
+)
+def test_a_verdict_is_by_the_sign_the_interval_and_the_correction(mean, half, adjusted, verdict):
+    difference = Difference(mean, mean - half, mean + half, 0.01, 3)
+    assert verdict_on_claim(ACCURACY, difference, adjusted) == verdict
+    turned = Difference(-mean, -mean - half, -mean + half, 0.01, 3)
+    assert verdict_on_claim(LOSS, turned, adjusted) == verdict
+
+
+def outcome(*scores, **fields):
+    rows = [
+        {"flags": {"seed": seed}, "diverged": not math.isfinite(score), **fields}
+        for seed, score in enumerate(scores, start=1)
+    ]
+    return Outcome({}, 0.1, list(scores), [], rows)
+
+
+def side(label, value=None):
+    return Side("two_conv", "cell", label, value)
+
+
+def test_a_table_of_claims():
+    known = {
+        ("two_conv", "cell", "a"): outcome(0.60, 0.61, 0.62, train_loss=[2.0, 1.0]),
+        ("two_conv", "cell", "b"): outcome(0.50, 0.51, 0.521, train_loss=[2.0, 1.5]),
+        ("two_conv", "cell", "c"): outcome(-math.inf, 0.65, 0.66, train_loss=[2.0, 1.5]),
+    }
+    missing = Comparison("there", side("missing"), side("b"))
+    claims = [
+        Claim("P", "a over b", [missing, Comparison("here", side("a"), side("b"))]),
+        Claim("P", "b over a", [Comparison("here", side("b"), side("a"))]),
+        Claim("P", "a over c", [Comparison("here", side("a"), side("c"))]),
+        Claim("P", "d over b", [missing]),
+        Claim("P", "large", command="cifar.train --config_file=large"),
+        Claim("P", "elsewhere", seen=(IN_DIRECTION, "a page")),
+    ]
+    lines = claims_of_papers(known, claims).splitlines()
+    assert lines[2] == "| P | a over b | here | +10.0 [+9.8, +10.1] points | 3 | **reproduced** |"
+    assert lines[3].endswith("| 3 | **not** |")
+    # One of c's runs diverged: 10 %.
+    assert "| +14.0 [" in lines[4]
+    assert lines[5] == "| P | d over b | there | – | – | not run yet: `--study=two_conv` |"
+    command = "`python -m official_recipes.cifar.train --config_file=large`"
+    assert lines[6] == f"| P | large | {command} | – | – | not testable |"
+    assert lines[7] == "| P | elsewhere | a page | – | – | **in direction** |"
+    assert lines[-1] == "Holm's correction is for the 3 comparisons that have runs."
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.paper}: {claim.text}")
+def test_what_a_claim_is_held_against_exists(claim):
+    assert sum(map(bool, (claim.comparisons, claim.command, claim.seen[0]))) == 1
+    for comparison in claim.comparisons:
+        for each in (comparison.first, comparison.second):
+            found = [cs for cell, cs in STUDIES[each.study].comparisons if cell.name == each.cell]
+            assert each.label in [contender.label for cs in found for contender in cs]
+    if claim.command:
+        program, name = claim.command.split(" --config_file=")
+        recipe = ROOT / "official_recipes" / program.split(".")[0]
+        assert (recipe / "train.py").is_file()
+        assert (recipe / "configs" / f"{name}.yaml").is_file()
+
+
+def made_up(gains):
+    """Outcomes of the first edition's runs at 4,096, with what methods have above the others."""
+
+    def score(run):
+        noise = 0.001 * math.sin(run.seed * len(run.label))
+        return 0.5 + gains.get(run.label, 0.0) + noise - 0.01 * abs(math.log2(run.value))
+
+    rows = []
+    if gains:
+        rows = carry_out(TWO_CONV, score, limit=5000, at_once=5000)
+    for row in rows:
+        if row["stage"] == FINAL:
+            row["updates"] = 240
+    results = {study.name: Results(study, []) for study in STUDIES.values()}
+    results["two_conv"] = Results(TWO_CONV, rows)
+    return all_outcomes(results), first_differences(TWO_CONV, results["two_conv"])
+
+
+def test_the_answer_follows_the_rows():
+    for gains, taken in (
+        ({"LARS, warm-up": 0.04, "SNGM": 0.05}, "| SNGM |"),
+        ({"LARS, warm-up": -0.05, "SNGM": -0.05, "CLARS": -0.05}, "| momentum, warm-up |"),
+    ):
+        blocks = answer.blocks(*made_up(gains))
+        assert blocks["answer-by-batch"].count(taken) == 4
+        assert "A ResNet at batch 8k" in blocks["answer"]
+        assert "BERT at 32k" in blocks["answer"]
+
+
+def test_an_answer_without_rows():
+    known, first = made_up({})
+    blocks = answer.blocks(known, first)
+    assert "not run yet" in blocks["answer"]
+    assert blocks["answer-by-batch"].count("\n") == 1
+    assert "| `trust` | 0 | 51 |" in blocks["state"]
+    assert "reproduced" not in claims_of_papers(known)
