@@ -25,6 +25,7 @@ from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results
 from benchmarks.study.studies import STUDIES, TWO_CONV
 
 ROOT = Path(__file__).parents[1]
+NATS = Metric("nats", scale=1.0, unit="", digits=3)
 LOSS = Metric("loss", lower_is_better=True, scale=1.0, unit="")
 
 
@@ -68,21 +69,22 @@ def test_a_table_of_claims():
     claims = [
         Claim("P", "a over b", [missing, Comparison("here", side("a"), side("b"))]),
         Claim("P", "b over a", [Comparison("here", side("b"), side("a"))]),
-        Claim("P", "a over c", [Comparison("here", side("a"), side("c"))]),
+        Claim("P", "a over c", [Comparison("here", side("a"), side("c"), NATS)]),
         Claim("P", "d over b", [missing]),
         Claim("P", "large", command="cifar.train --config_file=large"),
         Claim("P", "elsewhere", seen=(IN_DIRECTION, "a page")),
     ]
     lines = claims_of_papers(known, claims).splitlines()
-    assert lines[2] == "| P | a over b | here | +10.0 [+9.8, +10.1] points | 3 | **reproduced** |"
-    assert lines[3].endswith("| 3 | **not** |")
+    assert lines[2] == "| **P** | | | | |"
+    assert lines[3] == "| a over b | here | +10.0 [+9.8, +10.1] | 3 | **reproduced** |"
+    assert lines[4].endswith("| 3 | **not** |")
     # One of c's runs diverged: 10 %.
-    assert "| +14.0 [" in lines[4]
-    assert lines[5] == "| P | d over b | there | – | – | not run yet: `--study=two_conv` |"
+    assert lines[5].startswith("| a over c | here; nats | +0.140 [")
+    assert lines[6] == "| d over b | there (`--study=two_conv`) | – | – | not run yet |"
+    assert lines[7] == "| elsewhere | a page | – | – | **in direction** |"
+    assert lines[9] == "Holm's correction is for the 3 comparisons that have runs."
     command = "`python -m official_recipes.cifar.train --config_file=large`"
-    assert lines[6] == f"| P | large | {command} | – | – | not testable |"
-    assert lines[7] == "| P | elsewhere | a page | – | – | **in direction** |"
-    assert lines[-1] == "Holm's correction is for the 3 comparisons that have runs."
+    assert lines[-1] == f"| P, large | {command} |"
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim.paper}: {claim.text}")

@@ -13,12 +13,8 @@ from benchmarks.study.grid import ACCURACY, Metric, Outcome, Results, Row, outco
 from benchmarks.study.render import with_interval
 from benchmarks.study.studies import SLOW_SGD, STUDIES
 
-REPRODUCED, IN_DIRECTION, NOT, NOT_TESTABLE = (
-    "reproduced",
-    "in direction",
-    "not",
-    "not testable",
-)
+REPRODUCED, IN_DIRECTION, NOT = "reproduced", "in direction", "not"
+_NOT_YET = "not run yet"
 _CHANCE = 0.1
 """The accuracy of a run that diverged, on data of ten classes."""
 
@@ -119,7 +115,10 @@ def verdict_on_claim(metric: Metric, difference: Difference, adjusted: float) ->
 
 
 def claims_of_papers(known: Known, claims: Sequence[Claim] | None = None) -> str:
-    """Returns the table of all claims, one a row; Holm's correction is for all that have runs."""
+    """Returns a table of claims, one a row, and one of those that can not be tested here.
+
+    Holm's correction is for all that have runs.
+    """
     claims = CLAIMS if claims is None else claims
     found: list[tuple[Comparison, Difference] | None] = []
     for claim in claims:
@@ -128,36 +127,44 @@ def claims_of_papers(known: Known, claims: Sequence[Claim] | None = None) -> str
     tested = [each[1] for each in found if each is not None]
     adjusted = iter(holm([difference.p for difference in tested]))
     lines = [
-        "| paper | claim | compared here | difference [95 % interval] | seeds | verdict |",
-        "|---|---|---|---:|---:|---|",
+        "| claim | compared here | difference [95 % interval] | seeds | verdict |",
+        "|---|---|---:|---:|---|",
     ]
+    untested = ["| not testable here | the command that would test it |", "|---|---|"]
+    paper = ""
     for claim, told in zip(claims, found, strict=True):
-        here, difference, seeds, verdict = "–", "–", "–", NOT_TESTABLE
+        if claim.command:
+            command = f"`python -m official_recipes.{claim.command}`"
+            untested.append(f"| {claim.paper}, {claim.text} | {command} |")
+            continue
+        verdict, here, difference, seeds = *claim.seen, "–", "–"
         if told is not None:
-            here, seeds = told[0].here, str(told[1].seeds)
-            difference = f"{with_interval(told[0].unit, told[1])} {_unit(told[0].unit)}"
-            verdict = verdict_on_claim(told[0].unit, told[1], next(adjusted))
+            metric = told[0].unit
+            here, seeds = told[0].here + _unit(metric), str(told[1].seeds)
+            difference = with_interval(metric, told[1])
+            verdict = verdict_on_claim(metric, told[1], next(adjusted))
         elif claim.comparisons:
-            here = claim.comparisons[0].here
-            verdict = f"not run yet: `--study={claim.comparisons[0].first.study}`"
-        elif claim.seen[0]:
-            verdict, here = claim.seen
-        elif claim.command:
-            here = f"`python -m official_recipes.{claim.command}`"
-        verdict = f"**{verdict}**" if verdict in (REPRODUCED, IN_DIRECTION, NOT) else verdict
-        row = (claim.paper, claim.text, here, difference, seeds, verdict)
-        lines.append("| " + " | ".join(row) + " |")
+            nearest = claim.comparisons[0]
+            verdict, here = _NOT_YET, f"{nearest.here} (`--study={nearest.first.study}`)"
+        if claim.paper != paper:
+            paper = claim.paper
+            lines.append(f"| **{paper}** | | | | |")
+        verdict = verdict if verdict == _NOT_YET else f"**{verdict}**"
+        lines.append(f"| {claim.text} | {here} | {difference} | {seeds} | {verdict} |")
     counted = f"Holm's correction is for the {len(tested)} comparisons that have runs."
-    return "\n".join([*lines, "", counted])
+    return "\n".join([*lines, "", counted, "", *untested])
 
 
 def _unit(metric: Metric) -> str:
-    return "points" if metric.unit == ACCURACY.unit else metric.title
+    """Behind what is compared, if it is no accuracy in points."""
+    return "" if metric.unit == ACCURACY.unit else f"; {metric.title}"
 
 
 # --- What is compared besides the metric ----------------------------------------------------------
 
-TRAINING_LOSS = Metric("train_loss", lower_is_better=True, scale=1.0, unit="", label="loss")
+TRAINING_LOSS = Metric(
+    "train_loss", lower_is_better=True, scale=1.0, unit="", label="training loss"
+)
 _GAP = Metric("gap", label="gap")
 
 
@@ -221,7 +228,7 @@ def _across(note: str, first: tuple[int, str], second: tuple[int, str], *values:
     return (Comparison(f"two-conv{note}", sides[0], sides[1], metric),)
 
 
-_UNDECLARED = ("not run yet", "no study is declared")
+_UNDECLARED = (_NOT_YET, "no study is declared")
 _LARS = "LARS at τ = 0.01"
 SNGM = (
     Claim("SNGM", "Corollaries 1 and 2: the batch and the rate that they give", seen=_UNDECLARED),
@@ -249,7 +256,7 @@ SNGM = (
             "Table 2: SNGM at 4,096 is as good as momentum SGD at 128": _across(
                 ", 240 against 7,800 updates", (4096, "SNGM"), (128, "momentum")
             ),
-            "Table 2 itself: ResNet-20 and ResNet-56, 160 epochs": (
+            "Table 2: ResNet-20 and ResNet-56, 160 epochs": (
                 "cifar.train --config_file=sngm_table2_resnet20_sngm"
             ),
             "Table 3: ResNet-50 on ImageNet at 8k is as good as momentum SGD at 256": (
@@ -329,16 +336,16 @@ VRGD = _of(
         "Figure 3: k in [32, 256] is better than a smaller k": _regression(", k = 32 against 4")(
             "VR-SGD", "VR-SGD, k = 4"
         ),
-        "Table 5 itself: ResNet-56 on CIFAR-10, 256 to 8k": (
+        "Table 5: ResNet-56 on CIFAR-10, 256 to 8k": (
             "cifar.train --config_file=vrgd_table5_vr_lars"
         ),
-        "Table 1 itself: BERT-large up to 128k/64k without loss of F1": (
+        "Table 1: BERT-large up to 128k/64k without loss of F1": (
             "bert.train --config_file=vrgd_128k_64k_phase1"
         ),
-        "Tables 2 and 3 themselves: ResNet-50 on ImageNet at 96k, 0.52 points over LARS": (
+        "Tables 2 and 3: ResNet-50 on ImageNet at 96k, 0.52 points over LARS": (
             "resnet50.train --config_file=vrgd_96k"
         ),
-        "Table 4 itself: DLRM on Criteo at 512k": "dlrm.train --config_file=vrgd_512k",
+        "Table 4: DLRM on Criteo at 512k": "dlrm.train --config_file=vrgd_512k",
     },
 )
 
@@ -371,10 +378,10 @@ CLARS = (
             "Figure 3: CLARS without warm-up is ahead of Nesterov's SGD with it": _two_conv(
                 8192, ""
             )("CLARS", "Nesterov momentum, warm-up"),
-            "Figure 3 itself: ResNet-56 on CIFAR-100, CLARS ahead of frozen last layers, too": (
+            "Figure 3: ResNet-56 on CIFAR-100, CLARS ahead of frozen last layers, too": (
                 "cifar.train --config_file=clars_figure3_resnet56_fc_freeze"
             ),
-            "Table 1 itself: ResNet-50 on ImageNet at 16k, better than LARS": (
+            "Table 1: ResNet-50 on ImageNet at 16k, better than LARS": (
                 "resnet50.train --config_file=clars_16k"
             ),
         },
@@ -455,7 +462,7 @@ EXTRAP = (
             "Figure 4: EXTRAP-ADAM ends ahead of Adam, transformer": _in(*_TRANSFORMER)(
                 "EXTRAP-ADAM", "Adam"
             ),
-            "Tables 1 and 2 themselves: ResNet-20 at 8k, 32 workers, 300 epochs": (
+            "Tables 1 and 2: ResNet-20 at 8k, 32 workers, 300 epochs": (
                 "cifar.train --config_file=extrap_table1_resnet20"
             ),
         },
