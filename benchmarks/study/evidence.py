@@ -227,13 +227,15 @@ def plot_warmup(study: Study, results: Results, path: Path) -> bool:
     """Draws what warm-up brings at the first cell's batch, an optimizer a line."""
     known, (cell, contenders) = outcomes(study, results), study.comparisons[0]
     found = []
-    for label in (contender.label for contender in contenders):
+    for contender in contenders:
+        label = contender.label
         both = [known.get((cell.name, each)) for each in (f"{label}, warm-up", label)]
         if None not in both:
             difference = paired_difference(*(each.by_seed for each in both if each))
             if difference is not None:
                 ends = (difference.mean, difference.low, difference.high)
-                found.append(Interval(label, *(100 * value for value in ends)))
+                text = label + _mark(contender)
+                found.append(Interval(text, *(100 * value for value in ends)))
     found.sort(key=lambda each: -each.middle)
     text = f"points that two epochs of warm-up bring at B = {batch_of(cell):,} (95 % intervals)"
     return plot_intervals(path, found, text)

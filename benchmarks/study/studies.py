@@ -135,8 +135,6 @@ _FIRST_RATES_WITH_WARMUP = {
     "VR-LAMB, warm-up": 0.04,
     "Adam, warm-up": 0.004,
     "VR-Adam, warm-up": 0.004,
-    "Lion, warm-up": 0.0004,
-    "Muon, warm-up": 0.004,
 }
 # At other batches every optimizer in one way, momentum in two: those of which the papers say so
 # without warm-up. Best at 4096 (with Nesterov, EXTRAP and VR-SGD a guess of it), from which the
@@ -157,23 +155,13 @@ _RATES_OF_4096 = {
     "VR-LAMB, warm-up": 0.02,
     "VR-SGD, warm-up": 0.25,
     "EXTRAP-ADAM, warm-up": 0.004,
-    # As first above: guesses from Adam's.
-    "Lion, warm-up": 0.0004,
-    "Muon, warm-up": 0.004,
 }
-FAMILIES = {
-    "SGD": ("momentum", "Nesterov momentum", "VR-Momentum", "VR-SGD", "EXTRAP-SGD"),
-    "layer-wise or normalized": (
-        "LARS",
-        "LARS at τ = 0.01",
-        "VR-LARS",
-        "SNGM",
-        "CLARS",
-    ),
-    # In the place of Adam's: Lion takes signs, Muon orthogonalizes. "Adam" is Keras's AdamW.
-    "Adam": ("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB", "Lion", "Muon"),
-}
-"""Optimizers by what they stand on, a plot each."""
+# Rows of tables by what they stand on; "Adam" is Keras's AdamW.
+_ORDER = (
+    *("momentum", "Nesterov momentum", "VR-Momentum", "VR-SGD", "EXTRAP-SGD"),
+    *("LARS", "LARS at τ = 0.01", "VR-LARS", "SNGM", "CLARS"),
+    *("Adam", "VR-Adam", "EXTRAP-ADAM", "LAMB", "VR-LAMB"),
+)
 
 
 def optimizer_and_warmup(label: str) -> tuple[str, bool]:
@@ -207,11 +195,10 @@ def _two_conv(batch_size: int, rates_at_4096: Mapping[str, float]) -> tuple[Cell
         validation_size=5000,
     )
     scale = (batch_size / 4096) ** 0.5
-    kinds = [kind for family in FAMILIES.values() for kind in family]
 
     def place(label: str) -> tuple[int, bool]:
         kind, warmup = optimizer_and_warmup(label)
-        return kinds.index(kind), warmup
+        return _ORDER.index(kind), warmup
 
     labels = sorted(rates_at_4096, key=place)
     return cell, [_contender(label, scale * rates_at_4096[label], 2.0) for label in labels]
