@@ -136,11 +136,13 @@ def _tau(known: Known) -> str:
     text += (
         f"where zero biases train at η τ too (ρ = τ), warm-up brings at 4,096, in points: {gain}."
     )
-    for tau in COEFFICIENTS:
-        label = trust_label("LARS", tau)
-        if _of(known, "trust", cell, label).final:
-            gain = _difference(known, "trust", cell, (label, plain))
-            text += f" Where they train at η (ρ = 1) and τ = {tau:g}, LARS without it: {gain}."
+    others = [
+        f"at τ = {tau:g} by {_difference(known, 'trust', cell, (trust_label('LARS', tau), plain))}"
+        for tau in COEFFICIENTS
+        if _of(known, "trust", cell, trust_label("LARS", tau)).final
+    ]
+    if others:
+        text += f" Without it LARS where they train at η (ρ = 1) differs {'; '.join(others)}."
     return text
 
 

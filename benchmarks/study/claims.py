@@ -296,7 +296,7 @@ VRGD = _of(
             for name in WEIGHTED
         },
         **{
-            f"Figure 2: {WEIGHTED[name][0]} converges 1.7 to 4 times as fast as {name}": (
+            f"Figure 2: {WEIGHTED[name][0]} converges faster than {name}, 1.7 to 4 times": (
                 _scaled(name, 2048, ", test accuracy at half of the epochs", _accuracy_at_half)
             )
             for name in WEIGHTED

@@ -200,27 +200,38 @@ def plot_extrap(study: Study, results: Results, path: Path) -> bool:
     return plot_panels(path, [[Panel(title, _BATCH, "points", lines, log=True, zero="equal")]], 3.2)
 
 
+def _loss_line(text: str, rows: Sequence[Row], colour: int) -> Line:
+    """Training loss by epoch, from the second on: the first one is of another size."""
+    by_epoch = list(zip(*(row["train_loss"] for row in rows), strict=False))[1:]
+    x = list(range(2, len(by_epoch) + 2))
+    y, spread = [statistics.fmean(v) for v in by_epoch], [_spread(v) for v in by_epoch]
+    return Line(text, x, y, spread, colour)
+
+
 def plot_loss(study: Study, results: Results, path: Path) -> bool:
-    """Draws the training loss by epoch at the first cell's batch, without and with warm-up."""
+    """Draws training loss by epoch: momentum SGD by batch, and methods at the first cell's batch.
+
+    The methods without warm-up, then with it.
+    """
     known, cell = outcomes(study, results), study.comparisons[0][0]
-    panels = []
+    unit = "training loss"
+    by_batch = [
+        _loss_line(f"B = {batch_of(each):,}", found.rows, colour)
+        for colour, each in enumerate(sorted((c for c, _ in study.comparisons), key=batch_of))
+        if (found := known.get((each.name, "momentum")))
+    ]
+    panels = [[Panel("momentum SGD, no warm-up", "epoch", unit, by_batch)]]
     for warmup in (False, True):
         lines = []
         for kind in ("momentum", "Adam", "LARS", "LARS at τ = 0.01", "SNGM", "CLARS", "LAMB"):
             label = f"{kind}, warm-up" if warmup else kind
             skipped = "LAMB" if not warmup else "LARS at τ = 0.01"
-            if kind == skipped or (cell.name, label) not in known:
-                continue
-            losses = [row["train_loss"] for row in known[cell.name, label].rows]
-            by_epoch = list(zip(*losses, strict=False))
-            y, spread = [statistics.fmean(v) for v in by_epoch], [_spread(v) for v in by_epoch]
-            x = list(range(1, len(y) + 1))
-            # From the second epoch on: the first one is of another size.
-            text = "LARS at τ = 0.001" if label == "LARS" else kind
-            lines.append(Line(text, x[1:], y[1:], spread[1:], _colour(label)))
+            if kind != skipped and (found := known.get((cell.name, label))):
+                text = "LARS at τ = 0.001" if label == "LARS" else kind
+                lines.append(_loss_line(text, found.rows, _colour(label)))
         title = f"B = {batch_of(cell):,}, {'two epochs of' if warmup else 'no'} warm-up"
-        panels.append([Panel(title, "epoch", "training loss", lines)])
-    return plot_panels(path, panels)
+        panels.append([Panel(title, "epoch", unit, lines)])
+    return plot_panels(path, panels, 2.4)
 
 
 def plot_warmup(study: Study, results: Results, path: Path) -> bool:
