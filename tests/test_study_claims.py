@@ -135,5 +135,5 @@ def test_an_answer_without_rows():
     blocks = answer.blocks(known, first)
     assert "not run yet" in blocks["answer"]
     assert blocks["answer-by-batch"].count("\n") == 1
-    assert "| `trust` | 0 | 51 |" in blocks["state"]
+    assert "| `warmed` | 0 | 6 |" in blocks["state"]
     assert "reproduced" not in claims_of_papers(known)

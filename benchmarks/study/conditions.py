@@ -381,7 +381,7 @@ GAP = Study(
 )
 
 # --- 4. EXTRAP with as many sub-batches as its paper has ------------------------------------------
-# About 5 CPU hours: 88 runs, of 130 s on two-conv and 250 s on ResNet-8. The smoothness along the
+# About 5 CPU hours: 70 runs of 130 s on two-conv, 30 of about 300 s on ResNet-8. The smoothness along the
 # trajectory (Figure 2b) needs an evaluation of its own, and is not declared.
 
 _EXTRAP_POINTS = 32
@@ -438,7 +438,7 @@ EXTRAP = Study(
 )
 
 # --- 6. Baselines of 2026 -------------------------------------------------------------------------
-# About 7 CPU hours: 198 runs of 110 to 150 s. WikiText-2 and BERT-tiny are not declared.
+# About 8 CPU hours: 235 runs of 110 to 130 s. WikiText-2 and BERT-tiny are not declared.
 
 _BASELINES: dict[str, tuple[dict[str, Scalar], float]] = {
     "momentum": ({"optimizer": "momentum"}, 0.1),
