@@ -245,12 +245,14 @@ def plot_trust_rates(results: Results, path: Path) -> bool:
         lines = []
         for short, label, colour, tau in _trust_lines(warmup, name):
             outcome = known[cell.name, label]
-            points = [
-                (value * tau, 100 * statistics.fmean(outcome.repeated.get(value, [score])))
-                for value, score in sorted(outcome.tried.items())
-                if math.isfinite(score)
-            ]
-            lines.append(Line(short, [x for x, _ in points], [y for _, y in points], (), colour))
+            points = []
+            for value, score in sorted(outcome.tried.items()):
+                scores = [100 * each for each in outcome.repeated.get(value, [score])]
+                if math.isfinite(sum(scores)):
+                    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+                    points.append((value * tau, statistics.fmean(scores), spread))
+            x, y, spreads = zip(*points, strict=True) if points else ((), (), ())
+            lines.append(Line(short, x, y, spreads, colour))
         panels.append(
             Panel(_title(name, warmup), "η τ", "validation accuracy (%)", lines, log=True)
         )
