@@ -183,7 +183,7 @@ def test_intervals_beside_0(tmp_path):
 
 
 def test_labels_are_spread_out():
-    assert spread_out([0.5, 0.1, 0.51], 0.1) == pytest.approx([0.5, 0.1, 0.6])
+    assert spread_out([0.5, 0.1, 0.51], 0.1) == pytest.approx([0.455, 0.1, 0.555])
     assert spread_out([0.99, 0.98], 0.1) == pytest.approx([0.97, 0.87])
     assert spread_out([], 0.1) == []
 

@@ -5,11 +5,13 @@ They are 6 inches wide: shown 700 pixels wide, or 360 on a phone, their text can
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import isotonic_regression
 
 from benchmarks.study.render import figure_file
 
@@ -215,6 +217,7 @@ def _label_ends(axis: Axes, panel: Panel, height: float) -> None:
     ]
     if panel.zero:
         ends.append((panel.zero, axis.get_xlim()[1], 0.0, "black"))
+    axis.autoscale_view()  # Else the limits may still be those of an empty axis.
     to_axes = axis.transAxes.inverted()
     points = [to_axes.transform(axis.transData.transform((x, y))) for _, x, y, _ in ends]
     # An axis is about as high as its row without title and labels.
@@ -223,14 +226,17 @@ def _label_ends(axis: Axes, panel: Panel, height: float) -> None:
         axis.annotate(
             label,
             xy=(x, y),
-            xytext=(1.04, place),
+            xytext=(1.07, place),
             textcoords="axes fraction",
             color=colour,
             fontsize=9,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, "color": colour,
+                "linewidth": 0.5, "alpha": 0.6,
+            },
             annotation_clip=False,
-        )
+        )  # fmt: skip
 
 
 def spaced(values: Iterable[float], most: int = 4) -> list[float]:
@@ -252,7 +258,7 @@ def spaced(values: Iterable[float], most: int = 4) -> list[float]:
 
 
 def spread_out(places: Sequence[float], apart: float) -> list[float]:
-    """Moves places as little as is simple, in their order, until all are ``apart``.
+    """Moves places as little as can be, in their order, until all are ``apart``.
 
     Args:
         places: In any order, parts of a height.
@@ -261,12 +267,13 @@ def spread_out(places: Sequence[float], apart: float) -> list[float]:
     Returns:
         The new places, in the order given, below 0.97; below 0 only if there is no room.
     """
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    moved = list(places)
-    for before, index in itertools.pairwise(order):
-        moved[index] = max(moved[index], moved[before] + apart)
-    top = 0.97  # Below the title.
-    for index in reversed(order):
-        moved[index] = min(moved[index], top)
-        top = moved[index] - apart
-    return moved
+    if not places:
+        return []
+    order = np.argsort(places, kind="stable")
+    gaps = apart * np.arange(len(places))
+    moved = np.empty(len(places))
+    # Least squares; the highest are pressed together below the title.
+    moved[order] = gaps + np.minimum(
+        isotonic_regression(np.asarray(places)[order] - gaps).x, 0.97 - gaps[-1]
+    )
+    return [float(place) for place in moved]
