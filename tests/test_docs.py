@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUN_ELSEWHERE = {
     "README.md": "test_readme.py",
     "docs/known_defects.md": "test_known_defects.py",
+    "docs/loops.md": "test_readme.py",
     "docs/migrate.md": "test_migrate.py",
     "docs/scaling.md": "test_multi_worker_fit.py",
 }
@@ -81,6 +82,20 @@ def test_every_fence_is_found():
     assert pages_that_run() == [*NAMESPACES]
 
 
+def test_every_optimizer_has_a_page_with_every_section():
+    sections = ["The update", "What it keeps and sends", "When not to use it"]
+    sections += ["The paper, and what differs", "Reference"]
+    for page in pages():
+        if not page.startswith("docs/optimizers/") or page.endswith("index.md"):
+            continue
+        text = (ROOT / page).read_text(encoding="utf-8")
+        title = text.partition("\n")[0].removeprefix("# ")
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == sections, page
+        assert f"::: tf_lbopt.{title}\n" in text, page
+        documentation = getattr(tf_lbopt, title).__doc__
+        assert {"Args:", "Example:"} <= set(documentation.split()), page
+
+
 def small_start(tmp_path, monkeypatch):
     """Of CIFAR-10 one micro-batch: five updates where the page has 240."""
     draw = np.random.default_rng(0)
@@ -113,6 +128,7 @@ def small_batch_size(tmp_path, monkeypatch):
 NAMESPACES = {
     "docs/start.md": small_start,
     "docs/mistakes.md": lambda tmp_path, monkeypatch: {},
+    "docs/choose.md": lambda tmp_path, monkeypatch: {},
     "docs/batch_size.md": small_batch_size,
 }
 

@@ -1,4 +1,4 @@
-"""The code of README.md, run as it stands there."""
+"""The code of README.md and of docs/loops.md, run as it stands there."""
 
 import pathlib
 import re
@@ -13,8 +13,15 @@ from conftest import strategy_of
 
 import tf_lbopt
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+ROOT = pathlib.Path(__file__).parents[1]
+README, LOOPS_PAGE = ROOT / "README.md", ROOT / "docs" / "loops.md"
+BLOCKS = [
+    block
+    for page in (README, LOOPS_PAGE)
+    for block in re.findall(
+        r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
+    )
+]
 X = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
 Y = np.arange(64) % 3
 
@@ -156,12 +163,15 @@ def test_the_programs_run(tmp_path, monkeypatch):
     strategy = strategy_of(2)
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: strategy)
     path = tmp_path / "program.py"
-    model = make_model()
-    run(block("compile(optimizer=tf_lbopt.SNGM(schedule)"), path, model=model)
-    model.fit(X, Y, verbose=0)
     data = {"x_train": np.concatenate([X] * 64), "y_train": np.concatenate([Y] * 64)}
-    made = run(block("model.fit("), path, make_model=make_model, **data)
-    # 4,096 examples in four micro-batches are one update an epoch.
+    model = make_model()
+    # 4,096 examples are 16 updates an epoch before, and in four micro-batches one after.
+    for part, updates in (("keras.optimizers.SGD(schedule", 320), ("import tf_lbopt\n\ndecay", 20)):
+        made = run(block(part), path, model=model, **data)
+        assert int(made["optimizer"].iterations.numpy()) == updates
+    made = run(
+        block("strategy.scope():\n    model = make_model()\n"), path, make_model=make_model, **data
+    )
     assert int(made["optimizer"].iterations.numpy()) == 20
     loss_fn = keras.losses.SparseCategoricalCrossentropy()
     made = run(block("tf_lbopt.LAMB("), tmp_path / "lamb.py", model=model, loss_fn=loss_fn)
@@ -193,7 +203,19 @@ def test_what_accumulation_does_with_parts():
 
 def test_relative_links_lead_to_files():
     for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / path).exists(), path
+        assert (ROOT / path).exists(), path
+
+
+def test_the_first_screen_counts_updates_right():
+    """Images, batch, epochs and the lengths of the schedules belong together."""
+    text = README.read_text(encoding="utf-8")
+    images, epochs = 49_152, 20
+    assert f"{images:,} images for {epochs} epochs" in text
+    assert f"PolynomialDecay(0.035, {images // 256 * epochs}," in text
+    updates = images // (4 * 1024) * epochs
+    decay, warmup = map(int, re.search(r"\(16\.0, (\d+),.*?steps=(\d+)", text, re.S).groups())
+    assert decay + warmup == 10 * warmup == updates
+    assert f"{images // 256 * epochs:,} updates become {updates}, and {warmup} of them" in text
 
 
 def test_blocks_are_python():

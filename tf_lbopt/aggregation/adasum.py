@@ -1,7 +1,7 @@
 """Adasum, a reduction over replicas in the place of the mean: part of the way to the sum.
 
 Between two devices gradients go as copies, not as a collective: in each round half of the replicas
-that still have one give it to a neighbour, which combines the two; the last one gives the result to
+that still have one give it to a neighbor, which combines the two; the last one gives the result to
 all.
 """
 
@@ -58,7 +58,7 @@ def adasum_over_replicas(
     values: Sequence[Any],
     destinations: Sequence[tf.Variable],
 ) -> list[Any]:
-    """Adasum of the replicas' gradients, neighbours first, from a cross-replica context.
+    """Adasum of the replicas' gradients, neighbors first, from a cross-replica context.
 
     The replicas' gradients arrive divided by the number of replicas; what is returned is not, as
     the sum of them, which is their mean, would not be.

@@ -22,7 +22,7 @@ class Adasum(PipelineAroundOptimizer):
         (1 − a·b / 2‖a‖²) a + (1 − a·b / 2‖b‖²) b      0/0 = 0
 
     which is their sum if they are orthogonal and their mean if they are equal. Of more replicas, a
-    power of two, neighbours are combined first, then what came of them, and so on (the order
+    power of two, neighbors are combined first, then what came of them, and so on (the order
     matters: it is not associative). Each replica's gradient is that of its own mean loss. With
     accumulation it is the mean over the replica's micro-steps.
 

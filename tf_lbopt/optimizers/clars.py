@@ -106,7 +106,7 @@ def _mean(norms: tf.Tensor) -> tf.Tensor:
 
 @optimizer("clars")
 class CLARS(ExampleNorms, LargeBatchOptimizer):
-    """Complete layer-wise adaptive rate scaling, which needs no warm-up.
+    """Complete layer-wise adaptive rate scaling, which its paper trains without warm-up.
 
     Nesterov's momentum with a rate for every layer (trainable variable), like `LARS`, but against
     the mean norm of the gradients of examples or sub-batches instead of the norm of their mean:

@@ -10,25 +10,26 @@ _COMMON = {
             replicas and micro-steps). At most one of the three clips can be set.""",
     "clipvalue": "Greatest magnitude of one element of the mean gradient.",
     "global_clipnorm": "Greatest norm of the mean gradient of all variables together.",
-    "use_ema": """Whether to keep an exponential moving average of the weights, which `fit` puts in
-            their place at its end. In float32 for weights in half precision. Averages once per
+    "use_ema": """Whether to keep an exponential moving average of the weights, which replaces them
+            at the end of `fit`. It is float32 for weights in half precision, and averages once per
             update, from the first on.""",
     "ema_momentum": "Momentum of that average. Defaults to 0.99.",
-    "ema_overwrite_frequency": "Overwrite the weights by their average every so many updates.",
-    "loss_scale_factor": """Constant to multiply the loss by; taken out of the gradients again.""",
+    "ema_overwrite_frequency": "Updates after which the average overwrites the weights.",
+    "loss_scale_factor": """Constant that multiplies the loss; gradients are divided by it.""",
     "gradient_accumulation_steps": """Micro-steps (calls) per update, or `None` for no accumulation.
-            What is assigned to `accumulation_steps` is in force in its place (not with
-            extrapolation); 1 is a start for a batch that grows. Works under every strategy with a
-            copy of the variables on each replica; schedules and `iterations` count updates. The
-            mean is over micro-steps, whatever their numbers of examples; those left over at the end
-            of an epoch are carried into the next. What has a gradient in one micro-step of an
-            update must have one in those that follow, zeros for ``None``; an error says so if not
-            (in a step that XLA compiles the update is discarded).""",
-    "jit_compile": """Whether XLA compiles the update, without the reductions in front of it, to one
-            program for each replica; not in a step that runs eagerly or is compiled as a whole.
-            `True` makes sparse gradients dense. Defaults to `"auto"`: on a GPU, where variables
-            with sparse gradients are updated beside the program. With sparse gradients SNGM and
-            what is around a stock optimizer are not compiled then.""",
+            The attribute `accumulation_steps` changes the number during training (not with
+            extrapolation); a batch that is to grow from one micro-step starts with 1. Works under
+            every strategy with a copy of the variables on each replica. Schedules and `iterations`
+            count updates. All micro-steps weigh alike, whatever their numbers of examples. Those
+            left over at the end of an epoch are carried into the next. A variable that has a
+            gradient in one micro-step of an update needs one in those that follow, zeros in the
+            place of ``None``: without, an error says so, and in a step that XLA compiles the update
+            is discarded.""",
+    "jit_compile": """Whether XLA compiles the update to one program for each replica, without the
+            reductions before it. It has no effect in a step that runs eagerly or that XLA compiles
+            as a whole. `True` makes sparse gradients dense. Defaults to `"auto"`, which compiles on
+            a GPU only and updates variables with sparse gradients beside the program; with sparse
+            gradients it does not compile SNGM and what is around a stock optimizer.""",
     "mesh": "Must be `None`: DTensor is not supported.",
 }
 
@@ -39,10 +40,10 @@ _TEXTS = {
     "exclusions": """exclude_from_weight_decay: Variables, or regexes over the variable path
             (``"/bias$"``; ``"bias"`` also fits all in a layer named so), that do not decay: usually
             biases and normalization scales. Defaults to `None`: all decay.
-        exclude_from_layer_adaptation: Those that have no trust ratio. Defaults to `None`: the same
-            as those excluded from weight decay; `[]` excludes none.""",
-    "default_trust_ratio": """default_trust_ratio: ρ of a variable that has none, > 0: one that is
-            excluded, or where either norm is 0. Defaults to 1.0.""",
+        exclude_from_layer_adaptation: Variables, or regexes, without a trust ratio. Defaults to
+            `None`: those excluded from weight decay. `[]` excludes none.""",
+    "default_trust_ratio": """default_trust_ratio: ρ > 0 of a variable that is excluded, or
+            of whose two norms one is 0. Defaults to 1.0.""",
     "gamma": """gamma: γ in (0, 1], the lower bound of r, where most elements are if there are
             fewer than 8 sub-batches (see `VRSGD`); 1 switches the weighting off. Defaults to 0.1,
             which the paper never tunes.""",

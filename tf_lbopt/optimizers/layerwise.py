@@ -13,21 +13,23 @@ from tf_lbopt.optimizers.declared import REQUIRED
 class LARS(LargeBatchOptimizer):
     """Layer-wise adaptive rate scaling.
 
-    Momentum SGD whose rate is scaled, for every layer (trainable variable), by how large its
-    weights are against its gradient:
+    Momentum SGD with a rate for each layer (trainable variable), in proportion to the norm of its
+    weights over the norm of its gradient:
 
         g ← ḡ + λ w
         ρ = τ ‖w‖ / ‖g‖          `default_trust_ratio` where a norm is 0 or the layer is excluded
         u ← β u + η ρ g
         w ← w − u                with nesterov: w ← w − (β u + η ρ g)
 
-    This ρ is that of tf-models-official's `lars.LARS`, which this optimizer equals (except that an
-    empty exclusion list excludes nothing here), and of optax: their rates can be used as they are,
-    and without momentum a layer's step has the length η τ ‖w‖ exactly. The paper's eq. 6 is
+    Without momentum a layer's step has the length η τ ‖w‖.
+
+    tf-models-official's `lars.LARS` and `optax.lars` have the same ρ, and their rates can be used
+    as they are. (An empty `exclude_from_layer_adaptation` means "as for weight decay" in tf-models;
+    here it excludes nothing.) The paper's eq. 6 is
 
         ρ = τ ‖w‖ / (‖ḡ‖ + λ ‖w‖)
 
-    which `trust_ratio_denominator="sum_of_norms"` gives. Without weight decay both are the same.
+    which is `trust_ratio_denominator="sum_of_norms"`. Without weight decay both are the same.
 
     Args:
         learning_rate: η. {rate}
@@ -35,13 +37,12 @@ class LARS(LargeBatchOptimizer):
         trust_coefficient: τ > 0. Defaults to 0.001.
         nesterov: Whether to use Nesterov momentum. Defaults to `False`.
         weight_decay: λ ≥ 0, coupled: part of g and of its norm. Defaults to `None`.
-        {exclusions} They train at the raw rate η:
-            at one that suits τ = 0.001 (16, say) they destroy training. Give `[]`, or a larger
-            τ with a rate as much smaller (0.1 with 0.16 is seen in docs/evidence.md), or set
-            `default_trust_ratio` to τ.
+        {exclusions} Excluded variables train at the raw rate η. A rate that suits τ = 0.001, such
+            as 16, destroys training then. Give `[]`, or set `default_trust_ratio` to τ, or take a
+            larger τ and a smaller rate (docs/evidence.md has 0.1 and 0.16).
         trust_ratio_denominator: `"norm_of_sum"`, ‖ḡ + λ w‖, or `"sum_of_norms"`, ‖ḡ‖ + λ ‖w‖ (the
             paper's eq. 6). Defaults to `"norm_of_sum"`.
-        {default_trust_ratio} With τ in its place these too train at η τ.
+        {default_trust_ratio} Set to τ, it gives such a variable the rate η τ.
         {common_arguments}
 
     Raises:
@@ -56,8 +57,8 @@ class LARS(LargeBatchOptimizer):
 
     References:
         You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks"
-        (arXiv:1708.03888), eq. 6 with `trust_ratio_denominator="sum_of_norms"`. The default is that
-        of tf-models-official and optax.
+        (arXiv:1708.03888), eq. 6 with `trust_ratio_denominator="sum_of_norms"`. The default is from
+        tf-models-official and optax.
     """
 
     rule_class = rules.LARS
@@ -78,16 +79,17 @@ class LARS(LargeBatchOptimizer):
 class LAMB(LargeBatchOptimizer):
     """Layer-wise adaptive moments for batch training.
 
-    Adam whose step is scaled, for every layer (trainable variable), to the size of its weights:
+    Adam with a trust ratio: the step of each layer (trainable variable) has the length η ‖w‖.
 
         m ← β₁ m + (1 − β₁) ḡ,   v ← β₂ v + (1 − β₂) ḡ²
         r = m̂ / (√v̂ + ε) + λ w   with bias-corrected m̂ and v̂
         ρ = ‖w‖ / ‖r‖            `default_trust_ratio` where a norm is 0 or the layer is excluded
         w ← w − η ρ r
 
-    Without weight decay and at equal `epsilon` it equals `keras.optimizers.Lamb`, whose
-    `weight_decay` is another thing: decoupled, outside the trust ratio. With it, it equals
-    tf-models-official's `lamb.LAMB`, except that an empty exclusion list excludes nothing here.
+    Without weight decay and at equal `epsilon` it equals `keras.optimizers.Lamb`. Keras's
+    `weight_decay` is decoupled and outside the trust ratio; this one is inside. With and without
+    weight decay it equals tf-models-official's `lamb.LAMB`, except that an empty exclusion list
+    excludes nothing here.
 
     Args:
         learning_rate: η. {rate} Defaults to 0.001.

@@ -21,8 +21,8 @@ class SNGM(LargeBatchOptimizer):
         w ← w − η u
 
     A zero gradient contributes 0, and there is no additive epsilon. ‖u‖ never exceeds 1/(1 − β)
-    (Lemma 2 of the paper). No warm-up is needed; the paper decays the rate polynomially, with
-    power 1.1 (CIFAR-10) or 2 (ImageNet). Coupling the weight decay, as in the momentum SGD it is
+    (Lemma 2 of the paper). The paper has no warm-up and decays the rate polynomially, with power
+    1.1 (CIFAR-10) or 2 (ImageNet). Coupling the weight decay, as in the momentum SGD it is
     compared with, is a decision of this package: the paper does not say.
 
     Args:

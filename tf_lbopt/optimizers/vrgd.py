@@ -206,9 +206,9 @@ class VRLAMB(GSNRWeighting, LAMB):
         p ← β₃ p + (1 − β₃) r,   p̂ = p / (1 − β₃ᵗ)
         LAMB on p̂ ḡ
 
-    The authors' own listing, in an appendix, was not at hand. Inferred from section 4.2 of the
-    paper: p̂ multiplies ḡ before the moments, and p is the running mean of the clipped r, not of the
-    ratio before the clip.
+    The authors' listing is in an appendix that was not at hand. Two things are inferred from
+    section 4.2 of the paper: p̂ multiplies ḡ before the moments, and p is the running mean of r
+    after the clip.
 
     Args:
         learning_rate: η. {rate} Defaults to 0.001.
