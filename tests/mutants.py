@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "the deviation of a further micro-step has the wrong weight",
         "aggregation/accumulators.py",
-        "return replicas / count, -count / (count + 1.0)",
-        "return replicas / count, -count / count",
+        "return tf.math.divide_no_nan(float(replicas), count), -count / (count + 1.0)",
+        "return tf.math.divide_no_nan(float(replicas), count), -tf.ones_like(count)",
         "test_vrgd.py:variance",
     ),
     Mutant(
@@ -155,9 +155,9 @@ MUTANTS = (
     ),
     Mutant(
         "the first micro-step adds to what was there",
-        "aggregation/accumulation.py",
-        "return tf.cond(count < self.parts, begin, go_on)",
-        "return tf.cond(count < 0, begin, go_on)",
+        "aggregation/pipeline.py",
+        "lambda: made(True, advance)",
+        "lambda: made(False, advance)",
         "test_reference.py",
     ),
     Mutant(

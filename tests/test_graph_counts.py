@@ -52,9 +52,11 @@ def test_updates():
         assert plain.programs == 0
 
 
-@pytest.mark.parametrize(("name", "waits"), [("sngm", 2), ("lars", 2), ("lamb", 3)])
+@pytest.mark.parametrize(
+    ("name", "waits"), [("sngm", 2), ("lars", 2), ("adam", 3), ("lamb", 3), ("vr_lamb", 8)]
+)
 def test_waits(name, waits):
-    """For norms that are taken together, for the update, and for LAMB's directions."""
+    """For norms that are taken together, for the update, and what docs/accelerators.md lists."""
     known = {contender.name: contender for contender in contenders(0.01, replicas=1)[0]}
-    found = graph_counts.of_update(known[name], [(200, 100), (9,)], compiled=False)
+    found = graph_counts.of_update(known[name], [(300, 300), (9,)], compiled=False)
     assert found.waits == waits

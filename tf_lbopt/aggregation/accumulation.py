@@ -279,6 +279,7 @@ class Accumulation(ReplicaState):
         gradient_norms: tf.Tensor | None,
         squares: tf.Tensor | None,
         count: int | tf.Tensor,
+        begins: bool | None = None,
         part: int = 0,
     ) -> tf.Tensor:
         """Adds one micro-step's gradients to this replica's accumulators, in place.
@@ -289,6 +290,8 @@ class Accumulation(ReplicaState):
             gradient_norms: [n], what stands for their norms; ``None`` for these themselves.
             squares: A vector to be summed with them, or ``None``.
             count: The `position`; the first micro-step (of each part) overwrites.
+            begins: Whether it is the first, where the caller has a condition for that; else
+                ``None``.
             part: Which of the replica's sub-batches this is.
 
         Returns:
@@ -313,20 +316,17 @@ class Accumulation(ReplicaState):
                 accumulator.begin(gradient, live, norm)
             return tf.constant(True)
 
-        def deviate() -> tf.Tensor:
-            replicas = self._strategy.num_replicas_in_sync
-            weights = {
-                dtype: deviation_weights(tf.cast(before, dtype), replicas)
-                for dtype in {gradient.dtype for gradient in gradients}
-            }
-            for accumulator, gradient in zip(accumulators, gradients, strict=True):
-                accumulator.deviate(gradient, weights[gradient.dtype])
-            return tf.constant(True)
-
         def go_on() -> tf.Tensor:
             if VARIANCE in self.statistics:
-                # The first live one deviates from nothing.
-                tf.cond(live & (before > 0), deviate, lambda: tf.constant(True))
+                # The first live one deviates from nothing, and what is not live does not count.
+                deviates = tf.where(live, before, 0.0)
+                replicas = self._strategy.num_replicas_in_sync
+                weights = {
+                    dtype: deviation_weights(tf.cast(deviates, dtype), replicas)
+                    for dtype in {gradient.dtype for gradient in gradients}
+                }
+                for accumulator, gradient in zip(accumulators, gradients, strict=True):
+                    accumulator.deviate(gradient, weights[gradient.dtype])
             for accumulator, gradient, norm in zip(accumulators, gradients, own_norms, strict=True):
                 accumulator.add(gradient, live, norm)
             return tf.constant(True)
@@ -339,9 +339,9 @@ class Accumulation(ReplicaState):
                 first = tf.equal(count, 0)
                 kept = tf.where(first, tf.zeros_like(squares), self.squares.read_value())
                 self.squares.assign(kept + squares)
-            if isinstance(count, int):
-                return begin() if count < self.parts else go_on()
-            return tf.cond(count < self.parts, begin, go_on)
+            if begins is None and not isinstance(count, int):
+                return tf.cond(count < self.parts, begin, go_on)
+            return begin() if (count < self.parts if begins is None else begins) else go_on()
 
     def advance(self, count: int | tf.Tensor, updates: tf.Variable) -> tf.Tensor:
         """Notes, on this replica, that a micro-step was added which is not the last.

@@ -76,7 +76,7 @@ class DenseAccumulator:
         return _existing(self.sum, self.deviations, self.norm_sum)
 
     def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
-        """Follows the deviations of one more live micro-step, before it is added, in place.
+        """Follows the deviations of one more micro-step, before it is added, in place.
 
         Args:
             gradient: Of this micro-step.
@@ -236,16 +236,16 @@ class SparseAccumulator:
 def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
     """The factors of S_{n−1}, and of the square in what is subtracted from M_{n−1}, see the top.
 
-    ``R/(n−1)`` and ``−(n−1)/n``.
+    ``R/(n−1)`` and ``−(n−1)/n``; 0 and 0 where nothing came before.
 
     Args:
-        count: n − 1, how many live micro-steps came before; at least 1.
+        count: n − 1, how many live micro-steps came before.
         replicas: R.
 
     Returns:
         Scalars of the dtype of ``count``.
     """
-    return replicas / count, -count / (count + 1.0)
+    return tf.math.divide_no_nan(float(replicas), count), -count / (count + 1.0)
 
 
 def shares_of_deviations(

@@ -11,6 +11,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -144,6 +145,7 @@ class Pipeline:
         factor = accumulation.note(self.indices, self.paths, count)
 
         def add(
+            begins: bool | None,
             local: list[Gradient],
             local_norms: tf.Tensor | None,
             local_squares: tf.Tensor | None,
@@ -154,9 +156,10 @@ class Pipeline:
             part = micro_step.number % accumulation.parts
             # Not what it returns, the output of a condition: for one that other devices wait for,
             # TensorFlow 2.20 may make two nodes of one name ("is not unique").
-            with tf.control_dependencies(
-                [accumulation.add(self.indices, local, local_norms, local_squares, count, part)]
-            ):
+            added = accumulation.add(
+                self.indices, local, local_norms, local_squares, count, begins, part
+            )
+            with tf.control_dependencies([added]):
                 return [tf.constant(True)]
 
         def last() -> tf.Tensor:
@@ -170,16 +173,37 @@ class Pipeline:
             )
             return tf.constant(True)
 
-        (added,) = on_each_replica(
-            strategy, self.anchor, add, gradients, gradient_norms, squares, count
-        )
-        # After an error on one replica all must agree that this micro-step was not made.
-        with tf.control_dependencies(list(added)):
-            if isinstance(count, int):
-                return last() if count == steps - 1 else advance()
+        def made(begins: bool | None, end: Callable[[], tf.Tensor]) -> tf.Tensor:
+            (added,) = on_each_replica(
+                strategy,
+                self.anchor,
+                functools.partial(add, begins),
+                gradients,
+                gradient_norms,
+                squares,
+                count,
+            )
+            # After an error on one replica all must agree that this micro-step was not made.
+            with tf.control_dependencies(list(added)):
+                return end()
+
+        if isinstance(count, int):
+            return made(None, last if count == steps - 1 else advance)
+
+        def end() -> tf.Tensor:
             if micro_step.number < micro_step.of - 1:
                 return advance()
             return tf.cond(tf.equal(count, steps - 1), last, advance)
+
+        if not isinstance(steps, int) or _compat.in_xla_context():
+            # The first may be the last; or there is nothing that waits for a condition.
+            return made(None, end)
+        # One condition for both where there are two micro-steps.
+        return tf.cond(
+            count < accumulation.parts,
+            lambda: made(True, advance),
+            lambda: made(False, last if steps == accumulation.parts + 1 else end),
+        )
 
     # -- reduce ------------------------------------------------------------------------------------
 

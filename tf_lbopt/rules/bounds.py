@@ -127,6 +127,6 @@ def with_decay(
             found = others()
         else:
             strong = tf.cast(step.learning_rate, tf.float32) * ratio * weight_decay > 1.0
-            found = tf.cond(strong, others, lambda: tf.zeros_like(total))
+            found = tf.cond(strong, others, lambda: tf.zeros_like(total), name="rarely")
         total += found
     return lengths + weight_decay * total
