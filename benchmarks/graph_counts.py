@@ -3,12 +3,12 @@
     python -m benchmarks.graph_counts [--shapes=resnet50,bert_base] [--only=REGEX] [--output=FILE]
 
 A *launch* is an operation with a GPU kernel that computes something (`Unpack` launches one for each
-output); what only renames, reads or hands over memory is none. A *wait* is a condition or loop: the
-host must know its predicate, which is on the device, before it can go on. *On the host* are
-operations without a GPU kernel. Of a condition the branch with more launches counts, but for those
-named ``rarely`` (a norm that under- or overflows); of an update with micro-steps all calls count,
-all but the last with the branch that adds to accumulators. Weights decay, so that as much is done
-by all.
+output, but none where these are rows of whole 64 bytes, which stay where they are); what only
+renames, reads or hands over memory is none. A *wait* is a condition or loop: the host must know its
+predicate, which is on the device, before it can go on. *On the host* are operations without a GPU
+kernel. Of a condition the branch with more launches counts, but for those named ``rarely`` (a norm
+that under- or overflows, a rate above 1/λ); of an update with micro-steps all calls count, all but
+the last with the branch that adds to accumulators. Weights decay, so that as much is done by all.
 Compiled, the update is one program, launched once; what XLA makes of it is not counted here.
 
 It needs a TensorFlow that was built for GPUs, whose list of kernels says which there are; the wheel
@@ -73,7 +73,7 @@ def counted(function: Any, largest: bool = True) -> Counts:
         function: It.
         largest: Whether of a condition the branch with most launches counts, or that with fewest.
     """
-    definition = function.graph.as_graph_def()
+    definition = function.graph.as_graph_def(add_shapes=True)
     bodies = {body.signature.name: body.node_def for body in definition.library.function}
     return _of_nodes(definition.node, bodies, largest)
 
@@ -96,10 +96,17 @@ def _of_nodes(nodes: Iterable[Any], bodies: Mapping[str, Any], largest: bool) ->
         elif node.op in CALLS:
             total += called[0]
         elif node.op not in NO_WORK:
-            outputs = node.attr["num"].i if node.op == "Unpack" else 1
+            launches = _of_unpack(node) if node.op == "Unpack" else 1
             on_gpu = _has_gpu_kernel(node.op)
-            total += Counts(launches=outputs) if on_gpu else Counts(on_host=1)
+            total += Counts(launches=launches) if on_gpu else Counts(on_host=1)
     return total
+
+
+def _of_unpack(node: Any) -> int:
+    row = tf.TensorShape(node.attr["_output_shapes"].list.shape[0])
+    in_place = node.attr["axis"].i == 0 and row.is_fully_defined()
+    size = tf.as_dtype(node.attr["T"].type).size
+    return 0 if in_place and row.num_elements() * size % 64 == 0 else node.attr["num"].i
 
 
 @functools.cache

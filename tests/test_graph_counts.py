@@ -1,5 +1,6 @@
 """What the count of launches says of graphs whose launches are known."""
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -21,8 +22,18 @@ def test_operations_conditions_and_programs():
     assert counted(lambda x: tf.exp(x) + x, x) == graph_counts.Counts(launches=2)
     assert counted(lambda x: tf.unstack(x), x) == graph_counts.Counts(launches=3)
     assert counted(tf.strings.as_string, x) == graph_counts.Counts(on_host=1)
+    rows, columns = (lambda x, axis=axis: tf.unstack(x, axis=axis) for axis in (0, 1))
+    assert counted(rows, tf.ones([2, 16])) == graph_counts.Counts()
+    assert counted(rows, tf.ones([2, 15])) == graph_counts.Counts(launches=2)
+    assert counted(columns, tf.ones([16, 2])) == graph_counts.Counts(launches=2)
     compiled = tf.function(lambda x: tf.exp(x) + x, jit_compile=True)
     assert counted(compiled, x) == graph_counts.Counts(launches=1, programs=1)
+
+
+def test_rows_of_whole_64_bytes_are_where_they_were():
+    rows = tf.unstack(tf.ones([2, 16]))
+    first, second = (np.asarray(memoryview(row)).ctypes.data for row in rows)
+    assert second - first == 64
 
 
 @pytest.mark.parametrize(
