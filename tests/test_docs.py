@@ -3,6 +3,9 @@
 A page's ``python`` fences run one after another in one namespace, its ``pycon`` fences as doctests
 in the same one, where warnings are errors. What does not run has a comment before it,
 ``<!-- not run: why -->``, which the site shows.
+
+A tutorial is one program, in a process of its own, and its ``text`` fences are all that it prints.
+Where ``<!-- numbers within 20 % -->`` stands before one, its numbers may be so far from those seen.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from helpers_programs import run_program
 
 import tf_lbopt
 
@@ -32,6 +36,18 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<kind>python|pycon)\n(?P<code>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
+OUTPUT = re.compile(
+    r"(?:<!-- numbers within (?P<percent>\d+) % -->\n\n)?^```text\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+# By name, the folders of real data that they are told of in the environment.
+TUTORIALS = {
+    "docs/tutorials/large_batch.md": {"CIFAR10": "cifar10-jpeg"},
+    "docs/tutorials/bert.md": {},
+    "docs/tutorials/own_optimizer.md": {},
+    "docs/tutorials/custom_loop.md": {},
+}
+QUICK_TUTORIAL = "docs/tutorials/own_optimizer.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +95,7 @@ def test_every_fence_is_found():
         fences = len(re.findall(r"^ *```py", text, re.MULTILINE))
         assert len(blocks(page)) == fences, page
         assert sum(not block.runs for block in blocks(page)) == text.count("<!-- not run:"), page
-    assert pages_that_run() == [*NAMESPACES]
+    assert pages_that_run() == [*NAMESPACES, *TUTORIALS]
 
 
 def test_every_optimizer_has_a_page_with_every_section():
@@ -157,3 +173,40 @@ def run_session(block: Block, page: str, namespace: dict) -> None:
         warnings.simplefilter("error", UserWarning)
         failed, _ = doctest.DocTestRunner().run(test, out=report.append, clear_globs=False)
     assert not failed, "".join(report)
+
+
+@pytest.mark.parametrize("page", TUTORIALS)
+@pytest.mark.quick(page=QUICK_TUTORIAL)
+def test_a_tutorial_prints_what_it_shows(page, tmp_path, request):
+    folders = TUTORIALS[page]
+    if folders:
+        data = request.getfixturevalue("shared_data")
+        folders = {name: str(data / folder) for name, folder in folders.items()}
+    lines: list[str] = []
+    for block in blocks(page):
+        # Tracebacks have the page's own line numbers.
+        lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
+    printed = run_program("\n".join(lines), tmp_path, 1200, **folders).stdout
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = [
+        (word, float(found["percent"] or 0) / 100)
+        for found in OUTPUT.finditer(text)
+        for word in found["text"].split()
+    ]
+    words = printed.split()
+    wrong = [
+        f"{word} in the place of {expected}"
+        for word, (expected, tolerance) in zip(words, shown, strict=False)
+        if not alike(word, expected, tolerance)
+    ]
+    assert not wrong, f"{wrong}\n{printed}"
+    assert len(words) == len(shown), printed
+
+
+def alike(word: str, expected: str, tolerance: float) -> bool:
+    """Whether they are the same, or numbers whose distance is within a part of the one expected."""
+    try:
+        number, of_page = (float(w.strip(",%()[]").replace(",", "")) for w in (word, expected))
+    except ValueError:
+        return word == expected
+    return word == expected or abs(number - of_page) <= tolerance * abs(of_page)

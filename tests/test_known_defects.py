@@ -6,13 +6,11 @@ an upgrade of Keras or TensorFlow may be good news: a defect was mended upstream
 """
 
 import dataclasses
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from helpers_programs import run_program
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "known_defects.md"
@@ -55,14 +53,6 @@ def parameters() -> list:
     ]
 
 
-def environment() -> dict[str, str]:
-    """That of a fresh process on the CPU, which finds the package even where not installed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    own = {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TF_CONFIG", "XLA_FLAGS")}
-    return {**inherited, **own}
-
-
 def test_every_python_fence_is_a_snippet():
     """A misspelt marker would silently leave a snippet out."""
     text = PAGE.read_text(encoding="utf-8")
@@ -74,18 +64,7 @@ def test_every_python_fence_is_a_snippet():
 
 @pytest.mark.parametrize("snippet", parameters())
 def test_snippet(snippet, tmp_path):
-    script = tmp_path / "snippet.py"
-    script.write_text(snippet.code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_program(snippet.code, tmp_path, TIMEOUT_SECONDS)
     assert snippet.defect in done.stdout, (
         f"the defect does not show; mended upstream?\n{done.stdout}\n{done.stderr[-3000:]}"
     )
