@@ -918,6 +918,8 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         config.update(self.hyperparameters(), jit_compile=self._jit_update)
         exclusions = (self._decay_exclusion, self._adaptation_exclusion)
         parameters = self._declared_signature().parameters
+        if "weight_decay" not in parameters:  # the framework's base class has it
+            config.pop("weight_decay", None)
         config.update({e.argument: e.config() for e in exclusions if e.argument in parameters})
         return config
 

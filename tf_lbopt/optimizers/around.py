@@ -270,7 +270,7 @@ class PipelineAroundOptimizer(AroundOptimizer):
     def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""
         config = super().get_config()
-        del config["learning_rate"], config["weight_decay"]
+        del config["learning_rate"]
         config["inner_optimizer"] = keras.saving.serialize_keras_object(self.inner_optimizer)
         return config
 
