@@ -205,6 +205,24 @@ def test_a_sparse_gradient_stays_sparse_unless_asked_for(compiled, micro_steps):
     assert programs(as_on_a_gpu(dense).traced([[weights]] * 2))[0] == 2
 
 
+@pytest.mark.parametrize("name", ["vr_sgd", "vr_lamb"])
+@pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS[1:])
+@pytest.mark.quick(name="vr_lamb", replicas=1, micro_steps=2)
+def test_variances_of_a_sparse_gradient_become_dense_with_it(name, replicas, micro_steps):
+    (case,) = [case for case in CASES if case.name == name]
+    weights = [
+        np.random.default_rng(0).normal(size=s) for s in [(6, 3), (3,), (5, 2), (2,), (6, 3)]
+    ]
+    gradients = with_an_embedding(3, replicas * micro_steps, 3)
+    compiled, graph = (
+        Run(case, replicas, micro_steps, weights=weights, jit_compile=jit).updates(gradients)
+        for jit in (True, False)
+    )
+    for one, other in zip(compiled.weights(), graph.weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    assert compiled.inner.iterations.numpy() == 3
+
+
 def test_loss_scale_halves_and_nothing_is_written_after_an_overflow():
     good = sub_batch_gradients(2, sub_batches=2)
     scaled = [[[8.0 * g for g in layers] for layers in update] for update in good]

@@ -332,7 +332,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             return update(learning_rate, sums)
         sparse = [n for n, total in enumerate(sums.totals) if isinstance(total, tf.IndexedSlices)]
         if not sparse or self._jit_update is True:
-            return _program(update)(learning_rate, tf.nest.map_structure(dense, sums))
+            return _program(update)(learning_rate, _dense(sums))
         if len(sparse) == len(known) or not self.rule().separable:
             return update(learning_rate, sums)
         return self._update_in_two_parts(known, loss_scale, after, sparse, learning_rate, sums)
@@ -986,6 +986,22 @@ def _merged(sums: Sums) -> Sums:
         for total in sums.totals
     ]
     return sums._replace(totals=totals)
+
+
+def _dense(sums: Sums) -> Sums:
+    """With dense gradients, and deviations of all their elements, not of the rows looked up."""
+    if sums.deviations is not None:
+        sums = _merged(sums)
+        rows = zip(sums.totals, sums.deviations, strict=True)
+        sums = sums._replace(
+            deviations=[
+                tf.IndexedSlices(values, total.indices, total.dense_shape)
+                if isinstance(total, tf.IndexedSlices)
+                else values
+                for total, values in rows
+            ]
+        )
+    return tf.nest.map_structure(dense, sums)
 
 
 def _program(function: Callable[..., Any]) -> Callable[..., Any]:
