@@ -990,18 +990,16 @@ def _merged(sums: Sums) -> Sums:
 
 def _dense(sums: Sums) -> Sums:
     """With dense gradients, and deviations of all their elements, not of the rows looked up."""
-    if sums.deviations is not None:
-        sums = _merged(sums)
-        rows = zip(sums.totals, sums.deviations, strict=True)
-        sums = sums._replace(
-            deviations=[
-                tf.IndexedSlices(values, total.indices, total.dense_shape)
-                if isinstance(total, tf.IndexedSlices)
-                else values
-                for total, values in rows
-            ]
-        )
-    return tf.nest.map_structure(dense, sums)
+    deviations = sums.deviations
+    if deviations is not None:
+        sums = _merged(sums)  # of which they have the rows
+        deviations = [
+            tf.IndexedSlices(rows, total.indices, total.dense_shape)
+            if isinstance(total, tf.IndexedSlices)
+            else rows
+            for total, rows in zip(sums.totals, deviations, strict=True)
+        ]
+    return tf.nest.map_structure(dense, sums._replace(deviations=deviations))
 
 
 def _program(function: Callable[..., Any]) -> Callable[..., Any]:
