@@ -202,6 +202,41 @@ with interruption():
     assert errors == NO_RESULTS + "\n"
 
 
+# -- a limit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("work", DEAF.values(), ids=DEAF)
+def test_preparation_ends_at_its_limit(tmp_path, work):
+    """Where no check comes, and with nothing left of what was half written."""
+    script = f"""
+import hashlib
+from pathlib import Path
+from official_recipes.common.output_folder import exit_code_of, writing
+def prepare():
+    with writing(Path({str(tmp_path / "out")!r})) as (partial, progress, stop):
+        (partial / "half").write_text("half")
+        print("ready", flush=True)
+        {work.replace("    ", "        ")}
+sys.exit(exit_code_of(prepare))
+"""
+    with Program(script) as program:
+        assert (tmp_path / ".out.partial" / "half").exists()
+        program.send(signal.SIGTERM)
+        assert program.line() == STOPPING
+        code, _, errors = program.finish()
+    assert code == 143
+    assert errors == "interrupted: nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_check_within_the_limit(capsys):
+    with pytest.raises(Interrupted), interruption(limit_s=60) as interrupted:  # noqa: PT012
+        interrupted.clean_up = lambda: os._exit(1)
+        signal.raise_signal(signal.SIGINT)
+        interrupted.check()
+    assert capsys.readouterr().err == STOPPING + "\n"
+
+
 # -- which signals ---------------------------------------------------------------------------------
 
 

@@ -41,9 +41,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Whether a signal has asked for the end of training."""
+    """Whether a signal has asked for the end of training.
+
+    Attributes:
+        clean_up: What the end by `interruption`'s ``limit_s`` does before it, in another thread.
+    """
 
     def __init__(self) -> None:
+        self.clean_up: Callable[[], None] = lambda: None
         self._signal_number: int | None = None
 
     @property
@@ -74,6 +79,7 @@ class Interruption:
 def interruption(
     signals: Sequence[signal.Signals] = (signal.SIGINT,),
     last_words: str = NO_RESULTS,
+    limit_s: float | None = None,
 ) -> Iterator[Interruption]:
     """Defers signals to the next :meth:`Interruption.check` while the block runs.
 
@@ -89,6 +95,8 @@ def interruption(
     Args:
         signals: What to defer.
         last_words: The line that the second signal prints.
+        limit_s: After so many seconds the first signal does what the second does, after
+            ``Interruption.clean_up`` (default: it never does).
 
     Yields:
         What the training has to ask.
@@ -99,7 +107,7 @@ def interruption(
     state = Interruption()
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            _defer(state, signals, last_words, stack)
+            _defer(state, signals, last_words, limit_s, stack)
         yield state
     state.check()
 
@@ -132,7 +140,11 @@ def _leave(exit_code: int) -> NoReturn:
 
 
 def _defer(
-    state: Interruption, signals: Sequence[int], last_words: str, stack: contextlib.ExitStack
+    state: Interruption,
+    signals: Sequence[int],
+    last_words: str,
+    limit_s: float | None,
+    stack: contextlib.ExitStack,
 ) -> None:
     # Undone in reverse order: first the handlers, then the pipe, then the thread that reads it.
     numbers = [s for s in signals if signal.getsignal(s) not in (signal.SIG_IGN, None)]
@@ -140,7 +152,7 @@ def _defer(
     writer.setblocking(False)
     watcher = threading.Thread(
         target=_watch,
-        args=(reader, state, numbers, last_words),
+        args=(reader, state, numbers, last_words, limit_s),
         name="interruption",
         daemon=True,
     )
@@ -159,20 +171,29 @@ def _defer(
 
 
 def _watch(
-    reader: socket.socket, state: Interruption, numbers: Sequence[int], last_words: str
+    reader: socket.socket,
+    state: Interruption,
+    numbers: Sequence[int],
+    last_words: str,
+    limit_s: float | None,
 ) -> None:
     """Reads the numbers of signals as they come, until the other end is closed."""
-    seen = 0
     while received := reader.recv(1):
-        if received[0] not in numbers:
-            continue
-        seen += 1
-        if seen == 1:
-            state._request(received[0])
-            with contextlib.suppress(OSError, ValueError):  # No stderr: still wait for the second.
-                print(STOPPING, file=sys.stderr, flush=True)
-        else:
-            _die(128 + received[0], last_words)
+        if received[0] in numbers:
+            break
+    else:
+        return
+    state._request(received[0])
+    with contextlib.suppress(OSError, ValueError):  # No stderr: still wait for the second.
+        print(STOPPING, file=sys.stderr, flush=True)
+    reader.settimeout(limit_s)
+    try:
+        while second := reader.recv(1):
+            if second[0] in numbers:
+                _die(128 + second[0], last_words)
+    except TimeoutError:
+        state.clean_up()
+        _die(128 + received[0], last_words)
 
 
 def _die(exit_code: int, last_words: str) -> NoReturn:

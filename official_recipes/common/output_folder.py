@@ -23,6 +23,8 @@ INSTALL = "install what recipes need by pip install '.[recipes]' in the project'
 
 NOTHING_WRITTEN = "interrupted: nothing was written"
 
+_LIMIT_S = 2
+
 
 def exit_code_of(prepare: Callable[[], None], *mistakes: type[Exception]) -> int:
     """Runs the preparation of data, whose errors end in one line on stderr.
@@ -41,9 +43,9 @@ def exit_code_of(prepare: Callable[[], None], *mistakes: type[Exception]) -> int
     except told as error:
         missing = isinstance(error, ModuleNotFoundError)
         return fail(f"{error}: {INSTALL}" if missing else error)
-    except Interrupted as error:
+    except KeyboardInterrupt as error:
         print(NOTHING_WRITTEN, file=sys.stderr)
-        return error.exit_code
+        return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
     return 0
 
 
@@ -116,6 +118,8 @@ def check_output_dir(value: str | None, flag: str = "output_dir") -> Path:
 def writing(output_dir: Path) -> Iterator[tuple[Path, Progress, Interruption]]:
     """`replacing` with a progress bar, unless a signal comes before its end.
 
+    A signal that no check has seen within two seconds, as in another library, ends the process.
+
     Args:
         output_dir: The folder to make; nothing or an empty folder is there.
 
@@ -127,10 +131,11 @@ def writing(output_dir: Path) -> Iterator[tuple[Path, Progress, Interruption]]:
         Interrupted: A signal has come, and nothing was written.
     """
     with (
-        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN) as stop,
+        interruption((signal.SIGINT, signal.SIGTERM), NOTHING_WRITTEN, _LIMIT_S) as stop,
         replacing(output_dir) as partial,
         progress_bar(Console(stderr=True)) as progress,
     ):
+        stop.clean_up = lambda: _remove(partial)
         yield partial, progress, stop
         stop.check()
 
@@ -170,7 +175,14 @@ def replacing(output_dir: Path, flag: str = "output_dir") -> Iterator[Path]:
             yield partial
             os.rename(partial, output_dir)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(10):  # Another thread may still be writing into it.
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
