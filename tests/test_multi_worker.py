@@ -1,5 +1,6 @@
 """Two worker processes that train together, through TF_CONFIG."""
 
+import importlib
 import json
 import re
 import signal
@@ -145,6 +146,39 @@ def test_two_workers(tmp_path):
     assert (summary["steps"], summary["replicas"]) == (4, 2)
     assert _latest_step(tmp_path) == 4
     assert len(list((tmp_path / "model" / "train").iterdir())) == 1  # file of summaries
+
+
+@pytest.mark.long
+def test_dry_run(tmp_path):
+    """Two steps together; the chief alone speaks, and neither writes."""
+    with _Job(tmp_path, "job", "--dry_run", _kind("vr_lars")) as job:
+        assert job.exit_codes() == [0, 0], job.errors()
+        job.ends()
+        for said in (
+            "two steps, nothing is written",
+            "devices: 2 replicas; on this worker CPU:0",
+            "batch: 8 in a step, 4 on a device",
+            "k = 2 (2 replicas x 1)",
+            "steps to go: 4 of 4",
+        ):
+            assert said in job.said(0)
+        assert job.said(1) == ""
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["cifar.train", "wikitext2.train", "multi30k.train", "quickstart.__main__"]
+)
+def test_keras_recipes_train_in_one_process(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TF_CONFIG", config_of({"worker": ["a:1", "b:1"]}, "worker", 0))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--optimizer=momentum", "--learning_rate=0.1", "--model_dir=run", "--dry_run"]
+    flags = [] if "quickstart" in recipe else flags
+    assert importlib.import_module(f"official_recipes.{recipe}").main([recipe, *flags]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "TF_CONFIG: expected one worker" in error
+    assert "received 2 workers" in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

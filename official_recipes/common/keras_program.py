@@ -20,6 +20,7 @@ from official_recipes.common.keras_options import (
     training_options,
     without_training,
 )
+from official_recipes.common.multi_worker import ClusterError, check_alone
 from official_recipes.common.progress import Bar, progress_bar
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
         )
         if not go_on:
             return 0
+        check_alone()
         options = training_options(values)
         recipe.check(values)
         try:
@@ -84,7 +86,7 @@ def run_recipe(recipe: Recipe, argv: Sequence[str]) -> int:
             if folder is not None and trains and has_checkpoint(folder):
                 print(f"{folder} has a checkpoint: --resume goes on from it", file=sys.stderr)
             raise
-    except FlagValueError as error:
+    except (FlagValueError, ClusterError) as error:
         return fail(error)
     if result is not None and result.diverged:
         print(

@@ -86,6 +86,21 @@ def cluster_from_environment() -> Cluster:
     return Cluster(sum(sizes), index + (sizes[0] if job == "worker" else 0))
 
 
+def check_alone() -> None:
+    """Checks that this process is to train alone, as the recipes on Keras 3 do.
+
+    Raises:
+        ClusterError: `TF_CONFIG` cannot be used, or names several workers.
+    """
+    cluster = cluster_from_environment()
+    if cluster.size > 1:
+        raise ClusterError(
+            "one worker (the recipes on Keras 3 train in one process, those on tf-models in "
+            "several; docs/scaling.md has Keras's fit)",
+            f"{cluster.size} workers",
+        )
+
+
 class Workers:
     """The processes of a strategy, this one among them.
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -177,7 +177,8 @@ def train_from_command_line(
         options = parse_options(argv, program, summary, default_experiment, configs, cluster)
         if options is None:
             return 0
-        _run(options, cluster, register, check, uses, started)
+        with _quiet_unless(cluster.chief):
+            _run(options, cluster, register, check, uses, started)
     except (FlagValueError, ClusterError, WrongKerasError) as error:
         return fail(error)
     except ModuleNotFoundError as error:
@@ -621,11 +622,7 @@ def _run(
             _train(params, options, strategy, Workers(strategy, cluster, own_dir), started)
         return
     _check_runtime(params, cluster)
-    # What the chief prints is enough.
     with contextlib.ExitStack() as stack:
-        if not cluster.chief:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(losing_workers(options.model_dir))
         print(f"waiting for all {cluster.size} workers", flush=True)
         strategy = _strategy(params, options)
@@ -643,6 +640,16 @@ def _run(
             workers.leave(together=False)
             raise
         workers.leave()
+
+
+@contextlib.contextmanager
+def _quiet_unless(chief: bool) -> Iterator[None]:
+    """Leaves stdout to the chief, whose lines are enough."""
+    if chief:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:

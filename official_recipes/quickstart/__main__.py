@@ -15,6 +15,7 @@ from official_recipes.common.files import write_json
 from official_recipes.common.flag_parsing import FlagValueError, fail
 from official_recipes.common.image_data import ImageSource, hold_out_validation
 from official_recipes.common.interruption import interruption, run_program
+from official_recipes.common.multi_worker import ClusterError, check_alone
 from official_recipes.common.progress import Bar, progress_bar
 from official_recipes.quickstart.options import parse_options
 from official_recipes.quickstart.settings import validation_size
@@ -34,10 +35,11 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         with data_of_flag("data_dir", "readable data"):
+            check_alone()
             options = parse_options(argv)
             if options is not None:
                 _run(*options)
-    except FlagValueError as error:
+    except (FlagValueError, ClusterError) as error:
         return fail(error)
     return 0
 
