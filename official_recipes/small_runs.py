@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from absl import flags
 from rich.console import Console
@@ -26,7 +28,7 @@ from official_recipes.common.flag_parsing import (
     fail,
     parse_unless_help,
 )
-from official_recipes.common.interruption import run_program
+from official_recipes.common.interruption import Interrupted, run_program
 from official_recipes.common.output_folder import make_folder
 from official_recipes.common.progress import progress_bar
 
@@ -300,5 +302,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return result
 
 
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    raise Interrupted(number)  # upon which subprocess.run ends the command, too
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     run_program(main, sys.argv)

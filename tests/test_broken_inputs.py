@@ -416,6 +416,12 @@ def _idx_file_that_ends_early(folder):
     return _mnist(folder, 5)
 
 
+@case("quickstart.__main__", "train-images-idx3-ubyte")
+def _idx_file_of_the_quickstart_that_ends_early(folder):
+    batches = ["--optimizers=momentum", "--batch_size=4", "--nobaseline"]
+    return [*_mnist(folder, 5)[2:], *batches, f"--output_dir={folder / 'model'}"]
+
+
 @case("cifar.train", "archive")
 def _jpeg_archive_that_is_none(folder):
     (folder / "cifar10_jpeg.tar.gz").write_bytes(b"no archive")

@@ -1,10 +1,17 @@
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from official_recipes import small_runs
 
+ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {run.recipe: run for run in small_runs.SMALL_RUNS}
 
 
@@ -76,6 +83,31 @@ def test_a_command_that_fails(tmp_path, calls, capsys):
     assert f"failed: dlrm data: see {out}/dlrm/dlrm_data.log" in error
     assert len(calls) == 1
     assert not (out / "results.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_signal_ends_the_command_too(tmp_path):
+    command = [sys.executable, "-m", "official_recipes.small_runs", "--recipes=dlrm"]
+    ended, held = os.pipe()  # Both processes hold it as stdin.
+    with subprocess.Popen(
+        [*command, f"--output_dir={tmp_path}"],
+        cwd=ROOT,
+        stdin=held,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        os.close(held)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "dlrm" / "dlrm_data.log").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors.strip().endswith("interrupted: no results were written")
+    assert select.select([ended], [], [], 10)[0]
+    assert os.read(ended, 1) == b""
+    os.close(ended)
 
 
 @pytest.mark.parametrize(
