@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -145,7 +145,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     define_integer(values, "cpu_replicas", 2, "Logical CPU devices.", maximum=64)
-    define_integer(values, "limit_s", 600, "Seconds after which one command is ended.")
+    define_integer(values, "limit_s", 1800, "Seconds after which one command is ended.")
     flags.DEFINE_list(
         "recipes",
         ",".join(run.recipe for run in SMALL_RUNS),
@@ -184,14 +184,13 @@ def main(argv: Sequence[str]) -> int:
                     failed.append(f"{name}: see {folder / name.replace(' ', '_')}.log")
                 return done
 
-            made = _run(run, folder, data_dir, values.cpu_replicas, step)
-            for row in made:
+            for row in _run(run, folder, data_dir, values.cpu_replicas, step):
+                rows.append(row)
                 progress.console.print(
                     f"{row['recipe']} {row['optimizer']}: {row['metric']} {row['value']:.4f}, "
                     f"{row['seconds']:.0f} s",
                     highlight=False,
                 )
-            rows += made
     if rows:
         write_json(output / "results.json", rows)
         # Without a terminal rich assumes 80 columns, too few for this table.
@@ -214,7 +213,7 @@ def _check(values: flags.FlagValues) -> None:
 
 def _run(
     run: SmallRun, folder: Path, data_dir: Path | None, replicas: int, step: Any
-) -> list[dict]:
+) -> Iterator[dict[str, Any]]:
     source = None if data_dir is None else data_dir / run.source
     real = source is not None and source.exists()
     prepare = run.prepare if real else run.without_source
@@ -224,9 +223,8 @@ def _run(
         arguments = [argument.format(source=source) for argument in prepare]
         command = [f"{module}.prepare_data", *arguments, f"--output_dir={data}"]
         if not step(f"{run.recipe} data", command):
-            return []
+            return
     fields = run.inputs if real or prepare is not None else run.without_inputs
-    rows = []
     for optimizer in run.optimizers:
         overrides = {
             **fields,
@@ -245,21 +243,18 @@ def _run(
         if not step(f"{run.recipe} {optimizer}", command):
             continue
         summary = json.loads((model / "summary.json").read_text(encoding="utf-8"))
-        rows.append(
-            {
-                "recipe": run.recipe,
-                "data": run.data_name[0 if real else 1],
-                "optimizer": optimizer,
-                "sub_batches": summary["replicas"] * summary["sub_batches"],
-                "batch": summary["global_batch_size"],
-                "steps": summary["steps"],
-                "metric": run.metric[1],
-                "value": summary["metrics"][run.metric[0]],
-                "step_ms": summary["step_ms"],
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
-    return rows
+        yield {
+            "recipe": run.recipe,
+            "data": run.data_name[0 if real else 1],
+            "optimizer": optimizer,
+            "sub_batches": summary["replicas"] * summary["sub_batches"],
+            "batch": summary["global_batch_size"],
+            "steps": summary["steps"],
+            "metric": run.metric[1],
+            "value": summary["metrics"][run.metric[0]],
+            "step_ms": summary["step_ms"],
+            "seconds": round(time.monotonic() - started, 1),
+        }
 
 
 def _call(command: Sequence[str], log: Path, limit_s: int) -> bool:

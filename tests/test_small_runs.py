@@ -76,6 +76,14 @@ def test_without_a_folder_of_data(tmp_path, calls):
     assert "--synthetic_rows=8000" in calls[0][0]
 
 
+def test_a_row_comes_when_its_run_has_ended(tmp_path, calls):
+    def step(name, command):
+        return small_runs._call(command, tmp_path / name, 9)
+
+    rows = small_runs._run(FLAGS["dlrm"], tmp_path, None, 2, step)
+    assert [(row["optimizer"], len(calls)) for row in rows] == [("vr_sgd", 2), ("sgd", 3)]
+
+
 def test_a_command_that_fails(tmp_path, calls, capsys):
     out = tmp_path / "clicks"
     assert small_runs.main(["small_runs", "--recipes=dlrm", f"--output_dir={out}"]) == 1
