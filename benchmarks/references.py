@@ -320,7 +320,7 @@ def mean_gradients(gradients):
 
 
 def adasum(gradients):
-    """``[update][layer]`` in float64, from ``[update][replica][layer]``, neighbours first."""
+    """``[update][layer]`` in float64, from ``[update][replica][layer]``, neighbors first."""
     results = []
     for update in gradients:
         level = [[np.asarray(g, np.float64) for g in layers] for layers in update]

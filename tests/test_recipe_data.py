@@ -54,7 +54,7 @@ def jpeg(color):
 
 
 def color_of(label, index):
-    """A flat colour that survives JPEG and tells class and index apart."""
+    """A flat color that survives JPEG and tells class and index apart."""
     return (20 * label + 10, 60 * index + 20, 128)
 
 

@@ -162,7 +162,7 @@ def test_a_section_of_the_page(study, tmp_path):
 
 
 def test_no_panel_has_more_lines_than_can_be_told_apart(tmp_path):
-    lines = [Line(str(i), [1.0, 2.0], [i, i], colour=i % 6) for i in range(7)]
+    lines = [Line(str(i), [1.0, 2.0], [i, i], color=i % 6) for i in range(7)]
     with pytest.raises(ValueError, match="at most 6 lines, not 7"):
         plot_panels(tmp_path / "a.png", [[Panel("title", "x", "y", lines)]])
     panel = Panel("t", "x", "y", lines[:6], log=True, zero="nothing")
@@ -177,7 +177,7 @@ def test_no_panel_has_more_lines_than_can_be_told_apart(tmp_path):
 
 def test_intervals_beside_0(tmp_path):
     assert not plot_intervals(tmp_path / "a.png", [], "x")
-    found = [Interval("a", 1.0, -0.5, 2.5, colour) for colour in (0, 1)]
+    found = [Interval("a", 1.0, -0.5, 2.5, color) for color in (0, 1)]
     assert plot_intervals(tmp_path / "a.png", found, "x", ("first", "second"))
     assert (tmp_path / "a.png").stat().st_size > 5_000
 

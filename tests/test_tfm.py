@@ -579,7 +579,7 @@ def test_a_task_with_two_updates_a_step_is_refused(kind):
         _train(params, 1, _batches())
 
 
-# -- masked language modelling ---------------------------------------------------------------------
+# -- masked language modeling ---------------------------------------------------------------------
 
 
 def _language_experiment(kind, sub_batches=1, scale_loss=True):
@@ -644,7 +644,7 @@ def _sentences(steps=2, size=8):
         pytest.param("vr_lamb", False, marks=pytest.mark.long),
     ],
 )
-def test_masked_language_modelling(kind, scale_loss):
+def test_masked_language_modeling(kind, scale_loss):
     def run(sub_batches, replicas):
         tf_keras.utils.set_random_seed(5)
         params = _language_experiment(kind, sub_batches, scale_loss)

@@ -42,7 +42,7 @@ def choose(
     """Chooses by the one-standard-error rule towards the smaller value, never on a cliff.
 
     One seed rules out what is not near its best. Of the others, with all seeds: those whose seeds
-    are far apart, or diverged, are left out, in favour of smaller ones if none is left; then those
+    are far apart, or diverged, are left out, in favor of smaller ones if none is left; then those
     above which training collapses, where there are others. Of what remains the smallest is chosen
     whose mean is within one standard error, that of the best one's seeds, of the best mean.
 

@@ -222,10 +222,10 @@ def differences_by_batch(study: Study, results: Results) -> str:
 
 
 def _trust_lines(warmup: bool, name: str) -> list[tuple[str, str, int, float]]:
-    """Short label, label, colour and τ of what a panel shows."""
+    """Short label, label, color and τ of what a panel shows."""
     found = [(ALIKE, trust_label(name, None, warmup=warmup), 0, 0.01)]
-    for colour, tau in enumerate(COEFFICIENTS, start=1):
-        found.append((f"τ = {tau:g}", trust_label(name, tau, warmup=warmup), colour, tau))
+    for color, tau in enumerate(COEFFICIENTS, start=1):
+        found.append((f"τ = {tau:g}", trust_label(name, tau, warmup=warmup), color, tau))
     return found
 
 
@@ -243,7 +243,7 @@ def plot_trust_rates(results: Results, path: Path) -> bool:
     panels = []
     for name, warmup in _PANELS:
         lines = []
-        for short, label, colour, tau in _trust_lines(warmup, name):
+        for short, label, color, tau in _trust_lines(warmup, name):
             outcome = known[cell.name, label]
             points = []
             for value, score in sorted(outcome.tried.items()):
@@ -252,7 +252,7 @@ def plot_trust_rates(results: Results, path: Path) -> bool:
                     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
                     points.append((value * tau, statistics.fmean(scores), spread))
             x, y, spreads = zip(*points, strict=True) if points else ((), (), ())
-            lines.append(Line(short, x, y, spreads, colour))
+            lines.append(Line(short, x, y, spreads, color))
         panels.append(
             Panel(_title(name, warmup), "η τ", "validation accuracy (%)", lines, log=True)
         )
@@ -271,9 +271,9 @@ def plot_trust_curves(results: Results, path: Path) -> bool:
         row = []
         for name, warmup in _PANELS:
             lines = []
-            for short, label, colour, _ in _trust_lines(warmup, name):
+            for short, label, color, _ in _trust_lines(warmup, name):
                 curve = mean_curve(known[cell.name, label].rows, evaluation, scale)
-                lines.append(Line(short, *curve, colour))
+                lines.append(Line(short, *curve, color))
             row.append(Panel(_title(name, warmup), "epoch", text, lines))
         rows += [row[:2], row[2:]]
     return plot_panels(path, rows)
@@ -289,7 +289,7 @@ def plot_scaled(results: Results, path: Path) -> bool:
             lines = []
             labels = [name, f"{weighted}, k = 8", f"{weighted}, k = 32"]
             labels += [f"{name} × {text}" for text in CONTROLS.values()]
-            for colour, label in enumerate(labels):
+            for color, label in enumerate(labels):
                 points = []
                 for batch_size in SCALED_BATCHES:
                     key = (f"two-conv, B={batch_size}", scaled_label(label, warmup))
@@ -298,7 +298,7 @@ def plot_scaled(results: Results, path: Path) -> bool:
                         points.append((batch_size, 100 * statistics.fmean(final), 100 * deviation))
                 if points:
                     x, y, spread = zip(*points, strict=True)
-                    lines.append(Line(label, x, y, spread, colour, dashed="×" in label))
+                    lines.append(Line(label, x, y, spread, color, dashed="×" in label))
             row.append(
                 Panel(_title(name, warmup), "batch size", "test accuracy (%)", lines, log=True)
             )
@@ -318,10 +318,10 @@ def plot_gap(results: Results, path: Path) -> bool:
         row = []
         for reduced, base in GAP.claims:
             lines = []
-            for colour, (label, short) in enumerate(((base, "base"), (reduced, "VR"))):
+            for color, (label, short) in enumerate(((base, "base"), (reduced, "VR"))):
                 for split, text in (("train", "training"), ("test", "test")):
                     curve = mean_curve(known[cell.name, label].rows, f"{split}_accuracy", 100.0)
-                    lines.append(Line(f"{short}, {text}", *curve, colour, split == "train"))
+                    lines.append(Line(f"{short}, {text}", *curve, color, split == "train"))
             title = f"{base}, B = {batch_of(cell):,}"
             row.append(Panel(title, "epoch", "accuracy (%)", lines))
         rows.append(row)

@@ -94,8 +94,8 @@ def good_rates(outcome: Outcome, metric: Metric) -> str:
     return f"{close[0]:g}–{close[-1]:g} ({at_least}×{close[-1] / close[0]:.2g})"
 
 
-# Each optimizer has its colour on the whole page.
-_COLOURS = {
+# Each optimizer has its color on the whole page.
+_COLORS = {
     "LARS": 0,
     "LAMB": 1,
     "SNGM": 2,
@@ -112,8 +112,8 @@ _AGAINST = "momentum, warm-up"
 _BATCH = "batch size"
 
 
-def _colour(label: str) -> int:
-    return _COLOURS[optimizer_and_warmup(label)[0]]
+def _color(label: str) -> int:
+    return _COLORS[optimizer_and_warmup(label)[0]]
 
 
 def _curve_of_differences(
@@ -126,9 +126,9 @@ def _curve_of_differences(
         of_pair = sorted((key[2], found[key][0]) for key in found if key[:2] == pair)
         x, y = [b for b, _ in of_pair], [100 * d.mean for _, d in of_pair]
         spread = [100 * (d.high - d.mean) for _, d in of_pair]
-        colour = number if text is _both else _colour(pair[0])
+        color = number if text is _both else _color(pair[0])
         dashed = text is not _both and not optimizer_and_warmup(pair[0])[1]
-        lines.append(Line(text(*pair), x, y, spread, colour, dashed))
+        lines.append(Line(text(*pair), x, y, spread, color, dashed))
     return lines
 
 
@@ -155,7 +155,7 @@ def plot_answer(study: Study, results: Results, path: Path) -> bool:
         ]
         x, y, spread = zip(*points, strict=True) if points else ((), (), ())
         dashed = not optimizer_and_warmup(label)[1]
-        lines.append(Line(_no_warmup(label), x, y, spread, _colour(label), dashed))
+        lines.append(Line(_no_warmup(label), x, y, spread, _color(label), dashed))
     pairs = [
         pair for pair in FIRST_CLAIMS if pair[1] == _AGAINST and pair[0][:2] not in ("VR", "EX")
     ]
@@ -200,12 +200,12 @@ def plot_extrap(study: Study, results: Results, path: Path) -> bool:
     return plot_panels(path, [[Panel(title, _BATCH, "points", lines, log=True, zero="equal")]], 3.2)
 
 
-def _loss_line(text: str, rows: Sequence[Row], colour: int) -> Line:
+def _loss_line(text: str, rows: Sequence[Row], color: int) -> Line:
     """Training loss by epoch, from the second on: the first one is of another size."""
     by_epoch = list(zip(*(row["train_loss"] for row in rows), strict=False))[1:]
     x = list(range(2, len(by_epoch) + 2))
     y, spread = [statistics.fmean(v) for v in by_epoch], [_spread(v) for v in by_epoch]
-    return Line(text, x, y, spread, colour)
+    return Line(text, x, y, spread, color)
 
 
 def plot_loss(study: Study, results: Results, path: Path) -> bool:
@@ -216,8 +216,8 @@ def plot_loss(study: Study, results: Results, path: Path) -> bool:
     known, cell = outcomes(study, results), study.comparisons[0][0]
     unit = "training loss"
     by_batch = [
-        _loss_line(f"B = {batch_of(each):,}", found.rows, colour)
-        for colour, each in enumerate(sorted((c for c, _ in study.comparisons), key=batch_of))
+        _loss_line(f"B = {batch_of(each):,}", found.rows, color)
+        for color, each in enumerate(sorted((c for c, _ in study.comparisons), key=batch_of))
         if (found := known.get((each.name, "momentum")))
     ]
     panels = [[Panel("momentum SGD, no warm-up", "epoch", unit, by_batch)]]
@@ -228,7 +228,7 @@ def plot_loss(study: Study, results: Results, path: Path) -> bool:
             skipped = "LAMB" if not warmup else "LARS at τ = 0.01"
             if kind != skipped and (found := known.get((cell.name, label))):
                 text = "LARS at τ = 0.001" if label == "LARS" else kind
-                lines.append(_loss_line(text, found.rows, _colour(label)))
+                lines.append(_loss_line(text, found.rows, _color(label)))
         title = f"B = {batch_of(cell):,}, {'two epochs of' if warmup else 'no'} warm-up"
         panels.append([Panel(title, "epoch", unit, lines)])
     return plot_panels(path, panels, 2.4)
@@ -266,15 +266,15 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
             tried, best = known[cell.name, label].tried, known[cell.name, label].best
             values = sorted(tried)
             if best in tried and values[0] < best < values[-1]:
-                for colour, step in ((0, -1), (1, 1)):
+                for color, step in ((0, -1), (1, 1)):
                     score = max(tried[values[values.index(best) + step]], 0.1)
-                    lost[colour].append(100 * (score - tried[best]))
-        for colour, losses in lost.items():
+                    lost[color].append(100 * (score - tried[best]))
+        for color, losses in lost.items():
             if losses:
                 mean = statistics.fmean(losses)
-                found.append(Interval(_no_warmup(label), mean, min(losses), max(losses), colour))
-    found.sort(key=lambda each: (each.label, each.colour))
-    order = {each.label: -each.middle for each in found if each.colour == 1}
+                found.append(Interval(_no_warmup(label), mean, min(losses), max(losses), color))
+    found.sort(key=lambda each: (each.label, each.color))
+    order = {each.label: -each.middle for each in found if each.color == 1}
     found.sort(key=lambda each: order.get(each.label, 0.0))
     text = "validation accuracy from the best rate's, points: mean and range"
     return plot_intervals(path, found, text, ("half the best rate", "twice the best rate"))
@@ -330,31 +330,31 @@ def plot_regression(study: Study, results: Results, path: Path) -> bool:
     if not all(rows.values()):
         return False
     losses, weights = [], []
-    for colour, (label, found) in enumerate(rows.items()):
+    for color, (label, found) in enumerate(rows.items()):
         curves = [row["curve"]["test_loss"] for row in found]
         logs = [[math.log10(loss) for loss in at] for at in zip(*curves, strict=True)]
         y, spread = [statistics.fmean(at) for at in logs], [_spread(at) for at in logs]
-        losses.append(Line(label, found[0]["curve"]["steps"], y, spread, colour))
+        losses.append(Line(label, found[0]["curve"]["steps"], y, spread, color))
     for label in ("SGD", "VR-SGD"):
         curve = next(row["curve"] for row in rows[label] if "weights" in row["curve"])
-        for colour, index in enumerate((0, 4, 9)):
+        for color, index in enumerate((0, 4, 9)):
             text = f"w{index + 1}" if label == "SGD" else ""
             y = [each[index] for each in curve["weights"]]
-            weights.append(Line(text, curve["steps"], y, (), colour, dashed=label != "SGD"))
+            weights.append(Line(text, curve["steps"], y, (), color, dashed=label != "SGD"))
     panels = [
         Panel(f"{_SETTINGS[0]} (± standard deviation)", "update", "log₁₀ test loss", losses),
         Panel(f"{_SETTINGS[0]}: w1, w5, w10 (dashed: VR-SGD)", "update", "weight", weights),
     ]
     for kind, main, values in (("k", 32, (*SUB_BATCH_NUMBERS, 32)), ("γ", 0.1, GAMMAS)):
         lines = []
-        for colour, (each, _) in enumerate(study.comparisons):
+        for color, (each, _) in enumerate(study.comparisons):
             points = []
             for value in sorted(values):
                 label = "VR-SGD" if value == main else f"VR-SGD, {kind} = {value:g}"
                 if final := _finite(known[each.name, label].final):
                     points.append((value, statistics.fmean(final), _spread(final)))
             x, y, spread = zip(*points, strict=True) if points else ((), (), ())
-            lines.append(Line(_SETTINGS[colour], x, y, spread, colour))
+            lines.append(Line(_SETTINGS[color], x, y, spread, color))
         title = f"VR-SGD by {kind}, each at its best rate (± standard deviation)"
         panels.append(Panel(title, kind, "log₁₀ test loss", lines, log=True))
     return plot_panels(path, [[panel] for panel in panels], 2.4)

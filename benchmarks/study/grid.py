@@ -60,7 +60,7 @@ class Contender:
         label: For results and headings.
         settings: Flags of the recipe: optimizer, its arguments, warm-up, ...
         axis: The flag that is tuned.
-        values: The first grid, rising, of equal ratios between neighbours.
+        values: The first grid, rising, of equal ratios between neighbors.
         takes_from: Label of the contender whose best value of its own axis this one takes over.
         takes_from_cell: The name of that contender's cell, an earlier one; its own by default.
         ratio_of: Label of a contender before it in the cell, by whose `mean_of` the evaluation

@@ -1,4 +1,4 @@
-"""Plots with direct labels, in colours that colour-blind people tell apart.
+"""Plots with direct labels, in colors that color-blind people tell apart.
 
 They are 6 inches wide: shown 700 pixels wide, or 360 on a phone, their text can still be read.
 """
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's, without the yellow that is too light for a line on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-MOST_LINES = len(COLOURS)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MOST_LINES = len(COLORS)
 _MARKERS = "osD^vP"
 _WIDTH = 6.0
 # Between two labels, in inches.
@@ -40,7 +40,7 @@ class Line:
         x: Rising.
         y: Of the same length.
         spread: Half lengths of error bars, or of the band about a curve, or nothing.
-        colour: Its place in `COLOURS`.
+        color: Its place in `COLORS`.
         dashed: Whether it is.
     """
 
@@ -48,7 +48,7 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] = ()
-    colour: int = 0
+    color: int = 0
     dashed: bool = False
 
 
@@ -82,14 +82,14 @@ class Interval:
         middle: The mean.
         low: Lower end of the interval.
         high: Upper end.
-        colour: Its place in `COLOURS`.
+        color: Its place in `COLORS`.
     """
 
     label: str
     middle: float
     low: float
     high: float
-    colour: int = 0
+    color: int = 0
 
 
 def plot_panels(path: Path, rows: Sequence[Sequence[Panel]], height: float = 2.6) -> bool:
@@ -139,7 +139,7 @@ def plot_intervals(
         path: Of the PNG.
         intervals: From the top.
         x_label: Below.
-        legend: What the colours are, if several.
+        legend: What the colors are, if several.
 
     Returns:
         Whether there was anything to draw.
@@ -151,11 +151,11 @@ def plot_intervals(
         axis = figure.subplots()
         axis.axvline(0, color="black", linewidth=1)
         for each in intervals:
-            colour = COLOURS[each.colour]
-            place = labels.index(each.label) + (0.3 * each.colour - 0.15 if legend else 0)
+            color = COLORS[each.color]
+            place = labels.index(each.label) + (0.3 * each.color - 0.15 if legend else 0)
             ends = [[each.middle - each.low], [each.high - each.middle]]
             axis.errorbar(
-                [each.middle], [place], xerr=ends, color=colour, marker=_MARKERS[each.colour],
+                [each.middle], [place], xerr=ends, color=color, marker=_MARKERS[each.color],
                 markersize=5, linewidth=1.5, capsize=3,
             )  # fmt: skip
         axis.set_yticks(range(len(labels)), labels, fontsize=9)
@@ -164,8 +164,8 @@ def plot_intervals(
         axis.tick_params(labelsize=9)
         axis.grid(alpha=0.25, axis="x")
         axis.spines[["top", "right", "left"]].set_visible(False)
-        for colour, text in enumerate(legend):
-            axis.plot([], [], _MARKERS[colour], color=COLOURS[colour], label=text)
+        for color, text in enumerate(legend):
+            axis.plot([], [], _MARKERS[color], color=COLORS[color], label=text)
         if legend:
             figure.legend(loc="outside upper center", ncols=len(legend), fontsize=9, frameon=False)
     return True
@@ -176,20 +176,20 @@ def _draw(axis: Axes, panel: Panel, ticks: int) -> None:
     for place, line in enumerate(panel.lines):
         if not line.x:
             continue
-        colour, style = COLOURS[line.colour], "--" if line.dashed else "-"
+        color, style = COLORS[line.color], "--" if line.dashed else "-"
         if len(line.x) >= _CURVE:
-            axis.plot(line.x, line.y, style, color=colour, linewidth=1.5)
+            axis.plot(line.x, line.y, style, color=color, linewidth=1.5)
             if line.spread:
                 low, high = zip(
                     *((y - s, y + s) for y, s in zip(line.y, line.spread, strict=True)), strict=True
                 )
-                axis.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+                axis.fill_between(line.x, low, high, color=color, alpha=0.15, linewidth=0)
             continue
         aside = 1 + _DODGE * (place - middle) if panel.log and line.spread else 1
         axis.errorbar(
-            [aside * x for x in line.x], line.y, yerr=line.spread or None, color=colour,
+            [aside * x for x in line.x], line.y, yerr=line.spread or None, color=color,
             linestyle=style, linewidth=1.5, elinewidth=1, capsize=2,
-            marker=_MARKERS[line.colour], markersize=4,
+            marker=_MARKERS[line.color], markersize=4,
         )  # fmt: skip
     if panel.zero:
         axis.axhline(0, color="black", linewidth=1)
@@ -211,7 +211,7 @@ def _draw(axis: Axes, panel: Panel, ticks: int) -> None:
 def _label_ends(axis: Axes, panel: Panel, height: float) -> None:
     """Writes each line's label beside its end, moved up or down where two would meet."""
     ends = [
-        (line.label, line.x[-1], line.y[-1], COLOURS[line.colour])
+        (line.label, line.x[-1], line.y[-1], COLORS[line.color])
         for line in panel.lines
         if line.x and line.label
     ]
@@ -222,17 +222,17 @@ def _label_ends(axis: Axes, panel: Panel, height: float) -> None:
     points = [to_axes.transform(axis.transData.transform((x, y))) for _, x, y, _ in ends]
     # An axis is about as high as its row without title and labels.
     places = spread_out([float(point[1]) for point in points], _APART / (height - 0.8))
-    for (label, x, y, colour), place in zip(ends, places, strict=True):
+    for (label, x, y, color), place in zip(ends, places, strict=True):
         axis.annotate(
             label,
             xy=(x, y),
             xytext=(1.07, place),
             textcoords="axes fraction",
-            color=colour,
+            color=color,
             fontsize=9,
             va="center",
             arrowprops={
-                "arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, "color": colour,
+                "arrowstyle": "-", "relpos": (0, 0.5), "shrinkA": 1, "color": color,
                 "linewidth": 0.5, "alpha": 0.6,
             },
             annotation_clip=False,

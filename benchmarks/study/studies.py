@@ -509,7 +509,7 @@ def _regression(
 REGRESSION = Study(
     "regression",
     [
-        # Neighbours are a factor of 2^(1/4) apart: the best rate lies just below the largest.
+        # Neighbors are a factor of 2^(1/4) apart: the best rate lies just below the largest.
         _regression("uniform", 0.0, (0.28, 0.336, 0.4)),
         _regression("uniform", 1.0, (0.28, 0.336, 0.4)),
         # After a few more updates nothing but rounding is left.

@@ -51,7 +51,7 @@ class ImageData:
     """Images as uint8 ``[count, height, width, channels]`` with int64 labels, in two splits.
 
     Attributes:
-        name: How results on this data are to be labelled.
+        name: How results on this data are to be labeled.
         train_images: Training images.
         train_labels: Training labels, from 0.
         test_images: Test images.
@@ -81,7 +81,7 @@ class ImageSource(Protocol):
 
     @property
     def name(self) -> str:
-        """How results on this data are to be labelled."""
+        """How results on this data are to be labeled."""
 
     @property
     def train_size(self) -> int:
@@ -316,7 +316,7 @@ def _read_idx_shape(file: IO[bytes], path: Path) -> tuple[int, ...]:
 class CifarJpegSource:
     """CIFAR-10 as an archive of ``{train,test}/<class>/<NNNN>.jpg``.
 
-    JPEG is lossy, so results are labelled apart from those on the original pixels. Where the
+    JPEG is lossy, so results are labeled apart from those on the original pixels. Where the
     files ``{train,test}_labels_original_order.u8`` lie beside the archive, the images come in the
     original order of CIFAR-10; without them, class by class.
     """
@@ -544,7 +544,7 @@ class TfdsSource:
 
     @property
     def name(self) -> str:
-        """How results on this data are to be labelled."""
+        """How results on this data are to be labeled."""
         return {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}.get(
             self.dataset, self.dataset
         )

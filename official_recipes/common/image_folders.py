@@ -171,7 +171,7 @@ def _decompressed(path: Path, target: Path, progress: Progress | None) -> Path:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """A split: names of files and the number of each one's class."""
 
     names: tuple[str, ...]
@@ -191,8 +191,8 @@ class ImageTree:
     """
 
     classes: tuple[str, ...]
-    train: Labelled
-    validation: Labelled
+    train: Labeled
+    validation: Labeled
     found: str
     left_out: Mapping[str, int]
 
@@ -278,15 +278,15 @@ def find_images(
         )
     return ImageTree(
         classes,
-        _labelled(train, numbers),
-        _labelled(validation, numbers),
+        _labeled(train, numbers),
+        _labeled(validation, numbers),
         found,
         dict(left_out),
     )
 
 
-def _labelled(images: dict[str, str], numbers: dict[str, int]) -> Labelled:
-    return Labelled(tuple(images), tuple(numbers[name] for name in images.values()))
+def _labeled(images: dict[str, str], numbers: dict[str, int]) -> Labeled:
+    return Labeled(tuple(images), tuple(numbers[name] for name in images.values()))
 
 
 def _hidden(name: str) -> bool:

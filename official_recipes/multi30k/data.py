@@ -28,7 +28,7 @@ class PairSource:
     """Sentence pairs found in a folder and not read yet.
 
     Attributes:
-        name: How results on this data are to be labelled, unless they are Multi30k's.
+        name: How results on this data are to be labeled, unless they are Multi30k's.
         files: Source and target file of each split; ``None`` for number words.
         languages: Of the source and of the target.
     """
@@ -38,7 +38,7 @@ class PairSource:
     languages: tuple[str, str] = ("en", "de")
 
     def label(self, splits: Mapping[str, Pairs]) -> str:
-        """How results on these splits are to be labelled; Multi30k is told by its sizes."""
+        """How results on these splits are to be labeled; Multi30k is told by its sizes."""
         sizes = {split: len(pairs[0]) for split, pairs in splits.items()}
         if self.files is None or sizes != _MULTI30K:
             return self.name

@@ -24,7 +24,7 @@ from official_recipes.common.flag_parsing import (
 from official_recipes.common.image_folders import (
     Files,
     ImageTree,
-    Labelled,
+    Labeled,
     Layout,
     find_images,
     open_files,
@@ -206,7 +206,7 @@ class _Writer:
         self._options = options
         self._progress = progress
 
-    def write(self, split: str, images: Labelled, shards: int) -> int:
+    def write(self, split: str, images: Labeled, shards: int) -> int:
         """Writes a split, and returns how many images it has.
 
         Raises:

@@ -29,7 +29,7 @@ class LanguageData:
     """Two texts as word ids.
 
     Attributes:
-        name: How results on this data are to be labelled.
+        name: How results on this data are to be labeled.
         vocabulary: Words by id, `UNKNOWN` and `END` first, then as the training text has them.
         train: [tokens] int32.
         held_out: [tokens] int32; words that the training text does not have are `UNKNOWN`.
@@ -73,7 +73,7 @@ class TextSource:
     """Text found in a folder and not read yet.
 
     Attributes:
-        name: How results on this data are to be labelled, unless it is WikiText-2.
+        name: How results on this data are to be labeled, unless it is WikiText-2.
         train: Files to train on; ``None`` for Python's own text.
         held_out: The file to evaluate on.
         held_out_name: ``validation`` or ``test``.

@@ -1,4 +1,4 @@
-"""Language modelling with an LSTM, as a task of the Keras 3 recipes."""
+"""Language modeling with an LSTM, as a task of the Keras 3 recipes."""
 
 from __future__ import annotations
 
