@@ -288,9 +288,10 @@ def test_set_weights_at_the_same_place_drops_what_is_pending(wrap):
     np.testing.assert_allclose(w.numpy(), [0.1])
 
 
-def test_an_error_in_a_micro_step_leaves_nothing_of_it():
+@pytest.mark.parametrize("make", [SNGM, lambda **more: tf_lbopt.VRLAMB(0.01, **more)])
+def test_an_error_in_a_micro_step_leaves_nothing_of_it(make):
     """On one replica of two, after the other has added its gradient."""
-    run = Run(SNGM, 2, 2)
+    run = Run(make, 2, 2)
     gradients = sub_batch_gradients(3, sub_batches=4)
     run.update(gradients[0])
 
@@ -312,7 +313,7 @@ def test_an_error_in_a_micro_step_leaves_nothing_of_it():
     with pytest.raises(tf.errors.InvalidArgumentError, match="indices = 1"):
         failing(tf.constant(True))
     run.update(gradients[2])
-    assert_states_equal(Run(SNGM, 2, 2).updates([gradients[0], gradients[2]]).state(), run.state())
+    assert_states_equal(Run(make, 2, 2).updates([gradients[0], gradients[2]]).state(), run.state())
 
 
 def _model(optimizer):

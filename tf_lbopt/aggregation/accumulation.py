@@ -339,9 +339,13 @@ class Accumulation(ReplicaState):
                 first = tf.equal(count, 0)
                 kept = tf.where(first, tf.zeros_like(squares), self.squares.read_value())
                 self.squares.assign(kept + squares)
-            if begins is None and not isinstance(count, int):
-                return tf.cond(count < self.parts, begin, go_on)
-            return begin() if (count < self.parts if begins is None else begins) else go_on()
+            if begins is not None:
+                write = begin if begins else go_on
+                # As a function it returns when all is written, as a condition does.
+                return write() if tf.executing_eagerly() else tf.function(write, autograph=False)()
+            if isinstance(count, int):
+                return begin() if count < self.parts else go_on()
+            return tf.cond(count < self.parts, begin, go_on)
 
     def advance(self, count: int | tf.Tensor, updates: tf.Variable) -> tf.Tensor:
         """Notes, on this replica, that a micro-step was added which is not the last.
