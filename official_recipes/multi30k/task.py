@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -142,13 +143,7 @@ class TranslationTask:
         return metrics
 
     def _loss_of(self, model: keras.Model, split: str) -> float:
-        @tf.function(input_signature=[_IDS, _IDS])
-        def measure(source: tf.Tensor, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            logits = model((source, target[:, :-1]), training=False)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(target[:, 1:], logits)
-            there = tf.cast(tf.not_equal(target[:, 1:], PAD), losses.dtype)
-            return tf.reduce_sum(losses * there), tf.reduce_sum(there)
-
+        measure = _loss_function(model)
         total = count = 0.0
         for source, target in self._batches(split):
             loss, pieces = measure(source, target)
@@ -232,6 +227,18 @@ class TranslationTask:
         import sacrebleu
 
         return float(sacrebleu.corpus_bleu(translations, [self._splits[split][1]]).score)
+
+
+@functools.lru_cache(maxsize=1)  # Or every evaluation of a model traces it anew.
+def _loss_function(model: keras.Model) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    @tf.function(input_signature=[_IDS, _IDS])
+    def measure(source: tf.Tensor, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        logits = model((source, target[:, :-1]), training=False)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(target[:, 1:], logits)
+        there = tf.cast(tf.not_equal(target[:, 1:], PAD), losses.dtype)
+        return tf.reduce_sum(losses * there), tf.reduce_sum(there)
+
+    return measure
 
 
 def greedy_translation(model: keras.Model, longest: int) -> Callable[[tf.Tensor], tf.Tensor]:

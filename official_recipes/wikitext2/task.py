@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -99,8 +100,7 @@ class LanguageTask:
         """Mean cross-entropy per word of the whole text, and its exponential."""
         del final
         assert split == self._data.held_out_name
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
-        measure = tf.function(lambda x, y: loss(y, model(x, training=False)), reduce_retracing=True)
+        measure = _loss_function(model)
         total = sum(float(measure(part[:, :-1], part[:, 1:])) for part in self._held_out())
         mean = total / (len(self._data.held_out) - 1)
         return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
@@ -176,3 +176,9 @@ class LanguageTask:
             for word, log, likeliest in zip(*map(np.ravel, columns), strict=True):
                 lines.append(f"{words[word]}\t{log:.6g}\t{words[likeliest]}")
         return Predictions(lines)
+
+
+@functools.lru_cache(maxsize=1)  # Or every evaluation of a model traces it anew.
+def _loss_function(model: keras.Model) -> Callable[..., tf.Tensor]:
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    return tf.function(lambda x, y: loss(y, model(x, training=False)), reduce_retracing=True)
