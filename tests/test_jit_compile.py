@@ -131,7 +131,7 @@ def with_an_embedding(seed, sub_batches, updates, poisoned_at=None):
 @pytest.mark.parametrize(("replicas", "micro_steps"), SPLITS)
 @pytest.mark.parametrize("poisoned_at", ["dense", "sparse"])
 @pytest.mark.quick(
-    name=("vr_lamb", "clars", "extrap_sgd"),
+    name=("vr_lamb", "extrap_sgd"),
     run_class=Run,
     replicas=2,
     micro_steps=2,
@@ -143,7 +143,7 @@ def with_an_embedding(seed, sub_batches, updates, poisoned_at=None):
     run_class=Run,
     replicas=1,
     micro_steps=2,
-    extra=({"global_clipnorm": 0.5}, {"use_ema": True}),
+    extra={"global_clipnorm": 0.5},
     poisoned_at="dense",
 )
 @pytest.mark.quick(

@@ -89,9 +89,9 @@ def test_every_optimizer(tmp_path, replicas, part):
         assert_equals_one_process(tmp_path, replicas, name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("name", multi_worker_fit.GROWING)
-@pytest.mark.quick(replicas=1, name="growing_by_noise_scale")
 def test_a_batch_that_grows(tmp_path, replicas, name):
     """On all workers at the same update, also where the noise scale decides; as in one process."""
     with run(tmp_path, "job", replicas, name) as job:

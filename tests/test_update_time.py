@@ -40,7 +40,7 @@ def run_benchmark(*arguments):
 @pytest.fixture(
     scope="module",
     params=[
-        (2, "lamb,vr_lamb,keras_lamb"),
+        pytest.param((2, "lamb,vr_lamb,keras_lamb"), marks=pytest.mark.long),
         pytest.param((1, ""), marks=pytest.mark.long),
         pytest.param((2, ""), marks=pytest.mark.long),
     ],

@@ -625,7 +625,6 @@ def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, 
     [*((case, 4, 1) for case in VR_CASES), (BY_NAME["vr_sgd"], 1, 4), (BY_NAME["vr_adam"], 2, 2)],
     ids=str,
 )
-@pytest.mark.quick(case="vr_lamb")
 @pytest.mark.quick(case="vr_adam", replicas=2)
 def test_sparse_weights_equal_those_of_the_dense_twin(case, replicas, micro_steps):
     names = ["repeated within", "own rows each", "none on the second"]
