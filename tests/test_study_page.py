@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from test_study import carry_out
 
@@ -24,6 +25,7 @@ from benchmarks.study.panels import (
     Interval,
     Line,
     Panel,
+    _draw,
     plot_intervals,
     plot_panels,
     spaced,
@@ -173,6 +175,17 @@ def test_no_panel_has_more_lines_than_can_be_told_apart(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
     with Image.open(tmp_path / "b.png") as image:
         assert image.width == 1200
+
+
+def test_a_line_without_points_moves_no_other():
+    axis = Figure().subplots()
+    lines = [Line("not run", (), ()), Line("run", [1.0, 2.0], [0.0, 0.0], [0.1, 0.1])]
+    _draw(axis, Panel("t", "x", "y", lines, log=True), ticks=3)
+    assert list(axis.lines[0].get_xdata()) == [1.0, 2.0]
+    empty = Figure().subplots()
+    _draw(empty, Panel("t", "x", "y", lines[:1]), ticks=3)
+    assert [text.get_text() for text in empty.texts] == ["not run yet"]
+    assert not len(empty.get_xticks())
 
 
 def test_intervals_beside_0(tmp_path):

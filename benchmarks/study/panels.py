@@ -172,10 +172,9 @@ def plot_intervals(
 
 
 def _draw(axis: Axes, panel: Panel, ticks: int) -> None:
-    middle = (len(panel.lines) - 1) / 2
-    for place, line in enumerate(panel.lines):
-        if not line.x:
-            continue
+    lines = [line for line in panel.lines if line.x]
+    middle = (len(lines) - 1) / 2
+    for place, line in enumerate(lines):
         color, style = COLORS[line.color], "--" if line.dashed else "-"
         if len(line.x) >= _CURVE:
             axis.plot(line.x, line.y, style, color=color, linewidth=1.5)
@@ -195,11 +194,14 @@ def _draw(axis: Axes, panel: Panel, ticks: int) -> None:
         axis.axhline(0, color="black", linewidth=1)
     if panel.log:
         axis.set_xscale("log", base=2)
-        at = spaced({x for line in panel.lines for x in line.x}, ticks)
+        at = spaced({x for line in lines for x in line.x}, ticks)
         axis.set_xticks(at, [f"{x:.2g}" if x < 1 else f"{x:,g}" for x in at])
         axis.minorticks_off()
     else:
         axis.locator_params(axis="x", integer=True)
+    if not lines:
+        axis.set_xticks([])
+        axis.text(0.5, 0.5, "not run yet", transform=axis.transAxes, ha="center", fontsize=9)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.x_label, fontsize=9)
     axis.set_ylabel(panel.y_label, fontsize=9)
