@@ -125,13 +125,17 @@ def strategy_of(replicas: int) -> tf.distribute.Strategy:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    import keras
-
+def _seeds():
     # Where Keras takes the seeds from that are not given. `keras.utils.set_random_seed` would also
     # empty TensorFlow's caches of kernels, which takes a fifth of the time.
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras_state():
+    import keras
+
     yield
     keras.config.set_dtype_policy("float32")
 

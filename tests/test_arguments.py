@@ -27,11 +27,6 @@ NAN = math.nan
 over_optimizers = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def apply(optimizer, gradients, variables=None):
     with taking_gradients(optimizer, variables):
         optimizer.apply(gradients, *([] if variables is None else [variables]))

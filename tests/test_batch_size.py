@@ -25,11 +25,6 @@ HISTORY = {
 EXAMPLES = 3 * 64 * 1000
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 @pytest.mark.parametrize("noise", [0.5, 70.0, 1e5])
 @pytest.mark.parametrize("batch", [1, 64, 1e6])
 def test_steps_and_examples(noise, batch):

@@ -21,11 +21,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [info.name for info in tf_lbopt.list_optimizers()]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def run(folder, *arguments, **environment):
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(

@@ -28,11 +28,6 @@ over_layerwise = pytest.mark.parametrize("info", LAYERWISE, ids=lambda info: inf
 DECAY = 0.3
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def copy_by_config(optimizer):
     return type(optimizer).from_config(optimizer.get_config())
 

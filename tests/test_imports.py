@@ -42,11 +42,6 @@ ROOMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def imported_modules(path):
     """Dotted names that a file imports, with what `from x import y` takes out of them."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

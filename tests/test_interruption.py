@@ -23,11 +23,6 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 
 @pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here needs Keras."""
-
-
-@pytest.fixture(autouse=True)
 def _default_handlers():
     """Handlers as a program has them that was not started in the background."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,11 +22,6 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE)
 MODES = pytest.mark.parametrize("mode", ["eager", "function", "compiled"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def writer():
     return Writer(tf.constant(True) if _compat.in_xla_context() else None)
 

@@ -20,11 +20,6 @@ LARGE = 20_000  # above the size from which one pass is tried first
 pytestmark = pytest.mark.usefixtures("graph_optimizer")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 eager = norms
 traced = tf.function(norms)
 compiled = tf.function(norms, jit_compile=True)

@@ -45,11 +45,6 @@ PUBLIC = {
 over_public = pytest.mark.parametrize("name", PUBLIC)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def modules():
     names = [m.name for m in pkgutil.walk_packages(tf_lbopt.__path__, tf_lbopt.__name__ + ".")]
     return [tf_lbopt, *(importlib.import_module(name) for name in names)]

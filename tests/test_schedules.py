@@ -45,11 +45,6 @@ over_cases = pytest.mark.parametrize(
 STEPS = [*range(14), 1000, 10**6]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_keras_state():
-    """In place of the costly one for all tests: nothing here leaves global state behind."""
-
-
 def formula(after, step, steps, start=0.0):
     rate = AFTER[after][1]
     if step >= steps:

@@ -28,7 +28,6 @@ WRAPPERS = {"plain": lambda o: o, "dynamic": dynamic, "fixed": fixed}
 
 @pytest.fixture(autouse=True)
 def _fresh_keras_state():
-    tf_keras.utils.set_random_seed(0)
     yield
     tf_keras.mixed_precision.set_global_policy("float32")
 
