@@ -18,6 +18,7 @@ It needs a TensorFlow that was built for GPUs, whose list of kernels says which 
 import argparse
 import dataclasses
 import functools
+import gc
 import pathlib
 import re
 import sys
@@ -184,6 +185,7 @@ def main(argv: list[str]) -> int:
                     }
                 )
                 print(*rows[-1].values(), file=sys.stderr, flush=True)
+                gc.collect()  # a graph and its variables refer to each other
     table = Table("optimizer", "compiled", "model", "launches", "waits", "on the host", "programs")
     for row in rows:
         table.add_row(*map(str, row.values()))
