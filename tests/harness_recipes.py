@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,12 @@ _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
 def interrupt_preparation(
-    recipe: str, arguments: list[str], output_dir: Path, number: int, limit_s: int = 60
+    recipe: str,
+    arguments: list[str],
+    output_dir: Path,
+    number: int,
+    limit_s: int = 60,
+    python: Sequence[str] = (sys.executable,),
 ) -> None:
     """Sends a signal to a recipe's ``prepare_data`` as soon as it writes training records.
 
@@ -50,7 +56,7 @@ def interrupt_preparation(
     """
     partial = output_dir.parent / f".{output_dir.name}.partial"
     command = [
-        *[sys.executable, "-c"],
+        *[*python, "-c"],
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"from official_recipes.{recipe}.prepare_data import main; sys.exit(main(sys.argv))",
         *[*arguments, f"--output_dir={output_dir}"],

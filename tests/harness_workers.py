@@ -5,9 +5,10 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+from forked_python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 300
@@ -46,7 +47,7 @@ class Workers:
             ):
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-u", *command],
+                        [*python(), "-u", *command],
                         cwd=ROOT,
                         env={**os.environ, "TF_CONFIG": config_of(hosts, "worker", index)},
                         stdout=out,

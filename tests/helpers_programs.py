@@ -3,7 +3,8 @@
 import os
 import pathlib
 import subprocess
-import sys
+
+from forked_python import python
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -21,7 +22,7 @@ def run_program(
     own = {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     inherited = {k: v for k, v in os.environ.items() if k not in ("TF_CONFIG", "XLA_FLAGS")}
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [*python(), str(script)],
         cwd=folder,
         env={**inherited, **own, **variables},
         capture_output=True,

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from forked_python import python
 
 from tf_lbopt import schedules
 from tf_lbopt.batch_size import recommend, scale_learning_rate, steps_and_examples
@@ -282,8 +283,13 @@ def test_without_matplotlib_the_table_is_printed(tmp_path, capsys, monkeypatch):
 
 
 def test_it_is_a_program(tmp_path):
+    program = (
+        "import runpy, warnings\n"
+        "warnings.simplefilter('error', RuntimeWarning)\n"
+        "runpy.run_module('tf_lbopt.batch_size', run_name='__main__', alter_sys=True)\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-m", "tf_lbopt.batch_size", "nothing"],
+        [*python(), "-c", program, "nothing"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

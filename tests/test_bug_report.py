@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
+from forked_python import python
 from harness import KINDS
 
 import tf_lbopt
@@ -21,10 +22,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [info.name for info in tf_lbopt.list_optimizers()]
 
 
-def run(folder, *arguments, **environment):
+def run(folder, *arguments, command=(sys.executable,), **environment):
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "tf_lbopt", *arguments],
+        [*command, "-m", "tf_lbopt", *arguments],
         env={**os.environ, "PYTHONPATH": paths, **environment},
         cwd=folder,
         capture_output=True,
@@ -43,7 +44,7 @@ def only(monkeypatch, *names):
     "flags", [("--no-update",), pytest.param((), marks=pytest.mark.long)], ids=["quick", "all"]
 )
 def test_the_program(flags, tmp_path):
-    done = run(tmp_path, "--json", *flags)
+    done = run(tmp_path, "--json", *flags, command=python())
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["ok"] is True

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_python import python
 from harness_recipes import (
     assert_same_state,
     interrupt_preparation,
@@ -625,7 +626,7 @@ def small(tmp_path, data):
 
 
 def _command(*arguments):
-    return [sys.executable, "-m", "official_recipes.dlrm.train", *arguments]
+    return [*python(), "-m", "official_recipes.dlrm.train", *arguments]
 
 
 def _environment():
@@ -643,7 +644,7 @@ def test_task(which):
     """The tests that need the old Keras behind tf.keras."""
     result = subprocess.run(
         [
-            *[sys.executable, "-m", "pytest", "-q", "-x", "-m", which],
+            *[*python(), "-m", "pytest", "-q", "-x", "-m", which],
             str(ROOT / "tests" / "legacy_keras_dlrm.py"),
         ],
         cwd=ROOT,
@@ -731,7 +732,7 @@ def test_mistakes_and_a_run_between_them(small, tmp_path):
     ]
     model_dir = tmp_path / "model"
     result = subprocess.run(
-        [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs), str(model_dir)],
+        [*python(), "-c", SEVERAL_RUNS, json.dumps(runs), str(model_dir)],
         cwd=ROOT,
         capture_output=True,
         text=True,

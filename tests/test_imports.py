@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from forked_python import python
 
 import tf_lbopt
 from tf_lbopt import _requirements
@@ -73,7 +74,7 @@ def test_import_pulls_in_nothing_optional():
         "print(json.dumps([n for n in names if n in roots] + ['tf_lbopt' in roots]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [*python(), "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [True]
@@ -186,10 +187,10 @@ def test_private_attributes_of_the_frameworks_are_in_one_file_for_each():
             assert names == [], path
 
 
-def _import_with(code, **environment):
-    """The last line of what a fresh process says that runs ``code`` and imports the package."""
+def _import_with(code, command, **environment):
+    """The last line of what a process says that runs ``code`` and imports the package."""
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport tf_lbopt\nprint('imported')"],
+        [*command, "-c", f"{code}\nimport tf_lbopt\nprint('imported')"],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -203,26 +204,6 @@ import sys, types
 sys.modules["{name}"] = types.ModuleType("{name}")
 sys.modules["{name}"].__version__ = "{version}"
 sys.modules["{name}"].__spec__ = types.SimpleNamespace(name="{name}")
-"""
-
-
-# With TensorFlow and Keras already imported, which takes longest, each in a fork of one process.
-_EACH_IN_A_FORK = """
-import json, os, sys, traceback
-import keras, tensorflow
-for code in json.loads(sys.argv[1]):
-    sys.stdout.flush()
-    if child := os.fork():
-        os.waitpid(child, 0)
-        continue
-    try:
-        exec(code, {})
-        exec("import tf_lbopt", {})
-        print("imported")
-    except Exception as error:
-        print(*traceback.format_exception_only(error)[-1].splitlines())
-    sys.stdout.flush()
-    os._exit(0)
 """
 
 
@@ -246,6 +227,17 @@ for code in json.loads(sys.argv[1]):
             {},
             ["ImportError", "Keras 3.7", "Received: none"],
         ),
+    ],
+    ids=["backend", "no_tensorflow", "old_tensorflow", "no_keras"],
+)
+def test_import_says_what_is_missing(code, environment, expected):
+    message = _import_with(code, [sys.executable], **environment)
+    assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "expected"),
+    [
         (
             "import tensorflow, tf_lbopt\n"
             "model = tensorflow.keras.Sequential([tensorflow.keras.layers.Dense(1)])\n"
@@ -260,46 +252,34 @@ for code in json.loads(sys.argv[1]):
             {"TF_USE_LEGACY_KERAS": "1"},
             ["ValueError", "LossScaleOptimizer, an optimizer for Keras 3", "see tf_lbopt.tf_keras"],
         ),
+        (
+            "import keras\nkeras.__version__ = '3.6.0'",
+            {},
+            ["ImportError", "Keras 3.7", "Received: Keras 3.6.0"],
+        ),
+        (
+            "import sys\nsys.modules['tf_keras'] = None\nimport tf_lbopt.tf_keras",
+            {},
+            ["ImportError", "tf_lbopt.tf_keras needs tf_keras", "'tf-lbopt[tf-keras]'"],
+        ),
+        (
+            "import sys\nsys.modules['official'] = None\nimport tf_lbopt.tfm",
+            {},
+            ["ImportError", "tf_lbopt.tfm needs tf-models-official", "'tf-lbopt[recipes]'"],
+        ),
+        (
+            "import keras, tf_lbopt.tf_keras\n"
+            "model = keras.Sequential([keras.layers.Dense(1)])\n"
+            "model.compile(tf_lbopt.tf_keras.LARS(0.1), 'mse')",
+            {},
+            ["ValueError", "LARS, an optimizer for tf_keras", "Keras 3 see tf_lbopt"],
+        ),
     ],
-    ids=["backend", "no_tensorflow", "old_tensorflow", "no_keras", "legacy", "legacy_loss_scale"],
+    ids=["legacy", "legacy_loss_scale", "old_keras", "no_tf_keras", "no_official", "tf_keras"],
 )
-def test_import_says_what_is_missing(code, environment, expected):
-    message = _import_with(code, **environment)
+def test_import_says_what_is_missing_beside_tensorflow(code, environment, expected):
+    message = _import_with(code, python(), **environment)
     assert all(part in message for part in expected), message
-
-
-_MISSING = [
-    (
-        "import keras\nkeras.__version__ = '3.6.0'",
-        ["ImportError", "Keras 3.7", "Received: Keras 3.6.0"],
-    ),
-    (
-        "import sys\nsys.modules['tf_keras'] = None\nimport tf_lbopt.tf_keras",
-        ["ImportError", "tf_lbopt.tf_keras needs tf_keras", "'tf-lbopt[tf-keras]'"],
-    ),
-    (
-        "import sys\nsys.modules['official'] = None\nimport tf_lbopt.tfm",
-        ["ImportError", "tf_lbopt.tfm needs tf-models-official", "'tf-lbopt[recipes]'"],
-    ),
-    (
-        "import keras, tf_lbopt.tf_keras\n"
-        "model = keras.Sequential([keras.layers.Dense(1)])\n"
-        "model.compile(tf_lbopt.tf_keras.LARS(0.1), 'mse')",
-        ["ValueError", "LARS, an optimizer for tf_keras", "Keras 3 see tf_lbopt"],
-    ),
-]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="makes forks")
-def test_import_says_what_is_missing_beside_tensorflow():
-    codes = json.dumps([code for code, _ in _MISSING])
-    done = subprocess.run(
-        [sys.executable, "-c", _EACH_IN_A_FORK, codes], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(_MISSING), done.stdout + done.stderr[-2000:]
-    for line, (_, expected) in zip(lines, _MISSING, strict=True):
-        assert all(part in line for part in expected), line
 
 
 def test_a_newer_version_than_tried_is_warned_of(recwarn):

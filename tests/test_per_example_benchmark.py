@@ -1,9 +1,9 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_python import python
 from helpers_benchmarks import assert_bad_flag_ends_in_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run_benchmark(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.per_example_norms", *arguments],
+        [*python(), "-m", "benchmarks.per_example_norms", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

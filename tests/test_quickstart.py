@@ -7,16 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_python import python
 from harness_recipes import cifar100_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = [sys.executable, "-m", "official_recipes.quickstart"]
+COMMAND = ["-m", "official_recipes.quickstart"]
 
 
 def start(*arguments, cwd=ROOT, command=COMMAND):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     return subprocess.Popen(
-        [*command, *arguments],
+        [*python(), *command, *arguments],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
@@ -197,7 +198,6 @@ def test_end_to_end(tmp_path):
 
 # What a shell starts in the background ignores SIGINT, and so do its children.
 INTERRUPTIBLE = [
-    sys.executable,
     "-c",
     "import runpy, signal\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

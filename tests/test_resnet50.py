@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from conftest import strategy_of
+from forked_python import python
 from harness_recipes import (
     SMALL_RESNET,
     assert_deviations_are_in_the_readme,
@@ -28,7 +30,7 @@ from harness_recipes import (
 
 import tf_lbopt.tf_keras
 import tf_lbopt.tfm
-from official_recipes.common import checkpoints, remote, tfm_training
+from official_recipes.common import checkpoints, remote, replicas, tfm_training
 from official_recipes.common.flag_parsing import FlagValueError
 from official_recipes.common.interruption import Interrupted, Interruption
 from official_recipes.common.trainer_fields import check_trainer
@@ -742,7 +744,7 @@ def test_continuous_evaluation_ends_with_the_training(evaluation, how, monkeypat
 
 def _command(small, *arguments):
     return [
-        *[sys.executable, "-m", "official_recipes.resnet50.train", *small],
+        *[*python(), "-m", "official_recipes.resnet50.train", *small],
         "--cpu_replicas=2",
         *arguments,
     ]
@@ -754,7 +756,7 @@ def _run(small, *arguments, **kwargs):
     )
 
 
-def test_stop_and_go_on(small, tmp_path):
+def test_stop_and_go_on(small, tmp_path, monkeypatch, capsys):
     """SIGTERM in training checkpoints and exits 0; the same command goes on from there."""
     model_dir = tmp_path / "model"
     kind = "trainer.optimizer_config.optimizer.type=lbopt_lars"  # traced faster than vr_lars
@@ -772,11 +774,12 @@ def test_stop_and_go_on(small, tmp_path):
     assert any(np.any(v != 0) for v in momenta)
 
     done = f"--params_override={kind},trainer.train_steps={step + 2},trainer.validation_interval=2"
-    result = _run(small, done)
-    assert result.returncode == 0, result.stderr
-    assert f"restored from checkpoint: {path}" in result.stdout
-    assert f"eval | step: {step + 2: 6d}" in result.stdout
-    assert "accuracy" in result.stdout
+    monkeypatch.setattr(replicas, "_strategy", strategy_of(2))
+    assert train.main(["train", *small, "--cpu_replicas=2", done]) == 0
+    printed = capsys.readouterr().out
+    assert f"restored from checkpoint: {path}" in printed
+    assert f"eval | step: {step + 2: 6d}" in printed
+    assert "accuracy" in printed
     _, after = last_checkpoint(model_dir)
     assert after["global_step/.ATTRIBUTES/VARIABLE_VALUE"] == step + 2
     iterations = [v for name, v in after.items() if "optimizer" in name and v.shape == ()]
@@ -1188,7 +1191,7 @@ def test_interrupted_preparation_leaves_nothing_that_looks_whole(tmp_path, numbe
     for i in range(2500):
         os.link(tree / "train" / "ant" / "ant0.JPEG", tree / "train" / "bee" / f"x{i}.JPEG")
     out = tmp_path / "out"
-    interrupt_preparation("resnet50", [f"--source={tree}"], out, number)
+    interrupt_preparation("resnet50", [f"--source={tree}"], out, number, python=python())
     assert _prepare(f"--source={tree}", f"--output_dir={out}", "--shards=1") == 0
     assert not (tmp_path / ".out.partial").exists()
     assert len(_examples(out, "train")) == 2503

@@ -5,7 +5,6 @@ import gzip
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
+from forked_python import python
 from harness_recipes import assert_same_by_single_micro_steps
 
 from official_recipes.cifar.task import ImageTask
@@ -390,7 +390,7 @@ def test_models_of_checkpoints_and_files_are_whole(tmp_path):
         arrays = tuple(np.array(array, np.int32) for array in inputs)
         expected[file] = np.asarray(model(arrays if len(arrays) > 1 else arrays[0]))
     run = subprocess.run(
-        [sys.executable, "-c", LOADED, json.dumps(files)],
+        [*python(), "-c", LOADED, json.dumps(files)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -478,7 +478,7 @@ def _exported(folder, name, task):
 def _elsewhere(folder, part, argument):
     """What a process with TensorFlow and Keras makes of what was exported."""
     run = subprocess.run(
-        [sys.executable, "-c", EXPORTED.replace("PART", part), str(folder), json.dumps(argument)],
+        [*python(), "-c", EXPORTED.replace("PART", part), str(folder), json.dumps(argument)],
         cwd=folder,
         capture_output=True,
         text=True,
