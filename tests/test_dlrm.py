@@ -656,21 +656,6 @@ def test_task(which):
     assert " passed" in result.stdout
 
 
-def test_command_line(small, tmp_path):
-    """Trains and evaluates, without anything in the environment, and leaves a summary."""
-    result = _run(*small)
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "model" / "summary.json").read_text())
-    assert summary["experiment"] == "large_batch_dlrm"
-    assert summary["optimizer"] == "sgd"
-    assert (summary["steps"], summary["replicas"], summary["sub_batches"]) == (8, 2, 1)
-    assert summary["global_batch_size"] == 64
-    assert 0 < summary["step_ms"] < 1000 * summary["seconds"]
-    assert {"auc", "log_loss", "accuracy"} <= set(summary["metrics"])
-    assert 0.3 < summary["metrics"]["auc"] < 0.9
-    assert summary["train_metrics"]["training_loss"] > 0
-
-
 _KIND = "--params_override=trainer.optimizer_config"
 _DEEPER = "task.model.top_mlp=[8,8,1]"
 # One after the other; {} is a folder, the first part of each what is said.
@@ -711,25 +696,32 @@ RUNS = [
     ("--cpu_replicas: expected as many as in what this process has run", ["--cpu_replicas=3"]),
     (None, ["--mode=eval", f"{_KIND}.optimizer.type=adagrad"]),
 ]
-# All in one process: it takes longest to import.
+# All in one process: it takes longest to import. The last run is the program's.
 SEVERAL_RUNS = """
-import json, os, sys
+import json, os, runpy, sys
 from official_recipes.dlrm import train
+*runs, last = json.loads(sys.argv[1])
 model_dir, codes, there = sys.argv[2], [], []
-for arguments in json.loads(sys.argv[1]):
+for arguments in runs:
     codes.append(train.main(["train", *arguments]))
     there.append(sorted(os.listdir(model_dir)) if os.path.isdir(model_dir) else None)
 print(json.dumps([codes, there]), flush=True)
-os._exit(0)
+sys.argv[1:] = last
+del sys.modules["official_recipes.dlrm.train"]
+runpy.run_module("official_recipes.dlrm.train", run_name="__main__", alter_sys=True)
 """
 
 
-def test_mistakes_and_a_run_between_them(small, tmp_path):
-    """A mistake is one line, and changes nothing in the folder; neither does a dry run."""
+def test_mistakes_and_runs_between_them(small, tmp_path):
+    """A mistake is one line, and changes nothing in the folder; neither does a dry run.
+
+    The program trains and evaluates, without anything in the environment, and leaves a summary.
+    """
     runs = [
         [*small, *(argument.replace("{}", str(tmp_path)) for argument in arguments)]
         for _, arguments in RUNS
     ]
+    runs.append([*small, f"--model_dir={tmp_path / 'whole'}"])
     model_dir = tmp_path / "model"
     result = subprocess.run(
         [*python(), "-c", SEVERAL_RUNS, json.dumps(runs), str(model_dir)],
@@ -739,7 +731,8 @@ def test_mistakes_and_a_run_between_them(small, tmp_path):
         env=_environment(),
     )
     assert result.returncode == 0, result.stderr
-    codes, there = json.loads(result.stdout.splitlines()[-1])
+    (made,) = (line for line in result.stdout.splitlines() if line.startswith("[["))
+    codes, there = json.loads(made)
     mistakes = [said.replace("{}", str(tmp_path)) for said, _ in RUNS if said is not None]
     assert codes == [0 if said is None else 2 for said, _ in RUNS], result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("--")]
@@ -770,6 +763,16 @@ def test_mistakes_and_a_run_between_them(small, tmp_path):
     assert (evaluation["mode"], evaluation["steps"]) == ("eval", 2)
     assert evaluation["optimizer"] == "sgd"  # which the checkpoint is of
     assert 0.3 < evaluation["metrics"]["auc"] < 0.9
+
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["experiment"] == "large_batch_dlrm"
+    assert summary["optimizer"] == "sgd"
+    assert (summary["steps"], summary["replicas"], summary["sub_batches"]) == (8, 2, 1)
+    assert summary["global_batch_size"] == 64
+    assert 0 < summary["step_ms"] < 1000 * summary["seconds"]
+    assert {"auc", "log_loss", "accuracy"} <= set(summary["metrics"])
+    assert 0.3 < summary["metrics"]["auc"] < 0.9
+    assert summary["train_metrics"]["training_loss"] > 0
 
 
 def test_after_another_recipe_in_the_process(small, monkeypatch, capsys):

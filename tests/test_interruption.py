@@ -42,13 +42,14 @@ assert "tensorflow" not in sys.modules
 class Program:
     """A Python program that says "ready" on stdout; its stderr is read line by line."""
 
-    def __init__(self, script):
+    def __init__(self, script, **streams):
         self.process = subprocess.Popen(
             [sys.executable, "-c", PREAMBLE + script],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            **streams,
         )
 
     def __enter__(self):
@@ -351,6 +352,19 @@ atexit.register(print, "the end")
 run_program(lambda argv: print(argv) or {exit_code}, ["name", "--flag"])
 """
     assert run(script) == (exit_code, "['name', '--flag']\nthe end\n", "")
+
+
+def test_recipes_on_tf_models_print_their_lines_at_once():
+    script = """
+from official_recipes.common import tfm_training
+def main(argv):
+    print("ready")
+    sys.stdin.readline()
+    return 3
+tfm_training.run_program(main, [])
+"""
+    with Program(script, stdin=subprocess.PIPE) as program:
+        assert program.finish() == (3, "", "")
 
 
 def test_an_error_ends_the_program_as_usual():

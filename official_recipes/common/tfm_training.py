@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -131,13 +132,16 @@ class WrongKerasError(ImportError):
 def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoReturn:
     """Runs a recipe's main function as a whole program and ends the process with its exit code.
 
-    Nothing is torn down at the end: the destructor of a distributed dataset's iterator waits for
-    threads of tf.data, one of which can sleep for up to a minute (seen with TensorFlow 2.20).
+    A pipe or a file gets each line as it is printed. Nothing is torn down at the end: the
+    destructor of a distributed dataset's iterator waits for threads of tf.data, one of which can
+    sleep for up to a minute (seen with TensorFlow 2.20).
 
     Args:
         main: Takes the command line and returns the exit code.
         argv: The command line, program name first.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     exit_code = main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
