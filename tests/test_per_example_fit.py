@@ -1,13 +1,13 @@
 """CLARS(norm_estimator="per_example") through `fit`, against the NumPy reference."""
 
 import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
+from forked_python import python
 
 import tf_lbopt
 from benchmarks.references import clars
@@ -525,5 +525,5 @@ def test_plain_model_for_inference(kind, tmp_path):
     else:
         path = str(tmp_path / "plain.keras")
         keras.Model(model.inputs, model.outputs).save(path)
-    subprocess.run([sys.executable, "-c", LOADING, path], check=True, cwd=tmp_path)
+    subprocess.run([*python(), "-c", LOADING, path], check=True, cwd=tmp_path)
     np.testing.assert_allclose(np.load(path + ".npy"), model.predict(x, verbose=0), rtol=1e-5)

@@ -4,13 +4,13 @@ import contextlib
 import json
 import pathlib
 import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import strategy_of
+from forked_python import python
 from harness import (
     CASES,
     KINDS,
@@ -354,7 +354,7 @@ def test_one_copy_for_several_replicas_is_refused(make):
 def test_parameter_servers_are_refused_where_replicas_have_state():
     # ParameterServerStrategy counts its workers as one replica.
     program = pathlib.Path(__file__).with_name("parameter_server_run.py")
-    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    result = subprocess.run([*python(), str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     said = json.loads(result.stdout.splitlines()[-1])
     assert len(said) == 12

@@ -282,7 +282,7 @@ def test_greedy_translation_ends_at_the_end():
 
 # -- training --------------------------------------------------------------------------------------
 
-QUICK = ("vr_lamb", "extrap_adam")
+QUICK = ("vr_lamb", "adamw")
 RATES = {"clars": 1.0, "lars": 30.0, "vr_lars": 30.0}
 
 
