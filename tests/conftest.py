@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         # As many processes as cores run side by side, and tensors are small.
         tf.config.threading.set_intra_op_parallelism_threads(1)
-        forked_python.use()
+        forked_python.use(shared=bool(getattr(config.option, "numprocesses", None)))
 
 
 def pytest_collection_finish() -> None:

@@ -19,14 +19,22 @@ import tempfile
 import threading
 import warnings
 
+_SOCKET = "TF_LBOPT_TESTS_SOCKET"
 _used = False
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
-def use() -> None:
-    """Has `python` give forks from now on; `make test` does, `make test-all` starts all anew."""
+def use(shared: bool = False) -> None:
+    """Has `python` give forks from now on; `make test` does, `make test-all` starts all anew.
+
+    Args:
+        shared: Whether the processes that this one starts use its server (default: the server is
+            started when a first program needs it).
+    """
     global _used
     _used = sys.platform == "linux"  # elsewhere TensorFlow may have threads before the fork
+    if _used and shared and _SOCKET not in os.environ:
+        os.environ[_SOCKET] = _client()[-1]
 
 
 def python() -> list[str]:
@@ -36,6 +44,8 @@ def python() -> list[str]:
 
 @functools.cache
 def _client() -> tuple[str, ...]:
+    if _SOCKET in os.environ:
+        return sys.executable, "-I", "-S", __file__, os.environ[_SOCKET]
     path = os.path.join(tempfile.mkdtemp(prefix="forked_python_"), "socket")
     own = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": ""}
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TF_CONFIG")}

@@ -666,11 +666,11 @@ RUNS = [
         "task.init_checkpoint: a checkpoint, or a run's model_dir, received '{}'",
         ["--params_override=task.init_checkpoint={}"],
     ),
-    # Nothing is left by what failed and by a dry run; then some steps.
+    # Nothing is left by what failed and by a dry run; then a whole run.
     (None, ["--dry_run"]),
-    (None, ["--mode=train", "--params_override=trainer.train_steps=2"]),
+    (None, []),
     (
-        "task.init_checkpoint: a checkpoint of the same model, received {}/model/ckpt-2",
+        "task.init_checkpoint: a checkpoint of the same model, received {}/model/ckpt-8",
         [
             f"--params_override=task.init_checkpoint={{}}/model,{_DEEPER}",
             "--model_dir={}/other",
@@ -682,7 +682,7 @@ RUNS = [
     ),
     (
         "the same optimizer, vr_sgd (or --new_optimizer, to go on with this one), "
-        "received {}/model/ckpt-2 of sgd",
+        "received {}/model/ckpt-8 of sgd",
         [f"{_KIND}.optimizer.type=vr_sgd"],
     ),
     (
@@ -690,13 +690,13 @@ RUNS = [
         [f"{_KIND}.embeddings.optimizer.type=adagrad"],
     ),
     (
-        "with checkpoints of the same model, received {}/model/ckpt-2",
+        "with checkpoints of the same model, received {}/model/ckpt-8",
         ["--mode=eval", f"--params_override={_DEEPER}"],
     ),
     ("--cpu_replicas: expected as many as in what this process has run", ["--cpu_replicas=3"]),
     (None, ["--mode=eval", f"{_KIND}.optimizer.type=adagrad"]),
 ]
-# All in one process: it takes longest to import. The last run is the program's.
+# All in one process: it takes longest to import. The last run is made as by `python -m`.
 SEVERAL_RUNS = """
 import json, os, runpy, sys
 from official_recipes.dlrm import train
@@ -721,7 +721,6 @@ def test_mistakes_and_runs_between_them(small, tmp_path):
         [*small, *(argument.replace("{}", str(tmp_path)) for argument in arguments)]
         for _, arguments in RUNS
     ]
-    runs.append([*small, f"--model_dir={tmp_path / 'whole'}"])
     model_dir = tmp_path / "model"
     result = subprocess.run(
         [*python(), "-c", SEVERAL_RUNS, json.dumps(runs), str(model_dir)],
@@ -733,6 +732,8 @@ def test_mistakes_and_runs_between_them(small, tmp_path):
     assert result.returncode == 0, result.stderr
     (made,) = (line for line in result.stdout.splitlines() if line.startswith("[["))
     codes, there = json.loads(made)
+    codes.append(result.returncode)
+    there.append(sorted(path.name for path in model_dir.iterdir()))
     mistakes = [said.replace("{}", str(tmp_path)) for said, _ in RUNS if said is not None]
     assert codes == [0 if said is None else 2 for said, _ in RUNS], result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("--")]
@@ -745,7 +746,7 @@ def test_mistakes_and_runs_between_them(small, tmp_path):
     assert there[: dry + 1] == [None] * (dry + 1)
     assert "summary.json" in there[dry + 1]
     assert all(names == there[dry + 1] for names in there[dry + 1 : -1])
-    assert {*there[-1]} == {*there[dry + 1], "evaluation.json", "validation"}
+    assert {*there[-1]} == {*there[dry + 1], "evaluation.json"}
     for said in (
         "dry run of large_batch_dlrm: two steps, nothing is written",
         "devices: 2 replicas; on this worker CPU:0, CPU:1",
@@ -759,13 +760,7 @@ def test_mistakes_and_runs_between_them(small, tmp_path):
     summary, evaluation = (
         json.loads((model_dir / f"{name}.json").read_text()) for name in ("summary", "evaluation")
     )
-    assert (summary["mode"], summary["steps"], summary["metrics"]) == ("train", 2, {})
-    assert (evaluation["mode"], evaluation["steps"]) == ("eval", 2)
-    assert evaluation["optimizer"] == "sgd"  # which the checkpoint is of
-    assert 0.3 < evaluation["metrics"]["auc"] < 0.9
-
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["experiment"] == "large_batch_dlrm"
+    assert (summary["experiment"], summary["mode"]) == ("large_batch_dlrm", "train_and_eval")
     assert summary["optimizer"] == "sgd"
     assert (summary["steps"], summary["replicas"], summary["sub_batches"]) == (8, 2, 1)
     assert summary["global_batch_size"] == 64
@@ -773,6 +768,9 @@ def test_mistakes_and_runs_between_them(small, tmp_path):
     assert {"auc", "log_loss", "accuracy"} <= set(summary["metrics"])
     assert 0.3 < summary["metrics"]["auc"] < 0.9
     assert summary["train_metrics"]["training_loss"] > 0
+    assert (evaluation["mode"], evaluation["steps"]) == ("eval", 8)
+    assert evaluation["optimizer"] == "sgd"  # which the checkpoint is of
+    assert 0.3 < evaluation["metrics"]["auc"] < 0.9
 
 
 def test_after_another_recipe_in_the_process(small, monkeypatch, capsys):
@@ -844,5 +842,7 @@ def test_stop_and_go_on(small, tmp_path, number):
     assert_same_state(after, before)
     further = f"--params_override={kinds},trainer.train_steps={step + 2}"
     assert _run(*small, "--mode=train", parts, further).returncode == 0
+    summary = json.loads((tmp_path / "model" / "summary.json").read_text())
+    assert (summary["mode"], summary["steps"], summary["metrics"]) == ("train", step + 2, {})
     _, later = last_checkpoint(tmp_path / "model")
     assert later["global_step/.ATTRIBUTES/VARIABLE_VALUE"] == step + 2
