@@ -207,7 +207,9 @@ def test_preparation_ends_at_its_limit(tmp_path, work):
     script = f"""
 import hashlib
 from pathlib import Path
+from official_recipes.common import output_folder
 from official_recipes.common.output_folder import exit_code_of, writing
+output_folder._LIMIT_S = 0.2
 def prepare():
     with writing(Path({str(tmp_path / "out")!r})) as (partial, progress, stop):
         (partial / "half").write_text("half")

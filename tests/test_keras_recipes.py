@@ -393,7 +393,7 @@ def test_names_of_networks_are_known_before_tensorflow():
 
 # -- training --------------------------------------------------------------------------------------
 
-QUICK = ("sngm", "vr_lamb")
+QUICK = ("vr_lamb",)
 
 
 @pytest.mark.parametrize(
@@ -557,7 +557,8 @@ def test_divergence_is_recorded():
 def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
     options = dataclasses.replace(FAST, optimizer="extrap_sgd", epochs=3, model_dir=tmp_path / "a")
     (tmp_path / "a").mkdir()
-    whole = train(task_of(), options, strategy_of(2))
+    task = ImageTask(digits(256, 64), "two_conv", augmentation=False)
+    whole = train(task, options, strategy_of(2))
 
     class KilledError(Exception):
         pass
@@ -569,9 +570,9 @@ def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
     (tmp_path / "b").mkdir()
     cut = dataclasses.replace(options, model_dir=tmp_path / "b")
     with pytest.raises(KilledError):
-        train(task_of(), cut, strategy_of(2), on_epoch=kill)
+        train(task, cut, strategy_of(2), on_epoch=kill)
     with pytest.raises(FlagValueError, match="resume"):
-        train(task_of(), cut, strategy_of(2))
+        train(task, cut, strategy_of(2))
     for change, said in (
         ({"optimizer": "sngm"}, "--optimizer: expected extrap_sgd, as in the run to resume"),
         ({"optimizer_arguments": {"momentum": 0.5}}, "--momentum: expected None, .*received 0.5"),
@@ -585,14 +586,14 @@ def test_equal_seeds_give_equal_results_and_a_resumed_run_too(tmp_path):
         ),
     ):
         with pytest.raises(FlagValueError, match=said):
-            train(task_of(), dataclasses.replace(cut, resume=True, **change), strategy_of(2))
-    resumed = train(task_of(), dataclasses.replace(cut, resume=True), strategy_of(2))
-    assert (resumed.resumed_from, resumed.updates) == (1, 30)
+            train(task, dataclasses.replace(cut, resume=True, **change), strategy_of(2))
+    resumed = train(task, dataclasses.replace(cut, resume=True), strategy_of(2))
+    assert (resumed.resumed_from, resumed.updates) == (1, 12)
     np.testing.assert_allclose(resumed.train_loss, whole.train_loss, rtol=1e-5)
     assert [row["epoch"] for row in resumed.metrics] == [1, 2, 3]
     written = json.loads((tmp_path / "b" / "result.json").read_text())
     assert written["train_loss"] == resumed.train_loss
-    other = train(task_of(), dataclasses.replace(options, model_dir=None, seed=2), strategy_of(2))
+    other = train(task, dataclasses.replace(options, model_dir=None, seed=2), strategy_of(2))
     assert not np.allclose(other.train_loss, whole.train_loss, rtol=1e-3)
 
 
