@@ -145,6 +145,7 @@ def _fresh_keras_state():
 @pytest.fixture(scope="module")
 def determinism():
     tf.config.experimental.enable_op_determinism()
+    tf.random.set_seed(0)  # without which TensorFlow then refuses to shuffle
     yield
     tensorflow_config.disable_op_determinism()  # there is no public way back
 

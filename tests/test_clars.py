@@ -163,7 +163,7 @@ def test_norms_by_example_of_a_scaled_loss(replicas, micro_steps, dynamic):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_norm_that_is_not_finite_skips_the_update(bad):
     values, _ = with_norms(1, 2)
-    values[0][1][3][0] = bad
+    values[0][1][2][0] = bad
     run = GivingRun(2, **ARGUMENTS["clars"])
     run.updates(values)
     assert run.inner.skipped_updates.numpy() == 1
@@ -186,8 +186,8 @@ def test_fit_without_norms_says_what_to_do():
 def test_norms_belong_to_one_optimizer_and_one_call():
     values, _ = with_norms(1, 1)
     run, other = (GivingRun(**ARGUMENTS["clars"], function=lambda f: f) for _ in range(2))
-    gradients = [tf.constant(g) for g in values[0][0][:3]]
-    norms = [tf.constant(n) for n in values[0][0][3:]]
+    gradients = [tf.constant(g) for g in values[0][0][:2]]
+    norms = [tf.constant(n) for n in values[0][0][2:]]
     with (
         run.inner.example_norms(norms, run.variables),
         pytest.raises(ValueError, match="needs the norms"),
@@ -200,17 +200,17 @@ def test_norms_belong_to_one_optimizer_and_one_call():
 def test_wrong_norms_are_refused():
     values, _ = with_norms(1, 1)
     run = GivingRun(**ARGUMENTS["clars"], function=lambda f: f)
-    norms = [tf.constant(n) for n in values[0][0][3:]]
+    norms = [tf.constant(n) for n in values[0][0][2:]]
     with (
-        pytest.raises(ValueError, match="2 norms for 3 variables"),
-        run.inner.example_norms(norms[:2], run.variables),
+        pytest.raises(ValueError, match="1 norms for 2 variables"),
+        run.inner.example_norms(norms[:1], run.variables),
     ):
         pass
     with (
-        run.inner.example_norms(norms[:2], run.variables[:2]),
-        pytest.raises(ValueError, match="none for layer_2"),
+        run.inner.example_norms(norms[:1], run.variables[:1]),
+        pytest.raises(ValueError, match="none for layer_1"),
     ):
-        run.optimizer.apply([tf.constant(g) for g in values[0][0][:3]], run.variables)
+        run.optimizer.apply([tf.constant(g) for g in values[0][0][:2]], run.variables)
     by_sub_batch = Run(tf_lbopt.CLARS, learning_rate=0.1)
     with (
         pytest.raises(ValueError, match="norm_estimator='sub_batch'"),

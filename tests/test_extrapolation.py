@@ -174,7 +174,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize(("replicas", "sub_batches"), SPLITS)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.quick(variant="defaults")
+@pytest.mark.quick(variant="defaults", replicas=(2, 4))
+@pytest.mark.quick(variant="defaults", sub_batches=2)
 @pytest.mark.quick(replicas=1, sub_batches=1)
 @pytest.mark.quick(variant=("local rate", "stochastic noise"), replicas=2, sub_batches=2)
 def test_equals_the_reference(variant, replicas, sub_batches):

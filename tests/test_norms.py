@@ -25,11 +25,12 @@ traced = tf.function(norms)
 compiled = tf.function(norms, jit_compile=True)
 
 
+@functools.partial(tf.function, jit_compile=True, autograph=False)
 def compiled_for_tpu(tensors):
     """As on a TPU, which has no float64, but by the XLA of CPUs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compat, "in_tpu_replica", lambda: True)
-        return tf.function(norms, jit_compile=True)(tensors)
+        return norms(tensors)
 
 
 MODES = pytest.mark.parametrize(

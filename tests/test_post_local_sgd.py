@@ -103,8 +103,10 @@ def reference(
 class Loop:
     """A custom training loop of a linear model under a strategy."""
 
-    def __init__(self, optimizer, replicas, run_eagerly=False, weights=None, constraint=None):
-        self.replicas, self.strategy = replicas, strategy_of(replicas)
+    def __init__(
+        self, optimizer, replicas, run_eagerly=False, weights=None, constraint=None, fails=False
+    ):
+        self.replicas, self.strategy, self.fails = replicas, strategy_of(replicas), fails
         with self.strategy.scope():
             self.variables = [
                 keras.Variable(w, dtype="float32", name=f"w{i}")
@@ -124,10 +126,11 @@ class Loop:
                     kernel, bias = (tf.convert_to_tensor(v.value) for v in self.variables)
                     tape.watch([kernel, bias])
                     predicted = x @ kernel + bias
-                    with tf.control_dependencies([predicted]):
-                        good = tf.debugging.assert_none_equal(x, BAD)
-                    with tf.control_dependencies([] if good is None else [good]):
-                        predicted = tf.identity(predicted)  # the gradient waits for it too
+                    if self.fails:
+                        with tf.control_dependencies([predicted]):
+                            good = tf.debugging.assert_none_equal(x, BAD)
+                        with tf.control_dependencies([] if good is None else [good]):
+                            predicted = tf.identity(predicted)  # the gradient waits for it too
                     loss = tf.reduce_mean((predicted - y) ** 2) / self.replicas
                 gradients = tape.gradient(loss, [kernel, bias])
                 self.optimizer.apply_gradients(zip(gradients, self.variables, strict=True))
@@ -382,6 +385,7 @@ def test_all_slots_are_averaged_if_momentum_is(rule, averaged):
 
 
 @pytest.mark.parametrize("make", [sgd, extrap_sgd])
+@pytest.mark.quick(make="extrap_sgd")
 def test_fit_equals_the_reference(make):
     data = batches(7, ROWS * 2)
     model = model_of(make(2, 3), 2)
@@ -413,7 +417,7 @@ def test_a_second_fit_goes_on():
 
 
 def test_eager_loop_and_sparse_gradients():
-    """An embedding's gradient, with repeated rows, against the same as a dense layer's."""
+    """An embedding's gradient, with repeated rows, against that of a matrix in NumPy."""
 
     class Table(keras.Model):
         def __init__(self):
@@ -427,20 +431,26 @@ def test_eager_loop_and_sparse_gradients():
     ids = rng.integers(0, 6, size=(5, 8, 4))
     counts = np.stack([[np.bincount(row, minlength=6) for row in batch] for batch in ids])
     targets = rng.normal(size=(5, 8, 3))
-    results, start = [], rng.normal(size=(6, 3))
-    for make, x in (
-        (Table, ids),
-        (lambda: keras.Sequential([keras.layers.Dense(3, use_bias=False)]), counts.astype(float)),
-    ):
-        with strategy_of(2).scope():
-            model = make()
-            model(x[0])
-            model.set_weights([start])
-            model.compile(optimizer=sgd(2, 2, learning_rate=0.02, momentum=0.9)(), loss="mse")
-        model.fit(tf.data.Dataset.from_tensor_slices((x, targets)), verbose=0)
-        results.append(model.get_weights())
-    assert_close(*results)
-    assert np.abs(results[0][0] - start).max() > 1e-2
+    start = rng.normal(size=(6, 3))
+    with strategy_of(2).scope():
+        model = Table()
+        model(ids[0])
+        model.set_weights([start])
+        model.compile(optimizer=sgd(2, 2, learning_rate=0.02, momentum=0.9)(), loss="mse")
+    model.fit(tf.data.Dataset.from_tensor_slices((ids, targets)), verbose=0)
+
+    own, momenta = [start, start], [0.0, 0.0]
+    for t, (c, y) in enumerate(zip(counts, targets, strict=True)):
+        halves = zip(own, np.split(c, 2), np.split(y, 2), strict=True)
+        gradients = [a.T @ (a @ table - b) * 2 / b.size for table, a, b in halves]
+        if t < 2:
+            gradients = [np.mean(gradients, axis=0)] * 2
+        momenta = [0.9 * v - 0.02 * g for v, g in zip(momenta, gradients, strict=True)]
+        own = [table + v for table, v in zip(own, momenta, strict=True)]
+        if t in (3, 4):  # a period, and the end of `fit`
+            own = [np.mean(own, axis=0)] * 2
+    assert_close(model.get_weights(), own[:1])
+    assert np.abs(own[0] - start).max() > 1e-2
 
 
 def test_constraints_hold_on_own_weights_and_on_the_average():
@@ -474,6 +484,7 @@ def reductions(function):
 
 
 @pytest.mark.parametrize("make", [sgd, extrap_sgd])
+@pytest.mark.quick(make="extrap_sgd")
 def test_a_local_step_exchanges_nothing(make):
     data = batches(1, ROWS * 2)
     loop = Loop(make(0, 2, momentum=0.9), 2)
@@ -494,9 +505,9 @@ def test_batch_normalization_trains_and_exchanges_its_statistics_only():
         model = keras.Sequential(
             [
                 keras.Input([5]),
-                keras.layers.Dense(8, dtype="mixed_bfloat16"),
+                keras.layers.Dense(8, use_bias=False, dtype="mixed_bfloat16"),
                 keras.layers.BatchNormalization(momentum=0.5),
-                keras.layers.Dense(3),
+                keras.layers.Dense(3, use_bias=False),
             ]
         )
         optimizer = sgd(4, 3, momentum=0.9)()
@@ -516,7 +527,7 @@ def test_batch_normalization_trains_and_exchanges_its_statistics_only():
         function = tf.function(lambda *data, step=step: strategy_of(2).run(step, args=(data,)))
         sizes.append(reductions(function.get_concrete_function(*batch)))
     synchronous, local = sizes
-    assert max(synchronous) > 40
+    assert max(synchronous) >= 40  # the weights of the first layer
     assert max(local, default=0) <= 16  # 8 means and 8 variances
 
 
@@ -904,7 +915,7 @@ def test_a_callback_that_changes_weights_in_mid_period_is_told(period, warned):
 @pytest.mark.quick(run_eagerly=True)
 def test_an_error_in_a_local_step_leaves_all_as_it_was(make, replica, run_eagerly):
     data = batches(8, ROWS * 2)
-    loop = Loop(make(1, 4, momentum=0.9), 2, run_eagerly=run_eagerly)
+    loop = Loop(make(1, 4, momentum=0.9), 2, run_eagerly=run_eagerly, fails=True)
     loop.run(data, 0, 3)
     seen = loop.weights()
     bad = [a[3:4].copy() for a in data]
@@ -971,17 +982,17 @@ def test_fit_puts_the_average_back(error):
 @pytest.mark.parametrize(("make", "bad_value"), [(sgd, np.nan), (extrap_sgd, np.inf), (sgd, 1e25)])
 @pytest.mark.quick(make="extrap_sgd")
 def test_a_replica_leaves_out_a_step_without_finite_gradient(make, bad_value):
-    data = batches(8, ROWS * 4)
+    data = batches(8, ROWS * 2)
     bad = [a.copy() for a in data]
-    for update, replica in ((3, 1), (4, 1), (4, 3)):
+    missing = [(3, 1), (4, 0), (4, 1)]
+    for update, replica in missing:
         bad[1][update, ROWS * replica] = bad_value
-    loop = Loop(make(2, 3, momentum=0.9), 4)
+    loop = Loop(make(2, 3, momentum=0.9), 2)
     seen = loop.run(bad, 0, 4)
     assert int(loop.optimizer.skipped_updates.numpy()) == 0
     seen += loop.run(bad, 4)
     extrap = {**EXTRAP, "momentum": 0.9} if make is extrap_sgd else None
-    missing = [(3, 1), (4, 1), (4, 3)]
-    expected, _ = reference(data, 4, 2, 3, momentum=0.9, extrap=extrap, missing=missing)
+    expected, _ = reference(data, 2, 2, 3, momentum=0.9, extrap=extrap, missing=missing)
     assert_all_close(seen, expected)
     assert int(loop.optimizer.skipped_updates.numpy()) == 3
     assert int(loop.optimizer.iterations.numpy()) == 8

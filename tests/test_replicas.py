@@ -14,14 +14,17 @@ from forked_python import python
 from harness import (
     CASES,
     KINDS,
+    THREE_SHAPES,
     Run,
     assert_replicas_identical,
+    clipped,
     graph_nodes,
     initial_weights,
     sub_batch_gradients,
 )
 
 import tf_lbopt
+from benchmarks.references import reference
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -42,19 +45,15 @@ def _slices(rng, rows, size, width):
     return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant([rows, width]))
 
 
-def _dense(slices):
-    return tf.convert_to_tensor(slices)
-
-
 @pytest.mark.parametrize("case", CASES, ids=repr)
-@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (1, 3), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (1, 3), (2, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("extra", [{}, {"clipnorm": 0.5}, {"clipvalue": 0.1}], ids=str)
-@pytest.mark.quick(case=("vr_lamb", "clars"), replicas=2)
-@pytest.mark.quick(case="lamb", micro_steps=3)
-@pytest.mark.quick(case="lamb", replicas=4, extra={"clipnorm": 0.5})
+@pytest.mark.quick(case=("vr_lamb", "clars"), replicas=2, micro_steps=2, extra={})
+@pytest.mark.quick(case="lamb", micro_steps=3, extra={})
+@pytest.mark.quick(case="lamb", replicas=2, micro_steps=1, extra={"clipnorm": 0.5})
 def test_sparse_equals_dense(case, replicas, micro_steps, extra):
     """Over five updates, with repeated indices in one replica and between replicas."""
-    if extra and (replicas, micro_steps) != (4, 1):
+    if extra and (replicas, micro_steps) not in [(2, 1), (4, 1)]:
         pytest.skip("clipping is one code path for all splits")
     rng = np.random.default_rng(3)
     weights = initial_weights([(6, 3), (4,)])
@@ -65,10 +64,16 @@ def test_sparse_equals_dense(case, replicas, micro_steps, extra):
             for _ in range(replicas * micro_steps)
         ]
         sparse.append(update)
-        dense.append([[_dense(embedding), bias] for embedding, bias in update])
+        dense.append([[tf.convert_to_tensor(g).numpy() for g in layers] for layers in update])
     one = Run(case, replicas, micro_steps, weights=weights, **extra).updates(sparse)
-    other = Run(case, replicas, micro_steps, weights=weights, **extra).updates(dense)
-    for a, b in zip(one.weights(), other.weights(), strict=True):
+    expected = reference(
+        case.name,
+        weights,
+        dense,
+        clip=lambda layers: clipped(layers, **extra),
+        **case.arguments,
+    )
+    for a, b in zip(one.weights(), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     assert np.abs(one.weights()[0] - weights[0]).max() > 1e-3
 
@@ -84,16 +89,16 @@ class MissingRun(Run):
 @pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 1), (2, 2)])
 @pytest.mark.quick(case=("vr_lamb", "clars"), replicas=2)
 def test_missing_gradients_leave_the_variable_alone(case, replicas, micro_steps):
-    gradients = sub_batch_gradients(3, sub_batches=replicas * micro_steps)
-    run = MissingRun(case, replicas, micro_steps)
+    first, other, last = initial_weights(THREE_SHAPES)
+    gradients = sub_batch_gradients(3, replicas * micro_steps, THREE_SHAPES)
+    run = MissingRun(case, replicas, micro_steps, [first, other, last])
     with pytest.warns(UserWarning, match="layer_1"):
         run.updates(gradients)
-    np.testing.assert_array_equal(run.weights()[1], initial_weights()[1])
-    reference = Run(
-        case, replicas, micro_steps, weights=[initial_weights()[0], initial_weights()[2]]
-    ).updates([[[g, h] for g, _, h in update] for update in gradients])
-    for got, want in zip([run.weights()[0], run.weights()[2]], reference.weights(), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(run.weights()[1], other)
+    of_two = [[[g, h] for g, _, h in update] for update in gradients]
+    expected = reference(case.name, [first, last], of_two, **case.arguments)
+    for got, want in zip([run.weights()[0], run.weights()[2]], expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -113,15 +118,7 @@ def test_no_retracing(case, replicas, micro_steps):
 @pytest.mark.quick(case=KINDS, micro_steps=2)
 @pytest.mark.quick(case="vr_lamb")
 def test_one_packed_reduction_per_update(case, micro_steps):
-    run = Run(case, 2, micro_steps)
-    gradients = sub_batch_gradients(1, sub_batches=2)[0]
-    values = [
-        run.strategy.experimental_distribute_values_from_function(
-            lambda c, layer=layer: tf.constant(gradients[c.replica_id_in_sync_group][layer])
-        )
-        for layer in range(3)
-    ]
-    function = run._step.get_concrete_function(values)
+    function = Run(case, 2, micro_steps).traced(sub_batch_gradients(1, sub_batches=2)[0])
     reductions = 2 if "variance" in case.cls.statistics else 1
     found = [n for n in graph_nodes(function) if n.op.startswith("CollectiveReduce")]
     assert len(found) == 2 * reductions  # on two replicas
@@ -147,18 +144,18 @@ def test_unbuilt_in_a_replica_context(case, micro_steps):
 def test_a_layer_that_is_trained_later(case):
     """Its accumulators are made in the second trace, where a function may have no new variables."""
     gradients = sub_batch_gradients(4, sub_batches=4)
-    fewer = [[layers[:2] for layers in update] for update in gradients[:2]]
+    fewer = [[layers[:1] for layers in update] for update in gradients[:2]]
 
     def train(function):
         run = Run(case, 2, 2, function=function)
         run._apply = lambda local: run.optimizer.apply(local, run.variables[: len(local)])
         run.updates(fewer)
-        np.testing.assert_array_equal(run.weights()[2], initial_weights()[2])
+        np.testing.assert_array_equal(run.weights()[1], initial_weights()[1])
         return run.updates(gradients[2:])
 
     traced, eager = train(tf.function), train(lambda f: f)
     assert traced.traces == 2 * 2
-    assert np.abs(traced.weights()[2] - initial_weights()[2]).max() > 1e-4
+    assert np.abs(traced.weights()[1] - initial_weights()[1]).max() > 1e-4
     for got, want in zip(traced.weights(), eager.weights(), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
@@ -201,8 +198,8 @@ def test_jit_compiled_sparse_gradients(case):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
-@pytest.mark.quick(replicas=4)
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.quick(replicas=2)
 def test_average_of_weights_once_per_update(replicas):
     """`use_ema` and its overwriting, by update and not by micro-step."""
     micro_steps = 4 // replicas
@@ -238,7 +235,7 @@ def test_average_of_weights_once_per_update(replicas):
         ema_overwrite_frequency=3,
     )
     overwriting.updates(gradients[:2])
-    plain = Run(tf_lbopt.SNGM, replicas, micro_steps, learning_rate=0.1).updates(gradients[:2])
+    plain.restart().updates(gradients[:2])
     np.testing.assert_allclose(overwriting.weights()[0], plain.weights()[0], rtol=1e-6)
     before = overwriting.weights()
     overwriting.update(gradients[2])
@@ -383,8 +380,8 @@ def test_one_copy_for_several_replicas_is_enough_for_the_mean_gradient():
 @pytest.mark.parametrize("function", [tf.function, lambda f: f], ids=["traced", "eager"])
 @pytest.mark.parametrize("make", [tf_lbopt.LARS, tf_lbopt.VRSGD])
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.quick(make="VRSGD", replicas=2, function=tf.function)
-@pytest.mark.quick(make="LARS", replicas=1, function="<lambda>")
+@pytest.mark.quick(make="LARS", replicas=2, function=tf.function)
+@pytest.mark.quick(make="VRSGD", replicas=1)
 def test_a_gradient_that_is_missing_in_mid_update_is_told(make, replicas, function):
     strategy = strategy_of(replicas)
     with strategy.scope():

@@ -13,7 +13,7 @@ import pytest
 ROWS, WIDTH, LOOKED_UP = 1_000_000, 16, 1_000
 TABLE_MIB = ROWS * WIDTH * 4 / 2**20
 LEARNING_RATE = 0.1
-WARM_UP, MEASURED = 3, 20
+WARM_UP, MEASURED = 3, 10
 MEMORY_CAN_BE_MEASURED = all(
     pathlib.Path(f"/proc/self/{name}").exists() for name in ("clear_refs", "smaps")
 )
@@ -92,9 +92,8 @@ def measure(replicas, micro_steps, weight_decay):
     import tf_lbopt
 
     rng = np.random.default_rng(0)
-    updates = [
-        [random_rows(rng) for _ in range(replicas * micro_steps)] for _ in range(WARM_UP + MEASURED)
-    ]
+    number = WARM_UP + (1 if weight_decay else MEASURED)  # one touches the whole table
+    updates = [[random_rows(rng) for _ in range(replicas * micro_steps)] for _ in range(number)]
     weights = rng.standard_normal((ROWS, WIDTH), dtype=np.float32)
     run = Run(
         tf_lbopt.VRSGD,
@@ -143,7 +142,7 @@ def measure(replicas, micro_steps, weight_decay):
 # -- tests -----------------------------------------------------------------------------------------
 
 
-SPLITS = {"1 x 2": (1, 2), "4 x 1": (4, 1)}
+SPLITS = {"1 x 2": (1, 2), "2 x 1": (2, 1)}
 
 
 @pytest.fixture(scope="module")

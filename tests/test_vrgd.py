@@ -1,6 +1,7 @@
 """VRGD beyond the tables: the variance, special elements, empty replicas, sparse gradients."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import ClassVar
@@ -114,7 +115,6 @@ VARIANCE_SPLITS = [(2, 1), (1, 2), (1, 7), (8, 1), (4, 2), (2, 4), (1, 8), (8, 8
 @pytest.mark.parametrize(("replicas", "micro_steps"), VARIANCE_SPLITS)
 @pytest.mark.quick(replicas=1, micro_steps=(2, 7))
 @pytest.mark.quick(replicas=2)
-@pytest.mark.quick(replicas=8, micro_steps=1)
 def test_variance_is_right_to_a_thousandth(replicas, micro_steps):
     k = replicas * micro_steps
     run = recorder_of((len(NOISE), PER_NOISE), replicas, micro_steps)
@@ -368,7 +368,7 @@ class _Plain(LargeBatchOptimizer):
 
 
 # One layer is large, and 3 is no power of two.
-GAMMA_ONE_SHAPES = [(6, 5), (5,), (LARGE,)]
+GAMMA_ONE_SHAPES = [(6, 5), (LARGE,)]
 GAMMA_ONE_SPLITS = [(1, 3), (2, 3)]
 
 
@@ -603,7 +603,14 @@ def twins(names, shift=0, dtype="int64"):
 def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, dtype):
     """Two updates, so that the rows of one are gone by the next."""
     weights = [np.zeros((ROWS, WIDTH), np.float32)] * len(INDEX_SETS)
-    run = Run(Recorder, replicas, micro_steps, weights=weights, learning_rate=0.1)
+    of_any_length = tf.IndexedSlicesSpec([ROWS, WIDTH], tf.float32, dtype, tf.int64)
+    function = tf.function
+    if replicas == 1:  # one trace for all micro-steps
+        signature = [[of_any_length] * len(INDEX_SETS)]
+        function = functools.partial(tf.function, input_signature=signature)
+    run = Run(
+        Recorder, replicas, micro_steps, weights=weights, function=function, learning_rate=0.1
+    )
     for shift in (0, 5):
         sparse, dense = twins(INDEX_SETS, shift, dtype)
         run.update(sparse)
@@ -627,8 +634,8 @@ def test_sparse_statistics_equal_those_of_the_dense_twin(replicas, micro_steps, 
 )
 @pytest.mark.quick(case="vr_adam", replicas=2)
 def test_sparse_weights_equal_those_of_the_dense_twin(case, replicas, micro_steps):
-    names = ["repeated within", "own rows each", "none on the second"]
-    weights = initial_weights([(ROWS, WIDTH)] * 3)
+    names = ["repeated within", "none on the second"]
+    weights = initial_weights([(ROWS, WIDTH)] * 2)
     updates = [twins(names, shift) for shift in (0, 5, 8)]
     run = Run(case, replicas, micro_steps, weights=weights)
     run.updates([sparse for sparse, _ in updates])
