@@ -39,6 +39,7 @@ def assert_close(got, expected, **tolerance):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize(("replicas", "micro_steps"), [*SPLITS, (2, 1)])
 @pytest.mark.quick(case=KINDS, micro_steps=(4, 8))
+@pytest.mark.quick(case="extrap_adam", replicas=1)
 @pytest.mark.quick(case=("vr_lamb", "clars"), replicas=4)
 @pytest.mark.quick(micro_steps=1, replicas=2)
 @graph_optimized
