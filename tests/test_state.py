@@ -228,6 +228,9 @@ def _lossy(optimizer):
     ],
     ids=["loss scale", "variance reduced", "both"],
 )
+@pytest.mark.quick(way="by_restoring")
+@pytest.mark.quick(way="by_set_weights", wrap="_lossy")
+@pytest.mark.quick(way="by_loading", wrap=None)
 def test_pending_micro_steps_do_not_survive_in_wrappers(make, wrap, way, tmp_path):
     gradients = sub_batch_gradients(3, sub_batches=2)
     run = Run(make, 1, 2, **({} if wrap is None else {"wrap": wrap}))
