@@ -16,7 +16,7 @@ from official_recipes.common.flag_parsing import parse_flags
 if TYPE_CHECKING:
     from official_recipes.common.image_data import ImageData
 
-OF_THE_STUDY = ("ratio_sub_batches",)
+OF_THE_STUDY = ("ratio_sub_batches", "smoothness_every", "constants_at")
 """Settings that are no flags of a recipe."""
 
 Progress = Callable[[int, int], None]
@@ -111,12 +111,27 @@ class ImageRunner(RecipeRunner):
         return self._whole.name
 
     def train(self, flags: Mapping[str, Scalar], on_update: Progress) -> dict[str, Any]:
-        """Trains once; ``ratio_sub_batches`` adds r by VRGD's definition to the evaluations."""
+        """Trains once.
+
+        Args:
+            flags: Of the recipe. ``ratio_sub_batches`` adds r by VRGD's definition to the
+                evaluations; those of `smoothness.Watch` add its fields to the row.
+            on_update: Called after every update.
+        """
+        from benchmarks.study.smoothness import Watch
+
         self._ratio_sub_batches = int(flags.get("ratio_sub_batches", 0))
-        return super().train(flags, on_update)
+        self._watch = watch = Watch(flags)
+
+        def after_update(done: int, total: int) -> None:
+            watch.after_update(done, total)
+            on_update(done, total)
+
+        row = super().train(flags, after_update)
+        return {**row, **watch.fields()}
 
     def _task(self, values: flags.FlagValues) -> Any:
-        task = self._recipe.task_of(self._whole, values)
+        task = self._watch.on(self._recipe.task_of(self._whole, values))
         if self._ratio_sub_batches:
             from benchmarks.study.ratio import measure_ratio
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from benchmarks.study.conditions import CONDITIONS, TWO_CONV_SETTINGS
 from benchmarks.study.grid import Cell, Contender, Metric, Scalar, Study
+from benchmarks.study.reduced import REDUCED
 
 _RATES = (0.05, 0.1, 0.2, 0.4)
 
@@ -536,5 +537,6 @@ STUDIES = {
         BERT,
         REGRESSION,
         *CONDITIONS,
+        *REDUCED,
     )
 }

@@ -15,6 +15,8 @@ from benchmarks.study.grid import Scalar
 CONFIGS = Path(__file__).parents[2] / "official_recipes"
 _FLAGS = ("sub_batches", "seed")
 _DIVERGED = "training diverged"
+OVER_ALL = "all elements"
+"""Of the setting ``layer_mean``."""
 
 
 class TfmRunner:
@@ -52,7 +54,8 @@ class TfmRunner:
             flags: ``config`` (a file of the recipe, without ending), ``optimizer``,
                 ``learning_rate`` and ``rate_field`` (below ``optimizer_config.learning_rate``),
                 ``sub_batches``, ``seed``, ``validation_size`` (whether the validation split is
-                evaluated on, not the test split), and any field of the parameters by its path.
+                evaluated on, not the test split), ``layer_mean`` (`OVER_ALL` for that of
+                `benchmarks.study.layer_mean`), and any field of the parameters by its path.
             on_update: Called once, at the end.
 
         Returns:
@@ -91,6 +94,9 @@ class TfmRunner:
         """The command line of a run."""
         split = "validation" if flags["validation_size"] else "test"
         optimizer = "trainer.optimizer_config"
+        program = f"official_recipes.{self._recipe}.train"
+        if flags.get("layer_mean") == OVER_ALL:
+            program = "benchmarks.study.layer_mean"
         fields = {
             "task.train_data.input_path": f"{self._data_dir}/train*",
             "task.validation_data.input_path": f"{self._data_dir}/{split}*",
@@ -99,7 +105,7 @@ class TfmRunner:
             **{name: value for name, value in flags.items() if "." in name},
         }
         return [
-            *[sys.executable, "-m", f"official_recipes.{self._recipe}.train"],
+            *[sys.executable, "-m", program],
             f"--config_file={CONFIGS / self._recipe / 'configs' / str(flags['config'])}.yaml",
             "--params_override="
             + ",".join(
