@@ -9,6 +9,7 @@ from benchmarks.study.conditions import COEFFICIENTS, CONDITIONS, trust_label
 from benchmarks.study.conditions_page import FirstDifferences, verdict
 from benchmarks.study.differences import paired_difference
 from benchmarks.study.grid import Metric, Outcome
+from benchmarks.study.reduced import REDUCED
 from benchmarks.study.render import shown, with_interval
 from benchmarks.study.studies import STUDIES, TWO_CONV
 
@@ -164,7 +165,7 @@ def _others(first: FirstDifferences) -> str:
 def state(known: Known) -> str:
     """Returns how much of the second edition has been run, a study a row."""
     lines = ["| study | contenders with a result | of |", "|---|---:|---:|"]
-    for study in CONDITIONS:
+    for study in (*CONDITIONS, *REDUCED):
         keys = [(study.name, cell.name, c.label) for cell, cs in study.comparisons for c in cs]
         done = sum(bool(known[key].final) and not known[key].missing for key in keys)
         lines.append(f"| `{study.name}` | {done} | {len(keys)} |")

@@ -8,9 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.study.conditions import WEIGHTED, scaled_label, trust_label
+from benchmarks.study.conditions_page import GAP_METRIC
 from benchmarks.study.curves import generalization_gap
 from benchmarks.study.differences import LEVEL, Difference, holm, paired_difference
-from benchmarks.study.grid import ACCURACY, Metric, Outcome, Results, Row, outcomes
+from benchmarks.study.grid import ACCURACY, Metric, Outcome, Results, Row, Study, outcomes
+from benchmarks.study.reduced import (
+    COROLLARY,
+    CRITEO,
+    EXTRAP_SMALL,
+    NESTEROV,
+    SGD,
+    SMOOTHNESS,
+    SNGM_THEORY,
+    TUNED_SNGM,
+    VR_SGD,
+)
+from benchmarks.study.reduced_page import SMOOTHNESS_METRIC, mean_smoothness
 from benchmarks.study.render import with_interval
 from benchmarks.study.studies import SLOW_SGD, STUDIES
 
@@ -166,7 +179,6 @@ def _unit(metric: Metric) -> str:
 TRAINING_LOSS = Metric(
     "train_loss", lower_is_better=True, scale=1.0, unit="", label="training loss"
 )
-_GAP = Metric("gap", label="gap")
 
 
 def last_training_loss(row: Row) -> float | None:
@@ -199,10 +211,13 @@ def _log_loss_at_half(row: Row) -> float | None:
 _LARS, _NESTEROV = "LARS at τ = 0.01", "Nesterov momentum, warm-up"
 _POINTS = "EXTRAP-SGD, γ̂ = η / k"
 _PLAIN, _WARM = trust_label("LARS", None), trust_label("LARS", None, warmup=True)
-_UNDECLARED = (_NOT_YET, "no study is declared")
 _LSTM, _TRANSFORMER = ("wikitext2", "LSTM, B=64"), ("multi30k", "transformer, B=512")
 _UNIFORM = ("regression", "uniform inputs, label noise 0, 100 updates")
 _SMALL = ("extrapolation", "two-conv, B=2048, 6 epochs")
+
+
+def _only_cell(study: Study) -> tuple[str, str]:
+    return (study.name, study.comparisons[0][0].name)
 
 
 def _first(batch_size: int) -> tuple[str, str]:
@@ -283,6 +298,8 @@ _CLAIMS = {
              last_training_loss, metric=TRAINING_LOSS)),
         ("Table 2: SNGM at 4,096 is as good as momentum SGD at 128",
          _across(", 240 against 7,800 updates", "SNGM", (4096, 128))),
+        ("Corollary 2: the batch and the rate that it gives are as good as a tuned rate",
+         _in(_only_cell(SNGM_THEORY), "two-conv, 1,000", COROLLARY, TUNED_SNGM)),
         ("Table 2: ResNet-20 and ResNet-56, 160 epochs",
          "cifar.train --config_file=sngm_table2_resnet20_sngm"),
         ("Table 3: ResNet-50 on ImageNet at 8k is as good as momentum SGD at 256",
@@ -301,9 +318,11 @@ _CLAIMS = {
                              ("LARS", "LARS"))),
         ("Table 3: VR-LARS has a smaller generalization gap (test − training) than LARS",
          _in(("gap", "5,000 images, B=2048"), "two-conv, 5,000 images, 2,048", "VR-LARS", "LARS",
-             generalization_gap, metric=_GAP)),
+             generalization_gap, metric=GAP_METRIC)),
         ("Table 4: VR-SGD is ahead of SGD on DLRM, the more the larger the batch",
          _in(("dlrm", "DLRM, B=8192"), "made-up clicks, 8,192, both tuned", "VR-SGD", "SGD")),
+        ("Table 4: VR-SGD is ahead of SGD on DLRM, on rows of Criteo",
+         _in(_only_cell(CRITEO), "Criteo sample, 256, both tuned", VR_SGD, SGD)),
         ("Table 1: VR-LAMB is ahead of LAMB on BERT",
          _in(("bert", "BERT-tiny, B=128"), "BERT-tiny, 128, both tuned", "VR-LAMB", "LAMB")),
         ("§7.2: on linear regression VR-SGD has after 50 updates the loss of SGD after 100",
@@ -351,6 +370,9 @@ _CLAIMS = {
         ("Figure 2a: at 8k and a constant rate it needs at most half of SGD's updates",
          _half_of_the_updates(("extrap", "two-conv, B=8192, constant rate"),
                               "two-conv, 8,192, k = 32", _POINTS, "Nesterov momentum")),
+        ("Figure 2b: at 8k and a constant rate EXTRAP-SGD's trajectory is smoother than SGD's",
+         _in(_only_cell(SMOOTHNESS), "two-conv, 8,192, k = 32, mean along it", EXTRAP_SMALL,
+             NESTEROV, mean_smoothness, metric=SMOOTHNESS_METRIC)),
         ("Table 1: at 8k, decayed, with LARS, EXTRAP-SGD is ahead of SGD",
          _extrap("EXTRAP-SGD with LARS", "LARS, Nesterov", "decayed")),
         ("Table 1: at 8k, decayed, without LARS, EXTRAP-SGD is ahead of SGD",
@@ -375,7 +397,6 @@ _CLAIMS = {
 }
 # fmt: on
 _SEEN = {
-    "SNGM": ("Corollaries 1 and 2: the batch and the rate that they give", _UNDECLARED),
     "CLARS": (
         "Figure 2: M_k is largest in the top layers in the first epochs",
         (
@@ -384,7 +405,6 @@ _SEEN = {
             "seed: 12 to 18 times the first layer's",
         ),
     ),
-    "EXTRAP": ("Figure 2b: EXTRAP-SGD's trajectory is smoother", _UNDECLARED),
 }
 
 

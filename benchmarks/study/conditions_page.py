@@ -47,7 +47,8 @@ TARGETS = {
     "two-conv, B=8192, decayed rate": 0.45,
 }
 """The test accuracy that "updates to" is about, by cell."""
-_NOT_YET = "Not run yet."
+NOT_YET = "Not run yet."
+GAP_METRIC = Metric("gap")
 
 # Of the first edition, whose three seeds have the same weights and order of the data too.
 FIRST_CLAIMS = (
@@ -95,7 +96,7 @@ def results_table(study: Study, results: Results, cell: Cell) -> str:
             values.append(_to_target(outcome.rows, target))
         lines.append("| " + " | ".join([*values, str(len(outcome.final))]) + " |")
     if len(lines) == 2:
-        return _NOT_YET
+        return NOT_YET
     if missing:
         lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines)
@@ -129,45 +130,54 @@ def verdict(metric: Metric, difference: Difference, adjusted: float) -> str:
     return ahead if adjusted < LEVEL else f"{ahead}, before the correction"
 
 
-def claims_table(study: Study, results: Results, cell: Cell, gap: bool = False) -> str:
+def claims_table(
+    study: Study,
+    results: Results,
+    cell: Cell,
+    metric: Metric | None = None,
+    value: Callable[[Row], float | None] | None = None,
+) -> str:
     """Returns the paired differences of a study's claims that there are runs for, one a row.
 
     Args:
         study: Of the runs.
         results: Its rows.
         cell: Where they are compared.
-        gap: Whether in the generalization gap, not in the test result.
+        metric: In what; in the study's test result by default.
+        value: Of a run's row, where the metric is another one.
     """
-    known = outcomes(study, results)
+    known, metric = outcomes(study, results), metric or study.metric
     found: list[tuple[str, str, Difference]] = []
     for pair in study.claims:
         keys = [(cell.name, label) for label in pair]
         if all(key in known for key in keys):
-            scores = [_gaps(known[key]) if gap else known[key].by_seed for key in keys]
+            scores = [_by_seed(known[key], value) for key in keys]
             difference = paired_difference(*scores)
             if difference is not None:
                 found.append((*pair, difference))
     if not found:
-        return _NOT_YET
+        return NOT_YET
     adjusted = holm([difference.p for *_, difference in found])
     lines = [
-        f"| method | against | {'gap' if gap else study.metric.title}, difference "
+        f"| method | against | {metric.title}, difference "
         f"[95 % interval] | p | p of Holm, "
         f"{len(found)} comparisons | seeds | the first is |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for (first, second, difference), p in zip(found, adjusted, strict=True):
         lines.append(
-            f"| {first} | {second} | {with_interval(study.metric, difference)} | "
+            f"| {first} | {second} | {with_interval(metric, difference)} | "
             f"{difference.p:.3f} | {p:.3f} | {difference.seeds} | "
-            f"{verdict(study.metric, difference, p)} |"
+            f"{verdict(metric, difference, p)} |"
         )
     return "\n".join(lines)
 
 
-def _gaps(outcome: Outcome) -> dict[int, float]:
-    found = {int(row["flags"]["seed"]): generalization_gap(row) for row in outcome.rows}
-    return {seed: gap for seed, gap in found.items() if gap is not None}
+def _by_seed(outcome: Outcome, value: Callable[[Row], float | None] | None) -> dict[int, float]:
+    if value is None:
+        return outcome.by_seed
+    found = {int(row["flags"]["seed"]): value(row) for row in outcome.rows}
+    return {seed: score for seed, score in found.items() if score is not None}
 
 
 FirstDifferences = dict[tuple[str, str, int], tuple[Difference, float]]
@@ -336,7 +346,7 @@ _PLOTS: dict[str, tuple[Study, Callable[[Results, Path], bool], str]] = {
 }
 
 
-def _has_results(study: Study, results: Results) -> bool:
+def has_results(study: Study, results: Results) -> bool:
     return any(outcome.final for outcome in outcomes(study, results).values())
 
 
@@ -350,15 +360,15 @@ def blocks(results: dict[str, Results]) -> dict[str, str]:
         parts = [
             f"![{text}](images/{name})"
             for name, (of, _, text) in _PLOTS.items()
-            if of is study and _has_results(study, known)
+            if of is study and has_results(study, known)
         ]
         for cell in {cell.name: cell for cell, _ in study.comparisons}.values():
             tables = [results_table(study, known, cell), claims_table(study, known, cell)]
             if study is GAP:
-                tables.append(claims_table(study, known, cell, gap=True))
-            if tables[0] != _NOT_YET:
-                parts += [f"**{cell.name}**", *(t for t in tables if t != _NOT_YET)]
-        found[study.name] = "\n\n".join(parts) or _NOT_YET
+                tables.append(claims_table(study, known, cell, GAP_METRIC, generalization_gap))
+            if tables[0] != NOT_YET:
+                parts += [f"**{cell.name}**", *(t for t in tables if t != NOT_YET)]
+        found[study.name] = "\n\n".join(parts) or NOT_YET
     return found
 
 
@@ -367,5 +377,5 @@ def plots(results: dict[str, Results], images: Path) -> list[Path]:
     return [
         images / name
         for name, (study, plot, _) in _PLOTS.items()
-        if _has_results(study, results[study.name]) and plot(results[study.name], images / name)
+        if has_results(study, results[study.name]) and plot(results[study.name], images / name)
     ]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.study import answer, conditions_page
+from benchmarks.study import answer, conditions_page, reduced_page
 from benchmarks.study.claims import all_outcomes, claims_of_papers
 from benchmarks.study.conditions_page import FIRST_CLAIMS, batch_of, first_differences
 from benchmarks.study.differences import paired_difference
@@ -378,7 +378,7 @@ def blocks(results: dict[str, Results]) -> dict[str, str]:
             name = f"{study.name}-{batch_of(cell)}"
             found[name] = tuned_table(study, results[study.name], cell, list(contenders))
     found["regression"] = regression_table(REGRESSION, results[REGRESSION.name])
-    return found | conditions_page.blocks(results)
+    return found | conditions_page.blocks(results) | reduced_page.blocks(results)
 
 
 _PLOTS: dict[str, tuple[Callable[[Study, Results, Path], bool], Study]] = {
@@ -399,4 +399,5 @@ def plots(results: dict[str, Results], images: Path) -> list[Path]:
         for name, (plot, study) in _PLOTS.items()
         if plot(study, results[study.name], images / name)
     ]
-    return written + conditions_page.plots(results, images)
+    written += conditions_page.plots(results, images)
+    return written + reduced_page.plots(results, images)

@@ -1,8 +1,8 @@
 """VRGD's layer mean over all elements, in the place of the resolved ones, for the DLRM recipe.
 
 Entry point of ``python -m benchmarks.study.layer_mean``, which takes the flags of
-``python -m official_recipes.dlrm.train``. The package has no such option; the paper leaves open what
-is in the mean where an element has no variance.
+``python -m official_recipes.dlrm.train``. The package has no such option; the paper leaves open
+what is in the mean where an element has no variance.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from official_recipes.common.tfm_training import run_program
 from tf_lbopt.rules import gsnr
 
 
-def ratios_by_the_mean_of_all(
-    statistics: gsnr.SubBatchStatistics, gamma: float
-) -> list[tf.Tensor]:
+def ratios_by_the_mean_of_all(statistics: gsnr.SubBatchStatistics, gamma: float) -> list[tf.Tensor]:
     """`tf_lbopt.rules.gsnr.clipped_gsnr`, but that the sum of ``ḡ²/σ²`` is divided by J.
 
     J counts all elements of a layer: those of rows of a table that nobody looked up too, and those

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from official_recipes.common.files import plain
 from tf_lbopt.rules.noise_scale import unbiased_estimates
 
 Vector = np.ndarray
@@ -183,7 +184,7 @@ class Objective:
         return sum(math.prod(shape) for shape in self._shapes)
 
     def value_and_gradient(self) -> tuple[float, Vector]:
-        """f and ∇f at the weights of now."""
+        """The value f and its gradient at the weights of now."""
         value, gradients = self._gradient(*self._examples)
         return float(value), _flat([tf.convert_to_tensor(g).numpy() for g in gradients])
 
@@ -255,6 +256,7 @@ class Watch:
             if self._every or self._parts:
                 self._objective = Objective(task, model)
                 self._take_constants(0, 1)
+                self._keep_weights(0)
             return model
 
         task.build_model = build
@@ -265,13 +267,18 @@ class Watch:
         if self._objective is None:
             return
         self._take_constants(done, total)
-        if self._every and (done + 1) % self._every == 0:
-            self._before = self._objective.weights
-        elif self._every and done % self._every == 0 and self._before is not None:
+        if self._before is not None:
             before, now = self._before, self._objective.weights
             value = smoothness_along(self._objective.gradient_at, before, now - before)
             self._smoothness["updates"].append(done)
             self._smoothness["values"].append(_rounded(value))
+        self._keep_weights(done)
+
+    def _keep_weights(self, done: int) -> None:
+        """Those before the next update, if that is one to measure."""
+        assert self._objective is not None
+        measured = self._every and (done + 1) % self._every == 0
+        self._before = self._objective.weights if measured else None
 
     def _take_constants(self, done: int, total: int) -> None:
         if done not in [round(part * total) for part in self._parts]:
@@ -298,7 +305,7 @@ class Watch:
             found["smoothness"] = self._smoothness
         if self._constants:
             found["constants"] = self._constants
-        return found
+        return plain(found)
 
 
 def _rounded(value: float) -> float:
