@@ -382,7 +382,7 @@ GAP = Study(
 
 # --- 4. EXTRAP with as many sub-batches as its paper has ------------------------------------------
 # About 5 CPU hours: 70 runs of 130 s on two-conv, 30 of about 300 s on ResNet-8. The smoothness
-# along the trajectory (Figure 2b) needs an evaluation of its own, and is not declared.
+# along the trajectory (Figure 2b) is a study of its own, in `reduced.py`.
 
 _EXTRAP_POINTS = 32
 # γ̂ = η / k where nothing is given; else about the rate that momentum SGD has at 128, and twice it.
