@@ -249,15 +249,16 @@ def test_the_table_of_the_theory():
     nothing = {other.name: Results(other, []) for other in STUDIES.values()}
     known = {**nothing, SNGM_THEORY.name: Results(SNGM_THEORY, rows_of(SNGM_THEORY))}
     text = blocks(known)[SNGM_THEORY.name]
-    assert "| Corollary 2 | C = 1·10⁶ | 1,000 | 0.0316 | " in text
+    assert "| Corollary 2 | C = 1,000,000 | 1,000 | 0.0316 | " in text
     # √(10⁶ · 0.1 · 16 / (2 · 9 · 1.9 · 2)) and √(2 · 0.001 · 2 · 153 / (1.9 · 9 · 10⁶))
     assert "L = 9, σ = 4, F(w₀) − 0 = 2 | 153 | 0.00019 | not run |" in text
     assert "| ≤ min(0.58, 31.6) | ≤ 0.00058 | not run |" in text
 
 
-def test_smoothness_that_was_not_all_measured():
-    assert mean_smoothness({"smoothness": {"updates": [1, 2], "values": [2.0, 8.0]}}) == 4.0
-    assert mean_smoothness({"smoothness": {"updates": [1, 2], "values": [2.0, None]}}) is None
+def test_the_mean_smoothness_of_a_run():
+    curve = {"updates": [1, 2, 3], "values": [None, 2.0, 8.0]}
+    assert mean_smoothness({"smoothness": curve}) == pytest.approx(4.0)
+    assert mean_smoothness({"smoothness": curve, "diverged": True}) is None
     assert mean_smoothness({}) is None
 
 

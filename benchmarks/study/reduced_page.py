@@ -41,9 +41,12 @@ def log_loss(row: Row) -> float | None:
 
 
 def mean_smoothness(row: Row) -> float | None:
-    """The geometric mean along the trajectory; ``None`` if not all of it was measured."""
-    values = row.get("smoothness", {}).get("values", [])
-    return statistics.geometric_mean(values) if values and None not in values else None
+    """The geometric mean along the trajectory; ``None`` of a run that diverged.
+
+    Updates of length 0, at the begin of a warm-up, have none.
+    """
+    values = [value for value in row.get("smoothness", {}).get("values", []) if value]
+    return None if row.get("diverged") or not values else statistics.geometric_mean(values)
 
 
 def _results_table(study: Study, results: Results, others: Sequence[tuple[Metric, Value]]) -> str:
@@ -127,7 +130,7 @@ def theory_table(results: Results, tuned: dict[tuple[str, str], Outcome]) -> str
             for n in ("smoothness", "noise")
         ],
     }
-    budget = f"C = {BUDGET / 1e6:g}·10⁶"
+    budget = f"C = {BUDGET:,}"
     for text, (smoothness, noise) in of_problem.items():
         if not (gap and smoothness and noise):
             continue
