@@ -71,9 +71,10 @@ CRITEO = Study(
 # --- 7. SNGM's theory -----------------------------------------------------------------------------
 # About 23 minutes: 9 runs of 150 s. Reduced: L and σ on 1,024 training images, at the start, the
 # middle and the end of each run; Corollary 1 is evaluated and not run; the tuned rate is that of
-# the first edition at 1,024, not tuned again at 1,000. f has kinks (ReLU), between which the Hessian
-# is taken. At the start and after 40 updates of SGD it gave L = 318.0 and 62.3, the same by 20 and by
-# 60 products; differences of gradients along its eigenvector, ± 0.01 apart, gave 315.3 and 59.5.
+# the first edition at 1,024, not tuned again at 1,000. f has kinks (ReLU), between which the
+# Hessian is taken. At the start and after 40 updates of SGD it gave L = 318.0 and 62.3, the same by
+# 20 and by 60 products; differences of gradients along its eigenvector, ± 0.01 apart, gave 315.3
+# and 59.5.
 
 BUDGET = 20 * 50_000
 """C, examples times epochs."""
