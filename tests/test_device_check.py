@@ -87,7 +87,7 @@ def test_what_has_no_time_is_named(run, monkeypatch, capsys):
 
 def test_ctrl_c_keeps_what_was_measured(run, monkeypatch, capsys):
     def interrupted(check, *_, **__):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         check._interrupted.check()
         raise AssertionError("went on")
 
