@@ -140,7 +140,7 @@ def _tau(known: Known) -> str:
     others = [
         f"at τ = {tau:g} by {_difference(known, 'trust', cell, (trust_label('LARS', tau), plain))}"
         for tau in COEFFICIENTS
-        if _of(known, "trust", cell, trust_label("LARS", tau)).final
+        if len(_of(known, "trust", cell, trust_label("LARS", tau)).final) > 1
     ]
     if others:
         text += f" Without it LARS where they train at η (ρ = 1) differs {'; '.join(others)}."

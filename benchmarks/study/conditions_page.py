@@ -38,7 +38,7 @@ from benchmarks.study.grid import (
     outcomes,
 )
 from benchmarks.study.panels import Line, Panel, plot_panels
-from benchmarks.study.render import shown, with_interval
+from benchmarks.study.render import not_run_yet, shown, with_interval
 from benchmarks.study.studies import TWO_CONV
 
 TARGETS = {
@@ -98,7 +98,7 @@ def results_table(study: Study, results: Results, cell: Cell) -> str:
     if len(lines) == 2:
         return NOT_YET
     if missing:
-        lines += ["", f"Not run yet: {'; '.join(missing)}."]
+        lines += ["", not_run_yet(missing)]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from benchmarks.study.conditions_page import FIRST_CLAIMS, batch_of, first_diffe
 from benchmarks.study.differences import paired_difference
 from benchmarks.study.grid import Cell, Contender, Metric, Outcome, Results, Row, Study, outcomes
 from benchmarks.study.panels import Interval, Line, Panel, plot_intervals, plot_panels
-from benchmarks.study.render import shown
+from benchmarks.study.render import not_run_yet, shown
 from benchmarks.study.studies import (
     BERT,
     DLRM,
@@ -60,7 +60,7 @@ def tuned_table(study: Study, results: Results, cell: Cell, contenders: Sequence
     if len(missing) == len(contenders):
         lines = []
     if missing:
-        lines += ["", f"Not run yet: {'; '.join(missing)}."]
+        lines += ["", not_run_yet(missing)]
     if any(f"{_CONFOUNDED} |" in line for line in lines):
         lines += ["", f"{_CONFOUNDED[1:]} At τ = 0.001, {_WHY}"]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from benchmarks.study.reduced import (
     SMOOTHNESS,
     SNGM_THEORY,
 )
-from benchmarks.study.render import shown, with_interval
+from benchmarks.study.render import not_run_yet, shown, with_interval
 from benchmarks.study.smoothness import largest_msgd_rate, msgd_limits
 from benchmarks.study.studies import TWO_CONV
 from tf_lbopt.schedules import sngm_corollary_1, sngm_corollary_2
@@ -72,7 +72,7 @@ def _results_table(study: Study, results: Results, others: Sequence[tuple[Metric
         cells = [contender.label, rate, *found, str(len(outcome.final))]
         lines.append(f"| {' | '.join(cells)} |")
     if missing:
-        lines += ["", f"Not run yet: {'; '.join(missing)}."]
+        lines += ["", not_run_yet(missing)]
     return "\n".join(lines)
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_SHOWN = 4
+
+
 def fill(document: Path, blocks: Mapping[str, str]) -> None:
     """Replaces what is between the marks of a document.
 
@@ -90,6 +93,14 @@ def shown(metric: Metric, scores: Sequence[float]) -> str:
     if len(finite) == 1:
         return mean + metric.unit
     return f"{mean} ± {metric.shown(statistics.stdev(finite))}{metric.unit}"
+
+
+def not_run_yet(labels: Sequence[str]) -> str:
+    """One line that names what has no runs yet; many are folded up."""
+    text = "; ".join(labels)
+    if len(labels) <= _SHOWN:
+        return f"Not run yet: {text}."
+    return f"<details><summary>Not run yet: {len(labels)} methods</summary>{text}</details>"
 
 
 def with_interval(metric: Metric, difference: Difference) -> str:
