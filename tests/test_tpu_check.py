@@ -17,7 +17,7 @@ from benchmarks.tpu_check._compat import lowered, only_first_copies, tpu_strateg
 from benchmarks.tpu_check.cases import Update, all_cases
 from benchmarks.tpu_check.figures import COMPARED, above, figures
 from benchmarks.tpu_check.steps import TrainingStep
-from benchmarks.tpu_check.tables import COLUMNS, cells, markdown
+from benchmarks.tpu_check.tables import pages
 
 COMPILED = """\
 HloModule jit_step, is_scheduled=true
@@ -83,11 +83,20 @@ def test_stored_figures_are_those_of_the_page():
     assert {*content["rows"]} <= {*all_cases()}
     for name, row in content["rows"].items():
         assert {*COMPARED} <= {*row}, name
-        assert markdown(["", *COLUMNS], [[name, *cells(row, {})]]).splitlines()[-1] in page
-    for name, version in content["versions"].items():
-        assert f"{name} {version}" in page
+    for text in pages(content).values():
+        assert text in page
     pins = (ROOT / "benchmarks/tpu_check/requirements.txt").read_text().split()
     assert pins == [f"{name}=={content['versions'][name]}" for name in ("jax", "libtpu")]
+
+
+def test_updates_of_tf_keras_are_shown_where_they_differ():
+    row = {**json.loads(program.STORED.read_text())["rows"]["lamb 4 chips"], "seconds": 1.0}
+    other = {**row, "bytes": row["bytes"] + 10_000_000}
+    rows = {"lamb": row, "lars": row, "lamb tf_keras": {**row, "seconds": 2.0}}
+    blocks = pages({"rows": {**rows, "lars tf_keras": other}, "versions": {}})
+    named = [line.split(" | ")[0] for line in blocks["updates"].splitlines()]
+    assert named[2:] == ["| lamb", "| lars", "| lars tf_keras"]
+    assert blocks["twins"].startswith("Of 2 updates of tf_keras, 1 have")
 
 
 def _instructions(program):

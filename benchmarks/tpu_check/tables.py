@@ -44,10 +44,27 @@ def pages(content: Mapping[str, Any]) -> dict[str, str]:
     """The blocks of docs/accelerators.md."""
     rows, versions = content["rows"], content["versions"]
     heading = ["one update of", *COLUMNS]
+    twins = {name for name in rows if name.endswith(_TF_KERAS)}
+    alike = {n for n in twins if _figures(rows[n]) == _figures(rows.get(_twin(n), {}))}
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "updates": markdown(heading, ([name, *cells(row, {})] for name, row in rows.items())),
+        "updates": markdown(
+            heading, ([name, *cells(row, {})] for name, row in rows.items() if name not in alike)
+        ),
+        "twins": f"Of {len(twins)} updates of tf_keras, {len(alike)} have the figures of Keras 3's "
+        "and are not shown.",
     }
+
+
+_TF_KERAS = " tf_keras"
+
+
+def _twin(name: str) -> str:
+    return name.removesuffix(_TF_KERAS)
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith("seconds")}
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
