@@ -92,7 +92,11 @@ def test_ctrl_c_keeps_what_was_measured(run, monkeypatch, capsys):
         raise AssertionError("went on")
 
     monkeypatch.setattr(device_check._Check, "steps", interrupted)
-    code, record = run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        code, record = run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130
     assert record["interrupted"]
     assert [row["name"] for row in record["rows"]] == ["vr_sgd"]
