@@ -1,4 +1,4 @@
-"""Studies of the second edition that have run reduced: about an hour of one core in all."""
+"""Studies of the second edition that are reduced: about an hour of one core in all."""
 
 from __future__ import annotations
 

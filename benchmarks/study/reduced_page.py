@@ -1,4 +1,4 @@
-"""Tables and plots of the studies that have run reduced, for docs/evidence.md."""
+"""Tables and plots of the reduced studies, for docs/evidence.md."""
 
 from __future__ import annotations
 
