@@ -236,8 +236,6 @@ class Watch:
             ``"0,0.5,1"``. Either or none.
     """
 
-    FLAGS = ("smoothness_every", "constants_at")
-
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._every = int(settings.get("smoothness_every", 0))
         parts = str(settings.get("constants_at", ""))

@@ -17,6 +17,7 @@ COLUMNS = (
     "program KB",
     "seconds",
 )
+_TF_KERAS = " tf_keras"
 
 
 def cells(row: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
@@ -54,9 +55,6 @@ def pages(content: Mapping[str, Any]) -> dict[str, str]:
         "twins": f"Of {len(twins)} updates of tf_keras, {len(alike)} have the figures of Keras 3's "
         "and are not shown.",
     }
-
-
-_TF_KERAS = " tf_keras"
 
 
 def _twin(name: str) -> str:
