@@ -11,7 +11,7 @@ from benchmarks.study.conditions import (
     ALIKE,
     COEFFICIENTS,
     CONDITIONS,
-    CONTROLS,
+    CONTROL,
     GAP,
     SCALED,
     SCALED_BATCHES,
@@ -298,7 +298,7 @@ def plot_scaled(results: Results, path: Path) -> bool:
         for warmup in (False, True):
             lines = []
             labels = [name, f"{weighted}, k = 8", f"{weighted}, k = 32"]
-            labels += [f"{name} × {text}" for text in CONTROLS.values()]
+            labels.append(f"{name} × {CONTROL}")
             for color, label in enumerate(labels):
                 points = []
                 for batch_size in SCALED_BATCHES:

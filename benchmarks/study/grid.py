@@ -63,10 +63,8 @@ class Contender:
         values: The first grid, rising, of equal ratios between neighbors.
         takes_from: Label of the contender whose best value of its own axis this one takes over.
         takes_from_cell: The name of that contender's cell, an earlier one; its own by default.
-        ratio_of: Label of a contender before it in the cell, by whose `mean_of` the evaluation
-            ``ratio`` the value that is taken over is multiplied.
-        ratio: ``train_mean_ratio`` or ``train_length_ratio``, which a run has that is given
-            ``ratio_sub_batches``.
+        ratio_of: Label of a contender before it in the cell, by whose mean r (`mean_ratio`) the
+            value that is taken over is multiplied; its runs are given ``ratio_sub_batches``.
     """
 
     label: str
@@ -76,7 +74,6 @@ class Contender:
     takes_from: str | None = None
     takes_from_cell: str | None = None
     ratio_of: str | None = None
-    ratio: str = "train_mean_ratio"
 
 
 @dataclass(frozen=True)
@@ -297,7 +294,7 @@ def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
                     if weighted.best is None or weighted.missing:
                         found[key] = Outcome({}, None, [], [])
                         continue
-                    factor = mean_of(weighted.rows, contender.ratio)
+                    factor = mean_ratio(weighted.rows)
                 taken[key] = {axes[source]: best if factor == 1.0 else _rounded(factor * best, 1.0)}
             found[key] = _outcome(study, cell, contender, taken[key], results, cell.final_seeds)
     undecided = _undecided(study, found)
@@ -310,8 +307,9 @@ def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
     return found
 
 
-def mean_of(rows: Sequence[Row], name: str) -> float:
-    """The mean of an evaluation over a run and over runs; 1 if no run came to the first."""
+def mean_ratio(rows: Sequence[Row]) -> float:
+    """VRGD's mean r over a run and over runs; 1 if no run came to the first evaluation."""
+    name = "train_mean_ratio"
     found = [each[name] for row in rows for each in row.get("evaluations", ()) if each.get(name)]
     return statistics.fmean(found) if found else 1.0
 
