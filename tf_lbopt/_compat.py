@@ -11,8 +11,8 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
@@ -33,8 +33,10 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGra
 from tensorflow.python.trackable.base import Trackable
 from tensorflow.python.trackable.python_state import PYTHON_STATE
 
+_Value = TypeVar("_Value")
 
-def per_replica(values: Sequence[Any]) -> Any:
+
+def per_replica(values: Sequence[object]) -> tf.distribute.DistributedValues:
     """Bundles one tensor per local replica into a value that ``tf.distribute`` can reduce.
 
     The public ``experimental_distribute_values_from_function`` refuses some strategies inside a
@@ -102,7 +104,9 @@ def _without_distribution() -> Iterator[None]:
 
 
 def keras_update(
-    optimizer: keras.optimizers.Optimizer, gradients: Sequence[tf.Tensor], variables: Sequence[Any]
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+    variables: Sequence[keras.Variable | tf.Variable],
 ) -> None:
     """One update by a stock Keras optimizer, on the replica whose update context this is.
 
@@ -125,7 +129,7 @@ _hook_users = 0
 
 @contextlib.contextmanager
 def layer_hooks(
-    on_call: Callable[..., Any], on_read: Callable[[keras.Variable], Any]
+    on_call: Callable[..., object], on_read: Callable[[keras.Variable], tf.Tensor | None]
 ) -> Iterator[None]:
     """Puts two functions, for this thread, between Keras and its layers and variables.
 
@@ -164,13 +168,13 @@ _original_value = keras.Variable.value
 
 
 def _install_hooks() -> None:
-    def call(operation: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def call(operation: keras.Operation, /, *args: Any, **kwargs: Any) -> object:
         stack = getattr(_hooks, "stack", None)
         if not stack:
             return _original_call(operation, *args, **kwargs)
         return stack[-1][0](_original_call, operation, *args, **kwargs)
 
-    def value(variable: keras.Variable) -> Any:
+    def value(variable: keras.Variable) -> tf.Tensor | tf.Variable:
         stack = getattr(_hooks, "stack", None)
         if stack:
             substitute = stack[-1][1](variable)
@@ -246,7 +250,9 @@ def copies(tensor: tf.Tensor, with_logits: bool) -> list[tf.Tensor]:
     return [copy, copy._keras_logits]
 
 
-def as_loss(identifier: Any) -> keras.losses.Loss:
+def as_loss(
+    identifier: str | keras.losses.Loss | Callable[..., tf.Tensor],
+) -> keras.losses.Loss:
     """A Keras loss from what ``compile`` accepts: a loss, a name or a function.
 
     ``compile`` wraps functions in a class that is not exported. Checked on Keras 3.15.1.
@@ -256,7 +262,7 @@ def as_loss(identifier: Any) -> keras.losses.Loss:
 
 
 def unreduced_loss(
-    loss: keras.losses.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None
+    loss: keras.losses.Loss, y_true: object, y_pred: object, sample_weight: object = None
 ) -> tf.Tensor:
     """The values that ``loss(y_true, y_pred, sample_weight)`` reduces, weighted and masked.
 
@@ -298,7 +304,7 @@ def all_layers(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
         yield from all_layers(sublayer)
 
 
-def caller_of_caller() -> Any:
+def caller_of_caller() -> object:
     """The object whose method called the method that asks, or ``None``.
 
     LossScaleOptimizer and MultiOptimizer set `loss_scale_factor` of the optimizers that they are
@@ -307,7 +313,7 @@ def caller_of_caller() -> Any:
     return sys._getframe(2).f_locals.get("self")
 
 
-def is_multi_optimizer(optimizer: keras.optimizers.Optimizer) -> bool:
+def is_multi_optimizer(optimizer: object) -> bool:
     """Whether an optimizer is made of several; Keras 3.15 has a class for that."""
     cls = getattr(keras.optimizers, "MultiOptimizer", None)
     return cls is not None and isinstance(optimizer, cls)
@@ -321,7 +327,7 @@ def fit_divides_by_replicas() -> bool:
     return hasattr(keras_loss, "scale_loss_for_distribution")
 
 
-def saved_name(store: Any) -> str | None:
+def saved_name(store: object) -> str | None:
     """The name of the object whose state a file has at this place, if the file says so.
 
     Keras writes it beside the variables. Checked on Keras 3.15.1.
@@ -345,13 +351,15 @@ class CheckedBeforeRestoring:
         """
         raise NotImplementedError
 
-    def _checkpoint_adapter(self, path: str) -> Any:
+    def _checkpoint_adapter(self, path: str) -> object:
         position = sys._getframe(1).f_locals.get("checkpoint_position")
         if position is not None:
             self.check_checkpoint({child.local_name for child in position.object_proto.children})
         return super()._checkpoint_adapter(path)  # type: ignore[misc]  # the framework's
 
-    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+    def _trackable_children(
+        self, save_type: str = "checkpoint", **kwargs: Any
+    ) -> dict[str, Trackable]:
         children = super()._trackable_children(save_type, **kwargs)  # type: ignore[misc]
         if save_type != "savedmodel":
             return children
@@ -400,7 +408,7 @@ def trained_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Varia
     return list(optimizer._trainable_variables)
 
 
-def averages(optimizer: Any) -> list[Any]:
+def averages(optimizer: Any) -> list[keras.Variable | tf.Variable]:
     """The moving averages of the variables that an optimizer, of either framework, was built with.
 
     Checked on Keras 3.15.1 and tf_keras 2.20.1.
@@ -434,7 +442,9 @@ def let_optimizers_wrap_training() -> None:
     if getattr(original, "offers_steps", False):
         return
 
-    def make_function(model: Any, step_function: Any) -> Any:
+    def make_function(
+        model: keras.Model, step_function: Callable[..., object]
+    ) -> Callable[..., object]:
         optimizer = getattr(model, "optimizer", None)
         before_evaluation = getattr(optimizer, "before_evaluation", None)
         if not hasattr(optimizer, "wrap_training"):
@@ -446,7 +456,7 @@ def let_optimizers_wrap_training() -> None:
         if before_evaluation is None or step_function != model.test_step:
             return function
 
-        def evaluate(iterator: Any) -> Any:
+        def evaluate(iterator: object) -> object:
             before_evaluation()
             return function(iterator)
 
@@ -456,7 +466,7 @@ def let_optimizers_wrap_training() -> None:
     TensorFlowTrainer._make_function = make_function
 
 
-def call_in_training(model: keras.Model, x: Any) -> Any:
+def call_in_training(model: keras.Model, x: object) -> Any:
     """``model(x, training=True)`` for a model that takes ``training``, as its ``train_step`` calls.
 
     Checked on Keras 3.15.1.
@@ -464,7 +474,9 @@ def call_in_training(model: keras.Model, x: Any) -> Any:
     return model(x, training=True) if model._call_has_training_arg else model(x)
 
 
-def tracked_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+def tracked_loss(
+    model: keras.Model, x: object, y: object, y_pred: object, sample_weight: object
+) -> tf.Tensor:
     """The loss that a model was compiled with, noted in its ``loss`` metric.
 
     What ``train_step`` does between the forward and the backward pass. Checked on Keras 3.15.1.
@@ -478,8 +490,12 @@ def tracked_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
 
 
 def compiled_loss(
-    model: keras.Model, y: Any, y_pred: Any, sample_weight: Any, value: Callable[..., Any]
-) -> Any:
+    model: keras.Model,
+    y: object,
+    y_pred: object,
+    sample_weight: object,
+    value: Callable[..., tf.Tensor],
+) -> tf.Tensor | None:
     """The loss that a model was compiled with, its parts computed by another function.
 
     Which loss, weight and labels belong to which output is left to Keras.
@@ -522,7 +538,7 @@ def _symbolic(structure: Any) -> Any:
     )
 
 
-def build_by_shapes(model: keras.Model, x: Any) -> None:
+def build_by_shapes(model: keras.Model, x: object) -> None:
     """Creates the variables of a model that is not built yet, from the shapes of its inputs.
 
     Under a strategy Keras's trainer has done so before the first step; on one device it leaves it
@@ -537,7 +553,7 @@ def build_by_shapes(model: keras.Model, x: Any) -> None:
 # -- fit on several workers ------------------------------------------------------------------------
 
 
-def on_several_workers(strategy: Any) -> bool:
+def on_several_workers(strategy: tf.distribute.Strategy) -> bool:
     """Whether a strategy has replicas in other processes, which run the same program."""
     return isinstance(
         strategy, tf.distribute.MultiWorkerMirroredStrategy
@@ -556,14 +572,14 @@ class _TwoWorkers(tf.distribute.MultiWorkerMirroredStrategy):
     def __init__(self) -> None:
         self.axes: list[int | None] = []
 
-    def scope(self) -> Any:
+    def scope(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
+    def reduce(self, reduce_op: object, value: _Value, axis: int | None = None) -> _Value:
         self.axes.append(axis)
         return value
 
-    def experimental_local_results(self, value: Any) -> tuple[Any, ...]:
+    def experimental_local_results(self, value: _Value) -> tuple[_Value, ...]:
         return (value,)
 
 
@@ -606,7 +622,9 @@ def mend_trainer_on_several_workers() -> None:
         symbolic_build = TensorFlowTrainer._maybe_symbolic_build
 
         @functools.wraps(symbolic_build)
-        def build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
+        def build(
+            model: keras.Model, iterator: Iterable[Any] | None = None, data_batch: object = None
+        ) -> None:
             strategy = model._distribute_strategy
             if iterator is not None and on_several_workers(strategy):
                 if model.steps_per_execution != 1:  # they fail under MirroredStrategy, too
@@ -627,7 +645,7 @@ def mend_trainer_on_several_workers() -> None:
         reduce_per_replica = keras_trainer.reduce_per_replica
 
         @functools.wraps(reduce_per_replica)
-        def reduce(values: Any, strategy: Any, reduction: str) -> Any:
+        def reduce(values: object, strategy: tf.distribute.Strategy, reduction: str) -> object:
             if reduction != "auto" or not on_several_workers(strategy):
                 return reduce_per_replica(values, strategy, reduction)
             return keras.tree.map_structure(
@@ -669,9 +687,9 @@ def path_asked_for(path: str) -> str:
 
 
 def let_callbacks_write_once(
-    is_chief: Callable[[Any], bool],
-    check_backup: Callable[[Any, str, list[int]], None],
-    wait: Callable[[Any], Any],
+    is_chief: Callable[[tf.distribute.Strategy], bool],
+    check_backup: Callable[[tf.distribute.Strategy, str, list[int]], None],
+    wait: Callable[[tf.distribute.Strategy], object],
 ) -> None:
     """Makes Keras's callbacks on several workers leave what they write to one of them.
 
@@ -688,12 +706,12 @@ def let_callbacks_write_once(
         AttributeError: Keras's callbacks are not what is known here.
     """
 
-    def others(callback: Any) -> bool:
+    def others(callback: keras.callbacks.Callback) -> bool:
         strategy = callback.model.distribute_strategy
         return on_several_workers(strategy) and not is_chief(strategy)
 
-    def elsewhere(original: Any, names: Sequence[str]) -> Any:
-        def write(callback: Any, *args: Any, **kwargs: Any) -> Any:
+    def elsewhere(original: Callable[..., object], names: Sequence[str]) -> Callable[..., object]:
+        def write(callback: keras.callbacks.Callback, *args: Any, **kwargs: Any) -> object:
             if not others(callback):
                 return original(callback, *args, **kwargs)
             paths = {name: getattr(callback, name) for name in names}
@@ -710,8 +728,8 @@ def let_callbacks_write_once(
 
         return write
 
-    def restoring(original: Any) -> Any:
-        def restore(callback: Any) -> None:
+    def restoring(original: Callable[..., object]) -> Callable[..., object]:
+        def restore(callback: keras.callbacks.BackupAndRestore) -> None:
             strategy = callback.model.distribute_strategy
             if on_several_workers(strategy):
                 epoch, path = -1, callback._training_metadata_path
@@ -724,8 +742,10 @@ def let_callbacks_write_once(
 
         return restore
 
-    def deleting(original: Any) -> Any:
-        def delete(callback: Any, logs: Any = None) -> None:
+    def deleting(original: Callable[..., object]) -> Callable[..., object]:
+        def delete(
+            callback: keras.callbacks.BackupAndRestore, logs: dict[str, float] | None = None
+        ) -> None:
             strategy = callback.model.distribute_strategy
             if on_several_workers(strategy):
                 wait(strategy)  # for what others write beside it
@@ -734,8 +754,8 @@ def let_callbacks_write_once(
 
         return delete
 
-    def logging(original: Any) -> Any:
-        def set_model(callback: Any, model: Any) -> None:
+    def logging(original: Callable[..., object]) -> Callable[..., object]:
+        def set_model(callback: keras.callbacks.TensorBoard, model: keras.Model) -> None:
             strategy = model.distribute_strategy
             if on_several_workers(strategy) and not is_chief(strategy):
                 callback._folder = tempfile.TemporaryDirectory()
@@ -752,7 +772,9 @@ def let_callbacks_write_once(
     replace(board, "set_model", logging)
 
 
-def replace(cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+def replace(
+    cls: type, name: str, wrapper: Callable[[Callable[..., object]], Callable[..., object]]
+) -> None:
     """Replaces a class's own method by what a function makes of it, once."""
     original = vars(cls)[name]
     if getattr(original, "replaced", False):
