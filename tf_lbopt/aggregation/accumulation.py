@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -16,8 +15,8 @@ from tf_lbopt.aggregation.accumulators import (
     any_nonzero,
     deviation_weights,
 )
-from tf_lbopt.aggregation.replica_state import ReplicaState
-from tf_lbopt.aggregation.replicas import inside_scope
+from tf_lbopt.aggregation.replica_state import Header, ReplicaState
+from tf_lbopt.aggregation.replicas import PerReplica, inside_scope
 from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
 from tf_lbopt.rules.rule import MEAN_NORM, MEAN_SQUARED_NORM, VARIANCE
@@ -104,9 +103,9 @@ class Accumulation(ReplicaState):
         self,
         indices: Sequence[int],
         variables: Sequence[tf.Variable],
-        gradients: Sequence[Any],
+        gradients: Sequence[PerReplica],
         size: int,
-        squares: Any = None,
+        squares: PerReplica | None = None,
     ) -> None:
         """Creates what the gradients of a call need: in a cross-replica context, eagerly.
 
@@ -158,7 +157,10 @@ class Accumulation(ReplicaState):
                 self.load_pending()
 
     def _variable(
-        self, value: Any, shape: tf.TensorShape, dtype: tf.DType | None = None
+        self,
+        value: tf.Tensor | list[int] | float,
+        shape: tf.TensorShape,
+        dtype: tf.DType | None = None,
     ) -> tf.Variable:
         return tf.Variable(
             value, shape=shape, dtype=dtype, trainable=False, name="gradient_accumulator"
@@ -398,7 +400,7 @@ class Accumulation(ReplicaState):
 
     def read_norms(self, indices: Sequence[int]) -> tf.Tensor:
         """[n], this replica's sums of the gradients' norms."""
-        sums: list[Any] = [self.accumulators[0, index].norm_sum for index in indices]
+        sums: list[tf.Variable] = [self.accumulators[0, index].norm_sum for index in indices]
         dtype = widest([norm_sum.dtype for norm_sum in sums])
         return tf.stack([tf.cast(norm_sum.read_value(), dtype) for norm_sum in sums])
 
@@ -429,14 +431,14 @@ class Accumulation(ReplicaState):
             },
         }
 
-    def header(self) -> dict[str, Any] | None:
+    def header(self) -> Header | None:
         """Where in the accumulation it is; ``None`` between updates."""
         filled = self.filled.numpy().tolist()
         if filled[1] == 0 or filled[1] != int(self.micro_step.numpy()):
             return None
         return {"filled": filled, "steps": self.steps if self.fixed else int(self.due.numpy())}
 
-    def accept(self, header: Mapping[str, Any]) -> bool:
+    def accept(self, header: Header) -> bool:
         """Whether an update of so many micro-steps can be gone on with."""
         return not self.fixed or header["steps"] == self.steps
 
@@ -444,7 +446,7 @@ class Accumulation(ReplicaState):
         """Makes the next micro-step begin."""
         self.filled.assign(tf.zeros_like(self.filled))
 
-    def restored(self, header: Mapping[str, Any]) -> None:
+    def restored(self, header: Header) -> None:
         """Notes where the saved one was filled."""
         self.filled.assign(header["filled"])
         if self.squares is not None and MEAN_SQUARED_NORM not in self.statistics:
@@ -452,7 +454,7 @@ class Accumulation(ReplicaState):
         self.due.assign(header["steps"])
         self.seen.assign(tf.zeros_like(self.seen))
 
-    def lost(self, header: Mapping[str, Any]) -> None:
+    def lost(self, header: Header) -> None:
         """Warns that micro-steps are lost."""
         _logger.warning(
             "The checkpoint was written in mid-accumulation on %d replicas with "
@@ -470,7 +472,7 @@ def _ones_at(indices: Iterable[int], size: int) -> tf.Tensor:
     return tf.constant(ones)
 
 
-def _first(value: Any) -> Any:
+def _first(value: PerReplica) -> Gradient:
     """The gradient itself, or the first replica's of a per-replica value."""
     if isinstance(value, tf.distribute.DistributedValues):
         return value.values[0]

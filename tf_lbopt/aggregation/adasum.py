@@ -6,11 +6,10 @@ all.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
-from tf_lbopt.aggregation.replicas import bundle
+from tf_lbopt.aggregation.replicas import PerReplica, bundle
 from tf_lbopt.aggregation.sparse import merge_repeated_indices, rows_at
 from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.norms import Gradient, norms
@@ -55,9 +54,9 @@ def adasum(first: Sequence[Gradient], second: Sequence[Gradient]) -> list[Gradie
 
 def adasum_over_replicas(
     strategy: tf.distribute.Strategy,
-    values: Sequence[Any],
+    values: Sequence[PerReplica],
     destinations: Sequence[tf.Variable],
-) -> list[Any]:
+) -> list[PerReplica]:
     """Adasum of the replicas' gradients, neighbors first, from a cross-replica context.
 
     The replicas' gradients arrive divided by the number of replicas; what is returned is not, as

@@ -13,7 +13,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -25,6 +25,7 @@ from tf_lbopt.aggregation.accumulators import (
     shares_of_deviations,
 )
 from tf_lbopt.aggregation.replicas import (
+    PerReplica,
     bundle,
     each_replica,
     on_each_replica,
@@ -50,17 +51,17 @@ class Sums(NamedTuple):
         squares: The sums of what each replica has given of squared norms, or ``None``, likewise.
     """
 
-    totals: list[Any]
-    live: Any = None
-    norms: Any = None
-    deviations: list[Any] | None = None
-    own: Sequence[list[Any]] = ()
-    squares: Any = None
+    totals: list[PerReplica]
+    live: PerReplica | None = None
+    norms: PerReplica | None = None
+    deviations: list[PerReplica] | None = None
+    own: Sequence[list[PerReplica]] = ()
+    squares: PerReplica | None = None
 
     def at(self, places: Sequence[int]) -> "Sums":
         """The part of some of the gradients, on one replica."""
 
-        def chosen(of_all: list[Any]) -> list[Any]:
+        def chosen(of_all: list[Gradient]) -> list[Gradient]:
             return [of_all[place] for place in places]
 
         return Sums(
@@ -106,15 +107,17 @@ class Pipeline:
     accumulation: Accumulation | None
     summed: bool
     prepare: Callable[[], tf.Tensor]
-    reduction: Callable[..., list[Any]]
+    reduction: Callable[
+        [tf.distribute.Strategy, Sequence[PerReplica], Sequence[tf.Variable]], list[PerReplica]
+    ]
     update: Callable[[tf.Variable, tf.Tensor, Sums], list[tf.Tensor]]
 
     def run(
         self,
         strategy: tf.distribute.Strategy,
-        gradients: list[Any],
-        gradient_norms: Any,
-        squares: Any,
+        gradients: list[PerReplica],
+        gradient_norms: PerReplica | None,
+        squares: PerReplica | None,
     ) -> tf.Tensor:
         """Makes an update of the replicas' gradients; a function for `merge_call`.
 
@@ -136,7 +139,11 @@ class Pipeline:
         return updates[0][0]  # the first replica's, with whom all others agree
 
     def _accumulated(
-        self, accumulation: Accumulation, gradients: list[Any], gradient_norms: Any, squares: Any
+        self,
+        accumulation: Accumulation,
+        gradients: list[PerReplica],
+        gradient_norms: PerReplica | None,
+        squares: PerReplica | None,
     ) -> tf.Tensor:
         strategy, micro_step = self.strategy, self.micro_step
         accumulation.prepare(self.indices, self.variables, gradients, len(self.paths), squares)
@@ -207,7 +214,12 @@ class Pipeline:
 
     # -- reduce ------------------------------------------------------------------------------------
 
-    def _reduced(self, gradients: list[Any] | None, gradient_norms: Any, squares: Any) -> Sums:
+    def _reduced(
+        self,
+        gradients: list[PerReplica] | None,
+        gradient_norms: PerReplica | None,
+        squares: PerReplica | None,
+    ) -> Sums:
         """Sums over the replicas of the gradients, or of those accumulated, and of statistics."""
         with_squares = squares is not None
         # With a single sub-batch the mean norm is the norm, which the update computes anyway.
@@ -231,7 +243,7 @@ class Pipeline:
             local: list[Gradient] | None,
             local_norms: tf.Tensor | None,
             local_squares: tf.Tensor | None,
-        ) -> list[Any]:
+        ) -> list[Gradient]:
             own = self._own_statistics(local)
             numbers = [own.live] if counted else []
             if with_norms:
@@ -277,7 +289,7 @@ class Pipeline:
             return self.accumulation.read_norms(self.indices)
         return norms(sums) if given is None else given
 
-    def _own_parts(self, own_sums: list[Any]) -> list[list[Any]]:
+    def _own_parts(self, own_sums: list[PerReplica]) -> list[list[PerReplica]]:
         accumulation = self.accumulation
         if accumulation is None or accumulation.parts == 1:
             return [own_sums]
@@ -294,14 +306,19 @@ class Pipeline:
 
     def _deviations(
         self,
-        own_sums: list[Any],
-        own_live: Any,
-        own_deviations: list[Any],
-        totals: list[Any],
-        live: Any,
-    ) -> list[Any]:
-        def shares(*local: Any) -> list[tf.Tensor]:
-            own_sums, own_live, own_deviations, totals, live = local
+        own_sums: list[PerReplica],
+        own_live: PerReplica,
+        own_deviations: list[PerReplica],
+        totals: list[PerReplica],
+        live: PerReplica,
+    ) -> list[PerReplica]:
+        def shares(
+            own_sums: list[Gradient],
+            own_live: tf.Tensor,
+            own_deviations: list[tf.Tensor],
+            totals: list[Gradient],
+            live: tf.Tensor,
+        ) -> list[tf.Tensor]:
             return shares_of_deviations(
                 ReplicaStatistics(own_sums, own_deviations or None, own_live),
                 [merge_repeated_indices(total) for total in totals],

@@ -4,7 +4,7 @@ import abc
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +12,26 @@ import tensorflow as tf
 from tf_lbopt.rules.norms import compute_dtype
 
 _HEADER = "header"
+
+
+class Header(TypedDict, total=False):
+    """What must be known of saved state beside its values: the first two of any, others of some.
+
+    Attributes:
+        replicas: How many there were.
+        complete: Whether one process had the copies of all.
+        filled: As in `Accumulation`.
+        steps: Micro-steps of the update under way.
+        parts: Sub-batches that each replica takes one after the other.
+        updates: Made since the replicas' last average.
+    """
+
+    replicas: int
+    complete: bool
+    filled: list[int]
+    steps: int
+    parts: int
+    updates: int
 
 
 class ReplicaState(tf.train.experimental.PythonState):
@@ -28,7 +48,7 @@ class ReplicaState(tf.train.experimental.PythonState):
         super().__init__()
         self._strategy = strategy
         self._pending: dict[str, np.ndarray] | None = None
-        self._missed: dict[str, Any] | None = None
+        self._missed: Header | None = None
         # Whether saved state without what workers keep is followed by that (`load_part`).
         self.awaits_part = False
 
@@ -37,15 +57,15 @@ class ReplicaState(tf.train.experimental.PythonState):
         """The variables by name, or ``None`` as long as they do not exist."""
 
     @abc.abstractmethod
-    def header(self) -> dict[str, Any] | None:
+    def header(self) -> Header | None:
         """What must be known of the state beside its values; ``None`` if there is none to save."""
 
     @abc.abstractmethod
-    def accept(self, header: Mapping[str, Any]) -> bool:
+    def accept(self, header: Header) -> bool:
         """Whether saved state with this header has a place here."""
 
     @abc.abstractmethod
-    def lost(self, header: Mapping[str, Any]) -> None:
+    def lost(self, header: Header) -> None:
         """Warns that saved state had no place here."""
 
     def reset(self) -> None:
@@ -55,7 +75,7 @@ class ReplicaState(tf.train.experimental.PythonState):
                 empty = [0 if size is None else size for size in copy.shape]
                 copy.assign(tf.zeros(empty, copy.dtype))
 
-    def restored(self, header: Mapping[str, Any]) -> None:
+    def restored(self, header: Header) -> None:
         """Called when saved values are in place."""
 
     def load_pending(self) -> None:
@@ -96,7 +116,7 @@ class ReplicaState(tf.train.experimental.PythonState):
             self.lost(missed)
 
     def _arrays(
-        self, header: Mapping[str, Any], copies: Mapping[str, tuple[tf.Variable, ...]]
+        self, header: Header, copies: Mapping[str, tuple[tf.Variable, ...]]
     ) -> dict[str, np.ndarray]:
         replicas = self._strategy.num_replicas_in_sync
         complete = all(len(local) == replicas for local in copies.values())
@@ -171,7 +191,7 @@ class ReplicaState(tf.train.experimental.PythonState):
         }
 
 
-def header_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def header_of(arrays: Mapping[str, np.ndarray]) -> Header:
     """The header that `ReplicaState.arrays` has put to the state."""
     return json.loads(np.asarray(arrays[_HEADER], np.uint8).tobytes().decode())
 

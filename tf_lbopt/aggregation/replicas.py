@@ -3,19 +3,22 @@
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TypeAlias
 
 import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.rules.norms import Gradient
 
+PerReplica: TypeAlias = Gradient | tf.distribute.DistributedValues
+"""A value of each local replica, or a sum on each; where there is one replica, just its value."""
+
 
 def on_each_replica(
     strategy: tf.distribute.Strategy,
     anchor: tf.Variable,
     fn: Callable[..., Sequence[tf.Tensor]],
-    *args: Any,
+    *args: object,
 ) -> list[tuple[tf.Tensor, ...]]:
     """Calls ``fn`` once for every local replica, from a cross-replica context.
 
@@ -69,9 +72,9 @@ def replica_context_of(strategy: tf.distribute.Strategy) -> tf.distribute.Replic
 
 def sum_over_replicas(
     strategy: tf.distribute.Strategy,
-    values: Sequence[Any],
+    values: Sequence[PerReplica],
     destinations: Sequence[tf.Variable],
-) -> list[Any]:
+) -> list[PerReplica]:
     """One packed SUM all-reduce for each dtype, from a cross-replica context.
 
     Args:
@@ -84,7 +87,7 @@ def sum_over_replicas(
     """
     if strategy.num_replicas_in_sync == 1:
         return list(values)
-    results: dict[int, Any] = {}
+    results: dict[int, PerReplica] = {}
     groups: dict[tf.DType, list[int]] = {}
     for index, value in enumerate(values):
         groups.setdefault(_dtype_of(value), []).append(index)
@@ -97,7 +100,7 @@ def sum_over_replicas(
     return [results[index] for index in range(len(values))]
 
 
-def bundle(per_replica_lists: Sequence[tuple[Gradient, ...]]) -> list[Any]:
+def bundle(per_replica_lists: Sequence[tuple[Gradient, ...]]) -> list[PerReplica]:
     """Per-replica values out of the tuples that `on_each_replica` returns."""
     return [
         values[0] if len(values) == 1 else _compat.per_replica(values)
@@ -105,7 +108,7 @@ def bundle(per_replica_lists: Sequence[tuple[Gradient, ...]]) -> list[Any]:
     ]
 
 
-def _dtype_of(value: Any) -> tf.DType:
+def _dtype_of(value: PerReplica) -> tf.DType:
     local = getattr(value, "values", None)
     if isinstance(local, tuple):  # a per-replica value; IndexedSlices.values is a tensor
         return local[0].dtype
@@ -118,7 +121,7 @@ def once_for_all_replicas(fn: Callable[[], None]) -> None:
     Replicas are threads that trace the same code: what creates variables must run in one of them.
     """
 
-    def call(_: Any = None) -> None:
+    def call(_: tf.distribute.Strategy | None = None) -> None:
         strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
         with _compat.outside_of_functions(), strategy.scope() if strategy else nullcontext():
             fn()
@@ -142,6 +145,6 @@ def replica_number() -> int:
     return 0 if static is None else int(static)
 
 
-def inside_scope(strategy: tf.distribute.Strategy) -> AbstractContextManager[Any]:
+def inside_scope(strategy: tf.distribute.Strategy) -> AbstractContextManager[object]:
     """The strategy's scope, entered if no strategy is in force yet."""
     return nullcontext() if tf.distribute.has_strategy() else strategy.scope()

@@ -9,14 +9,14 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
-from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.aggregation.replica_state import Header, ReplicaState
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
@@ -317,13 +317,13 @@ class _PastGradients(ReplicaState):
             return None
         return {f"{part}.{index}": v for (part, index), v in self.variables.items()}
 
-    def header(self) -> dict[str, int]:
+    def header(self) -> Header:
         return {"parts": self._parts}
 
-    def accept(self, header: Mapping[str, int]) -> bool:
+    def accept(self, header: Header) -> bool:
         return header["parts"] == self._parts
 
-    def lost(self, header: Mapping[str, int]) -> None:
+    def lost(self, header: Header) -> None:
         _logger.warning(
             "The checkpoint has the past gradients of %d replicas with sub_batches=%d; here there "
             "are %d replicas and sub_batches=%d. They start empty: the next update is made without "

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.aggregation.replica_state import ReplicaState, header_of
+from tf_lbopt.aggregation.replica_state import Header, ReplicaState, header_of
 from tf_lbopt.optimizers.origin import Origin, assign_all, variable_like
 from tf_lbopt.optimizers.trained import tensorflow_variable
 
@@ -192,11 +192,11 @@ class LocalState(ReplicaState):
         state = {f"{name}.{i}": v for name, group in groups.items() for i, v in enumerate(group)}
         return {**state, "skipped": self.skipped}
 
-    def header(self) -> dict[str, int]:
+    def header(self) -> Header:
         """Where in the period it is."""
         return {"updates": self.steps()}
 
-    def accept(self, header: Mapping[str, int]) -> bool:
+    def accept(self, header: Header) -> bool:
         """Whether it has a place here, if it is that of as many replicas."""
         return bool(header["complete"])
 
@@ -204,11 +204,11 @@ class LocalState(ReplicaState):
         """Forgets which steps were left out; all else is what the optimizer's variables say."""
         self._assign(self.skipped, 0)
 
-    def restored(self, header: Mapping[str, int]) -> None:
+    def restored(self, header: Header) -> None:
         """The replicas' slots are their own again."""
         self.apart = True
 
-    def lost(self, header: Mapping[str, int]) -> None:
+    def lost(self, header: Header) -> None:
         """Warns of what is lost on another number of replicas."""
         _logger.warning(
             "The checkpoint was written in the local phase of post-local SGD on %d replicas, %d "
