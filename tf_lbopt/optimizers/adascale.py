@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat
+from tf_lbopt.optimizers.algorithm import Common
 from tf_lbopt.optimizers.around import PipelineAroundOptimizer
 from tf_lbopt.optimizers.base import registered
 from tf_lbopt.optimizers.declared import REQUIRED
@@ -91,7 +92,7 @@ class AdaScale(PipelineAroundOptimizer):
             for name in ("gain", "fraction_of_step", "gradient_variance", "gradient_squared_norm")
         )
 
-    def _check_inner(self, inner: Any) -> None:
+    def _check_inner(self, inner: object) -> None:
         super()._check_inner(inner)
         if type(inner) is not SGD:
             raise ValueError(
@@ -115,9 +116,10 @@ class AdaScale(PipelineAroundOptimizer):
             )
         return super()._prepared_update(*args, **kwargs)
 
-    def _moments(self, common: Any) -> tuple[Moments, tf.Tensor]:
+    def _moments(self, common: Common) -> tuple[Moments, tf.Tensor]:
         """The running means with this update in them, and the gain, on one replica."""
         squared = common.squared_norms
+        assert squared is not None
         before = Moments(
             *(tf.convert_to_tensor(tensorflow_variable(v)) for v in self._means_of_moments())
         )
@@ -132,7 +134,7 @@ class AdaScale(PipelineAroundOptimizer):
     def _means_of_moments(self) -> tuple[keras.Variable, keras.Variable]:
         return self._variance, self._squared_norm
 
-    def _common(self, *args: Any) -> Any:
+    def _common(self, *args: Any) -> Common:
         common = super()._common(*args)
         _, gain = self._moments(common)
         rate = tf.convert_to_tensor(common.step.learning_rate)
@@ -140,7 +142,7 @@ class AdaScale(PipelineAroundOptimizer):
         sound = common.sound & is_rate(step.learning_rate)
         return dataclasses.replace(common, step=step, sound=sound)
 
-    def _finished(self, common: Any, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
+    def _finished(self, common: Common, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
         means, gain = self._moments(common)
         fraction = tf.convert_to_tensor(tensorflow_variable(self._fraction)) + gain
         whole = tf.floor(fraction)

@@ -13,10 +13,11 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
@@ -51,12 +52,16 @@ from tf_lbopt.rules.rule import (
 )
 from tf_lbopt.rules.writer import Writer
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_Optimizer = TypeVar("_Optimizer", bound="Algorithm")
+
 _micro_steps: dict[tuple[int, int], MicroStep] = {}
 """Which micro-step is being traced, by optimizer and replica, where that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Common:
+class Common:
     """What the parts of an update have in common.
 
     Attributes:
@@ -91,7 +96,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
 
     gradient_accumulation_steps: int | None
     weight_decay: float | None
-    skipped_updates: Any
+    skipped_updates: Variable
     clipnorm: float | None
     clipvalue: float | None
     global_clipnorm: float | None
@@ -169,15 +174,15 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         """
 
     @abc.abstractmethod
-    def _schedule(self, learning_rate: LearningRate) -> Any:
+    def _schedule(self, learning_rate: LearningRate) -> LearningRate:
         """What the framework takes as a learning rate that is no number."""
 
     @abc.abstractmethod
-    def _add_counter(self, name: str) -> Any:
+    def _add_counter(self, name: str) -> Variable:
         """A new integer variable among the framework's optimizer variables."""
 
     @abc.abstractmethod
-    def _add_slot(self, variable: Variable, name: str) -> Any:
+    def _add_slot(self, variable: Variable, name: str) -> Variable:
         """A new variable like a trainable one, in the dtype of the arithmetic on it."""
 
     @abc.abstractmethod
@@ -382,7 +387,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             as_it_is: Whether the rule is given these, neither divided nor clipped.
 
         Returns:
-            [n], the norms of the totals, and `_Common.norms_of_adapted` and `with_decay`.
+            [n], the norms of the totals, and `Common.norms_of_adapted` and `with_decay`.
         """
         targets = [self.trained.targets[index] for index in known]
         weights, with_decay, lengthened = [], [], []
@@ -452,7 +457,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         sums: Sums,
         total_norms: tf.Tensor,
         loss_scale: Callable[[], tf.Tensor] | None,
-    ) -> "_Common":
+    ) -> Common:
         finite = all_finite(total_norms)
         if sums.norms is not None:  # others may have computed these
             finite &= all_finite(sums.norms)
@@ -468,7 +473,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             squared_norms = self._squared_norms(
                 known, sums.squares, total_norms, scale_of_sums, steps
             )
-        return _Common(
+        return Common(
             step=Step(learning_rate, tf.convert_to_tensor(self.trained.iterations)),
             finite=finite,
             sound=finite & is_rate(learning_rate),
@@ -487,7 +492,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         rule: Rule,
         indices: Sequence[int],
         sums: Sums,
-        common: "_Common",
+        common: Common,
         places: Sequence[int] | None = None,
         averaged: Sequence[int] | None = None,
     ) -> tuple[tf.Tensor, Callable[..., tf.Tensor]]:
@@ -563,7 +568,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
 
     def _finished(
         self,
-        common: "_Common",
+        common: Common,
         made: tf.Tensor,
         complete: tf.Tensor,
         after: Callable[[tf.Tensor], None] | None,
@@ -899,14 +904,16 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
 
     # -- configuration and state -------------------------------------------------------------------
 
-    def _rate_or_schedule(self, learning_rate: LearningRate) -> Any:
+    def _rate_or_schedule(self, learning_rate: LearningRate) -> LearningRate:
         # A dictionary is a serialized schedule, inside from_config.
         if callable(learning_rate) or isinstance(learning_rate, dict):
             return self._schedule(learning_rate)
         return learning_rate
 
     @classmethod
-    def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
+    def from_config(
+        cls: type[_Optimizer], config: Arguments, custom_objects: dict[str, type] | None = None
+    ) -> _Optimizer:
         """The optimizer that `get_config` describes."""
         # A copy: the framework's writes a schedule that it makes into its argument.
         config = {cls.former_names.get(name, name): value for name, value in config.items()}
@@ -923,7 +930,7 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         config.update({e.argument: e.config() for e in exclusions if e.argument in parameters})
         return config
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[ArrayLike]) -> None:
         """Sets all `variables`. Gradients that are accumulated belong to the former ones."""
         super().set_weights(weights)  # type: ignore[misc]  # the framework's
         self.drop_accumulated()
@@ -954,7 +961,7 @@ def check_floating(optimizer: object, variable: Variable) -> None:
 
 def build_at_first_call(
     optimizer: Any, variables: Iterable[Variable] | None, argument: str
-) -> list[Any] | None:
+) -> list[Variable] | None:
     """Builds an optimizer that is not built yet for the variables of a call.
 
     Args:
@@ -1002,12 +1009,14 @@ def _dense(sums: Sums) -> Sums:
     return tf.nest.map_structure(dense, sums._replace(deviations=deviations))
 
 
-def _program(function: Callable[..., Any]) -> Callable[..., Any]:
+def _program(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """The function as one program that XLA compiles."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def without_missing(grads: Gradients, variables: Sequence[Variable]) -> list[tuple[Gradient, Any]]:
+def without_missing(
+    grads: Gradients, variables: Sequence[Variable]
+) -> list[tuple[Gradient, Variable]]:
     """The pairs of a gradient and its variable; warns of variables without one.
 
     Raises:

@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from tf_lbopt import _compat, _validation, rules
+from tf_lbopt.optimizers.algorithm import Common
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, check_settable
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
+from tf_lbopt.optimizers.saved_state import SavedState, Store
 from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
@@ -48,7 +51,7 @@ def require_same_strategy(
         )
 
 
-def load_only_with(outer: Any, inner: keras.optimizers.Optimizer) -> None:
+def load_only_with(outer: SavedState, inner: keras.optimizers.Optimizer) -> None:
     """Has a stock optimizer's state not loaded where that of the one around it was refused.
 
     Keras loads an optimizer that is inside another apart, too, and of a stock one compares no more
@@ -58,7 +61,7 @@ def load_only_with(outer: Any, inner: keras.optimizers.Optimizer) -> None:
         return
     load = inner.load_own_variables
 
-    def load_own_variables(store: Any) -> None:
+    def load_own_variables(store: Store) -> None:
         if not outer.refused_state:
             load(store)
 
@@ -119,7 +122,7 @@ class WithInnerOptimizer:
         check_settable(self.inner_optimizer, learning_rate)
         self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Sequence[ArrayLike]) -> None:
         """Sets all `variables`, the inner optimizer's among them.
 
         Raises:
@@ -148,7 +151,9 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
 
     arguments: ClassVar = {"inner_optimizer": REQUIRED}
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
         """Excludes variables from the inner optimizer's weight decay.
 
         Keras's own optimizers do not keep this in their configuration: call it again for a model
@@ -210,7 +215,7 @@ class PipelineAroundOptimizer(AroundOptimizer):
         self._check_inner(values["inner_optimizer"])
         super()._set_up(values)
 
-    def _check_inner(self, inner: Any) -> None:
+    def _check_inner(self, inner: object) -> None:
         if not isinstance(inner, keras.optimizers.Optimizer):
             raise TypeError(
                 "`inner_optimizer` must be a keras.optimizers.Optimizer, of Keras 3 (for tf_keras "
@@ -262,7 +267,7 @@ class PipelineAroundOptimizer(AroundOptimizer):
         if isinstance(self.inner_optimizer, LargeBatchOptimizer):
             self.trained.slots.update(self.inner_optimizer.trained.slots)
 
-    def _finished(self, common: Any, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
+    def _finished(self, common: Common, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
         iterations = tensorflow_variable(_compat.counter(self.inner_optimizer))
         iterations.assign_add(tf.cast(made, iterations.dtype))
         return super()._finished(common, made, *args)

@@ -7,7 +7,7 @@ optimizer.
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import keras
 import tensorflow as tf
@@ -115,7 +115,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         self._rounding_errors = _RoundingErrors()
         self.averages_are_swapped = False
 
-    def _schedule(self, learning_rate: LearningRate) -> Any:
+    def _schedule(self, learning_rate: LearningRate) -> LearningRate:
         if isinstance(learning_rate, dict):
             return keras.saving.deserialize_keras_object(learning_rate)
         return learning_rate
@@ -148,7 +148,10 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         return self.add_variable_from_reference(variable, name)
 
     def add_variable_from_reference(
-        self, reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
+        self,
+        reference_variable: Variable,
+        name: str | None = None,
+        initializer: str | keras.initializers.Initializer = "zeros",
     ) -> keras.Variable:
         """Adds a variable like a trainable one, as Keras's own optimizers do.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import keras  # noqa: F401  # for the examples
 import tensorflow as tf
@@ -25,7 +25,9 @@ class ExampleNorms(Algorithm):
     norm_estimator: str
 
     @contextlib.contextmanager
-    def example_norms(self, norms: Sequence[Any], variables: Sequence[Variable]) -> Iterator[None]:
+    def example_norms(
+        self, norms: Sequence[tf.Tensor], variables: Sequence[Variable]
+    ) -> Iterator[None]:
         """Gives the next `apply` in this block the norms that `"per_example"` needs.
 
         For custom training loops; called by every replica with the norms of its own examples.

@@ -46,10 +46,10 @@ class Declared:
     rule_class: ClassVar[type[Rule]]
     """The algorithm."""
 
-    arguments: ClassVar[Mapping[str, Any]] = {"learning_rate": REQUIRED, "weight_decay": None}
+    arguments: ClassVar[Mapping[str, object]] = {"learning_rate": REQUIRED, "weight_decay": None}
     """The class's own, with their defaults, in the order of the signature."""
 
-    common_arguments: ClassVar[Mapping[str, Any]] = {}
+    common_arguments: ClassVar[Mapping[str, object]] = {}
     """Those of the framework's base class, by name only."""
 
     former_names: ClassVar[Mapping[str, str]] = {}
@@ -106,7 +106,7 @@ class Declared:
         )
 
     @classmethod
-    def _given(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    def _given(cls, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Arguments:
         """All arguments by name, checked.
 
         Raises:
@@ -155,7 +155,7 @@ def made_of(rule_class: type[Rule], values: Arguments) -> Rule:
     return rule_class(**{name: values[name] for name in fields if name in values})
 
 
-def _parameters(arguments: Mapping[str, Any], kind: Any) -> list[inspect.Parameter]:
+def _parameters(arguments: Mapping[str, object], kind: Any) -> list[inspect.Parameter]:
     return [inspect.Parameter(name, kind, default=value) for name, value in arguments.items()]
 
 

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import tensorflow as tf
@@ -11,13 +11,15 @@ import tensorflow as tf
 from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.trained import Variable, path_of
 
+_Item = TypeVar("_Item")
+
 _EXPECTED = "a list of variables or of regular expressions over the variable path"
 
 
 class _Entry(NamedTuple):
     """One entry of a list: what stands for it in a configuration, and which variables it fits."""
 
-    config: Any
+    config: str | dict[str, str]
     fits: Callable[[Variable], bool]
     path: str | None = None
     """Of the one variable meant, if it is known by its path only."""
@@ -43,7 +45,7 @@ class Exclusion:
         ValueError: An entry is no valid regular expression.
     """
 
-    def __init__(self, argument: str, entries: Iterable[Any] | None):
+    def __init__(self, argument: str, entries: Iterable[object] | None):
         self.argument = argument
         self.given = entries is not None
         self._entries: list[_Entry] = []
@@ -53,7 +55,7 @@ class Exclusion:
         for entry in listed(argument, entries):
             self.add(entry)
 
-    def add(self, entry: Any) -> None:
+    def add(self, entry: object) -> None:
         """Adds one variable, regular expression over the path or entry of a configuration."""
         if isinstance(entry, str):
             pattern = self._compiled(entry)
@@ -136,14 +138,14 @@ class Exclusion:
         keys = map(_compat.key_of, variables)
         self._excluded = dict(zip(keys, excluded, strict=True))
 
-    def config(self) -> list[Any] | None:
+    def config(self) -> list[object] | None:
         """Entries that stand for the same variables in a fresh process, or another model.
 
         ``None`` if nothing was given, not even an empty list.
         """
         if not self.given:
             return None
-        entries = [entry.config for entry in self._entries]
+        entries: list[object] = [entry.config for entry in self._entries]
         if self._built is not None:
             entries.insert(self._entries_built, self._built)
         return entries
@@ -176,7 +178,7 @@ def _without_numbers(path: str) -> str:
     return re.sub(r"_\d+(?=/|$)", "", path)
 
 
-def listed(argument: str, entries: Iterable[Any] | None) -> list[Any]:
+def listed(argument: str, entries: Iterable[_Item] | None) -> list[_Item]:
     """The entries as a list.
 
     Raises:

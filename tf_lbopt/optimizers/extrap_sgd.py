@@ -1,7 +1,6 @@
 """Extrapolated SGD."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import keras  # noqa: F401  # for the example
 import numpy as np
@@ -12,6 +11,7 @@ from tf_lbopt.optimizers.base import optimizer
 from tf_lbopt.optimizers.declared import REQUIRED, made_of
 from tf_lbopt.optimizers.extrapolated import ExtrapolatedOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
+from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.trained import Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.extrapolation import filter_axes, filter_scaled, raw_noise
 from tf_lbopt.rules.norms import compute_dtype
@@ -28,7 +28,7 @@ class SGDExtrapolation(Extrapolation):
     shared_noise: bool
     noise_seed: int | None
 
-    def _set_up(self, values: dict[str, Any]) -> None:
+    def _set_up(self, values: Arguments) -> None:
         noise, shared, seed = values["noise"], values["shared_noise"], values["noise_seed"]
         random = noise not in _PAST_NOISES
         if not random and (shared or seed is not None):
@@ -54,7 +54,7 @@ class SGDExtrapolation(Extrapolation):
         return self.noise in _PAST_NOISES
 
     @classmethod
-    def rule_of(cls, values: Mapping[str, Any]) -> rules.Rule:
+    def rule_of(cls, values: Arguments) -> rules.Rule:
         """The algorithm from the gradients on, which has the look-ahead in them already."""
         rule_class = rules.SGD if values["trust_coefficient"] is None else rules.LARS
         return made_of(rule_class, {**values, "nesterov": False})

@@ -20,6 +20,7 @@ from tf_lbopt.aggregation.replica_state import Header, ReplicaState
 from tf_lbopt.aggregation.sparse import merge_repeated_indices
 from tf_lbopt.aggregation.sub_batches import split
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
+from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.origin import Origin, StepsInBlocks, TrainingStep, variable_like
 from tf_lbopt.optimizers.trained import Gradients, Variable, path_of
 from tf_lbopt.rules.extrapolation import apply_extrapolation
@@ -66,7 +67,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
     extrapolation_rate: Any
     sub_batches: int
 
-    def _set_up(self, values: dict[str, Any]) -> None:
+    def _set_up(self, values: Arguments) -> None:
         values["extrapolation_rate"] = self._rate_or_schedule(values["extrapolation_rate"])
         super()._set_up(values)
         if self.sub_batches > 1:

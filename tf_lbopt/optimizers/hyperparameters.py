@@ -2,6 +2,7 @@
 
 import functools
 import numbers
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +15,11 @@ from tf_lbopt import _validation
 Arguments: TypeAlias = dict[str, Any]
 """Arguments of a constructor by name, as a configuration has them."""
 LearningRate: TypeAlias = (
-    float | tf.Tensor | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
+    float
+    | tf.Tensor
+    | keras.optimizers.schedules.LearningRateSchedule
+    | Callable[[], float]
+    | Callable[[tf.Variable], tf.Tensor]  # a schedule of tf_keras
 )
 
 
@@ -28,10 +33,10 @@ class _Kind(NamedTuple):
     """
 
     type: type
-    check: Callable[..., Any]
+    check: Callable[..., object]
 
 
-def checked(name: str, value: object, default: Any) -> Any:
+def checked(name: str, value: object, default: object) -> object:
     """Checks the value of an argument and returns it, as a float where it is a real number.
 
     Args:
@@ -48,7 +53,7 @@ def checked(name: str, value: object, default: Any) -> Any:
     return _KINDS[name].check(name, value, **options)
 
 
-def type_of(name: str, default: Any) -> Any:
+def type_of(name: str, default: object) -> type | types.UnionType:
     """The type of an argument, as a configuration declares it."""
     kind = _KINDS[name].type
     return kind | None if default is None or name == "weight_decay" else kind
@@ -76,7 +81,7 @@ def checked_learning_rate(name: str, value: object, optional: bool = False) -> A
         ) from error
 
 
-def checked_new_learning_rate(learning_rate: LearningRate) -> Any:
+def checked_new_learning_rate(learning_rate: LearningRate) -> LearningRate:
     """`checked_learning_rate` of what is assigned to an optimizer that exists.
 
     That may also be an array, a tensor or a variable; in a graph only the update can look at it.

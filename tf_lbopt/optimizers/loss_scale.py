@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.replicas import (
+    PerReplica,
     inside_scope,
     on_each_replica,
     replica_context_of,
@@ -182,12 +182,14 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
             self.inner_optimizer.build(var_list)
             super(keras.optimizers.LossScaleOptimizer, self).build(var_list)
 
-    def scale_loss(self, loss: Any) -> Any:
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """The loss times the current scale, in float32 where the loss is of float16."""
         return keras.ops.multiply(loss, self.dynamic_scale)
 
     @classmethod
-    def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
+    def from_config(
+        cls, config: Arguments, custom_objects: dict[str, type] | None = None
+    ) -> "LossScaleOptimizer":
         """The optimizer that `get_config` describes."""
         # A copy: Keras takes the inner one's out of it, and stock optimizers write into theirs.
         return super().from_config(copy.deepcopy(config), custom_objects)
@@ -224,12 +226,14 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         finite, sound = self._are_sound(grads, trainable_variables)
         flags = tf.cast(tf.stack([~finite, ~sound]), tf.float32)
 
-        def apply_inner(local_grads: list[Any]) -> None:
+        def apply_inner(local_grads: list[Gradient | None]) -> None:
             scale = tf.convert_to_tensor(self.dynamic_scale)
             unscaled = [None if g is None else divide(g, scale) for g in local_grads]
             self.inner_optimizer.apply(unscaled, trainable_variables)
 
-        def cross_replica(strategy: tf.distribute.Strategy, flags: Any, values: list[Any]) -> None:
+        def cross_replica(
+            strategy: tf.distribute.Strategy, flags: PerReplica, values: list[PerReplica | None]
+        ) -> None:
             anchor = self.dynamic_scale.value
             total = sum_over_replicas(strategy, [flags], [anchor])[0]
             finite, sound = tf.unstack(strategy.experimental_local_results(total)[0] == 0.0)
@@ -281,7 +285,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         counter.assign(tf.where(grow, tf.zeros_like(count), count))
 
 
-def _repetitions(gradient: Any, dtype: tf.DType) -> tf.Tensor:
+def _repetitions(gradient: Gradient, dtype: tf.DType) -> tf.Tensor:
     """How much longer a gradient can be than its values: all rows may belong to one index."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.ones([], dtype)

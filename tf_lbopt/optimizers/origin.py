@@ -8,7 +8,7 @@ back, so that replicas stay equal to the last bit.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +16,8 @@ import tensorflow as tf
 from tf_lbopt.aggregation.replicas import on_each_replica, replica_context_of, replica_number
 from tf_lbopt.optimizers.trained import Trained
 from tf_lbopt.rules.norms import Gradient
+
+_Result = TypeVar("_Result")
 
 # Of `fit`: a training step of a batch, or a training function of an iterator over batches.
 TrainingStep: TypeAlias = Callable[[Any], object]
@@ -184,7 +186,7 @@ class StepsInBlocks:
             )
         return block
 
-    def _merge(self, cross_replicas: Callable[..., object], *args: Gradient) -> Any:
+    def _merge(self, cross_replicas: Callable[..., _Result], *args: Gradient) -> _Result:
         """Calls a function once for all replicas, which all call this, with their own tensors."""
         return replica_context_of(self._strategy).merge_call(cross_replicas, args=args)
 

@@ -8,14 +8,15 @@ their shapes and the class are compared before anything is loaded.
 import json
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.replica_state import ReplicaState
+from tf_lbopt.optimizers.trained import Variable
 
 # In a Keras file.
 _KIND = "kind"
@@ -26,10 +27,21 @@ _STEPS = "accumulation_steps"
 _KIND_ATTRIBUTE = "_kind"
 
 
+class Store(Protocol):
+    """Where Keras saves what an object consists of: an entry of a file, or a dictionary."""
+
+    def keys(self) -> Iterable[str]:
+        """The names of what is in it."""
+
+    def __getitem__(self, key: str, /) -> object: ...
+
+    def __setitem__(self, key: str, value: np.ndarray, /) -> None: ...
+
+
 class SavedState(_compat.CheckedBeforeRestoring):
     """Mix-in of an optimizer of Keras or tf_keras: saves its state, and refuses that of others."""
 
-    _pending_micro_steps: Any = None
+    _pending_micro_steps: Variable | None = None
     """The variable that counts them, if the optimizer accumulates and is built."""
 
     refused_state = False
@@ -50,7 +62,7 @@ class SavedState(_compat.CheckedBeforeRestoring):
     def _restore_assigned_steps(self, steps: int) -> None:
         """Sets it to what was saved, or 0."""
 
-    def save_own_variables(self, store: Any) -> None:
+    def save_own_variables(self, store: Store) -> None:
         """Keras saving: all variables and what is each replica's own."""
         # An array for each replica, too: an array can not be larger than a shard of a file.
         for number, variable in enumerate(_numbered(self)):
@@ -62,7 +74,7 @@ class SavedState(_compat.CheckedBeforeRestoring):
             for name, array in state.arrays().items():
                 store[f"{prefix}.{name}"] = array
 
-    def load_own_variables(self, store: Any) -> None:
+    def load_own_variables(self, store: Store) -> None:
         """Keras loading, of what `save_own_variables` saved.
 
         Raises:
@@ -154,7 +166,7 @@ def _described(optimizer: Any) -> str:
     )
 
 
-def _kind_of(optimizer: Any) -> str:
+def _kind_of(optimizer: object) -> str:
     """An optimizer's class, and in parentheses that of the one inside."""
     inner = getattr(optimizer, "inner_optimizer", None)
     name = type(optimizer).__name__
@@ -189,7 +201,7 @@ def _shapes(optimizer: Any) -> list[tuple[int, ...]]:
     return [tuple(variable.shape) for variable in _numbered(optimizer)]
 
 
-def _numbered(optimizer: Any) -> list[Any]:
+def _numbered(optimizer: Any) -> list[Variable]:
     """The variables but the count of pending micro-steps, which only some optimizers have.
 
     So that training can go on with accumulation where it was without, and the other way round.
@@ -198,7 +210,7 @@ def _numbered(optimizer: Any) -> list[Any]:
     return [v for v in optimizer.variables if not any(v is one for one in pending)]
 
 
-def _pending_counts(optimizer: Any) -> list[Any]:
+def _pending_counts(optimizer: object) -> list[Variable]:
     """The counts of pending micro-steps that an optimizer, and one inside it, have."""
     both = (optimizer, getattr(optimizer, "inner_optimizer", None))
     counts = [one._pending_micro_steps for one in both if isinstance(one, SavedState)]
