@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_lbopt
+from tf_lbopt.aggregation.replicas import PerReplica
 
 RUN = {
     "2.16": ("3.7", "3.12", "3.15"),
@@ -77,7 +78,7 @@ def _report(with_updates: bool) -> dict[str, Any]:
     sections = {"versions": _versions, "devices": _devices, "registered": _registered}
     if with_updates:
         sections["updates"] = _updates
-    report: dict[str, Any] = {}
+    report: dict[str, dict[str, str]] = {}
     for name, make in sections.items():
         try:
             report[name] = make()
@@ -204,7 +205,7 @@ def check_updates(strategy: tf.distribute.Strategy) -> dict[str, str]:
     return results
 
 
-def _check_update(cls: Any, strategy: tf.distribute.Strategy) -> str:
+def _check_update(cls: type[keras.optimizers.Optimizer], strategy: tf.distribute.Strategy) -> str:
     start, sub_batches = inputs(MICRO_STEPS * strategy.num_replicas_in_sync)
     right = expected(cls, start, sub_batches)
     found = _updated(cls, start, sub_batches, strategy)
@@ -240,7 +241,9 @@ def inputs(sub_batches: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
 
 
 def expected(
-    cls: Any, weights: Sequence[np.ndarray], sub_batches: Sequence[Sequence[np.ndarray]]
+    cls: type[keras.optimizers.Optimizer],
+    weights: Sequence[np.ndarray],
+    sub_batches: Sequence[Sequence[np.ndarray]],
 ) -> list[np.ndarray]:
     """Weights after one update in float64, eagerly, on the CPU.
 
@@ -257,7 +260,7 @@ def expected(
 
 
 def _updated(
-    cls: Any,
+    cls: type[keras.optimizers.Optimizer],
     weights: Sequence[np.ndarray],
     sub_batches: Sequence[Sequence[np.ndarray]],
     strategy: tf.distribute.Strategy,
@@ -268,7 +271,7 @@ def _updated(
         variables, optimizer = _made(cls, weights, "float32", MICRO_STEPS)
 
     @tf.function(autograph=False)
-    def step(gradients: list[Any]) -> None:
+    def step(gradients: list[PerReplica]) -> None:
         strategy.run(lambda own: _apply(optimizer, variables, own), (gradients,))
 
     for micro_step in range(MICRO_STEPS):
@@ -280,7 +283,7 @@ def _updated(
     ]
 
 
-def _distributed(strategy: tf.distribute.Strategy, values: Sequence[np.ndarray]) -> Any:
+def _distributed(strategy: tf.distribute.Strategy, values: Sequence[np.ndarray]) -> PerReplica:
     """Each replica's share of the mean of these."""
     shares = [tf.constant(value / np.float32(len(values))) for value in values]
     return strategy.experimental_distribute_values_from_function(
@@ -289,15 +292,23 @@ def _distributed(strategy: tf.distribute.Strategy, values: Sequence[np.ndarray])
 
 
 def _made(
-    cls: Any, weights: Sequence[np.ndarray], dtype: str, micro_steps: int, **more: Any
-) -> tuple[list[keras.Variable], Any]:
+    cls: type[keras.optimizers.Optimizer],
+    weights: Sequence[np.ndarray],
+    dtype: str,
+    micro_steps: int,
+    **more: bool,
+) -> tuple[list[keras.Variable], keras.optimizers.Optimizer]:
     variables = [keras.Variable(w, dtype=dtype, name=f"layer_{i}") for i, w in enumerate(weights)]
     optimizer = cls(**ARGUMENTS, gradient_accumulation_steps=micro_steps, **more)
     optimizer.build(variables)
     return variables, optimizer
 
 
-def _apply(optimizer: Any, variables: Sequence[Any], gradients: Sequence[tf.Tensor]) -> None:
+def _apply(
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    gradients: Sequence[tf.Tensor],
+) -> None:
     moves = hasattr(optimizer, "extrapolated")
     with optimizer.extrapolated(variables) if moves else contextlib.nullcontext():
         optimizer.apply(gradients, variables)

@@ -8,13 +8,13 @@ from typing import Any
 _SHOWN = 200
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as error messages have it: its `repr`, on one line of limited length."""
     text = repr(value).replace("\n", " ")
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def listed(items: Iterable[Any], most: int = 10) -> str:
+def listed(items: Iterable[object], most: int = 10) -> str:
     """Items as error messages have them: the first of them, and how many there are beyond.
 
     Args:
@@ -28,7 +28,7 @@ def listed(items: Iterable[Any], most: int = 10) -> str:
 
 def real(
     name: str,
-    value: Any,
+    value: object,
     *,
     low: float = -math.inf,
     high: float = math.inf,

@@ -82,7 +82,7 @@ def enable_multi_worker_fit() -> None:
         ) from error
 
 
-def _place(strategy: Any) -> tuple[int, int]:
+def _place(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """Which worker this process is, from 0 for the chief, and of how many."""
     resolver = strategy.cluster_resolver
     jobs = resolver.cluster_spec().as_dict()
@@ -90,7 +90,7 @@ def _place(strategy: Any) -> tuple[int, int]:
     return resolver.task_id + (sizes[0] if resolver.task_type == "worker" else 0), sum(sizes)
 
 
-def _gather(strategy: Any, numbers: Sequence[int]) -> list[list[int]]:
+def _gather(strategy: tf.distribute.Strategy, numbers: Sequence[int]) -> list[list[int]]:
     """Every worker's numbers, equally many, in the workers' order; all workers call this."""
 
     @tf.function
@@ -101,7 +101,7 @@ def _gather(strategy: Any, numbers: Sequence[int]) -> list[list[int]]:
     return rows[:: len(rows) // _place(strategy)[1]]
 
 
-def _check_backup(strategy: Any, folder: str, position: list[int]) -> None:
+def _check_backup(strategy: tf.distribute.Strategy, folder: str, position: list[int]) -> None:
     """Raises on all workers if not all find the same backup."""
     chief, *others = _gather(strategy, position)
     for number, other in enumerate(others, 1):
@@ -116,8 +116,10 @@ def _check_backup(strategy: Any, folder: str, position: list[int]) -> None:
 # -- what each worker's replicas keep of their own -------------------------------------------------
 
 
-def _with_part_saved(save: Callable[..., Any]) -> Callable[..., Any]:
-    def save_all(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
+def _with_part_saved(save: Callable[..., object]) -> Callable[..., object]:
+    def save_all(
+        model: keras.Model, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         save(model, filepath, *args, **kwargs)
         states = _replica_states(model)
         if states:
@@ -150,8 +152,10 @@ def _write(path: str, content: bytes) -> None:
             time.sleep(0.1)
 
 
-def _with_part_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
-    def load_all(model: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
+def _with_part_loaded(load: Callable[..., object]) -> Callable[..., object]:
+    def load_all(
+        model: keras.Model, filepath: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         states = _replica_states(model)
         for state in states.values():
             state.awaits_part = True
@@ -172,7 +176,7 @@ def _with_part_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_all
 
 
-def _own_part(model: Any, filepath: Any) -> dict[str, Any]:
+def _own_part(model: keras.Model, filepath: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """What this worker has saved beside a file; nothing if not all workers have that of its step.
 
     Some would otherwise update where others accumulate.
@@ -193,7 +197,7 @@ def _own_part(model: Any, filepath: Any) -> dict[str, Any]:
     return {}
 
 
-def _optimizers_of(model: Any) -> list[SavedState]:
+def _optimizers_of(model: keras.Model) -> list[SavedState]:
     """Those of this package that train a model: its optimizer and what is inside."""
     optimizer, found = getattr(model, "optimizer", None), []
     while optimizer is not None:
@@ -203,7 +207,7 @@ def _optimizers_of(model: Any) -> list[SavedState]:
     return found
 
 
-def _replica_states(model: Any) -> dict[str, ReplicaState]:
+def _replica_states(model: keras.Model) -> dict[str, ReplicaState]:
     """What differs from replica to replica, if they are on several workers."""
     if not _compat.on_several_workers(model.distribute_strategy):
         return {}
@@ -214,13 +218,13 @@ def _replica_states(model: Any) -> dict[str, ReplicaState]:
     }
 
 
-def _part_of(model: Any, filepath: Any) -> str:
+def _part_of(model: keras.Model, filepath: str | os.PathLike[str]) -> str:
     """The file of this worker beside one of the chief's."""
     path = _compat.path_asked_for(os.fspath(filepath))
     return "{}.worker-{}-of-{}.npz".format(path, *_place(model.distribute_strategy))
 
 
-def _stamp(model: Any) -> list[int]:
+def _stamp(model: keras.Model) -> list[int]:
     """Of which step a model's state is: updates, and micro-steps of the next."""
     counters = [
         counter

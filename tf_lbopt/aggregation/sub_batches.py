@@ -1,11 +1,13 @@
 """Taking a replica's batch in parts."""
 
-from typing import Any
+from typing import TypeVar
 
 import tensorflow as tf
 
+_Structure = TypeVar("_Structure")
 
-def split(data: Any, number: int, argument: str) -> list[Any]:
+
+def split(data: _Structure, number: int, argument: str) -> list[_Structure]:
     """Equal parts of a replica's batch, in order.
 
     Args:
@@ -23,7 +25,7 @@ def split(data: Any, number: int, argument: str) -> list[Any]:
     if number == 1:
         return [data]
 
-    def cut(tensor: Any) -> list[Any]:
+    def cut(tensor: tf.Tensor | tf.RaggedTensor | None) -> list[tf.Tensor | tf.RaggedTensor | None]:
         if tensor is None or tensor.shape.rank == 0:
             return [tensor] * number
         size = tensor.shape[0]

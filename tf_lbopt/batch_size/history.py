@@ -3,9 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias
 
 from tf_lbopt import _validation
 
@@ -20,7 +20,16 @@ _EXPECTED = (
 )
 
 
-def read_history(history: Any) -> dict[str, list[float]]:
+class _OfFit(Protocol):
+    """A `keras.callbacks.History`."""
+
+    history: dict[str, list[float]]
+
+
+History: TypeAlias = str | os.PathLike[str] | Mapping[str, Sequence[float | None]] | _OfFit
+
+
+def read_history(history: History) -> dict[str, list[float]]:
     """The numbers that matter here: of each epoch, or of each time that they were logged.
 
     Args:
@@ -60,7 +69,7 @@ def read_history(history: Any) -> dict[str, list[float]]:
     return numbers
 
 
-def _numbers(name: str, values: Any) -> list[float]:
+def _numbers(name: str, values: Iterable[float | None]) -> list[float]:
     try:
         return [math.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError):
@@ -70,7 +79,7 @@ def _numbers(name: str, values: Any) -> list[float]:
         ) from None
 
 
-def _read_path(path: Path) -> Any:
+def _read_path(path: Path) -> object:
     if path.is_dir():
         return _read_events(path)
     try:

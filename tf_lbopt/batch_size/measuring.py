@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +284,7 @@ def _at_checkpoint(make_model: Callable[[], keras.Model], checkpoint: Path) -> k
 
 def _branch(
     model: keras.Model,
-    dataset: Any,
+    dataset: tf.data.Dataset | Callable[[int], tf.data.Dataset],
     size: int,
     examples: int,
     window: float,
@@ -375,7 +375,7 @@ class _Losses(keras.callbacks.Callback):
         if verbose and sys.stdout.isatty():
             self._bar = keras.utils.Progbar(steps, unit_name="step")
 
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self.model.reset_metrics()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -384,12 +384,12 @@ class _Losses(keras.callbacks.Callback):
             self._bar.add(self.model.steps_per_execution, [("loss", self.values[-1])])
 
 
-def _rate(optimizer: Any) -> float:
+def _rate(optimizer: keras.optimizers.Optimizer) -> float:
     # Under a strategy it is one of its variables.
     return float(keras.ops.convert_to_numpy(tf.convert_to_tensor(optimizer.learning_rate)))
 
 
-def _micro_steps(optimizer: Any) -> int:
+def _micro_steps(optimizer: keras.optimizers.Optimizer) -> int:
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return getattr(optimizer, "gradient_accumulation_steps", None) or 1
 
@@ -410,7 +410,7 @@ def _kept(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
     yield path
 
 
-def _read(path: Path, settings: dict[str, Any]) -> dict[int, Branch]:
+def _read(path: Path, settings: Mapping[str, object]) -> dict[int, Branch]:
     if not path.exists():
         return {}
     branches = {}
@@ -426,7 +426,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[int, Branch]:
     return branches
 
 
-def _write(path: Path, settings: dict[str, Any], branches: dict[int, Branch]) -> None:
+def _write(path: Path, settings: Mapping[str, object], branches: dict[int, Branch]) -> None:
     rows = [{"settings": settings, **dataclasses.asdict(branch)} for branch in branches.values()]
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

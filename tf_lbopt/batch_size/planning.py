@@ -5,10 +5,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tf_lbopt import _validation, schedules
-from tf_lbopt.batch_size.history import EXAMPLES, NOISE_SCALE, STANDARD_ERROR, read_history
+from tf_lbopt.batch_size.history import (
+    EXAMPLES,
+    NOISE_SCALE,
+    STANDARD_ERROR,
+    History,
+    read_history,
+)
 
 # A table goes from a 32nd of the noise scale to 32 times it.
 _DOUBLINGS = 5
@@ -195,7 +200,7 @@ class Recommendation:
 
 
 def recommend(
-    history: Any,
+    history: History,
     devices: int,
     examples_per_second: float,
     *,
@@ -311,7 +316,7 @@ def _sizes(batch_sizes: Sequence[int] | None, noise_scale: float, devices: int) 
     return checked_batch_sizes(batch_sizes)
 
 
-def checked_batch_sizes(batch_sizes: Any) -> list[int]:
+def checked_batch_sizes(batch_sizes: object) -> list[int]:
     """Checks batch sizes, and returns them by size, each once.
 
     Raises:

@@ -1,12 +1,15 @@
 """The plots. matplotlib is imported by nothing else of the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tf_lbopt.batch_size.files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
     from tf_lbopt.batch_size.measuring import CriticalBatchSize
     from tf_lbopt.batch_size.planning import Recommendation
 
@@ -25,7 +28,7 @@ def plot_branches(result: "CriticalBatchSize", path: Path, noise_scale: float | 
     _draw(path, lambda figure: _branches(figure, result, noise_scale))
 
 
-def _draw(path: Path, draw: Callable[[Any], None]) -> None:
+def _draw(path: Path, draw: "Callable[[Figure], None]") -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -38,7 +41,7 @@ def _draw(path: Path, draw: Callable[[Any], None]) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def _trade_off(figure: Any, recommendation: "Recommendation") -> None:
+def _trade_off(figure: "Figure", recommendation: "Recommendation") -> None:
     rows, noise = recommendation.rows, recommendation.noise_scale
     efficient = [row.efficiency for row in rows]
     batches = [row.batch for row in rows]
@@ -84,7 +87,7 @@ def _trade_off(figure: Any, recommendation: "Recommendation") -> None:
         axis.grid(alpha=0.3)
 
 
-def _branches(figure: Any, result: "CriticalBatchSize", noise_scale: float | None) -> None:
+def _branches(figure: "Figure", result: "CriticalBatchSize", noise_scale: float | None) -> None:
     from matplotlib import colormaps
 
     left, right = figure.subplots(1, 2)
@@ -134,11 +137,11 @@ def _branches(figure: Any, result: "CriticalBatchSize", noise_scale: float | Non
         axis.grid(alpha=0.3)
 
 
-def _marker(curve: Any) -> str:
+def _marker(curve: Sequence[tuple[int, float]]) -> str:
     return "o" if len(curve) < 4 else ""
 
 
-def _whole_numbers(axis: Any) -> None:
+def _whole_numbers(axis: "Axis") -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
@@ -28,7 +28,7 @@ def build_optimizer(callback: keras.callbacks.Callback) -> None:
             model.optimizer.build(model.trainable_variables)
 
 
-def without_loss_scale(model: keras.Model) -> Any:
+def without_loss_scale(model: keras.Model) -> keras.optimizers.Optimizer:
     """The optimizer of a model, or the one inside of it if it scales the loss."""
     optimizer = model.optimizer
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

@@ -1,7 +1,5 @@
 """Measuring which batch size is worth using."""
 
-from typing import Any
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -220,7 +218,7 @@ def _count_examples(model: keras.Model, optimizer: LargeBatchOptimizer) -> None:
     train_step = model.train_step
 
     @tf.autograph.experimental.do_not_convert
-    def counting(data: Any) -> Any:
+    def counting(data: object) -> dict[str, tf.Tensor]:
         first = next(
             leaf for leaf in keras.tree.flatten(data) if leaf is not None and leaf.shape.rank != 0
         )

@@ -2,7 +2,6 @@
 
 import abc
 import logging
-from typing import Any
 
 import keras
 import numpy as np
@@ -104,14 +103,14 @@ class GrowingBatch(keras.callbacks.Callback, abc.ABC):
             rate = float(np.asarray(outer.learning_rate))
             outer.learning_rate = _RULES[self.learning_rate_rule](rate, before, after)
 
-    def _with_rate(self) -> Any:
+    def _with_rate(self) -> keras.optimizers.Optimizer:
         """The optimizer that the learning rate belongs to."""
         optimizer = self.model.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
         return optimizer
 
-    def _accumulating(self) -> Any:
+    def _accumulating(self) -> Algorithm:
         inner = without_loss_scale(self.model)
         if (
             not isinstance(inner, Algorithm)

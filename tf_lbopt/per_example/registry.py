@@ -25,7 +25,7 @@ class LayerCall:
         prepared: What the layer's ``prepare`` returned, if it has one.
     """
 
-    layer: Any
+    layer: keras.layers.Layer
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: tf.Tensor
@@ -39,7 +39,9 @@ class LayerCall:
 
 
 # Keras's variables are not hashable, hence pairs.
-LayerRule: TypeAlias = Callable[[LayerCall], Iterable[tuple[Any, tf.Tensor | Contribution]]]
+LayerRule: TypeAlias = Callable[
+    [LayerCall], Iterable[tuple[keras.Variable, tf.Tensor | Contribution]]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Registration:
 
     rule: LayerRule
     activation: str | None
-    prepare: Callable[..., Any] | None
+    prepare: Callable[..., object] | None
 
 
 _registrations: dict[type, Registration] = {}
@@ -57,7 +59,7 @@ _registrations: dict[type, Registration] = {}
 def register_layer(
     layer_class: type[keras.layers.Layer],
     activation: str | None = None,
-    prepare: Callable[..., Any] | None = None,
+    prepare: Callable[..., object] | None = None,
 ) -> Callable[[LayerRule], LayerRule]:
     """Decorator: gives a layer class a rule for its per-example gradients.
 

@@ -6,7 +6,6 @@ and ratios, a number for each variable. All comparisons are such that NaN is bey
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +13,7 @@ import tensorflow as tf
 from tf_lbopt import _compat
 from tf_lbopt.rules.rule import Parameters, Step
 
-_INFO: dict[tf.DType, Any] = {t: np.finfo(t.as_numpy_dtype) for t in (tf.float32, tf.float64)}
+_INFO: dict[tf.DType, np.finfo] = {t: np.finfo(t.as_numpy_dtype) for t in (tf.float32, tf.float64)}
 # Steps up to this length never make finite weights infinite (5e30 in float32): it is less than half
 # a unit in the last place of the greatest number, and that plus a step is rounded back to it.
 _GREATEST_STEP = {dtype: float(info.max * info.eps / 8) for dtype, info in _INFO.items()}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def unbiased_estimates(mean_of_squares: Any, square_of_mean: Any, sub_batches: Any) -> Any:
@@ -67,7 +68,7 @@ class RunningNoiseScale:
         # Sums of x, y, x², x y, y².
         self._sums: np.ndarray = np.zeros([5, 1])
 
-    def add(self, numerators: Any, denominators: Any) -> None:
+    def add(self, numerators: ArrayLike, denominators: ArrayLike) -> None:
         """Adds the estimates of one update: tr Σ and ‖G‖², [n] each."""
         x, y = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
         self._weights = self.decay * self._weights + 1.0

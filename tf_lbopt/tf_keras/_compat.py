@@ -10,11 +10,14 @@ import tensorflow as tf
 import tf_keras
 
 from tf_lbopt.aggregation.replicas import inside_scope, once_for_all_replicas
+from tf_lbopt.optimizers.hyperparameters import LearningRate
 
 _LOSS_SCALE = "loss_scale"
 
 
-def set_learning_rate(optimizer: tf_keras.optimizers.Optimizer, learning_rate: Any) -> None:
+def set_learning_rate(
+    optimizer: tf_keras.optimizers.Optimizer, learning_rate: LearningRate
+) -> None:
     """Gives a new optimizer its learning rate; every stock subclass does it so."""
     optimizer._learning_rate = optimizer._build_learning_rate(learning_rate)
 
@@ -25,7 +28,9 @@ def read_learning_rate(optimizer: tf_keras.optimizers.Optimizer) -> tf.Tensor:
     return tf.convert_to_tensor(optimizer.learning_rate)
 
 
-def serialized_learning_rate(optimizer: tf_keras.optimizers.Optimizer) -> Any:
+def serialized_learning_rate(
+    optimizer: tf_keras.optimizers.Optimizer,
+) -> dict[str, object] | float:
     """The learning rate as `get_config` has it."""
     rate = optimizer._serialize_hyperparameter(optimizer._learning_rate)
     return rate if isinstance(rate, dict) else float(rate)
@@ -73,7 +78,7 @@ def let_optimizers_wrap_training() -> None:
     if getattr(original, "offers_training", False):
         return
 
-    def make_train_function(model: Any, force: bool = False) -> Any:
+    def make_train_function(model: tf_keras.Model, force: bool = False) -> Callable[..., object]:
         wrap = _wrap_training_of(getattr(model, "optimizer", None))
         if wrap is None or (model.train_function is not None and not force):
             return original(model, force)
@@ -87,7 +92,7 @@ def let_optimizers_wrap_training() -> None:
     tf_keras.Model.make_train_function = make_train_function
 
 
-def _wrap_training_of(optimizer: Any) -> Callable[..., Any] | None:
+def _wrap_training_of(optimizer: object) -> Callable[..., Callable[..., object]] | None:
     inner = getattr(optimizer, "inner_optimizer", None)
     return getattr(optimizer, "wrap_training", None) or getattr(inner, "wrap_training", None)
 
@@ -95,7 +100,7 @@ def _wrap_training_of(optimizer: Any) -> Callable[..., Any] | None:
 class _WithStep:
     """A model with another ``train_step``; in all else it is that model."""
 
-    def __init__(self, model: tf_keras.Model, train_step: Callable[[Any], Any]):
+    def __init__(self, model: tf_keras.Model, train_step: Callable[..., object]):
         vars(self).update(_model=model, train_step=train_step)
 
     def __getattr__(self, name: str) -> Any:
@@ -105,7 +110,7 @@ class _WithStep:
         setattr(self._model, name, value)
 
 
-def build_by_shapes(model: tf_keras.Model, x: Any, strategy: tf.distribute.Strategy) -> None:
+def build_by_shapes(model: tf_keras.Model, x: object, strategy: tf.distribute.Strategy) -> None:
     """Creates the variables of a model that is not built yet, from the shapes of its inputs.
 
     A model that is no graph of layers has none before its first call. Called by all replicas.

@@ -5,7 +5,7 @@ tf_keras optimizer.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import keras
 import tensorflow as tf
@@ -19,6 +19,8 @@ from tf_lbopt.optimizers.trained import Variable, path_of
 from tf_lbopt.rules.norms import Gradient, compute_dtype
 from tf_lbopt.tf_keras import _compat
 from tf_lbopt.tf_keras.schedules import KerasSchedule
+
+_Optimizer = TypeVar("_Optimizer", bound="LargeBatchOptimizer")
 
 
 class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
@@ -74,7 +76,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         self.gradient_accumulation_steps = steps
         _compat.set_learning_rate(self, learning_rate)
 
-    def _schedule(self, learning_rate: LearningRate) -> Any:
+    def _schedule(self, learning_rate: LearningRate) -> LearningRate:
         schedules = tf_keras.optimizers.schedules
         if isinstance(learning_rate, dict):
             return schedules.deserialize(learning_rate)
@@ -83,7 +85,9 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         return KerasSchedule(learning_rate)
 
     @classmethod
-    def from_config(cls, config: Arguments, custom_objects: dict[str, type] | None = None) -> Any:
+    def from_config(
+        cls: type[_Optimizer], config: Arguments, custom_objects: dict[str, type] | None = None
+    ) -> _Optimizer:
         """The optimizer that `get_config` describes."""
         # What tf_keras writes into every configuration is no argument of a constructor.
         config = {key: value for key, value in config.items() if key != "is_legacy_optimizer"}
@@ -131,8 +135,8 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
         self,
         model_variable: Variable,
         variable_name: str,
-        shape: Any = None,
-        initial_value: Any = None,
+        shape: tf.TensorShape | Sequence[int] | None = None,
+        initial_value: tf.Tensor | tf.Variable | None = None,
     ) -> tf.Variable:
         """Adds a variable like a trainable one; in float32 for half precision, like a slot.
 
@@ -207,7 +211,7 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
     @tf.autograph.experimental.do_not_convert
     def aggregate_gradients(
         self, grads_and_vars: Iterable[tuple[Gradient | None, tf.Variable]]
-    ) -> list[Any]:
+    ) -> "list[tuple[Gradient | _Applied | None, tf.Variable]]":
         """Sums gradients over the replicas.
 
         Only a `LossScaleOptimizer` calls this: to check the sums, and to call `apply_gradients`

@@ -1,7 +1,6 @@
 """The tf_keras classes: each follows from that of its name for Keras 3."""
 
 import re
-from typing import Any
 
 import tensorflow as tf  # noqa: F401  # for the examples
 import tf_keras
@@ -42,7 +41,9 @@ def _translated(docstring: str) -> str:
     return apply.sub(r"_ = optimizer.apply_gradients([(\1, w)])", text)
 
 
-CLASSES: dict[str, Any] = {cls.__name__: _counterpart(cls) for cls in OPTIMIZERS.values()}
+CLASSES: dict[str, type[LargeBatchOptimizer]] = {
+    cls.__name__: _counterpart(cls) for cls in OPTIMIZERS.values()
+}
 """All of them, by name."""
 
 globals().update(CLASSES)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import tf_keras
 from official.modeling import optimization
@@ -11,6 +10,7 @@ from official.modeling.optimization.configs import optimizer_config
 from tf_lbopt.optimizers.base import OPTIMIZERS
 from tf_lbopt.optimizers.hyperparameters import type_of
 from tf_lbopt.rules import VARIANCE
+from tf_lbopt.tf_keras.base import LargeBatchOptimizer
 from tf_lbopt.tf_keras.optimizers import CLASSES
 
 
@@ -49,7 +49,7 @@ class Registration:
 _NO_FIELDS = ("learning_rate", "norm_estimator", "sub_batches")
 
 
-def _registration(name: str, cls: Any) -> Registration:
+def _registration(name: str, cls: type[LargeBatchOptimizer]) -> Registration:
     fields = [
         (argument, type_of(argument, default), default)
         for argument, default in cls.arguments.items()
