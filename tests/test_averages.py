@@ -1,5 +1,7 @@
 """`use_ema`: averages of weights in half precision, and `callbacks.SwapEMAWeights`."""
 
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 import pytest
@@ -84,6 +86,42 @@ def test_averages_of_tf_keras():
     np.testing.assert_allclose(average.numpy(), expected, rtol=1e-6)
     optimizer.finalize_variable_values([variable])
     np.testing.assert_array_equal(variable.numpy(), tf.cast(expected, tf.bfloat16).numpy())
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras], ids=lambda library: library.__name__)
+@pytest.mark.parametrize("reason", ["accumulation", "nan"])
+def test_without_an_update_weights_stay(library, reason):
+    """In `fit`, and while they are exchanged; also where they were loaded after `build`."""
+    own = tf_lbopt if library is keras else tf_lbopt.tf_keras
+    steps = 100 if reason == "accumulation" else None
+    model = library.Sequential([library.layers.Dense(1)])
+    model.build([None, 3])
+    optimizer = own.SNGM(0.1, use_ema=True, gradient_accumulation_steps=steps)
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+    model.set_weights([np.float32([[1.0], [2.0], [3.0]]), np.float32([4.0])])
+    x, ones, zeros = np.full([8, 3], 1.0 if steps else np.nan), np.ones([8, 3]), np.zeros([8, 1])
+    callbacks = []
+    if library is keras:
+        callbacks = [tf_lbopt.callbacks.SwapEMAWeights()]
+        assert model.evaluate(ones, zeros, callbacks=callbacks, verbose=0) == 100.0
+    with pytest.warns(UserWarning, match="before an update") if steps else nullcontext():
+        model.fit(x, zeros, 8, validation_data=(ones, zeros), callbacks=callbacks, verbose=0)
+    kernel, bias = model.get_weights()
+    np.testing.assert_array_equal(kernel, [[1.0], [2.0], [3.0]])
+    np.testing.assert_array_equal(bias, [4.0])
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_averages_where_iterations_were_set(replicas):
+    run = Run(tf_lbopt.SNGM, replicas, weights=WEIGHTS, learning_rate=0.0, use_ema=True)
+    with strategy_of(replicas).scope():
+        run.optimizer.build(run.variables)
+        run.optimizer.iterations.assign(1000)
+    run.update([[np.ones_like(w) for w in WEIGHTS]] * replicas)
+    for average, weights in zip(averages_of(run.optimizer), WEIGHTS, strict=True):
+        np.testing.assert_allclose(average, weights, rtol=1e-6)
+    assert_replicas_identical(run)
 
 
 WRAPPED = {

@@ -853,8 +853,16 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             for target, average in zip(self.trained.targets, _compat.averages(self), strict=True)
         ]
 
+    def _begin_averages(self) -> None:
+        """Makes averages the weights as long as no update was made, which then makes them so."""
+        if int(self.trained.iterations.numpy()) == 0:
+            with inside_scope(self._strategy):
+                for variable, average in self._weights_and_averages():
+                    average.assign(tf.cast(tf.convert_to_tensor(variable), average.dtype))
+
     def _put_averages(self, variables: Sequence[Variable]) -> None:
         """Puts their averages into the place of these variables, outside of replicas."""
+        self._begin_averages()
         pairs = self._weights_and_averages()
         with inside_scope(self._strategy):
             for variable, average in (pairs[i] for i in self._known_indices(variables)):

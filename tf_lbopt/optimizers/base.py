@@ -17,7 +17,7 @@ from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import Algorithm, build_at_first_call
 from tf_lbopt.optimizers.documentation import completed
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
-from tf_lbopt.optimizers.trained import Gradients, Variable, path_of
+from tf_lbopt.optimizers.trained import Gradients, Variable, path_of, tensorflow_variable
 from tf_lbopt.rules.norms import compute_dtype
 
 OPTIMIZERS: dict[str, type["LargeBatchOptimizer"]] = {}
@@ -143,6 +143,11 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             keras.optimizers.Optimizer.build(self, variables)
         finally:
             self.__dict__["gradient_accumulation_steps"] = steps
+        if self.use_ema:
+            # Keras begins with zeros, of which more is left if `iterations` is set beforehand.
+            for variable, average in zip(variables, _compat.averages(self), strict=True):
+                value = tf.convert_to_tensor(tensorflow_variable(variable))
+                average.assign(tf.cast(value, average.dtype))
 
     def _add_slot(self, variable: Variable, name: str) -> keras.Variable:
         return self.add_variable_from_reference(variable, name)
@@ -278,6 +283,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         What an average in float32 has beyond the half precision of its weights is kept beside, and
         is there again after the next exchange.
         """
+        if not self.averages_are_swapped:
+            self._begin_averages()
         self.averages_are_swapped = not self.averages_are_swapped
         errors = self._rounding_errors.by_index
         with inside_scope(self._strategy):
