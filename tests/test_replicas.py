@@ -78,6 +78,28 @@ def test_sparse_equals_dense(case, replicas, micro_steps, extra):
     assert np.abs(one.weights()[0] - weights[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.quick(case=("lamb", "vr_lamb", "clars"), replicas=1)
+def test_dense_gradients_after_sparse_ones_in_an_update(case, replicas, graph_optimizer):
+    """A table that is looked up in one training step, and multiplied by in another."""
+    rng = np.random.default_rng(3)
+    weights = initial_weights([(6, 3)])
+    sparse, dense = [], []
+    for _ in range(2):
+        steps = [
+            [_slices(rng, 6, 2, 3) for _ in range(replicas)],
+            [tf.constant(rng.normal(size=(6, 3)), tf.float32) for _ in range(replicas)],
+            [_slices(rng, 6, 2, 3) for _ in range(replicas)],
+        ]
+        sparse.append([[gradient] for step in steps for gradient in step])
+        dense.append([[tf.convert_to_tensor(g).numpy()] for step in steps for g in step])
+    one = Run(case, replicas, 3, weights=weights).updates(sparse)
+    other = Run(case, replicas, 3, weights=weights).updates(dense)
+    np.testing.assert_allclose(one.weights()[0], other.weights()[0], rtol=2e-5, atol=1e-6)
+    assert np.abs(one.weights()[0] - weights[0]).max() > 1e-3
+
+
 class MissingRun(Run):
     """Variable 1 has no gradient."""
 

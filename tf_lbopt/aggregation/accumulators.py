@@ -347,9 +347,16 @@ def _set_norm(norm_sum: tf.Variable | None, norm: tf.Tensor | None) -> None:
 
 
 def _as_slices(gradient: Gradient) -> tf.IndexedSlices:
+    """The gradient itself, or the rows of a dense one that are not 0 (NaN is not).
+
+    Not all of its rows: by a number of them that is known when the graph is made, TensorFlow 2.20
+    takes `read_value` of what they are assigned to for a tensor of as many.
+    """
     if isinstance(gradient, tf.IndexedSlices):
         return gradient
-    return tf.IndexedSlices(gradient, tf.range(tf.shape(gradient, tf.int64)[0]))
+    rows = tf.reshape(gradient, [tf.shape(gradient)[0], -1])
+    indices = tf.where(tf.reduce_any(tf.cast(rows, tf.bool), 1))[:, 0]
+    return tf.IndexedSlices(tf.gather(gradient, indices), indices)
 
 
 def _column(per_row: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
