@@ -205,6 +205,51 @@ def test_swapping_where_training_stops_early():
         assert not np.array_equal(average, raw)
 
 
+@pytest.mark.parametrize("by", ["backup", "model", "checkpoint"])
+@pytest.mark.parametrize("name", ["plain", "scaled"])
+@pytest.mark.quick(name="plain")
+def test_what_is_saved_between_two_exchanges_is_gone_on_with(by, name, tmp_path):
+    """The weights of a file are averages, and its averages weights: so training must begin."""
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+
+    def new():
+        model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+        model.set_weights([np.float32([[1.0], [2.0], [3.0]]), np.float32([4.0])])
+        model.compile(WRAPPED[name](use_ema=True, ema_momentum=0.9), "mse", jit_compile=False)
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    def fit(model, begin, end, saves=()):
+        swap = tf_lbopt.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        model.fit(x, x[:, :1], 8, end, 0, [swap, *saves], initial_epoch=begin, shuffle=False)
+
+    def stop(epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    def save(epoch, logs=None):
+        if by == "model":
+            model.save(tmp_path / "model.keras")
+        else:
+            checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+            checkpoint.write(str(tmp_path / "checkpoint"))
+
+    whole, model = new(), new()
+    fit(whole, 0, 4)
+    stopping = keras.callbacks.LambdaCallback(on_epoch_begin=stop)
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    saving = backup if by == "backup" else keras.callbacks.LambdaCallback(on_epoch_end=save)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, 0, 4, [saving, stopping])
+    resumed = keras.saving.load_model(tmp_path / "model.keras") if by == "model" else new()
+    if by == "checkpoint":
+        checkpoint = tf.train.Checkpoint(model=resumed, optimizer=resumed.optimizer)
+        checkpoint.read(str(tmp_path / "checkpoint")).assert_consumed()
+    fit(resumed, 0 if by == "backup" else 2, 4, [backup] if by == "backup" else [])
+    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_evaluations_see_averages():
     x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])

@@ -296,6 +296,10 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
                 if variable.dtype != average.dtype:
                     errors[index] = mean - tf.cast(tf.identity(variable), mean.dtype)
 
+    def _restore_swapped(self, swapped: bool) -> None:
+        super()._restore_swapped(swapped)
+        self._rounding_errors.by_index.clear()
+
     def _keep_averages(self) -> None:
         """Makes the weights, which are averages now, the averages."""
         self.averages_are_swapped = False

@@ -23,6 +23,7 @@ _KIND = "kind"
 _PENDING = "pending_micro_steps"
 # In what is saved beside the variables.
 _STEPS = "accumulation_steps"
+_SWAPPED = "averages_are_swapped"
 # In a checkpoint.
 _KIND_ATTRIBUTE = "_kind"
 
@@ -62,6 +63,13 @@ class SavedState(_compat.CheckedBeforeRestoring):
     def _restore_assigned_steps(self, steps: int) -> None:
         """Sets it to what was saved, or 0."""
 
+    averages_are_swapped = False
+    """Whether the weights are in the place of their averages, and these in theirs."""
+
+    def _restore_swapped(self, swapped: bool) -> None:
+        """Notes whether they were when this state was saved."""
+        self.averages_are_swapped = swapped
+
     def save_own_variables(self, store: Store) -> None:
         """Keras saving: all variables and what is each replica's own."""
         # An array for each replica, too: an array can not be larger than a shard of a file.
@@ -98,6 +106,7 @@ class SavedState(_compat.CheckedBeforeRestoring):
             warnings.warn(problem, stacklevel=2)
             return
         self._restore_assigned_steps(kind.get(_STEPS, 0))
+        self._restore_swapped(kind.get(_SWAPPED, False))
         for variable, array in zip(_numbered(self), found, strict=True):
             variable.assign(array)
         # That of one inside is not in this store. A file has it, and Keras loads it after this.
@@ -147,6 +156,7 @@ class _Kind(tf.train.experimental.PythonState):
         if problem:
             raise ValueError(problem)
         optimizer._restore_assigned_steps(saved.get(_STEPS, 0))
+        optimizer._restore_swapped(saved.get(_SWAPPED, False))
         if optimizer._pending_micro_steps is not None and not saved["accumulates"]:
             # Nothing else tells: a checkpoint without the count leaves it as it is.
             optimizer._pending_micro_steps.assign(0)
@@ -162,6 +172,7 @@ def _described(optimizer: Any) -> str:
             "shapes": _shapes(optimizer),
             "accumulates": optimizer._pending_micro_steps is not None,
             **({_STEPS: steps} if steps else {}),
+            **({_SWAPPED: True} if optimizer.averages_are_swapped else {}),
         }
     )
 
