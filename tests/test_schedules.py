@@ -27,6 +27,10 @@ AFTER = {
         keras_schedules.PiecewiseConstantDecay([2], [0.5, 0.05]),
         lambda t: [0.5, 0.05][t > 2],
     ),
+    "steps of whole numbers": (
+        keras_schedules.PiecewiseConstantDecay([2], [16, 8]),
+        lambda t: [16.0, 8.0][t > 2],
+    ),
     "warm-up": (schedules.Warmup(0.7, 2), lambda t: 0.7 * min(t / 2, 1)),
 }
 WARMUPS = [

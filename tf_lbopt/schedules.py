@@ -68,6 +68,8 @@ class Warmup(LearningRateSchedule):
         if callable(rate):
             rate = rate(ops.maximum(step - self.steps, 0))
         rate = ops.convert_to_tensor(rate)
+        if not rate.dtype.is_floating:  # of a schedule of whole numbers
+            rate = ops.cast(rate, keras.config.floatx())
         if not self.steps:
             return rate
         warming = self.start + (rate - self.start) * ops.cast(step, rate.dtype) / self.steps
