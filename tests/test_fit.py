@@ -340,3 +340,32 @@ def test_sngm_does_not_see_the_scale_of_a_gradient(exponents):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     for a, b in zip(runs[0], sngm(weights, gradients, 0.1), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.quick(replicas=1)
+@pytest.mark.quick(grows=False)
+def test_micro_batches_are_carried_over_the_end_of_a_dataset_of_unknown_size(
+    replicas, grows, graph_optimizer
+):
+    """There a training step begins without a batch, and must have written nothing when it ends."""
+    x = np.random.default_rng(0).normal(size=(44, 3)).astype("float32")
+    weights = []
+    for known in (True, False):
+        with strategy_of(replicas).scope():
+            model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+            model.set_weights([np.float32([[1.0], [2.0], [3.0]]), np.float32([4.0])])
+            optimizer = tf_lbopt.LAMB(0.05, gradient_accumulation_steps=1 if grows else 3)
+            if grows:
+                optimizer.accumulation_steps = 3
+            model.compile(optimizer, "mse", jit_compile=False)
+        data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(4)
+        if not known:
+            data = data.filter(lambda *batch: True)
+        model.fit(data, epochs=4, verbose=0)  # of 11 micro-steps each
+        assert int(optimizer.iterations.numpy()) == 14
+        assert optimizer.pending_micro_steps == 2
+        weights.append(model.get_weights())
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -150,6 +150,15 @@ class Pipeline:
         count = accumulation.position(micro_step, self.anchor)
         steps = accumulation.steps_of_update(count)
         factor = accumulation.note(self.indices, self.paths, count)
+        # Nothing is written before all gradients are there: not where there are none, because a
+        # data set of unknown size has ended, nor where one replica's end in an error.
+        there = tf.nest.flatten(
+            [strategy.experimental_local_results(gradient) for gradient in gradients],
+            expand_composites=True,
+        )
+        if not isinstance(count, int):  # conditions on it wait; what is in them would not
+            with tf.control_dependencies(there):
+                count = tf.identity(count)
 
         def add(
             begins: bool | None,
@@ -163,9 +172,10 @@ class Pipeline:
             part = micro_step.number % accumulation.parts
             # Not what it returns, the output of a condition: for one that other devices wait for,
             # TensorFlow 2.20 may make two nodes of one name ("is not unique").
-            added = accumulation.add(
-                self.indices, local, local_norms, local_squares, count, begins, part
-            )
+            with tf.control_dependencies(there):
+                added = accumulation.add(
+                    self.indices, local, local_norms, local_squares, count, begins, part
+                )
             with tf.control_dependencies([added]):
                 return [tf.constant(True)]
 
