@@ -5,6 +5,7 @@ sums stand for the TPU's. Nothing here is evidence about a TPU itself.
 """
 
 import collections
+import threading
 
 import harness_tf_keras
 import keras
@@ -244,9 +245,12 @@ def test_squared_norms_of_sub_batches():
 def test_an_error_beside_the_weights_is_recovered_from():
     run = TPURun(EXTRAP_ADAM, 2).update(_gradients(1, sparse=False)[0])
     before = run.state()
+    # A TPU's replicas are one program: none is put back before all have moved.
+    moved = threading.Barrier(2, timeout=60)
 
     def fail():
         with run.inner.extrapolated(run.variables):
+            moved.wait()
             raise RuntimeError("on the way")
 
     with pytest.raises(RuntimeError, match="on the way"):

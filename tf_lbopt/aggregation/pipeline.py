@@ -150,14 +150,16 @@ class Pipeline:
         count = accumulation.position(micro_step, self.anchor)
         steps = accumulation.steps_of_update(count)
         factor = accumulation.note(self.indices, self.paths, count)
+
+        def arrived(local: list[Gradient]) -> list[tf.Tensor]:
+            with tf.control_dependencies(tf.nest.flatten(local, expand_composites=True)):
+                return [tf.constant(True)]
+
         # Nothing is written before all gradients are there: not where there are none, because a
         # data set of unknown size has ended, nor where one replica's end in an error.
-        there = tf.nest.flatten(
-            [strategy.experimental_local_results(gradient) for gradient in gradients],
-            expand_composites=True,
-        )
+        (there,) = on_each_replica(strategy, self.anchor, arrived, gradients)
         if not isinstance(count, int):  # conditions on it wait; what is in them would not
-            with tf.control_dependencies(there):
+            with tf.control_dependencies(list(there)):
                 count = tf.identity(count)
 
         def add(
@@ -172,7 +174,7 @@ class Pipeline:
             part = micro_step.number % accumulation.parts
             # Not what it returns, the output of a condition: for one that other devices wait for,
             # TensorFlow 2.20 may make two nodes of one name ("is not unique").
-            with tf.control_dependencies(there):
+            with tf.control_dependencies(list(there)):
                 added = accumulation.add(
                     self.indices, local, local_norms, local_squares, count, begins, part
                 )
