@@ -409,6 +409,21 @@ def test_unknown_variable(info):
 
 
 @over_optimizers
+def test_a_variable_that_is_given_twice(info):
+    """As by the variables of an encoder and of a decoder that share a table."""
+    variables = named_variables()
+    optimizer = info.cls(**minimal_arguments(info))
+    optimizer.build(variables)
+    before = [variable.numpy() for variable in variables]
+    given = [*variables, variables[0]]
+    with pytest.raises(ValueError, match=r"given once .*Received: dense/kernel more than once"):
+        apply(optimizer, gradients_for(given), given)
+    assert int(optimizer.iterations.numpy()) == 0
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+@over_optimizers
 def test_all_gradients_none(info):
     variables = named_variables()
     optimizer = info.cls(**minimal_arguments(info))

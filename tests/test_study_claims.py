@@ -19,9 +19,10 @@ from benchmarks.study.claims import (
     claims_of_papers,
     verdict_on_claim,
 )
+from benchmarks.study.conditions import TRUST
 from benchmarks.study.conditions_page import first_differences
 from benchmarks.study.differences import Difference
-from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results
+from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results, outcomes
 from benchmarks.study.studies import STUDIES, TWO_CONV
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,21 @@ def test_the_answer_follows_the_rows():
         assert blocks["answer-by-batch"].count(taken) == 4
         assert "A ResNet at batch 8k" in blocks["answer"]
         assert "BERT at 32k" in blocks["answer"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"), [(-0.1, "So without warm-up τ is 0.01 or 0.1, not 0.001."), (0.0, None)]
+)
+def test_the_answer_says_which_coefficients_need_warmup(gain, said):
+    def score(run):
+        noise = 0.001 * math.sin(run.seed * len(run.label) ** 2)
+        return 0.5 + noise + (gain if run.label == "LARS, τ = 0.001" else 0.0)
+
+    rows = carry_out(TRUST, score, limit=5000, at_once=5000)
+    known, first = made_up({})
+    known |= {("trust", *key): o for key, o in outcomes(TRUST, Results(TRUST, rows)).items()}
+    text = answer.blocks(known, first)["answer-also"]
+    assert said in text if said else "So without" not in text
 
 
 def test_an_answer_without_rows():

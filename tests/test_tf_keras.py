@@ -265,6 +265,9 @@ def test_unknown_variables_and_the_wrong_context_say_so():
     optimizer.build([tf.Variable([1.0, 2.0])])
     with pytest.raises(ValueError, match="Unknown variable: other"):
         optimizer.apply_gradients([(tf.ones(2), tf.Variable([1.0, 2.0], name="other"))])
+    twice = tf.Variable([1.0, 2.0], name="twice")
+    with pytest.raises(ValueError, match="Received: twice more than once"):
+        tf_lbopt.tf_keras.LARS(0.1).apply_gradients([(tf.ones(2), twice)] * 2)
     with strategy_of(2).scope():
         variable = tf.Variable([1.0, 2.0], name="mirrored")
         inside = tf_lbopt.tf_keras.LARS(0.1)

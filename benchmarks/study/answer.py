@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from benchmarks.study.claims import Known
 from benchmarks.study.conditions import COEFFICIENTS, CONDITIONS, trust_label
 from benchmarks.study.conditions_page import FirstDifferences, verdict
-from benchmarks.study.differences import paired_difference
+from benchmarks.study.differences import Difference, paired_difference
 from benchmarks.study.grid import Metric, Outcome
 from benchmarks.study.reduced import REDUCED
 from benchmarks.study.render import shown, with_interval
@@ -36,14 +36,23 @@ def _updates(outcome: Outcome) -> str:
     return f"{outcome.rows[0]['updates']:,}" if outcome.rows else "–"
 
 
+def _between(known: Known, study: str, cell: str, labels: tuple[str, str]) -> Difference | None:
+    return paired_difference(*(_of(known, study, cell, label).by_seed for label in labels))
+
+
 def _difference(known: Known, study: str, cell: str, labels: tuple[str, str]) -> str:
     """With its interval, of two methods, and what may be said; outside of any correction."""
     metric: Metric = STUDIES[study].metric
-    both = [_of(known, study, cell, label).by_seed for label in labels]
-    difference = paired_difference(*both)
+    difference = _between(known, study, cell, labels)
     if difference is None:
         return "not run yet"
     return f"{with_interval(metric, difference)}, {verdict(metric, difference, 1.0)}"
+
+
+def _is_behind(known: Known, study: str, cell: str, labels: tuple[str, str]) -> bool:
+    """Whether the interval of the accuracies' difference is below 0."""
+    difference = _between(known, study, cell, labels)
+    return difference is not None and difference.high < 0
 
 
 def _taken(first: FirstDifferences, batch: int) -> str:
@@ -137,13 +146,26 @@ def _tau(known: Known) -> str:
     text += (
         f"where zero biases train at η τ too (ρ = τ), warm-up brings at 4,096, in points: {gain}."
     )
-    others = [
-        f"at τ = {tau:g} by {_difference(known, 'trust', cell, (trust_label('LARS', tau), plain))}"
-        for tau in COEFFICIENTS
-        if len(_of(known, "trust", cell, trust_label("LARS", tau)).final) > 1
+    tried = [
+        t for t in COEFFICIENTS if len(_of(known, "trust", cell, trust_label("LARS", t)).final) > 1
     ]
-    if others:
-        text += f" Without it LARS where they train at η (ρ = 1) differs {'; '.join(others)}."
+    if tried:
+        pairs = {tau: (trust_label("LARS", tau), plain) for tau in tried}
+        each = [
+            f"at τ = {tau:g} by {_difference(known, 'trust', cell, pair)}"
+            for tau, pair in pairs.items()
+        ]
+        text += (
+            " Without it, LARS whose zero biases train at η (ρ = 1, the default) differs from that "
+            f"{'; '.join(each)}."
+        )
+        worse = [tau for tau, pair in pairs.items() if _is_behind(known, "trust", cell, pair)]
+        others = [f"{tau:g}" for tau in tried if tau not in worse]
+        if worse and others:
+            text += (
+                f" So without warm-up τ is {' or '.join(others)}, "
+                f"not {' or '.join(f'{tau:g}' for tau in worse)}."
+            )
     return text
 
 

@@ -276,9 +276,18 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             returns whether the gradients were finite; true before an update is due.
 
         Raises:
-            ValueError: Not called in a replica context of the optimizer's strategy.
+            ValueError: Not called in a replica context of the optimizer's strategy, or with a
+                variable twice.
         """
         known = self._known_indices(variables)
+        if len(set(known)) < len(known):
+            twice = next(
+                v for v, index in zip(variables, known, strict=True) if known.count(index) > 1
+            )
+            raise ValueError(
+                "Each variable must be given once (what two models share is among the variables of "
+                f"both). Received: {path_of(twice)} more than once"
+            )
         pairs = without_missing(grads, variables)
         if len(pairs) < len(known):
             known = self._known_indices([variable for _, variable in pairs])

@@ -210,8 +210,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             trainable_variables: The variables; by default those that the optimizer was built with.
 
         Raises:
-            ValueError: No gradients at all, unknown variables, or called in the cross-replica
-                context.
+            ValueError: No gradients at all, unknown variables, one that is given twice, or called
+                in the cross-replica context.
         """
         update = self._checked_update(grads, trainable_variables)
         if update is not None:
