@@ -387,8 +387,9 @@ def test_exclusions_survive_saving(make, way, tmp_path, request):
         assert found == [(i != 1, i != number - 1) for i in range(number)]
         loaded.train_on_batch(*_data(8))
     for one, other in zip(model.get_weights(), copy.get_weights(), strict=True):
-        # TensorFlow may round otherwise in the functions of a SavedModel.
-        np.testing.assert_allclose(one, other, rtol=1e-5)
+        # TensorFlow's graph optimizer may round otherwise in the functions of a SavedModel.
+        rtol = 1e-5 if "[tf-" in request.node.name else 0.0
+        np.testing.assert_allclose(one, other, rtol=rtol)
 
 
 def test_exclusions_that_fit_nothing():

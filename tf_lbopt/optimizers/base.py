@@ -113,7 +113,6 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         self.gradient_accumulation_steps = steps
         self._loss_scaled_from_outside = False
         self._rounding_errors = _RoundingErrors()
-        self.averages_are_swapped = False
 
     def _schedule(self, learning_rate: LearningRate) -> LearningRate:
         if isinstance(learning_rate, dict):
