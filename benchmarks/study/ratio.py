@@ -14,8 +14,7 @@ def measure_ratio(task: Any, batch_size: int, sub_batches: int, gamma: float = 0
     """Makes a task's evaluations of the training images tell how small r is.
 
     r is that of one batch of training images at the weights of the evaluation, the same batch
-    every time: its mean over all elements of all trainable variables, ``mean_ratio``, and
-    ‖r ḡ‖ / ‖ḡ‖, ``length_ratio``.
+    every time: its mean over all elements of all trainable variables, ``mean_ratio``.
 
     Args:
         task: An `official_recipes.cifar.task.ImageTask` that evaluates on training images; it is
@@ -60,8 +59,4 @@ def _ratios(
     live = tf.constant(float(sub_batches))
     ratios = clipped_gsnr(SubBatchStatistics(means, deviations, live, tf.constant(1.0)), gamma)
     r = tf.concat([tf.reshape(ratio, [-1]) for ratio in ratios], 0)
-    g = tf.concat([tf.reshape(mean, [-1]) for mean in means], 0)
-    return {
-        "mean_ratio": float(tf.reduce_mean(r)),
-        "length_ratio": float(tf.norm(r * g) / tf.norm(g)),
-    }
+    return {"mean_ratio": float(tf.reduce_mean(r))}
