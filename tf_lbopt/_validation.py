@@ -5,7 +5,8 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_SHOWN = 200
+_SHOWN = 200  # characters of a value
+_LISTED = 10
 
 
 def shown(value: object) -> str:
@@ -14,16 +15,17 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def listed(items: Iterable[object], most: int = 10) -> str:
-    """Items as error messages have them: the first of them, and how many there are beyond.
+def refusal(error: type[Exception], name: str, expected: str, value: object) -> Exception:
+    """The error for an argument that is not what is expected; a `TypeError` names its type."""
+    kind = f" (of type {type(value).__name__})" if error is TypeError else ""
+    return error(f"`{name}` must be {expected}. Received: {name}={shown(value)}{kind}")
 
-    Args:
-        items: What to name.
-        most: How many of them are named.
-    """
+
+def listed(items: Iterable[object]) -> str:
+    """Items as error messages have them: the first of them, and how many there are beyond."""
     names = [str(item) for item in items]
-    beyond = len(names) - most
-    return ", ".join(names[:most]) + (f", … ({beyond} more)" if beyond > 0 else "")
+    beyond = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f", … ({beyond} more)" if beyond > 0 else "")
 
 
 def real(
@@ -55,18 +57,20 @@ def real(
         return None
     expected = _interval(low, high, low_open, high_open) + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"`{name}` must be {expected}. Received: {name}={shown(value)} "
-            f"(of type {type(value).__name__})"
-        )
+        raise refusal(TypeError, name, expected, value)
     number = float(value)
     if math.isinf(number):
-        raise ValueError(f"`{name}` must be finite, {expected}. Received: {name}={shown(value)}")
+        raise refusal(ValueError, name, f"finite, {expected}", value)
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (above and below):
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={shown(value)}")
+        raise refusal(ValueError, name, expected, value)
     return number
+
+
+def positive(name: str, value: object) -> Any:
+    """Checks that ``value`` is a finite number above 0 and returns it as float, as `real` does."""
+    return real(name, value, low=0.0, low_open=True)
 
 
 def integer(name: str, value: object, *, low: int, optional: bool = False) -> Any:
@@ -80,12 +84,9 @@ def integer(name: str, value: object, *, low: int, optional: bool = False) -> An
         return None
     expected = f"an integer >= {low}" + (" or None" if optional else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"`{name}` must be {expected}. Received: {name}={shown(value)} "
-            f"(of type {type(value).__name__})"
-        )
+        raise refusal(TypeError, name, expected, value)
     if value < low:
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={shown(value)}")
+        raise refusal(ValueError, name, expected, value)
     return int(value)
 
 
@@ -96,10 +97,7 @@ def boolean(name: str, value: object) -> bool:
         TypeError: it is not.
     """
     if not isinstance(value, bool):
-        raise TypeError(
-            f"`{name}` must be True or False. Received: {name}={shown(value)} "
-            f"(of type {type(value).__name__})"
-        )
+        raise refusal(TypeError, name, "True or False", value)
     return value
 
 
@@ -127,12 +125,9 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """
     expected = "one of " + ", ".join(repr(option) for option in choices)
     if not isinstance(value, str):
-        raise TypeError(
-            f"`{name}` must be {expected}. Received: {name}={shown(value)} "
-            f"(of type {type(value).__name__})"
-        )
+        raise refusal(TypeError, name, expected, value)
     if value not in choices:
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={shown(value)}")
+        raise refusal(ValueError, name, expected, value)
     return value
 
 

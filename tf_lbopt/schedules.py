@@ -51,11 +51,8 @@ class Warmup(LearningRateSchedule):
         if isinstance(schedule, numbers.Real):
             schedule = _validation.real("schedule", schedule, low=0.0)
         elif not isinstance(schedule, LearningRateSchedule):
-            raise TypeError(
-                "`schedule` must be a keras.optimizers.schedules.LearningRateSchedule or a real "
-                f"number >= 0. Received: schedule={_validation.shown(schedule)} "
-                f"(of type {type(schedule).__name__})"
-            )
+            expected = "a keras.optimizers.schedules.LearningRateSchedule or a real number >= 0"
+            raise _validation.refusal(TypeError, "schedule", expected, schedule)
         self.schedule = schedule
         self.steps = _validation.integer("steps", steps, low=0)
         self.start = _validation.real("start", start, low=0.0)
@@ -172,10 +169,10 @@ def sngm_corollary_1(
         >>> batch_size, round(learning_rate, 6)
         (103, 0.000104)
     """
-    budget = _positive("gradient_budget", gradient_budget)
-    smoothness = _positive("smoothness", smoothness)
-    noise = _positive("noise", noise)
-    gap = _positive("initial_gap", initial_gap)
+    budget = _validation.positive("gradient_budget", gradient_budget)
+    smoothness = _validation.positive("smoothness", smoothness)
+    noise = _validation.positive("noise", noise)
+    gap = _validation.positive("initial_gap", initial_gap)
     beta = _validation.real("momentum", momentum, low=0.0, high=1.0, high_open=True)
     batch_size = max(
         1, round(math.sqrt(budget * (1 - beta) * noise**2 / (2 * smoothness * (1 + beta) * gap)))
@@ -207,13 +204,9 @@ def sngm_corollary_2(gradient_budget: float) -> tuple[int, float]:
         >>> sngm_corollary_2(1e8)
         (10000, 0.01)
     """
-    budget = _positive("gradient_budget", gradient_budget)
+    budget = _validation.positive("gradient_budget", gradient_budget)
     batch_size = max(1, round(math.sqrt(budget)))
     return batch_size, math.sqrt(batch_size / budget)
-
-
-def _positive(name: str, value: float) -> float:
-    return _validation.real(name, value, low=0.0, low_open=True)
 
 
 def _scaled(base_rate: float, base_batch_size: int, batch_size: int, power: float) -> float:

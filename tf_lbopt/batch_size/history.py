@@ -47,10 +47,7 @@ def read_history(history: History) -> dict[str, list[float]]:
     else:
         content = getattr(history, "history", history)
     if not isinstance(content, Mapping):
-        raise TypeError(
-            f"`history` must be {_EXPECTED}. Received: history={_validation.shown(history)} "
-            f"(of type {type(history).__name__})"
-        )
+        raise _validation.refusal(TypeError, "history", _EXPECTED, history)
     if NOISE_SCALE not in content:
         raise ValueError(
             f"`history` must be {_EXPECTED}. Received: "

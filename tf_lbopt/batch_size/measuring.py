@@ -195,16 +195,14 @@ def measure_critical_batch_size(
     verbose = _validation.integer("verbose", verbose, low=0)
     # A model can be called, too.
     if isinstance(make_model, keras.Model) or not callable(make_model):
-        raise TypeError(
-            "`make_model` must be a function that returns a compiled model. Received: "
-            f"make_model={_validation.shown(make_model)} (of type {type(make_model).__name__})"
-        )
+        expected = "a function that returns a compiled model"
+        raise _validation.refusal(TypeError, "make_model", expected, make_model)
     if not callable(dataset) and not isinstance(dataset, tf.data.Dataset):
-        raise TypeError(
-            "`dataset` must be a tf.data.Dataset of examples, or a function of the batch size that "
-            f"returns one of batches. Received: dataset={_validation.shown(dataset)} "
-            f"(of type {type(dataset).__name__})"
+        expected = (
+            "a tf.data.Dataset of examples, or a function of the batch size that returns one of "
+            "batches"
         )
+        raise _validation.refusal(TypeError, "dataset", expected, dataset)
     settings = {
         "examples": examples,
         "scaling": scaling,

@@ -43,8 +43,8 @@ def steps_and_examples(noise_scale: float, batch: float) -> tuple[float, float]:
         McCandlish et al. 2018, "An Empirical Model of Large-Batch Training" (arXiv:1812.06162),
         section 2.3 (equation 2.11).
     """
-    noise = _positive("noise_scale", noise_scale)
-    size = _positive("batch", batch)
+    noise = _validation.positive("noise_scale", noise_scale)
+    size = _validation.positive("batch", batch)
     return 1 + noise / size, 1 + size / noise
 
 
@@ -260,7 +260,7 @@ def recommend(
         McCandlish et al. 2018 (arXiv:1812.06162), section 2.3 and appendix D.
     """
     devices = _validation.integer("devices", devices, low=1)
-    speed = _positive("examples_per_second", examples_per_second)
+    speed = _validation.positive("examples_per_second", examples_per_second)
     examples = _validation.integer("examples", examples, low=1, optional=True)
     share = _validation.integer("examples_per_device", examples_per_device, low=1, optional=True)
     numbers = read_history(history)
@@ -323,10 +323,8 @@ def checked_batch_sizes(batch_sizes: object) -> list[int]:
         TypeError, ValueError: They are no sequence of positive integers, or none.
     """
     if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
-        raise TypeError(
-            "`batch_sizes` must be a sequence of integers >= 1. Received: "
-            f"batch_sizes={_validation.shown(batch_sizes)} (of type {type(batch_sizes).__name__})"
-        )
+        expected = "a sequence of integers >= 1"
+        raise _validation.refusal(TypeError, "batch_sizes", expected, batch_sizes)
     sizes = sorted({_validation.integer("batch_sizes", size, low=1) for size in batch_sizes})
     if not sizes:
         raise ValueError("`batch_sizes` must have one or more. Received: batch_sizes=[]")
@@ -348,7 +346,3 @@ def _standard_error(
 def _mean(values: list[float], weights: list[float] | None = None) -> float:
     weights = weights or [1.0] * len(values)
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)
-
-
-def _positive(name: str, value: float) -> float:
-    return _validation.real(name, value, low=0.0, low_open=True)

@@ -57,11 +57,8 @@ class BatchSizeSchedule(GrowingBatch):
     def __init__(self, schedule: Mapping[int, int], learning_rate_rule: str | None = None):
         super().__init__(learning_rate_rule)
         if not isinstance(schedule, Mapping):
-            raise TypeError(
-                "`schedule` must be a dictionary of numbers of updates and micro-steps. "
-                f"Received: schedule={_validation.shown(schedule)} "
-                f"(of type {type(schedule).__name__})"
-            )
+            expected = "a dictionary of numbers of updates and micro-steps"
+            raise _validation.refusal(TypeError, "schedule", expected, schedule)
         if not schedule:
             raise ValueError("`schedule` must have an entry. Received: schedule={}")
         self.schedule = {

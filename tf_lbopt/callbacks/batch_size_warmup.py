@@ -79,16 +79,15 @@ class BatchSizeWarmup(GrowingBatch):
     ):
         super().__init__(learning_rate_rule)
         if not all(hasattr(noise_scale, name) for name in ("noise_scale", "examples_per_update")):
-            raise TypeError(
-                "`noise_scale` must be a callback that measures it, with the attributes "
-                "`noise_scale` and `examples_per_update`. "
-                f"Received: noise_scale={_validation.shown(noise_scale)} "
-                f"(of type {type(noise_scale).__name__})"
+            expected = (
+                "a callback that measures it, with the attributes `noise_scale` and "
+                "`examples_per_update`"
             )
+            raise _validation.refusal(TypeError, "noise_scale", expected, noise_scale)
         self.noise_scale = noise_scale
         self.max_steps = _validation.integer("max_steps", max_steps, low=1)
         self.every = _validation.integer("every", every, low=1)
-        self.fraction = _validation.real("fraction", fraction, low=0.0, low_open=True)
+        self.fraction = _validation.positive("fraction", fraction)
         self._period = 0
 
     def on_train_begin(self, logs: Logs = None) -> None:

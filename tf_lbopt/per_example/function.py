@@ -163,11 +163,7 @@ def _computes_in_float16(layer: keras.layers.Layer) -> bool:
 
 def _check_model(model: object) -> None:
     if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a keras.Model, of Keras 3. "
-            f"Received: model={_validation.shown(model)} "
-            f"(of type {type(model).__name__})"
-        )
+        raise _validation.refusal(TypeError, "model", "a keras.Model, of Keras 3", model)
     if not model.built:
         raise ValueError(
             "`model` must be built, for example by calling it on a batch once. "
