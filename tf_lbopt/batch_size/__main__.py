@@ -19,7 +19,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{message} (--help lists the flags)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table and writes the plot.
+
+    Args:
+        argv: The command line, without the program's name.
+
+    Returns:
+        The exit code: 0, or 2 for input that can not be used.
+    """
     parser = _Parser(
         prog="python -m tf_lbopt.batch_size",
         description="Prints what each batch costs by the noise scale of a run, and draws it.",
@@ -42,23 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch_sizes", type=_integers, help="of the table, with commas between them"
     )
     parser.add_argument("--output", type=Path, help="the plot (batch_size.png beside the history)")
-    return parser
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Prints the table and writes the plot.
-
-    Args:
-        argv: The command line, without the program's name.
-
-    Returns:
-        The exit code: 0, or 2 for input that can not be used.
-    """
-    options = _parser().parse_args(argv)
+    options = parser.parse_args(argv)
     path = Path(options.history)
     output = options.output or (path if path.is_dir() else path.parent) / "batch_size.png"
     try:

@@ -29,15 +29,14 @@ class _OfFit(Protocol):
 History: TypeAlias = str | os.PathLike[str] | Mapping[str, Sequence[float | None]] | _OfFit
 
 
-def read_history(history: History) -> dict[str, list[float]]:
+def read_history(history: History) -> list[list[float]]:
     """The numbers that matter here: of each epoch, or of each time that they were logged.
 
     Args:
         history: What `recommend` takes.
 
     Returns:
-        `NOISE_SCALE`, and what there is of `STANDARD_ERROR` and `EXAMPLES`, with equally many
-        numbers each; NaN where one is missing.
+        Noise scales, their standard errors and the batches, equally many; NaN where one is missing.
 
     Raises:
         TypeError, ValueError: `history` is nothing of that, or there is no noise scale.
@@ -54,16 +53,16 @@ def read_history(history: History) -> dict[str, list[float]]:
             + (f"the path {str(history)!r}, " if isinstance(history, str | os.PathLike) else "")
             + f"with {_validation.listed(content) or 'nothing'}"
         )
-    names = [name for name in (NOISE_SCALE, STANDARD_ERROR, EXAMPLES) if name in content]
-    numbers = {name: _numbers(name, content[name]) for name in names}
-    epochs = len(numbers[NOISE_SCALE])
-    for name in names:
-        if len(numbers[name]) != epochs:
+    found = [_numbers(NOISE_SCALE, content[NOISE_SCALE])]
+    epochs = len(found[0])
+    for name in (STANDARD_ERROR, EXAMPLES):
+        found.append(_numbers(name, content.get(name, [None] * epochs)))
+        if len(found[-1]) != epochs:
             raise ValueError(
                 f"`history` must have equally many numbers of each kind. Received: {epochs} of "
-                f"`{NOISE_SCALE}` and {len(numbers[name])} of `{name}`"
+                f"`{NOISE_SCALE}` and {len(found[-1])} of `{name}`"
             )
-    return numbers
+    return found
 
 
 def _numbers(name: str, values: Iterable[float | None]) -> list[float]:

@@ -18,6 +18,7 @@ import tensorflow as tf
 from tf_lbopt import _validation
 from tf_lbopt.batch_size.files import replacing
 from tf_lbopt.batch_size.planning import checked_batch_sizes, scale_learning_rate
+from tf_lbopt.batch_size.plots import plot_branches
 
 _CHECKPOINT = "checkpoint.weights.h5"
 _BRANCHES = "branches.jsonl"
@@ -94,8 +95,6 @@ class CriticalBatchSize:
         Raises:
             ImportError: There is no matplotlib.
         """
-        from tf_lbopt.batch_size.plots import plot_branches
-
         plot_branches(self, Path(path), noise_scale)
 
 

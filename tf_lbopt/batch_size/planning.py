@@ -7,13 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tf_lbopt import _validation, schedules
-from tf_lbopt.batch_size.history import (
-    EXAMPLES,
-    NOISE_SCALE,
-    STANDARD_ERROR,
-    History,
-    read_history,
-)
+from tf_lbopt.batch_size.history import History, read_history
+from tf_lbopt.batch_size.plots import plot_recommendation
 
 # A table goes from a 32nd of the noise scale to 32 times it.
 _DOUBLINGS = 5
@@ -194,8 +189,6 @@ class Recommendation:
         Raises:
             ImportError: There is no matplotlib.
         """
-        from tf_lbopt.batch_size.plots import plot_recommendation
-
         plot_recommendation(self, Path(path))
 
 
@@ -263,49 +256,43 @@ def recommend(
     speed = _validation.positive("examples_per_second", examples_per_second)
     examples = _validation.integer("examples", examples, low=1, optional=True)
     share = _validation.integer("examples_per_device", examples_per_device, low=1, optional=True)
-    numbers = read_history(history)
-    noise = numbers[NOISE_SCALE]
+    noise, errors, run = read_history(history)
     measured = [i for i, value in enumerate(noise) if math.isfinite(value) and value > 0]
     if not measured:
         raise ValueError(
             "`history` must have a positive noise scale. Received: "
             f"noise_scale={_validation.shown(noise)}"
         )
-    scales = [noise[i] for i in measured]
-    batches = [numbers.get(EXAMPLES, noise)[i] for i in measured]
-    known = EXAMPLES in numbers and all(math.isfinite(b) and b > 0 for b in batches)
+    known = all(math.isfinite(run[i]) and run[i] > 0 for i in measured)
     # Updates of an endless batch for an example of each epoch.
-    weights = [1 / (b + n) for b, n in zip(batches, scales, strict=True)] if known else None
-    noise_scale = _mean(scales, weights)
-    row_of = _rows(noise_scale, devices, speed, share)
-    fewest = None
-    if examples is not None and weights is not None:
-        fewest = examples * _mean(weights)
+    weights = {i: 1 / (run[i] + noise[i]) if known else 1.0 for i in measured}
+    total = math.fsum(weights.values())
+    noise_scale = math.fsum(noise[i] * weight for i, weight in weights.items()) / total
+    error = math.hypot(*(errors[i] * weight for i, weight in weights.items())) / total
+    fewest = None if examples is None or not known else examples * (total / len(weights))
     sizes = _sizes(batch_sizes, noise_scale, devices)
     limit = min(noise_scale, math.inf if share is None else share * devices)
     return Recommendation(
         batch=max([size for size in sizes if size <= limit], default=sizes[0]),
         noise_scale=noise_scale,
-        standard_error=_standard_error(numbers, measured, weights),
-        last_noise_scale=scales[-1],
+        standard_error=error if math.isfinite(error) else None,
+        last_noise_scale=noise[measured[-1]],
         values=len(measured),
         missing=len(noise) - len(measured),
-        rows=tuple(row_of(size, fewest) for size in sizes),
+        rows=tuple(
+            _row(size, noise_scale, fewest, max(size / devices, share or 0) / speed)
+            for size in sizes
+        ),
     )
 
 
-def _rows(
-    noise_scale: float, devices: int, speed: float, share: int | None
-) -> Callable[[int, float | None], BatchSize]:
-    def row(size: int, fewest: float | None) -> BatchSize:
-        steps, examples = steps_and_examples(noise_scale, size)
-        if fewest is None:
-            return BatchSize(size, steps, examples, None, 1 / examples)
-        updates = fewest * steps
-        seconds = updates * max(size / devices, share or 0) / speed
-        return BatchSize(size, updates, updates * size, seconds / 3600, 1 / examples)
-
-    return row
+def _row(size: int, noise_scale: float, fewest: float | None, seconds: float) -> BatchSize:
+    """What a batch costs, where an update of it takes so many seconds."""
+    steps, examples = steps_and_examples(noise_scale, size)
+    if fewest is None:
+        return BatchSize(size, steps, examples, None, 1 / examples)
+    updates = fewest * steps
+    return BatchSize(size, updates, updates * size, updates * seconds / 3600, 1 / examples)
 
 
 def _sizes(batch_sizes: Sequence[int] | None, noise_scale: float, devices: int) -> list[int]:
@@ -329,20 +316,3 @@ def checked_batch_sizes(batch_sizes: object) -> list[int]:
     if not sizes:
         raise ValueError("`batch_sizes` must have one or more. Received: batch_sizes=[]")
     return sizes
-
-
-def _standard_error(
-    numbers: dict[str, list[float]], measured: list[int], weights: list[float] | None
-) -> float | None:
-    """That of the mean, whose values are taken to be independent."""
-    if STANDARD_ERROR not in numbers:
-        return None
-    errors = [numbers[STANDARD_ERROR][i] for i in measured]
-    weights = weights or [1.0] * len(errors)
-    error = math.hypot(*(w * e for w, e in zip(weights, errors, strict=True))) / math.fsum(weights)
-    return error if math.isfinite(error) else None
-
-
-def _mean(values: list[float], weights: list[float] | None = None) -> float:
-    weights = weights or [1.0] * len(values)
-    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)

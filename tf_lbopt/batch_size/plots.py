@@ -1,6 +1,5 @@
 """The plots. matplotlib is imported by nothing else of the package."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,28 +19,7 @@ _NEAR = 0.5
 
 def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
     """Draws updates and examples at each batch, and one against the other, as a PNG."""
-    _draw(path, lambda figure: _trade_off(figure, recommendation))
-
-
-def plot_branches(result: "CriticalBatchSize", path: Path, noise_scale: float | None) -> None:
-    """Draws the branches' losses on the way and at their ends, as a PNG."""
-    _draw(path, lambda figure: _branches(figure, result, noise_scale))
-
-
-def _draw(path: Path, draw: "Callable[[Figure], None]") -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib: `pip install matplotlib`. Received: none"
-        ) from error
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    draw(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-
-
-def _trade_off(figure: "Figure", recommendation: "Recommendation") -> None:
+    figure = _new_figure()
     rows, noise = recommendation.rows, recommendation.noise_scale
     efficient = [row.efficiency for row in rows]
     batches = [row.batch for row in rows]
@@ -83,11 +61,12 @@ def _trade_off(figure: "Figure", recommendation: "Recommendation") -> None:
     right.set_xlabel(f"updates{unit} (log scale)")
     right.set_ylabel(f"examples{unit} (log scale)")
     right.set_title("to the same loss, at each batch", fontsize=10)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
+    _save(figure, path)
 
 
-def _branches(figure: "Figure", result: "CriticalBatchSize", noise_scale: float | None) -> None:
+def plot_branches(result: "CriticalBatchSize", path: Path, noise_scale: float | None) -> None:
+    """Draws the branches' losses on the way and at their ends, as a PNG."""
+    figure = _new_figure()  # which says so if there is no matplotlib
     from matplotlib import colormaps
 
     left, right = figure.subplots(1, 2)
@@ -99,8 +78,8 @@ def _branches(figure: "Figure", result: "CriticalBatchSize", noise_scale: float 
         color = colormaps["viridis"](0.95 * number / last)
         if branch.curve:
             examples, losses = zip(*branch.curve, strict=True)
-            label = f"{branch.batch_size:,}"
-            left.plot(examples, losses, color=color, label=label, marker=_marker(branch.curve))
+            label, marker = f"{branch.batch_size:,}", "o" if len(examples) < 4 else ""
+            left.plot(examples, losses, color=color, label=label, marker=marker)
         if branch.loss is not None:
             above = max(branch.loss - result.best_loss, lowest)
             right.plot([branch.batch_size], [above], "o", color=color, zorder=3)
@@ -133,12 +112,24 @@ def _branches(figure: "Figure", result: "CriticalBatchSize", noise_scale: float 
     if late:
         margin = 0.1 * (max(late) - min(late)) + 1e-9
         left.set_ylim(min(late) - margin, max(late) + 3 * margin)
-    for axis in (left, right):
+    _save(figure, path)
+
+
+def _new_figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib: `pip install matplotlib`. Received: none"
+        ) from error
+    return Figure(figsize=(11, 4.2), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
-
-
-def _marker(curve: Sequence[tuple[int, float]]) -> str:
-    return "o" if len(curve) < 4 else ""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
 
 
 def _whole_numbers(axis: "Axis") -> None:
