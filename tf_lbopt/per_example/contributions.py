@@ -6,6 +6,7 @@ The batch is the first axis of everything here. Arithmetic is done in float32 or
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import keras
 import tensorflow as tf
 
 from tf_lbopt.rules.norms import compute_dtype
@@ -176,10 +177,8 @@ class Rows(Contribution):
     materializes = False
 
     def __init__(self, indices: tf.Tensor, gradients: tf.Tensor, shape: tuple[int, int]):
-        batch = batch_size(indices)
-        positions = indices.shape[1:].num_elements()
-        if positions is None:
-            positions = tf.reduce_prod(tf.shape(indices)[1:])
+        batch, *axes = keras.ops.shape(indices)
+        positions = math.prod(axes)
         tensors = (
             tf.reshape(indices, [batch, positions]),
             tf.reshape(gradients, [batch, positions, shape[1]]),
@@ -238,7 +237,7 @@ def squares_and_sum(
 
     most = max(1, BUDGET // max(1, contribution.numbers))
     flat = tf.nest.flatten(tensors)
-    size = batch_size(flat[0])
+    size = keras.ops.shape(flat[0])[0]
     if isinstance(size, int):
         if size <= most:
             return part(lambda tensor: tensor)
@@ -271,7 +270,7 @@ def squares_and_sum(
 
 def _summed_by(numbers: tf.Tensor, rows: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
     """[examples · count, columns]: of each example the sums of the rows of the same number."""
-    examples = batch_size(numbers)
+    examples = keras.ops.shape(numbers)[0]
     offsets = tf.cast(count, numbers.dtype) * tf.range(examples, dtype=numbers.dtype)
     return tf.math.unsorted_segment_sum(
         tf.reshape(rows, [-1, rows.shape[-1]]),
@@ -283,12 +282,6 @@ def _summed_by(numbers: tf.Tensor, rows: tf.Tensor, count: int | tf.Tensor) -> t
 def sums_of_squares(values: tf.Tensor) -> tf.Tensor:
     """Per example, of [examples, ...]."""
     return tf.reduce_sum(tf.square(values), axis=list(range(1, values.shape.rank)))
-
-
-def batch_size(tensor: tf.Tensor) -> int | tf.Tensor:
-    """The size of the first axis, static where it is known."""
-    size = tensor.shape[0]
-    return tf.shape(tensor)[0] if size is None else size
 
 
 def known_size(shape: tf.TensorShape) -> int:

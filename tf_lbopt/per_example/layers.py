@@ -13,7 +13,6 @@ from tf_lbopt.per_example.contributions import (
     Contribution,
     OuterProducts,
     Rows,
-    batch_size,
     known_size,
     wide,
 )
@@ -67,48 +66,42 @@ def _product(
     factors: Callable[..., Sequence[tf.Tensor]] = lambda *tensors: tensors,
     made: int = 0,
 ) -> OuterProducts:
-    """The einsum ``left,right->kernel`` of each example.
+    """The einsum ``left,right->kernel`` of each example, the batch being the first axis of both.
 
-    Args:
-        kernel: The variable.
-        tensors: Inputs and output gradients of the layer.
-        left: Axes of the first factor, beginning with the batch.
-        right: Axes of the second factor.
-        sizes: Of the kernel's axes, in their order.
-        factors: Makes the factors of slices of the tensors, which they are by default.
-        made: How many numbers per example these are, if they are not the tensors.
+    ``sizes`` are those of the kernel's axes, in their order. ``factors`` makes the factors of
+    slices of the tensors, which they are by default; they have ``made`` numbers more.
     """
     batch = left[0]
     groups = [axis for axis in sizes if axis in left and axis in right]
     rows = [axis for axis in sizes if axis not in right]
     columns = [axis for axis in sizes if axis not in left]
     positions = [axis for axis in left[1:] if axis in right and axis not in sizes]
-    summed = [i for i, axis in enumerate(left) if axis not in right and axis not in sizes]
-    kept = [axis for i, axis in enumerate(left) if i not in summed]
-    orders = [batch, *groups, *positions, *rows], [batch, *groups, *positions, *columns]
-    written = [*groups, *rows, *columns]
+    orders = ["".join([batch, *groups, *positions, *last]) for last in (rows, columns)]
+    written, wanted = "".join([batch, *groups, *rows, *columns]), "".join([batch, *sizes])
 
     def size(axes: Sequence[str]) -> int:
         return math.prod(sizes[axis] for axis in axes)
 
     def folded(*given: tf.Tensor) -> list[tf.Tensor]:
+        # What the kernel and the other factor lack is summed, the rest transposed.
         first, second = factors(*given)
-        if summed:
-            first = tf.reduce_sum(first, axis=summed)
-        first, second = _in_order(first, kept, orders[0]), _in_order(second, right, orders[1])
         return [
-            tf.reshape(factor, [batch_size(factor), size(groups), -1, size(last)])
-            for factor, last in ((first, rows), (second, columns))
+            tf.reshape(
+                tf.einsum(f"{axes}->{order}", factor),
+                [keras.ops.shape(factor)[0], size(groups), -1, size(last)],
+            )
+            for factor, axes, order, last in (
+                (first, left, orders[0], rows),
+                (second, right, orders[1], columns),
+            )
         ]
 
     def arrange(products: tf.Tensor) -> tf.Tensor:
-        if written != list(sizes):
-            split = tf.reshape(products, [-1, *(sizes[axis] for axis in written)])
-            products = _in_order(split, [batch, *written], [batch, *sizes])
-        return tf.reshape(products, [-1, *kernel.shape])
+        split = tf.reshape(products, [-1, *(sizes[axis] for axis in written[1:])])
+        return tf.reshape(tf.einsum(f"{written}->{wanted}", split), [-1, *kernel.shape])
 
     for tensor, axes, order in zip(tensors, (left, right), orders, strict=True):
-        made += 0 if list(axes) == order else known_size(tensor.shape[1:])
+        made += 0 if axes == order else known_size(tensor.shape[1:])
     static = [tensors[1].shape[right.index(axis)] for axis in positions]
     return OuterProducts(
         tensors,
@@ -122,11 +115,6 @@ def _product(
     )
 
 
-def _in_order(tensor: tf.Tensor, axes: Sequence[str], wanted: Sequence[str]) -> tf.Tensor:
-    order = [axes.index(axis) for axis in wanted]
-    return tensor if order == sorted(order) else tf.transpose(tensor, order)
-
-
 def convolution(call: LayerCall) -> Contributions:
     """Products of patches with output gradients over the spatial positions."""
     layer = call.layer
@@ -134,20 +122,21 @@ def convolution(call: LayerCall) -> Contributions:
     if not isinstance(kernel, keras.Variable):  # LoRA
         return NotImplemented
     images, gradient = _channels_last(call)
-    taps, outputs, groups = math.prod(layer.kernel_size), _spatial(gradient), layer.groups
+    taps, groups = math.prod(layer.kernel_size), layer.groups
     pointwise = taps == 1 and math.prod(layer.strides) == 1
     left, right, of_kernel = ("tc", "f", "tcf") if groups == 1 else ("tgc", "gf", "tcgf")
     each = {"t": taps, "g": groups, "c": images.shape[-1] // groups}
     each["f"] = gradient.shape[-1] // groups
 
     def factors(images: tf.Tensor, gradient: tf.Tensor) -> list[tf.Tensor]:
+        examples, *outputs, _ = keras.ops.shape(gradient)
         patches = images if pointwise else tf.stack(_shifts(layer, images, outputs), axis=-2)
         return [
-            tf.reshape(tensor, [batch_size(tensor), *outputs, *(each[axis] for axis in axes)])
+            tf.reshape(tensor, [examples, *outputs, *(each[axis] for axis in axes)])
             for tensor, axes in ((patches, left), (gradient, right))
         ]
 
-    positions = "xyz"[: len(outputs)]
+    positions = "xyz"[: len(layer.kernel_size)]
     product = _product(
         kernel,
         (images, gradient),
@@ -164,10 +153,10 @@ def depthwise_convolution(call: LayerCall) -> Contributions:
     """One product per channel and element of the kernel."""
     layer = call.layer
     images, gradient = _channels_last(call)
-    outputs = _spatial(gradient)
 
     def function(images: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
-        shape = [batch_size(gradient), *outputs, images.shape[-1], layer.depth_multiplier]
+        examples, *outputs, _ = keras.ops.shape(gradient)
+        shape = [examples, *outputs, images.shape[-1], layer.depth_multiplier]
         gradient = tf.reshape(wide(gradient), shape)
         axes = list(range(1, images.shape.rank - 1))
         taps = [
@@ -194,13 +183,6 @@ def _channels_last(call: LayerCall) -> list[tf.Tensor]:
     return [tf.transpose(tensor, [0, *range(2, rank), 1]) for tensor in tensors]
 
 
-def _spatial(tensor: tf.Tensor) -> list[int | tf.Tensor]:
-    """Sizes of all axes but the first and the last."""
-    static = tensor.shape[1:-1].as_list()
-    dynamic = tf.shape(tensor)
-    return [dynamic[1 + d] if size is None else size for d, size in enumerate(static)]
-
-
 def _shifts(
     layer: keras.layers.Layer, images: tf.Tensor, outputs: Sequence[int | tf.Tensor]
 ) -> list[tf.Tensor]:
@@ -223,7 +205,7 @@ def _shifts(
     elif layer.padding == "same":
         margins = []
         for length, span, stride, out in zip(
-            _spatial(images), spans, layer.strides, outputs, strict=True
+            keras.ops.shape(images)[1:-1], spans, layer.strides, outputs, strict=True
         ):
             missing = (out - 1) * stride + span + 1 - length
             missing = max(missing, 0) if isinstance(missing, int) else tf.maximum(missing, 0)
@@ -345,4 +327,4 @@ def _bias(call: LayerCall) -> Contributions:
             return []
         axes = [*range(1, extra), *(extra + d for d, size in enumerate(shape) if size == 1)]
     summed = tf.reduce_sum(gradient, axis=axes)
-    return [(bias, tf.reshape(summed, [batch_size(gradient), *shape]))]
+    return [(bias, tf.reshape(summed, [-1, *shape]))]
