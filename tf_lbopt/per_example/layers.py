@@ -87,7 +87,7 @@ def _product(
         first, second = factors(*given)
         return [
             tf.reshape(
-                tf.einsum(f"{axes}->{order}", factor),
+                tf.einsum(f"{axes}->{order}", wide(factor)),
                 [keras.ops.shape(factor)[0], size(groups), -1, size(last)],
             )
             for factor, axes, order, last in (
