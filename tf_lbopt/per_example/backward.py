@@ -71,6 +71,10 @@ class Backward:
         if subset is not None and self._batch is not None and subset >= self._batch:
             subset = None
         self._subset = subset
+        # Of how many examples there are norms.
+        self._examples = keras.ops.shape(losses)[0]
+        if subset is not None:
+            self._examples = subset if self._batch else tf.minimum(subset, self._examples)
         self._stored = [_compat.stored_value(variable) for variable in variables]
         self._reads: _Reads = [
             *enumerate(self._stored),
@@ -111,7 +115,7 @@ class Backward:
         norms = []
         for index, stored in enumerate(self._stored):
             dtype = compute_dtype(stored.dtype)
-            square = squares[index] if index in squares else tf.zeros([self._examples()], dtype)
+            square = squares[index] if index in squares else tf.zeros([self._examples], dtype)
             norms.append(tf.cast(tf.sqrt(square), dtype))
         return norms
 
@@ -229,16 +233,11 @@ class Backward:
 
         squares = tf.map_fn(
             squares_of,
-            tf.range(self._examples()),
+            tf.range(self._examples),
             parallel_iterations=1,
             fn_output_signature=list(dtypes.values()),
         )
         return dict(zip(dtypes, squares, strict=True))
-
-    def _examples(self) -> int | tf.Tensor:
-        if self._subset is None:
-            return tf.shape(self._losses)[0] if self._batch is None else self._batch
-        return self._subset if self._batch else tf.minimum(self._subset, tf.shape(self._losses)[0])
 
     def _by_variable(
         self, reads: _Reads, gradients: Sequence[Gradient | None]

@@ -96,14 +96,20 @@ def per_example_gradient_norms(
         Huo, Gu, Huang 2021, "Large Batch Optimization for Deep Learning Using New Complete
         Layer-Wise Adaptive Rate Scaling" (AAAI), Algorithm 1, line 4, and equation 5.
     """
-    _check_model(model)
+    if not isinstance(model, keras.Model):
+        raise _validation.refusal(TypeError, "model", "a keras.Model, of Keras 3", model)
+    if not model.built:
+        raise ValueError(
+            "`model` must be built, for example by calling it on a batch once. "
+            f"Received: the model {model.name}, which is not built"
+        )
     training = _validation.boolean("training", training)
     micro = _validation.integer("micro_batch_size", micro_batch_size, low=1, optional=True)
     subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
     data = keras.tree.map_structure(
         lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), (x, y, sample_weight)
     )
-    size = _common_batch(**dict(zip(("x", "y", "sample_weight"), data, strict=True)))
+    size = _common_batch(*data)
     if micro is not None and size is None:
         raise ValueError(
             "`micro_batch_size` needs a batch size that is known when the function is traced. "
@@ -161,20 +167,10 @@ def _computes_in_float16(layer: keras.layers.Layer) -> bool:
     )
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, keras.Model):
-        raise _validation.refusal(TypeError, "model", "a keras.Model, of Keras 3", model)
-    if not model.built:
-        raise ValueError(
-            "`model` must be built, for example by calling it on a batch once. "
-            f"Received: the model {model.name}, which is not built"
-        )
-
-
-def _common_batch(**structures: Structure) -> int | None:
+def _common_batch(x: Structure, y: Structure, sample_weight: Structure) -> int | None:
     """The static batch size, `None` if it is known only at run time."""
     sizes: dict[str, int | None] = {}
-    for name, structure in structures.items():
+    for name, structure in {"x": x, "y": y, "sample_weight": sample_weight}.items():
         for tensor in keras.tree.flatten(structure):
             if tensor is None:
                 continue

@@ -186,37 +186,22 @@ def _channels_last(call: LayerCall) -> list[tf.Tensor]:
 def _shifts(
     layer: keras.layers.Layer, images: tf.Tensor, outputs: Sequence[int | tf.Tensor]
 ) -> list[tf.Tensor]:
-    """For each element of a convolution's kernel, in order, what it is multiplied with.
-
-    Args:
-        layer: The convolution, in any number of spatial dimensions.
-        images: [batch, *spatial, channels].
-        outputs: The spatial sizes of its output.
-
-    Returns:
-        Tensors [batch, *outputs, channels].
-    """
-    spans = [
-        (size - 1) * dilation
-        for size, dilation in zip(layer.kernel_size, layer.dilation_rate, strict=True)
-    ]
-    if layer.padding == "causal":
-        images = tf.pad(images, [[0, 0], *([span, 0] for span in spans), [0, 0]])
-    elif layer.padding == "same":
-        margins = []
-        for length, span, stride, out in zip(
-            keras.ops.shape(images)[1:-1], spans, layer.strides, outputs, strict=True
-        ):
-            missing = (out - 1) * stride + span + 1 - length
+    """For each element of a kernel what it is multiplied with, [batch, *outputs, channels]."""
+    margins, windows = [], []
+    of_layer = layer.kernel_size, layer.dilation_rate, layer.strides
+    for length, out, size, dilation, stride in zip(
+        keras.ops.shape(images)[1:-1], outputs, *of_layer, strict=True
+    ):
+        span, reach = (size - 1) * dilation, (out - 1) * stride + 1
+        if layer.padding == "causal":
+            margins.append([span, 0])
+        elif layer.padding == "same":
+            missing = reach + span - length
             missing = max(missing, 0) if isinstance(missing, int) else tf.maximum(missing, 0)
             margins.append([missing // 2, missing - missing // 2])
+        windows.append([slice(i * dilation, i * dilation + reach, stride) for i in range(size)])
+    if margins:
         images = tf.pad(images, [[0, 0], *margins, [0, 0]])
-    windows = [
-        [slice(i * dilation, i * dilation + (out - 1) * stride + 1, stride) for i in range(size)]
-        for size, dilation, stride, out in zip(
-            layer.kernel_size, layer.dilation_rate, layer.strides, outputs, strict=True
-        )
-    ]
     return [images[(slice(None), *window)] for window in itertools.product(*windows)]
 
 

@@ -94,7 +94,13 @@ class PerExampleTape:
         recording = self._recording
         if recording is None:
             raise RuntimeError("The losses must be computed inside `with tape:`.")
-        _check_losses(losses, extra_loss)
+        if not (isinstance(losses, tf.Tensor) and losses.shape.rank == 1):
+            raise ValueError(
+                "`losses` must be a tensor with one loss per example, [batch]. "
+                f"Received: losses={_validation.shown(losses)}"
+            )
+        if extra_loss is not None and tf.convert_to_tensor(extra_loss).shape.rank != 0:
+            raise _validation.refusal(ValueError, "extra_loss", "a scalar", extra_loss)
         if losses.shape[0] is not None:
             find_rows(recording, losses.shape[0])
         backward = Backward(self._variables, recording, losses, self._subset)
@@ -105,18 +111,6 @@ class PerExampleTape:
             gradients = [added(pair) for pair in zip(gradients, extra, strict=True)]
         _log(backward.without_rule)
         return gradients, norms
-
-
-def _check_losses(losses: tf.Tensor, extra_loss: tf.Tensor | None) -> None:
-    if not (isinstance(losses, tf.Tensor) and losses.shape.rank == 1):
-        raise ValueError(
-            "`losses` must be a tensor with one loss per example, [batch]. "
-            f"Received: losses={_validation.shown(losses)}"
-        )
-    if extra_loss is not None and tf.convert_to_tensor(extra_loss).shape.rank != 0:
-        raise ValueError(
-            f"`extra_loss` must be a scalar. Received: extra_loss={_validation.shown(extra_loss)}"
-        )
 
 
 def _log(without_rule: Sequence[str]) -> None:
