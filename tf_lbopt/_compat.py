@@ -122,9 +122,35 @@ def keras_update(
 
 # -- per-example gradients -------------------------------------------------------------------------
 
-_hooks = threading.local()
+
+class _Hooks(threading.local):
+    """The functions of each thread, those of the innermost context last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[Callable[..., object], Callable[..., tf.Tensor | None]]] = []
+
+
+_hooks = _Hooks()
 _hooking = threading.RLock()
 _hook_users = 0
+_original_call = keras.Operation.__call__
+_original_value = keras.Variable.value
+
+
+def _hooked_call(operation: keras.Operation, /, *args: Any, **kwargs: Any) -> object:
+    if not _hooks.stack:
+        return _original_call(operation, *args, **kwargs)
+    on_call, _ = _hooks.stack[-1]
+    return on_call(_original_call, operation, *args, **kwargs)
+
+
+def _hooked_value(variable: keras.Variable) -> tf.Tensor | tf.Variable:
+    if _hooks.stack:
+        _, on_read = _hooks.stack[-1]
+        substitute = on_read(variable)
+        if substitute is not None:
+            return variable._maybe_autocast(substitute)
+    return _original_value.fget(variable)
 
 
 @contextlib.contextmanager
@@ -147,48 +173,21 @@ def layer_hooks(
     promised anywhere. Checked on Keras 3.15.1.
     """
     global _hook_users
-    stack = _hooks.__dict__.setdefault("stack", [])
     with _hooking:
         if _hook_users == 0:
-            _install_hooks()
+            keras.Operation.__call__ = _hooked_call
+            keras.Variable.value = property(_hooked_value)
         _hook_users += 1
-    stack.append((on_call, on_read))
+    _hooks.stack.append((on_call, on_read))
     try:
         yield
     finally:
-        stack.pop()
+        _hooks.stack.pop()
         with _hooking:
             _hook_users -= 1
             if _hook_users == 0:
-                _remove_hooks()
-
-
-_original_call = keras.Operation.__call__
-_original_value = keras.Variable.value
-
-
-def _install_hooks() -> None:
-    def call(operation: keras.Operation, /, *args: Any, **kwargs: Any) -> object:
-        stack = getattr(_hooks, "stack", None)
-        if not stack:
-            return _original_call(operation, *args, **kwargs)
-        return stack[-1][0](_original_call, operation, *args, **kwargs)
-
-    def value(variable: keras.Variable) -> tf.Tensor | tf.Variable:
-        stack = getattr(_hooks, "stack", None)
-        if stack:
-            substitute = stack[-1][1](variable)
-            if substitute is not None:
-                return variable._maybe_autocast(substitute)
-        return _original_value.fget(variable)
-
-    keras.Operation.__call__ = call
-    keras.Variable.value = property(value)
-
-
-def _remove_hooks() -> None:
-    keras.Operation.__call__ = _original_call
-    del keras.Variable.value  # inherited
+                keras.Operation.__call__ = _original_call
+                del keras.Variable.value  # inherited
 
 
 def stored_value(variable: keras.Variable) -> tf.Variable:
@@ -232,14 +231,8 @@ def copies(tensor: tf.Tensor, with_logits: bool) -> list[tf.Tensor]:
     """A copy of what a layer returned, with what Keras attached to it, and one of its logits.
 
     Keras attaches masks, and to the result of a softmax or sigmoid the logits, from which the
-    crossentropies then take the loss and its gradient. Checked on Keras 3.15.1.
-
-    Args:
-        tensor: The tensor.
-        with_logits: Whether the copy is to have logits, too.
-
-    Returns:
-        The copy and, if it has logits, these.
+    crossentropies then take the loss and its gradient. If the copy is not to have any, it is alone.
+    Checked on Keras 3.15.1.
     """
     copy = tf.identity(tensor)
     set_keras_mask(copy, get_keras_mask(tensor))
@@ -438,32 +431,31 @@ def let_optimizers_wrap_training() -> None:
     Others are not affected. Checked on Keras 3.7.0 and 3.15.1, where ``make_train_function`` calls
     ``_make_function(self.train_step)``, and ``make_test_function`` likewise.
     """
-    original = TensorFlowTrainer._make_function
-    if getattr(original, "offers_steps", False):
-        return
 
-    def make_function(
-        model: keras.Model, step_function: Callable[..., object]
-    ) -> Callable[..., object]:
-        optimizer = getattr(model, "optimizer", None)
-        before_evaluation = getattr(optimizer, "before_evaluation", None)
-        if not hasattr(optimizer, "wrap_training"):
-            optimizer = getattr(optimizer, "inner_optimizer", None)
-        wrap = getattr(optimizer, "wrap_training", None)
-        if wrap is not None and step_function == model.train_step:
-            return wrap(model, step_function, lambda step: original(model, step))
-        function = original(model, step_function)
-        if before_evaluation is None or step_function != model.test_step:
-            return function
+    def offering(original: Callable[..., Any]) -> Callable[..., object]:
+        def make_function(
+            model: keras.Model, step_function: Callable[..., object]
+        ) -> Callable[..., object]:
+            optimizer = getattr(model, "optimizer", None)
+            before_evaluation = getattr(optimizer, "before_evaluation", None)
+            if not hasattr(optimizer, "wrap_training"):
+                optimizer = getattr(optimizer, "inner_optimizer", None)
+            wrap = getattr(optimizer, "wrap_training", None)
+            if wrap is not None and step_function == model.train_step:
+                return wrap(model, step_function, lambda step: original(model, step))
+            function = original(model, step_function)
+            if before_evaluation is None or step_function != model.test_step:
+                return function
 
-        def evaluate(iterator: object) -> object:
-            before_evaluation()
-            return function(iterator)
+            def evaluate(iterator: object) -> object:
+                before_evaluation()
+                return function(iterator)
 
-        return evaluate
+            return evaluate
 
-    make_function.offers_steps = True  # type: ignore[attr-defined]
-    TensorFlowTrainer._make_function = make_function
+        return make_function
+
+    replace(TensorFlowTrainer, "_make_function", offering)
 
 
 def call_in_training(model: keras.Model, x: object) -> Any:
@@ -498,19 +490,9 @@ def compiled_loss(
 ) -> tf.Tensor | None:
     """The loss that a model was compiled with, its parts computed by another function.
 
-    Which loss, weight and labels belong to which output is left to Keras.
-
-    Args:
-        model: A compiled model.
-        y: Labels.
-        y_pred: Predictions.
-        sample_weight: Weights, or `None`.
-        value: Called as ``value(loss, y, y_pred, sample_weight)`` for every output with a loss.
-
-    Returns:
-        The weighted sum of the values; `None` if there is no loss.
-
-    Checked on Keras 3.15.1.
+    It is called as ``value(loss, y, y_pred, sample_weight)`` for every output with a loss; which
+    loss, weight and labels belong to which output is left to Keras. The result is the weighted sum
+    of the values, `None` if there is no loss. Checked on Keras 3.15.1.
     """
     compiled = model._compile_loss
     if compiled is None:
@@ -706,13 +688,13 @@ def let_callbacks_write_once(
         AttributeError: Keras's callbacks are not what is known here.
     """
 
-    def others(callback: keras.callbacks.Callback) -> bool:
-        strategy = callback.model.distribute_strategy
+    def writes_elsewhere(model: keras.Model) -> bool:
+        strategy = model.distribute_strategy
         return on_several_workers(strategy) and not is_chief(strategy)
 
     def elsewhere(original: Callable[..., object], names: Sequence[str]) -> Callable[..., object]:
         def write(callback: keras.callbacks.Callback, *args: Any, **kwargs: Any) -> object:
-            if not others(callback):
+            if not writes_elsewhere(callback.model):
                 return original(callback, *args, **kwargs)
             paths = {name: getattr(callback, name) for name in names}
             with tempfile.TemporaryDirectory() as folder:
@@ -749,15 +731,14 @@ def let_callbacks_write_once(
             strategy = callback.model.distribute_strategy
             if on_several_workers(strategy):
                 wait(strategy)  # for what others write beside it
-            if not others(callback):
+            if not writes_elsewhere(callback.model):
                 original(callback, logs)
 
         return delete
 
     def logging(original: Callable[..., object]) -> Callable[..., object]:
         def set_model(callback: keras.callbacks.TensorBoard, model: keras.Model) -> None:
-            strategy = model.distribute_strategy
-            if on_several_workers(strategy) and not is_chief(strategy):
+            if writes_elsewhere(model):
                 callback._folder = tempfile.TemporaryDirectory()
                 callback.log_dir = callback._folder.name
             original(callback, model)
@@ -773,12 +754,14 @@ def let_callbacks_write_once(
 
 
 def replace(
-    cls: type, name: str, wrapper: Callable[[Callable[..., object]], Callable[..., object]]
+    owner: type | types.ModuleType,
+    name: str,
+    wrapper: Callable[[Callable[..., Any]], Callable[..., object]],
 ) -> None:
-    """Replaces a class's own method by what a function makes of it, once."""
-    original = vars(cls)[name]
+    """Replaces a method of a class's own, or a module's function, by what is made of it, once."""
+    original = vars(owner)[name]
     if getattr(original, "replaced", False):
         return
     replaced: Any = functools.wraps(original)(wrapper(original))
     replaced.replaced = True
-    setattr(cls, name, replaced)
+    setattr(owner, name, replaced)

@@ -16,6 +16,7 @@ from official.modeling import optimization
 from official.modeling.hyperparams import base_config
 from official.modeling.optimization import optimizer_factory
 
+from tf_lbopt import _compat
 from tf_lbopt.tfm.configs import REGISTRATIONS
 from tf_lbopt.tfm.sub_batches import SubBatchTask
 
@@ -28,26 +29,18 @@ def register_optimizers() -> None:
     In both of its tables: tasks look into that of the legacy optimizers whatever they want, since
     the class found there is never checked for being one.
     """
-    tables = {True: optimizer_factory.LEGACY_OPTIMIZERS_CLS}
-    tables[False] = optimizer_factory.NEW_OPTIMIZERS_CLS
-    for row in REGISTRATIONS.values():
-        for legacy, table in tables.items():
-            if row.key not in table:
-                optimizer_factory.register_optimizer_cls(row.key, row.cls, legacy)
+    for table in (optimizer_factory.LEGACY_OPTIMIZERS_CLS, optimizer_factory.NEW_OPTIMIZERS_CLS):
+        for row in REGISTRATIONS.values():
+            table.setdefault(row.key, row.cls)
 
 
 def extend_experiments() -> None:
     """Makes `exp_factory.get_exp_config` return extended experiments; again, it does nothing."""
-    original = exp_factory.get_exp_config
-    if getattr(original, "extends_experiments", False):
-        return
-
-    @functools.wraps(original)
-    def get_exp_config(exp_name: str) -> config_definitions.ExperimentConfig:
-        return extended(original(exp_name))
-
-    get_exp_config.extends_experiments = True  # type: ignore[attr-defined]
-    exp_factory.get_exp_config = get_exp_config
+    _compat.replace(
+        exp_factory,
+        "get_exp_config",
+        lambda get_exp_config: lambda exp_name: extended(get_exp_config(exp_name)),
+    )
 
 
 def extended(
