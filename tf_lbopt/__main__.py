@@ -52,14 +52,7 @@ _PARTS = {  # module: what it needs, the extra that brings it, its table
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the report.
-
-    Args:
-        argv: The command line, without the program's name.
-
-    Returns:
-        The exit code: 0, or 1 if something failed.
-    """
+    """Prints the report; returns the exit code, 1 if something failed."""
     parser = argparse.ArgumentParser(
         prog="python -m tf_lbopt",
         description="Prints versions, devices and what is registered, for a bug report, and checks "
@@ -69,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--no-update", action="store_true", help="check no updates")
     options = parser.parse_args(argv)
-    report = _without_home(_report(not options.no_update))
+    report = _report(not options.no_update)
     print(json.dumps(report, indent=1) if options.json else _text(report))
     return 0 if report["ok"] else 1
 
@@ -81,9 +74,10 @@ def _report(with_updates: bool) -> dict[str, Any]:
     report: dict[str, dict[str, str]] = {}
     for name, make in sections.items():
         try:
-            report[name] = make()
+            found = make()
         except Exception as error:  # the rest is wanted all the more
-            report[name] = {"all": _failed(error)}
+            found = {"all": _failed(error)}
+        report[name] = {key: _without_home(text) for key, text in found.items()}
     results = [result for section in report.values() for result in section.values()]
     return {**report, "ok": not any(result.startswith("FAILED") for result in results)}
 
@@ -186,14 +180,7 @@ def _strategy() -> tuple[tf.distribute.Strategy, str]:
 
 
 def check_updates(strategy: tf.distribute.Strategy) -> dict[str, str]:
-    """Has each optimizer make an update, and compares it with one in float64.
-
-    Args:
-        strategy: Under which it is made.
-
-    Returns:
-        By name, what begins with "ok" or with "FAILED".
-    """
+    """Compares an update of each optimizer with one in float64: "ok…" or "FAILED…" by name."""
     results = {}
     for info in tf_lbopt.list_optimizers():
         try:
@@ -245,13 +232,7 @@ def expected(
     weights: Sequence[np.ndarray],
     sub_batches: Sequence[Sequence[np.ndarray]],
 ) -> list[np.ndarray]:
-    """Weights after one update in float64, eagerly, on the CPU.
-
-    Args:
-        cls: Of the optimizer.
-        weights: Before.
-        sub_batches: Gradients; each sub-batch is a micro-step.
-    """
+    """Weights after one update in float64, eagerly, on the CPU; each sub-batch is a micro-step."""
     with tf.device("CPU:0"):
         variables, optimizer = _made(cls, weights, "float64", len(sub_batches), jit_compile=False)
         for gradients in sub_batches:
@@ -317,12 +298,10 @@ def _apply(
 # -- how it is shown -------------------------------------------------------------------------------
 
 
-def _without_home(value: Any) -> Any:
-    """A report without the path of the user's home, which paths in messages begin with."""
-    if isinstance(value, dict):
-        return {key: _without_home(each) for key, each in value.items()}
+def _without_home(text: str) -> str:
+    """Without the path of the user's home, which paths in messages begin with."""
     home = str(Path.home())
-    return value.replace(home, "~") if isinstance(value, str) and home != "/" else value
+    return text if home == "/" else text.replace(home, "~")
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -88,20 +88,17 @@ class GrowingBatch(keras.callbacks.Callback, abc.ABC):
         if self._due is None:
             self._due = self.wanted(updates, steps)
         if self._due != steps and not (self.learning_rate_rule and pending):
-            self._assign(optimizer, steps, self._due)
+            optimizer.accumulation_steps = self._due
+            if self.learning_rate_rule is not None:
+                outer = self._with_rate()
+                rate = float(np.asarray(outer.learning_rate))
+                outer.learning_rate = _RULES[self.learning_rate_rule](rate, steps, self._due)
             steps = self._due
         if self._due == steps:
             self._due = None
             # At least so many micro-steps; skipped updates do not count.
             rest = self.next_change(updates) - updates
             self._wait = rest * steps if not pending else (rest - 1) * steps + 1
-
-    def _assign(self, optimizer: Algorithm, before: int, after: int) -> None:
-        optimizer.accumulation_steps = after
-        if self.learning_rate_rule is not None:
-            outer = self._with_rate()
-            rate = float(np.asarray(outer.learning_rate))
-            outer.learning_rate = _RULES[self.learning_rate_rule](rate, before, after)
 
     def _with_rate(self) -> keras.optimizers.Optimizer:
         """The optimizer that the learning rate belongs to."""
