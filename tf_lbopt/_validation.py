@@ -1,4 +1,7 @@
-"""Argument checks: every error names the argument, what was expected and what was received."""
+"""Argument checks: every error names the argument, what was expected and what was received.
+
+It is a `TypeError` for a value of the wrong type (a bool is no number), else a `ValueError`.
+"""
 
 import math
 import numbers
@@ -38,20 +41,9 @@ def real(
     high_open: bool = False,
     optional: bool = False,
 ) -> Any:
-    """Checks that ``value`` is a real number between ``low`` and ``high`` and returns it as float.
+    """Checks that ``value`` is a finite number between ``low`` and ``high``; returns it as float.
 
-    Args:
-        name: The argument's name, for the message.
-        value: What the caller was given.
-        low: Least value allowed (excluded if ``low_open``).
-        high: Greatest value allowed (excluded if ``high_open``).
-        low_open: Whether ``low`` itself is refused.
-        high_open: Whether ``high`` itself is refused.
-        optional: Whether ``None`` passes through.
-
-    Raises:
-        TypeError: ``value`` is not a real number (a bool is none).
-        ValueError: ``value`` is NaN, infinite or outside the interval.
+    Where the interval is open, its end itself is refused. ``None`` passes through if ``optional``.
     """
     if value is None and optional:
         return None
@@ -74,12 +66,7 @@ def positive(name: str, value: object) -> Any:
 
 
 def integer(name: str, value: object, *, low: int, optional: bool = False) -> Any:
-    """Checks that ``value`` is a whole number of at least ``low`` and returns it as int.
-
-    Raises:
-        TypeError: ``value`` is not an integer.
-        ValueError: ``value`` is below ``low``.
-    """
+    """Checks that ``value`` is a whole number of at least ``low``, and returns it as int."""
     if value is None and optional:
         return None
     expected = f"an integer >= {low}" + (" or None" if optional else "")
@@ -91,22 +78,14 @@ def integer(name: str, value: object, *, low: int, optional: bool = False) -> An
 
 
 def boolean(name: str, value: object) -> bool:
-    """Checks that ``value`` is True or False.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Checks that ``value`` is True or False."""
     if not isinstance(value, bool):
         raise refusal(TypeError, name, "True or False", value)
     return value
 
 
 def boolean_or_auto(name: str, value: object) -> bool | str:
-    """Checks that ``value`` is `True`, `False` or `"auto"`.
-
-    Raises:
-        TypeError, ValueError: It is not.
-    """
+    """Checks that ``value`` is `True`, `False` or `"auto"`."""
     if isinstance(value, bool) or value == "auto":
         return value  # type: ignore[return-value]
     error = ValueError if isinstance(value, str) else TypeError
@@ -117,12 +96,7 @@ def boolean_or_auto(name: str, value: object) -> bool | str:
 
 
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """Checks that ``value`` is one of a few strings.
-
-    Raises:
-        TypeError: It is not a string.
-        ValueError: It is another one.
-    """
+    """Checks that ``value`` is one of a few strings."""
     expected = "one of " + ", ".join(repr(option) for option in choices)
     if not isinstance(value, str):
         raise refusal(TypeError, name, expected, value)

@@ -24,14 +24,7 @@ def _integers(text: str) -> list[int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table and writes the plot.
-
-    Args:
-        argv: The command line, without the program's name.
-
-    Returns:
-        The exit code: 0, or 2 for input that can not be used.
-    """
+    """Prints the table and writes the plot; returns the exit code, 2 for input of no use."""
     parser = _Parser(
         prog="python -m tf_lbopt.batch_size",
         description="Prints what each batch costs by the noise scale of a run, and draws it.",

@@ -8,14 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`, with the same ending; it replaces `path` if the block succeeds.
-
-    Args:
-        path: The file to create or replace. Its folder must exist.
-
-    Yields:
-        The path to write to.
-    """
+    """Yields a path beside `path`, with its ending; it replaces `path` if the block succeeds."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary

@@ -32,9 +32,6 @@ History: TypeAlias = str | os.PathLike[str] | Mapping[str, Sequence[float | None
 def read_history(history: History) -> list[list[float]]:
     """The numbers that matter here: of each epoch, or of each time that they were logged.
 
-    Args:
-        history: What `recommend` takes.
-
     Returns:
         Noise scales, their standard errors and the batches, equally many; NaN where one is missing.
 

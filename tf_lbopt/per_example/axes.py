@@ -21,13 +21,9 @@ def find_rows(recording: Recording, batch: int) -> None:
     a batch may have as many examples. So the model is traced, in a graph of its own, once more with
     another batch size; whatever keeps its first size is no batch. Where that fails, ``rows`` stays
     `None`.
-
-    Args:
-        recording: Of a forward pass on a batch.
-        batch: Its size.
     """
     for calls in recording.calls:
-        arguments = keras.tree.flatten((calls[0].args, dict(calls[0].kwargs)))
+        arguments = keras.tree.flatten((calls[0].args, calls[0].kwargs))
         key = tuple(
             (*leaf.shape, leaf.dtype) if _is_tensor(leaf) else repr(leaf) for leaf in arguments
         )
@@ -52,7 +48,7 @@ def _traced(calls: Sequence[Use], tensors: Sequence[tf.Tensor], batch: int) -> l
         left = iter(given)
         args, kwargs = keras.tree.map_structure(
             lambda leaf: next(left) if _is_tensor(leaf) else leaf,
-            (outermost.args, dict(outermost.kwargs)),
+            (outermost.args, outermost.kwargs),
         )
         with keras.StatelessScope(initialize_variables=False), again.active():
             outermost.layer(*args, **kwargs)

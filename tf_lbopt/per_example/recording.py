@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
@@ -33,7 +33,7 @@ class Use:
 
     layer: keras.layers.Layer
     args: tuple[object, ...]
-    kwargs: Mapping[str, object]
+    kwargs: dict[str, object]
     registration: Registration | None
     reads: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
     outputs: list[tf.Tensor] = dataclasses.field(default_factory=list)
@@ -48,9 +48,6 @@ class Recording:
     While a layer's ``call`` runs, every read of a variable yields a copy that is cut off from the
     variable and watched by the tape. So the tape tells the gradient that passes through each call,
     and a gradient of the variable itself is the sign of a read outside any layer's call.
-
-    Args:
-        variables: Those of interest.
 
     Attributes:
         tape: A persistent tape, active with the recording.

@@ -12,14 +12,8 @@ def with_attributes(
     """An object for the ``self`` of a layer's methods, with other values of some attributes.
 
     A layer belongs to all replicas' threads at once, so its attributes can not be changed for the
-    time of one call. All other attributes are the layer's own: what a method writes stays with it.
-
-    Args:
-        layer: The layer.
-        replaced: For the name of each such attribute what is called for its value.
-
-    Returns:
-        An object of a subclass of the layer's class.
+    time of one call. All others are the layer's own: what a method writes stays with it. Those
+    that are ``replaced`` are what the function given for each returns when it is read.
     """
     cls: type = type(layer)
 
