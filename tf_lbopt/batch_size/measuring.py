@@ -324,7 +324,7 @@ def _branch(
         values = [math.fsum(values[i : i + parts]) / parts for i in range(0, len(values), parts)]
     curve = [] if diverged else smoothed(values, examples / len(values), window)
     every = max(1, len(curve) // _POINTS)
-    points = [*range(len(curve) - 1, -1, -every)][::-1]
+    points = range((len(curve) - 1) % every, len(curve), every)  # the last one among them
     return Branch(
         batch_size=size,
         learning_rate=_rate(model.optimizer),
@@ -341,12 +341,7 @@ def _branch(
 
 
 def smoothed(losses: Sequence[float], examples: float, window: float) -> list[float]:
-    """The exponential average of losses over examples, after each.
-
-    Args:
-        losses: Of batches.
-        examples: Of each.
-        window: Of the average, in examples.
+    """The exponential average, after each batch of so many examples; the window is in examples.
 
     Example:
         >>> [round(value, 3) for value in smoothed([4.0, 2.0], examples=10, window=1e9)]

@@ -174,8 +174,7 @@ class Recommendation:
                 )
             )
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for cells in table:
-            *numbers, mark = cells
+        for *numbers, mark in table:
             aligned = [cell.rjust(width) for cell, width in zip(numbers, widths, strict=False)]
             lines.append("  ".join([*aligned, mark]).rstrip())
         return "\n".join(lines)

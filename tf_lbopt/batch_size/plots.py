@@ -21,7 +21,6 @@ def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
     """Draws updates and examples at each batch, and one against the other, as a PNG."""
     figure = _new_figure()
     rows, noise = recommendation.rows, recommendation.noise_scale
-    efficient = [row.efficiency for row in rows]
     batches = [row.batch for row in rows]
     left, right = figure.subplots(1, 2)
     left.plot(
@@ -31,7 +30,7 @@ def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
         label="updates, $S/S_\\mathrm{min}$",
     )
     left.plot(
-        batches, [1 / share for share in efficient], "s-", label="examples, $E/E_\\mathrm{min}$"
+        batches, [1 / row.efficiency for row in rows], "s-", label="examples, $E/E_\\mathrm{min}$"
     )
     left.axvline(noise, color="gray", linestyle="--", label=f"noise scale {noise:,.0f}")
     error = recommendation.standard_error
@@ -45,7 +44,6 @@ def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
     left.set_xlabel("batch (log scale)")
     left.set_ylabel("multiple of the fewest (log scale)")
     left.legend(loc="upper center")
-    absolute = rows[0].hours is not None
     right.plot([row.updates for row in rows], [row.examples for row in rows], "o-", color="C0")
     for row in rows:
         chosen = row.batch == recommendation.batch
@@ -57,7 +55,7 @@ def plot_recommendation(recommendation: "Recommendation", path: Path) -> None:
         )  # fmt: skip
     right.set_xscale("log")
     right.set_yscale("log")
-    unit = "" if absolute else ", multiple of the fewest"
+    unit = ", multiple of the fewest" if rows[0].hours is None else ""
     right.set_xlabel(f"updates{unit} (log scale)")
     right.set_ylabel(f"examples{unit} (log scale)")
     right.set_title("to the same loss, at each batch", fontsize=10)

@@ -43,13 +43,7 @@ class Backward:
     The norms of a variable are those of the rules, if all layer calls that read it have one that
     applies. Otherwise they take a backward pass for each example, through the calls that read the
     variable; if it is read outside any layer's call, or by one whose outputs do not have one row
-    per example, from the losses on.
-
-    Args:
-        variables: The variables of the recording.
-        recording: Of the forward pass.
-        losses: The examples' losses, [batch].
-        subset: Norms of only so many examples, from the first; `None` means of all.
+    per example, from the losses on. With a ``subset`` they are of so many examples, from the first.
 
     Attributes:
         gradients: Of the sum of the losses, one per variable; `None` where there is none.
@@ -112,12 +106,11 @@ class Backward:
             with tf.control_dependencies(before):
                 before = self._by_rules(index, parts[index])
             squares[index] = before[0]
-        norms = []
-        for index, stored in enumerate(self._stored):
-            dtype = compute_dtype(stored.dtype)
-            square = squares[index] if index in squares else tf.zeros([self._examples], dtype)
-            norms.append(tf.cast(tf.sqrt(square), dtype))
-        return norms
+        none = tf.zeros([self._examples])
+        return [
+            tf.cast(tf.sqrt(squares.get(index, none)), compute_dtype(stored.dtype))
+            for index, stored in enumerate(self._stored)
+        ]
 
     def _parts_and_passes(self) -> tuple[dict[int, list[Contribution]], list[_Pass]]:
         """What the rules contribute to each variable, and the passes for what they do not cover."""
@@ -179,7 +172,7 @@ class Backward:
         with tf.control_dependencies([gradient]):
             args, kwargs = keras.tree.map_structure(
                 lambda x: tf.identity(x) if isinstance(x, tf.Tensor) else x,
-                (use.args, dict(use.kwargs)),
+                (use.args, use.kwargs),
             )
         call = LayerCall(use.layer, args, kwargs, use.outputs[0], gradient, use.prepared)
         pairs = use.registration.rule(call)

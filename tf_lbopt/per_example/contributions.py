@@ -204,9 +204,9 @@ class Rows(Contribution):
 
     def plus(self, others: Sequence[Contribution]) -> Contribution:
         """All look-ups as one."""
-        parts = [self, *(other for other in others if isinstance(other, Rows))]
-        if len(parts) <= len(others):
+        if not all(isinstance(other, Rows) for other in others):
             return super().plus(others)
+        parts = (self, *others)
         indices = tf.concat([tf.cast(part.tensors[0], tf.int64) for part in parts], axis=1)
         gradients = tf.concat([wide(part.tensors[1]) for part in parts], axis=1)
         return Rows(indices, gradients, self._shape)

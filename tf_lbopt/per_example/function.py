@@ -148,9 +148,7 @@ def per_example_gradient_norms(
                     losses = losses_of(*own_data)
                 own = plain.gradient(losses, [variable.value for variable in variables])
             gradients = [added(pair) for pair in zip(gradients, own, strict=True)]
-    total = [
-        own[0] if len(own) == 1 else tf.concat(own, axis=0) for own in zip(*norms, strict=True)
-    ]
+    total = [tf.concat(own, axis=0) for own in zip(*norms, strict=True)]
     if in_float16:
         return total, [g if g is None else divide(g, tf.cast(count, g.dtype)) for g in gradients]
     return [tf.cast(count, own.dtype) * own for own in total], gradients

@@ -91,9 +91,10 @@ class SubBatchTask:
         """One update by the task's own steps on the parts of a replica's batch."""
         step = super().train_step  # type: ignore[misc]
         number = self.task_config.sub_batches
-        accumulates = _accumulates(optimizer, number)
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        accumulates = _accumulates(inner, number)
         if number == 1:
-            with _block(optimizer, model, inputs, 0, accumulates):
+            with _block(inner, model, inputs, 0, accumulates):
                 return step(inputs, model, optimizer, *args, **kwargs)
         # A task that does not divide its loss by the replicas sums gradients over them, and so over
         # the parts.
@@ -104,7 +105,7 @@ class SubBatchTask:
             # Without the wait all parts would be in memory together.
             with tf.control_dependencies(stand_in.latest):
                 part = tf.nest.map_structure(tf.identity, part)
-            with _block(optimizer, model, part, index, accumulates):
+            with _block(inner, model, part, index, accumulates):
                 logs.append(step(part, model, stand_in, *args, **kwargs))
             if stand_in.calls != index + 1:
                 raise ValueError(
@@ -166,12 +167,11 @@ def _block(
     optimizer: Optimizer, model: tf_keras.Model, inputs: object, part: int, accumulates: bool
 ) -> contextlib.AbstractContextManager[None]:
     """What the step of one part must be taken in."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if isinstance(inner, Extrapolation):
-        inner.prepare_model(model, inputs)
-        return inner.extrapolated(model.trainable_variables, part)
-    if isinstance(inner, Algorithm) and accumulates:
-        return inner.micro_step(part)
+    if isinstance(optimizer, Extrapolation):
+        optimizer.prepare_model(model, inputs)
+        return optimizer.extrapolated(model.trainable_variables, part)
+    if isinstance(optimizer, Algorithm) and accumulates:
+        return optimizer.micro_step(part)
     return contextlib.nullcontext()
 
 
@@ -181,19 +181,18 @@ def _accumulates(optimizer: Optimizer, number: int) -> bool:
     Raises:
         ValueError: It does, but not as many of them.
     """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if isinstance(inner, Extrapolation):
-        steps = inner.gradient_accumulation_steps
-        if inner.sub_batches != number or (number > 1 and steps is not None):
+    if isinstance(optimizer, Extrapolation):
+        steps = optimizer.gradient_accumulation_steps
+        if optimizer.sub_batches != number or (number > 1 and steps is not None):
             raise ValueError(
                 f"An extrapolated optimizer must have sub_batches=task.sub_batches={number} and no "
-                f"gradient_accumulation_steps. Received: sub_batches={inner.sub_batches}, "
+                f"gradient_accumulation_steps. Received: sub_batches={optimizer.sub_batches}, "
                 f"gradient_accumulation_steps={steps}"
             )
         return True
     if number == 1:
         return False
-    steps = getattr(inner, "gradient_accumulation_steps", None)
+    steps = getattr(optimizer, "gradient_accumulation_steps", None)
     if steps not in (None, number):
         raise ValueError(
             f"`gradient_accumulation_steps` of the optimizer must be None or task.sub_batches="
