@@ -88,21 +88,6 @@ def outside_of_functions() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _without_distribution() -> Iterator[None]:
-    """Makes Keras's optimizers use their plain update loops instead of the distributed ones."""
-    names = ("_apply_weight_decay", "_backend_update_step")
-    with _patching:
-        distributed = {name: TFOptimizer.__dict__[name] for name in names}
-        try:
-            for name in names:
-                setattr(TFOptimizer, name, getattr(BaseOptimizer, name))
-            yield
-        finally:
-            for name, method in distributed.items():
-                setattr(TFOptimizer, name, method)
-
-
 def keras_update(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[tf.Tensor | tf.IndexedSlices],
@@ -110,14 +95,22 @@ def keras_update(
 ) -> None:
     """One update by a stock Keras optimizer, on the replica whose update context this is.
 
-    Its own way (`apply`) reduces over replicas and enters contexts, which has been done already.
-    Checked on Keras 3.15.1, where Nadam overrides ``_backend_update_step`` and Muon
-    ``_apply_weight_decay``.
+    Its own way (`apply`) reduces over replicas and enters contexts, which has been done already:
+    the plain update loops of Keras take the place of the distributed ones. Checked on Keras 3.15.1,
+    where Nadam overrides ``_backend_update_step`` and Muon ``_apply_weight_decay``.
     """
     raw = [v.value if isinstance(v, keras.Variable) else v for v in variables]
-    with _without_distribution():
-        optimizer._apply_weight_decay(variables)
-        optimizer._backend_update_step(list(gradients), raw, optimizer.learning_rate)
+    names = ("_apply_weight_decay", "_backend_update_step")
+    with _patching:
+        distributed = {name: vars(TFOptimizer)[name] for name in names}
+        try:
+            for name in names:
+                setattr(TFOptimizer, name, getattr(BaseOptimizer, name))
+            optimizer._apply_weight_decay(variables)
+            optimizer._backend_update_step(list(gradients), raw, optimizer.learning_rate)
+        finally:
+            for name, method in distributed.items():
+                setattr(TFOptimizer, name, method)
 
 
 # -- per-example gradients -------------------------------------------------------------------------
@@ -511,12 +504,7 @@ def compiled_loss(
 
 def _symbolic(structure: Any) -> Any:
     return keras.tree.map_structure(
-        lambda leaf: (
-            None
-            if leaf is None
-            else keras.KerasTensor(leaf.shape, keras_backend.standardize_dtype(leaf.dtype))
-        ),
-        structure,
+        lambda leaf: None if leaf is None else keras.KerasTensor(leaf.shape, leaf.dtype), structure
     )
 
 
