@@ -55,7 +55,7 @@ class Backward:
         variables: Sequence[keras.Variable],
         recording: Recording,
         losses: tf.Tensor,
-        subset: int | None = None,
+        subset: int | None,
     ):
         self._variables = variables
         self._index = {id(variable): i for i, variable in enumerate(variables)}
@@ -102,10 +102,14 @@ class Backward:
         before: list[tf.Tensor] = []
         # In the order in which the backward pass is done with the calls.
         for index in [index for index in reversed(parts) if index not in squares]:
+            first, *others = parts[index]
             # In a graph nothing else would keep several layers from taking their memory at once.
             with tf.control_dependencies(before):
-                before = self._by_rules(index, parts[index])
-            squares[index] = before[0]
+                whole = first.plus(others) if others else first
+                before = squares_and_sum(whole, self._variables[index].shape, self._subset)
+            squares[index], *total = before
+            if total:
+                self.gradients[index] = tf.cast(total[0], self._stored[index].dtype)
         none = tf.zeros([self._examples])
         return [
             tf.cast(tf.sqrt(squares.get(index, none)), compute_dtype(stored.dtype))
@@ -162,8 +166,6 @@ class Backward:
             gradients = [tf.identity(gradient) for gradient in whole.gradients]
         return dataclasses.replace(whole, gradients=gradients)
 
-    # -- by rules ----------------------------------------------------------------------------------
-
     def _contributions(self, use: Use, gradient: tf.Tensor) -> dict[int, Contribution]:
         """What the rule says of the variables that the call read; nothing if none applies."""
         if use.registration is None:
@@ -195,15 +197,6 @@ class Backward:
             if all(has_rows(tensor, self._batch) for tensor in value.tensors):
                 contributions[index] = value
         return contributions
-
-    def _by_rules(self, index: int, parts: list[Contribution]) -> list[tf.Tensor]:
-        whole = parts[0].plus(parts[1:]) if len(parts) > 1 else parts[0]
-        squares, *total = squares_and_sum(whole, self._variables[index].shape, self._subset)
-        if total:
-            self.gradients[index] = tf.cast(total[0], self._stored[index].dtype)
-        return [squares, *total]
-
-    # -- one example at a time ---------------------------------------------------------------------
 
     def _one_at_a_time(self, passes: Sequence[_Pass]) -> dict[int, tf.Tensor]:
         """Squared norms from passes in which only the gradients of one example's rows are left."""
