@@ -419,6 +419,18 @@ def test_exclusions_of_wrapped_optimizers_survive_saving(wrapper, tmp_path):
     assert flags(model) == flags(copy) == expected_flags(model)
 
 
+@pytest.mark.parametrize("inner", [tf_lbopt.LAMB, keras.optimizers.AdamW])
+@pytest.mark.parametrize("wrap", [tf_lbopt.Accumulated, tf_lbopt.LossScaleOptimizer])
+def test_what_a_wrapper_is_told_holds_for_the_inner_optimizer(inner, wrap):
+    optimizer = wrap(inner(0.1, weight_decay=DECAY))
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    kernel, bias = keras.Variable([1.0], name="kernel"), keras.Variable([1.0], name="bias")
+    optimizer.build([kernel, bias])
+    optimizer.apply([tf.zeros([1]), tf.zeros([1])], [kernel, bias])
+    assert bias.numpy() == 1.0
+    assert kernel.numpy() < 1.0
+
+
 @pytest.mark.parametrize("local", [False, True])
 def test_exclusions_of_extrapolated_steps_survive_saving(local, tmp_path):
     model = model_of(sequential)

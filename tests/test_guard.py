@@ -180,6 +180,15 @@ def test_loss_scale_around_a_stock_optimizer(replicas):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_loss_scale_leaves_what_overwrites_a_variable():
+    """The gradient of a float8 scale is its next value, and not the loss's."""
+    weight, scale = keras.Variable([1.0]), keras.Variable([1.0])
+    scale.overwrite_with_gradient = True
+    optimizer = tf_lbopt.LossScaleOptimizer(keras.optimizers.SGD(0.5), initial_scale=8.0)
+    optimizer.apply([tf.constant([8.0]), tf.constant([3.0])], [weight, scale])
+    assert (weight.numpy(), scale.numpy()) == (0.5, 3.0)
+
+
 @pytest.mark.parametrize(
     "case", [case for case in CASES if not hasattr(case.cls, "extrapolated")], ids=repr
 )

@@ -108,7 +108,7 @@ def _greatest(gradient: Gradient) -> tf.Tensor:
 
 
 class WithInnerOptimizer:
-    """Mix-in of an optimizer around another: one learning rate, one list of variables."""
+    """Mix-in of an optimizer around another: one learning rate, decay and list of variables."""
 
     inner_optimizer: keras.optimizers.Optimizer
 
@@ -121,6 +121,16 @@ class WithInnerOptimizer:
     def learning_rate(self, learning_rate: LearningRate) -> None:
         check_settable(self.inner_optimizer, learning_rate)
         self.inner_optimizer.learning_rate = checked_new_learning_rate(learning_rate)
+
+    def exclude_from_weight_decay(
+        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay.
+
+        Keras's own optimizers do not keep this in their configuration: call it again for a model
+        that was loaded.
+        """
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def set_weights(self, weights: Sequence[ArrayLike]) -> None:
         """Sets all `variables`, the inner optimizer's among them.
@@ -150,16 +160,6 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
     """Has the learning rate and the weight decay of its ``inner_optimizer``, its first argument."""
 
     arguments: ClassVar = {"inner_optimizer": REQUIRED}
-
-    def exclude_from_weight_decay(
-        self, var_list: Sequence[Variable] | None = None, var_names: Sequence[str] | None = None
-    ) -> None:
-        """Excludes variables from the inner optimizer's weight decay.
-
-        Keras's own optimizers do not keep this in their configuration: call it again for a model
-        that was loaded.
-        """
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def decays(self, variable: Variable) -> bool:
         """Whether the inner optimizer, if one of this package, decays a variable."""

@@ -223,12 +223,17 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         self, grads: list[Gradient | None], trainable_variables: Sequence[Variable] | None
     ) -> None:
         context = replica_context_of(self._strategy)
-        finite, sound = self._are_sound(grads, trainable_variables)
+        variables = trainable_variables or _compat.trained_variables(self.inner_optimizer)
+        finite, sound = self._are_sound(grads, variables)
         flags = tf.cast(tf.stack([~finite, ~sound]), tf.float32)
 
         def apply_inner(local_grads: list[Gradient | None]) -> None:
             scale = tf.convert_to_tensor(self.dynamic_scale)
-            unscaled = [None if g is None else divide(g, scale) for g in local_grads]
+            unscaled = [
+                # The gradient of a float8 scale is its next value.
+                g if g is None or getattr(v, "overwrite_with_gradient", False) else divide(g, scale)
+                for g, v in zip(local_grads, variables, strict=True)
+            ]
             self.inner_optimizer.apply(unscaled, trainable_variables)
 
         def cross_replica(
@@ -253,13 +258,12 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         context.merge_call(cross_replica, args=(flags, grads))
 
     def _are_sound(
-        self, grads: Gradients, trainable_variables: Sequence[Variable] | None
+        self, grads: Gradients, variables: Sequence[Variable]
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Whether this replica's gradients are finite, and whether an update can be made of them.
 
         It can not where squares of what they sum up to could overflow, or without a learning rate.
         """
-        variables = trainable_variables or _compat.trained_variables(self.inner_optimizer)
         pairs = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
         if not pairs:
             raise ValueError("No gradients provided for any variable: all of `grads` are None.")
