@@ -256,7 +256,7 @@ def test_bad_input_ends_the_command_in_one_line(tmp_path, capsys):
         (["broken"], "can not be read"),
         ([good, "--devices=0"], "`devices`"),
         ([good, "--devices=x"], "--devices"),
-        ([good, "--batch_sizes=1,x"], "--batch_sizes"),
+        ([good, "--batch_sizes=1,x"], "--batch_sizes: must be integers with commas"),
         ([good, "--examples=5"], "--examples_per_second"),
         ([good, "--output=/no/such/folder/a.png"], "/no/such/folder"),
         ([good, "--unknown=1"], "--unknown"),

@@ -20,7 +20,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be integers with commas between them. Received: {text!r}"
+        ) from None
 
 
 def main(argv: Sequence[str]) -> int:
