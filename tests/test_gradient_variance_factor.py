@@ -123,6 +123,10 @@ def test_errors():
         GradientVarianceFactor(x, y[:20])
     with pytest.raises(ValueError, match="`every` must be an integer >= 1"):
         GradientVarianceFactor(x, y, every=0)
+    with pytest.raises(TypeError, match=r"`x` must be an array.*Received: x=<.*Dataset\)"):
+        GradientVarianceFactor(tf.data.Dataset.from_tensor_slices((x, y)), y)
+    with pytest.raises(TypeError, match=r"`y` must be an array.*Received: y=None"):
+        GradientVarianceFactor(x, None)
     inputs = keras.Input([6])
     outputs = [keras.layers.Dense(3)(inputs), keras.layers.Dense(3)(inputs)]
     model = keras.Model(inputs, outputs)

@@ -41,6 +41,7 @@ class GradientVarianceFactor(EpochNumbers):
         log_dir: Folder for TensorBoard's event files, or `None`.
 
     Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range.
         ValueError: When training begins, if the model was compiled with several losses and none
             is given.
 
@@ -74,8 +75,10 @@ class GradientVarianceFactor(EpochNumbers):
         self.batch_size = _validation.integer("batch_size", batch_size, low=1)
         self.every = _validation.integer("every", every, low=1)
         self.loss = loss
-        data = (x, y) if sample_weight is None else (x, y, sample_weight)
-        self._data = keras.tree.map_structure(np.asarray, data)
+        given = {"x": x, "y": y}
+        if sample_weight is not None:
+            given["sample_weight"] = sample_weight
+        self._data = tuple(_arrays(name, structure) for name, structure in given.items())
         sizes = {len(leaf) for leaf in keras.tree.flatten(self._data)}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(
@@ -145,3 +148,19 @@ class GradientVarianceFactor(EpochNumbers):
 
     def _loss(self) -> AnyLoss | None:
         return getattr(self.model, "loss", None) if self.loss is None else self.loss
+
+
+def _arrays(name: str, structure: Structure) -> Structure:
+    """The arrays of an argument.
+
+    Raises:
+        TypeError: It has something without an axis for the examples, as a data set.
+    """
+    arrays = keras.tree.map_structure(np.asarray, structure)
+    if any(array.ndim == 0 for array in keras.tree.flatten(arrays)):
+        raise TypeError(
+            f"`{name}` must be an array with the examples on its first axis, or a structure of "
+            f"such arrays. Received: {name}={_validation.shown(structure)} "
+            f"(of type {type(structure).__name__})"
+        )
+    return arrays
