@@ -162,6 +162,28 @@ def test_compiled_by_xla():
 
 
 @MODES
+def test_sparse_inputs(graph):
+    """The rule of a dense layer is for dense ones."""
+    inputs = keras.Input([6], sparse=True)
+    model = perturbed(keras.Model(inputs, L.Dense(3)(inputs)))
+    dense = tf.nn.relu(normal(BATCH, 6))
+
+    def norms(x):
+        with PerExampleTape(model.trainable_variables) as tape:
+            losses = tf.reduce_sum(model(x) ** 2, axis=-1)
+        return tape.gradient(losses)[1]
+
+    sparse = tf.sparse.from_dense(dense)
+    of_kernel, of_bias = (tf.function(norms, autograph=False) if graph else norms)(sparse)
+    expected = np.linalg.norm(2 * (dense @ model.weights[0] + model.weights[1]), axis=1)
+    np.testing.assert_allclose(of_bias, expected, rtol=1e-5)
+    expected *= np.linalg.norm(dense, axis=1)
+    np.testing.assert_allclose(of_kernel, expected, rtol=1e-5)
+    with pytest.raises(TypeError, match=r"must be dense tensors.*Received: a SparseTensor"):
+        per_example_gradient_norms(model, sparse, normal(BATCH, 3), "mse")
+
+
+@MODES
 @pytest.mark.parametrize("make", [with_head, Language])
 def test_tied_weights(make, graph, caplog):
     model = make()

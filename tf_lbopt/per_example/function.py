@@ -106,9 +106,7 @@ def per_example_gradient_norms(
     training = _validation.boolean("training", training)
     micro = _validation.integer("micro_batch_size", micro_batch_size, low=1, optional=True)
     subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
-    data = keras.tree.map_structure(
-        lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), (x, y, sample_weight)
-    )
+    data = keras.tree.map_structure(_dense, (x, y, sample_weight))
     size = _common_batch(*data)
     if micro is not None and size is None:
         raise ValueError(
@@ -152,6 +150,16 @@ def per_example_gradient_norms(
     if in_float16:
         return total, [g if g is None else divide(g, tf.cast(count, g.dtype)) for g in gradients]
     return [tf.cast(count, own.dtype) * own for own in total], gradients
+
+
+def _dense(leaf: object) -> tf.Tensor | None:
+    if isinstance(leaf, tf.SparseTensor | tf.RaggedTensor):
+        raise TypeError(
+            "`x`, `y` and `sample_weight` must be dense tensors or arrays (`PerExampleTape`, and "
+            "`fit` of a `PerExampleNormsModel`, take a sparse `x`). "
+            f"Received: a {type(leaf).__name__}"
+        )
+    return None if leaf is None else tf.convert_to_tensor(leaf)
 
 
 def _takes_training(model: keras.Model) -> bool:

@@ -27,9 +27,11 @@ Contributions: TypeAlias = list[tuple[keras.Variable, tf.Tensor | Contribution]]
 def dense(call: LayerCall) -> Contributions:
     """Products over the axes that the kernel does not have."""
     kernel, inputs = call.layer.kernel, call.inputs
+    if not (isinstance(kernel, keras.Variable) and isinstance(inputs, tf.Tensor)):  # LoRA, sparse
+        return NotImplemented
     equation = getattr(call.layer, "equation", "...x,xy->...y")
     labels = _einsum_labels(equation, inputs.shape.rank)
-    if labels is None or not isinstance(kernel, keras.Variable):  # LoRA
+    if labels is None:
         return NotImplemented
     of_input, of_kernel, of_output = labels
     unusual = (
