@@ -288,12 +288,9 @@ class _Stock(rules.Rule):
     variables. Only these are checked, not its steps.
     """
 
-    optimizer: keras.optimizers.Optimizer
+    separable = False  # what it does with one variable may depend on the others
 
-    @property
-    def separable(self) -> bool:
-        """No: what it does with one variable may depend on the others."""
-        return False
+    optimizer: keras.optimizers.Optimizer
 
     def update(self, parameters: rules.Parameters, step: rules.Step) -> rules.Update:
         """One update by Keras's own code."""

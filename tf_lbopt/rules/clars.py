@@ -23,6 +23,7 @@ class CLARS(Rule):
 
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
     statistics: ClassVar[tuple[str, ...]] = (MEAN_NORM,)
+    takes_weight_norms = True
 
     momentum: float
     trust_coefficient: float
@@ -30,11 +31,6 @@ class CLARS(Rule):
     weight_decay: float | None = None
     nesterov: bool = True
     default_trust_ratio: float = 1.0
-
-    @property
-    def takes_weight_norms(self) -> bool:
-        """Yes."""
-        return True
 
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""

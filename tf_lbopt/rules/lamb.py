@@ -12,12 +12,9 @@ from tf_lbopt.rules.writer import Writer
 class LAMB(AdamMoments):
     """LAMB: ``r = m̂ / (√v̂ + ε) + λ w``, ``w ← w − η ρ r`` with ``ρ = ‖w‖ / ‖r‖``."""
 
-    default_trust_ratio: float = 1.0
+    takes_weight_norms = True
 
-    @property
-    def takes_weight_norms(self) -> bool:
-        """Yes."""
-        return True
+    default_trust_ratio: float = 1.0
 
     def update(self, parameters: Parameters, step: Step) -> Update:
         """One update; see the class."""

@@ -18,12 +18,9 @@ class LANS(AdamMoments):
     ``c = ĝ / (√v̂ + ε) + λ w``; ``w ← w − η (β₁ ‖w‖/‖r‖ r + (1−β₁) ‖w‖/‖c‖ c)``.
     """
 
-    default_trust_ratio: float = 1.0
+    takes_weight_norms = True
 
-    @property
-    def takes_weight_norms(self) -> bool:
-        """Yes."""
-        return True
+    default_trust_ratio: float = 1.0
 
     def direction_bound(self, dtype: tf.DType) -> float:
         """What no element of r and c exceeds together, without decay."""

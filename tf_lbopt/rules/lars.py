@@ -18,6 +18,7 @@ class LARS(Rule):
     """
 
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    takes_weight_norms = True
 
     momentum: float
     trust_coefficient: float
@@ -25,11 +26,6 @@ class LARS(Rule):
     weight_decay: float | None = None
     trust_ratio_denominator: str = "norm_of_sum"
     default_trust_ratio: float = 1.0
-
-    @property
-    def takes_weight_norms(self) -> bool:
-        """Yes."""
-        return True
 
     @property
     def takes_norms_with_decay(self) -> bool:

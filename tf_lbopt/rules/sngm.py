@@ -16,14 +16,10 @@ class SNGM(Rule):
     """SNGM, Algorithm 1: ``u ← β u + g/‖g‖``, ``w ← w − η u``, with ``g = ḡ + λ w``."""
 
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    separable = False  # ‖g‖ is the norm of all gradients together
 
     momentum: float
     weight_decay: float | None = None
-
-    @property
-    def separable(self) -> bool:
-        """No: ‖g‖ is the norm of all gradients together."""
-        return False
 
     @property
     def takes_norms_with_decay(self) -> bool:
