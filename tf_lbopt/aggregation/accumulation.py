@@ -11,11 +11,12 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.accumulators import (
     DenseAccumulator,
     ReplicaStatistics,
+    Shape,
     SparseAccumulator,
     any_nonzero,
     deviation_weights,
 )
-from tf_lbopt.aggregation.replica_state import Header, ReplicaState
+from tf_lbopt.aggregation.replica_state import Header, ReplicaState, empty
 from tf_lbopt.aggregation.replicas import PerReplica, inside_scope
 from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
@@ -97,7 +98,7 @@ class Accumulation(ReplicaState):
         # Made with the first of them: the sum of what comes with the gradients of squared norms.
         self.squares: tf.Variable | None = None
         self.due: tf.Variable
-        self.accumulators: dict[tuple[int, int], DenseAccumulator | SparseAccumulator] = {}
+        self.accumulators: dict[tuple[int, int], DenseAccumulator] = {}
 
     def prepare(
         self,
@@ -133,14 +134,14 @@ class Accumulation(ReplicaState):
             return
         with _compat.outside_of_functions(), self._strategy.scope():
             if not self.accumulators:
-                self.filled = self._variable([0, 0], tf.TensorShape([2]), tf.int64)
-                self.live = self._variable(0.0, tf.TensorShape([]), tf.float32)
-                self.seen = self._variable(tf.zeros([size]), tf.TensorShape([size]))
-                self.finished = self._variable(0, tf.TensorShape([]), tf.int64)
-                self.due = self._variable(self.steps, tf.TensorShape([]), tf.int64)
+                self.filled = _variable([2], tf.int64)
+                self.live = _variable([], tf.float32)
+                self.seen = _variable([size], tf.float32)
+                self.finished = _variable([], tf.int64)
+                self.due = _variable([], tf.int64, self.steps)
             if without_squares:
                 vector = _first(squares)
-                self.squares = self._variable(tf.zeros(vector.shape, vector.dtype), vector.shape)
+                self.squares = _variable(vector.shape, vector.dtype)
             for index, variable, gradient in missing:
                 sparse = isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
@@ -150,21 +151,11 @@ class Accumulation(ReplicaState):
                             variable.shape,
                             compute_dtype(variable.dtype),
                             self.statistics,
-                            self._variable,
+                            _variable,
                             self._strategy.num_replicas_in_sync,
                         )
             if missing:
                 self.load_pending()
-
-    def _variable(
-        self,
-        value: tf.Tensor | list[int] | float,
-        shape: tf.TensorShape,
-        dtype: tf.DType | None = None,
-    ) -> tf.Variable:
-        return tf.Variable(
-            value, shape=shape, dtype=dtype, trainable=False, name="gradient_accumulator"
-        )
 
     @property
     def fixed(self) -> bool:
@@ -181,9 +172,7 @@ class Accumulation(ReplicaState):
             return
         with _compat.outside_of_functions(), self._strategy.scope():
             # Not of int32, which TensorFlow keeps on the host: XLA could not read it on a GPU.
-            self.in_force = self._variable(
-                self.assigned or self.steps, tf.TensorShape([]), tf.int64
-            )
+            self.in_force = _variable([], tf.int64, self.assigned or self.steps)
 
     def assign_steps(self, steps: int) -> None:
         """Sets how many micro-steps an update has that begins from now on; 0 for `steps`."""
@@ -464,6 +453,15 @@ class Accumulation(ReplicaState):
             "micro-steps since the last update are lost, nothing else.",
             header["replicas"], header["steps"], self._strategy.num_replicas_in_sync, self.steps,
         )  # fmt: skip
+
+
+def _variable(shape: Shape, dtype: tf.DType, value: int = 0) -> tf.Variable:
+    return tf.Variable(
+        empty(shape, dtype) + value,
+        shape=tf.TensorShape(shape),
+        trainable=False,
+        name="gradient_accumulator",
+    )
 
 
 def _ones_at(indices: Iterable[int], size: int) -> tf.Tensor:

@@ -11,17 +11,20 @@ where R x is the gradient: what arrives is divided by the number R of replicas.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
 from tf_lbopt import _compat
+from tf_lbopt.aggregation.replica_state import empty
 from tf_lbopt.aggregation.sparse import merge_repeated_indices, rows_at
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 from tf_lbopt.rules.writer import Writer
 
-MakeVariable = Callable[..., tf.Variable]
+Shape: TypeAlias = tf.TensorShape | Sequence[int | None]
+MakeVariable: TypeAlias = Callable[[Shape, tf.DType], tf.Variable]
 
 # Elements from which on a tensor is not looked at where a smaller one tells as much.
 _LARGE = 1 << 12
@@ -51,7 +54,7 @@ class DenseAccumulator:
         shape: The variable's shape.
         dtype: The dtype of the arithmetic.
         statistics: What to keep beside the sum, of `VARIANCE` and `MEAN_NORM`.
-        make_variable: Creates a non-trainable variable: ``make_variable(value, shape)``.
+        make_variable: Creates a non-trainable variable of zeros: ``make_variable(shape, dtype)``.
         replicas: R; the gradients that arrive are divided by it.
     """
 
@@ -59,21 +62,20 @@ class DenseAccumulator:
 
     def __init__(
         self,
-        shape: tf.TensorShape,
+        shape: Shape,
         dtype: tf.DType,
         statistics: Collection[str],
         make_variable: MakeVariable,
         replicas: int,
     ):
         self._replicas = replicas
-        zeros = tf.zeros(shape, dtype)
-        self.sum = make_variable(zeros, shape)
-        self.deviations = make_variable(zeros, shape) if VARIANCE in statistics else None
-        self.norm_sum = _scalar_if(MEAN_NORM in statistics, dtype, make_variable)
+        self.sum = make_variable(shape, dtype)
+        self.deviations = make_variable(shape, dtype) if VARIANCE in statistics else None
+        self.norm_sum = make_variable([], dtype) if MEAN_NORM in statistics else None
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
-        return _existing(self.sum, self.deviations, self.norm_sum)
+        return [v for v in (self.sum, self.deviations, self.norm_sum) if v is not None]
 
     def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
         """Follows the deviations of one more micro-step, before it is added, in place.
@@ -95,7 +97,7 @@ class DenseAccumulator:
     def begin(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Overwrites what there is by the first micro-step, in place. Arguments as `add`."""
         del live
-        _set_norm(self.norm_sum, norm)
+        self._take_norm(norm, begins=True)
         if self.deviations is not None:
             self.deviations.assign(tf.zeros_like(self.deviations))
         # Rows may come again in a sparse one, which sums them.
@@ -110,7 +112,7 @@ class DenseAccumulator:
             norm: Of the gradient, or what stands for it; ``None`` if norms are not kept.
         """
         del live
-        _add_norm(self.norm_sum, norm)
+        self._take_norm(norm, begins=False)
         if isinstance(gradient, tf.IndexedSlices):
             self.sum.scatter_add(gradient)
         else:
@@ -125,53 +127,48 @@ class DenseAccumulator:
     def clear(self) -> None:
         """Empties this replica's copies."""
         for variable in self.variables():
-            variable.assign(tf.zeros(variable.shape, variable.dtype))
+            variable.assign(empty(variable.shape, variable.dtype))
+
+    def _take_norm(self, norm: tf.Tensor | None, begins: bool) -> None:
+        if self.norm_sum is not None:
+            assert norm is not None, "who keeps norms must be given them"
+            write = self.norm_sum.assign if begins else self.norm_sum.assign_add
+            write(tf.cast(norm, self.norm_sum.dtype))
 
 
-class SparseAccumulator:
+class SparseAccumulator(DenseAccumulator):
     """The same for ``IndexedSlices``, over the rows that were touched since the last update.
 
     A row that was touched in c of n micro-steps was 0 in the others: its deviations among the c are
     kept, and the zeros are joined when it is read.
-
-    Args:
-        shape: The variable's shape.
-        dtype: The dtype of the arithmetic.
-        statistics: What to keep beside the sum, of `VARIANCE` and `MEAN_NORM`.
-        make_variable: Creates a non-trainable variable: ``make_variable(value, shape)``.
-        replicas: R; the gradients that arrive are divided by it.
     """
 
     kind = "sparse"
 
     def __init__(
         self,
-        shape: tf.TensorShape,
+        shape: Shape,
         dtype: tf.DType,
         statistics: Collection[str],
         make_variable: MakeVariable,
         replicas: int,
     ):
-        self._replicas = replicas
-        self._dense_shape = shape
-        rows = tf.zeros([0, *shape[1:]], dtype)
-        rows_shape = tf.TensorShape([None, *shape[1:]])
-        self.indices = make_variable(tf.zeros([0], tf.int64), tf.TensorShape([None]))
-        self.sum = make_variable(rows, rows_shape)
-        self.touched = make_variable(tf.zeros([0], dtype), tf.TensorShape([None]))
-        self.deviations = make_variable(rows, rows_shape) if VARIANCE in statistics else None
-        self.norm_sum = _scalar_if(MEAN_NORM in statistics, dtype, make_variable)
+        super().__init__([None, *shape[1:]], dtype, statistics, make_variable, replicas)
+        self._dense_shape = list(shape)
+        self.indices = make_variable([None], tf.int64)
+        self.touched = make_variable([None], dtype)
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
-        return _existing(self.indices, self.sum, self.touched, self.deviations, self.norm_sum)
+        total, *others = super().variables()
+        return [self.indices, total, self.touched, *others]
 
     def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
         """Does nothing: `add` does so, as each row counts its micro-steps for itself."""
 
     def begin(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Overwrites what there is by the first micro-step. Arguments as `DenseAccumulator.add`."""
-        _set_norm(self.norm_sum, norm)
+        self._take_norm(norm, begins=True)
         gradient = merge_repeated_indices(_as_slices(gradient))
         if self.deviations is not None:
             self.deviations.assign(tf.zeros_like(gradient.values))
@@ -181,7 +178,7 @@ class SparseAccumulator:
 
     def add(self, gradient: Gradient, live: tf.Tensor, norm: tf.Tensor | None) -> None:
         """Adds one more micro-step, in place. Arguments as `DenseAccumulator.add`."""
-        _add_norm(self.norm_sum, norm)
+        self._take_norm(norm, begins=False)
         gradient = merge_repeated_indices(_as_slices(gradient))
         known = self.indices.read_value()
         indices, positions = tf.unique(tf.concat([known, tf.cast(gradient.indices, tf.int64)], 0))
@@ -215,7 +212,7 @@ class SparseAccumulator:
         slices = tf.IndexedSlices(
             total,
             self.indices.read_value(),
-            dense_shape=tf.constant(self._dense_shape.as_list(), tf.int64),
+            dense_shape=tf.constant(self._dense_shape, tf.int64),
         )
         if self.deviations is None:
             return slices, None
@@ -225,12 +222,6 @@ class SparseAccumulator:
         mean = total * self._replicas / tf.maximum(touched, 1)
         joined = touched * (1 - touched / count) * tf.square(mean)
         return slices, self.deviations.read_value() + joined
-
-    def clear(self) -> None:
-        """Empties this replica's copies."""
-        for variable in self.variables():
-            empty = [0, *variable.shape[1:]] if variable.shape.rank else []
-            variable.assign(tf.zeros(empty, variable.dtype))
 
 
 def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -324,26 +315,6 @@ def _any_nonzero_together(values: list[tf.Tensor]) -> tf.Tensor:
     for value in values:
         by_dtype.setdefault(value.dtype, []).append(tf.reshape(value, [-1]))
     return _any_nonzero([tf.concat(alike, 0) for alike in by_dtype.values()])
-
-
-def _scalar_if(wanted: bool, dtype: tf.DType, make_variable: MakeVariable) -> tf.Variable | None:
-    return make_variable(tf.zeros([], dtype), tf.TensorShape([])) if wanted else None
-
-
-def _existing(*variables: tf.Variable | None) -> list[tf.Variable]:
-    return [variable for variable in variables if variable is not None]
-
-
-def _add_norm(norm_sum: tf.Variable | None, norm: tf.Tensor | None) -> None:
-    if norm_sum is not None:
-        assert norm is not None, "who keeps norms must be given them"
-        norm_sum.assign_add(tf.cast(norm, norm_sum.dtype))
-
-
-def _set_norm(norm_sum: tf.Variable | None, norm: tf.Tensor | None) -> None:
-    if norm_sum is not None:
-        assert norm is not None, "who keeps norms must be given them"
-        norm_sum.assign(tf.cast(norm, norm_sum.dtype))
 
 
 def _as_slices(gradient: Gradient) -> tf.IndexedSlices:

@@ -3,7 +3,7 @@
 import abc
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -72,8 +72,7 @@ class ReplicaState(tf.train.experimental.PythonState):
         """Empties all copies."""
         for copies in self._copies().values():
             for copy in copies:
-                empty = [0 if size is None else size for size in copy.shape]
-                copy.assign(tf.zeros(empty, copy.dtype))
+                copy.assign(empty(copy.shape, copy.dtype))
 
     def restored(self, header: Header) -> None:
         """Called when saved values are in place."""
@@ -194,6 +193,11 @@ class ReplicaState(tf.train.experimental.PythonState):
 def header_of(arrays: Mapping[str, np.ndarray]) -> Header:
     """The header that `ReplicaState.arrays` has put to the state."""
     return json.loads(np.asarray(arrays[_HEADER], np.uint8).tobytes().decode())
+
+
+def empty(shape: tf.TensorShape | Sequence[int | None], dtype: tf.DType) -> tf.Tensor:
+    """Zeros of a shape; nothing along dimensions of no fixed size."""
+    return tf.zeros([size or 0 for size in shape], dtype)
 
 
 def _stored_dtype(variable: tf.Variable) -> tf.DType:
