@@ -1,14 +1,17 @@
 """Running code on every replica from outside, and summing over replicas."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.rules.norms import Gradient
+
+_Value = TypeVar("_Value")
 
 PerReplica: TypeAlias = Gradient | tf.distribute.DistributedValues
 """A value of each local replica, or a sum on each; where there is one replica, just its value."""
@@ -133,12 +136,35 @@ def once_for_all_replicas(fn: Callable[[], None]) -> None:
         context.merge_call(call)
 
 
-def replica_number() -> int:
-    """The number of the replica that is being traced (or runs); 0 outside of replicas.
+class OfReplica(Generic[_Value]):
+    """What a replica leaves for itself, within a block, while it is traced (or runs).
 
-    A key for what a replica leaves for itself while it is traced. Replicas are threads, but not
-    always the same ones: Keras's LossScaleOptimizer goes on in new ones.
+    Kept by its number. Replicas are threads, but not always the same ones: Keras's
+    LossScaleOptimizer goes on in new ones.
     """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[int, int], _Value] = {}
+
+    def get(self, owner: object) -> _Value | None:
+        """What was left for this owner in the innermost block that this is called in, if any."""
+        return self._values.get((id(owner), _replica_number()))
+
+    @contextlib.contextmanager
+    def left(self, owner: object, value: _Value) -> Iterator[None]:
+        """Within this block, on the replica that calls this, `get` returns this value."""
+        key = id(owner), _replica_number()
+        outer = self._values.get(key)
+        self._values[key] = value
+        try:
+            yield
+        finally:
+            del self._values[key]
+            if outer is not None:
+                self._values[key] = outer
+
+
+def _replica_number() -> int:
     context = tf.distribute.get_replica_context()
     number = 0 if context is None else context.replica_id_in_sync_group
     static = tf.get_static_value(number)

@@ -24,10 +24,10 @@ from tf_lbopt.aggregation.accumulation import Accumulation, MicroStep
 from tf_lbopt.aggregation.pipeline import Pipeline, Sums, prepared
 from tf_lbopt.aggregation.replica_state import ReplicaState
 from tf_lbopt.aggregation.replicas import (
+    OfReplica,
     inside_scope,
     once_for_all_replicas,
     replica_context_of,
-    replica_number,
     sum_over_replicas,
 )
 from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
@@ -56,8 +56,8 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _Optimizer = TypeVar("_Optimizer", bound="Algorithm")
 
-_micro_steps: dict[tuple[int, int], MicroStep] = {}
-"""Which micro-step is being traced, by optimizer and replica, where that is known."""
+_micro_steps: OfReplica[MicroStep] = OfReplica()
+"""Which micro-step is being traced, where that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -698,21 +698,12 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
         with self._in_micro_step(MicroStep(number, steps)):
             yield
 
-    @contextlib.contextmanager
-    def _in_micro_step(self, micro_step: MicroStep) -> Iterator[None]:
+    def _in_micro_step(self, micro_step: MicroStep) -> contextlib.AbstractContextManager[None]:
         """Within this block gradients are those of this one, in that of the block around it."""
-        key = id(self), replica_number()
-        outer = _micro_steps.get(key)
-        _micro_steps[key] = micro_step.within(outer or MicroStep())
-        try:
-            yield
-        finally:
-            del _micro_steps[key]
-            if outer is not None:
-                _micro_steps[key] = outer
+        return _micro_steps.left(self, micro_step.within(self._micro_step()))
 
     def _micro_step(self) -> MicroStep:
-        return _micro_steps.get((id(self), replica_number()), MicroStep())
+        return _micro_steps.get(self) or MicroStep()
 
     # -- a batch that grows ------------------------------------------------------------------------
 

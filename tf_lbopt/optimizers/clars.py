@@ -8,15 +8,15 @@ import keras  # noqa: F401  # for the examples
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation, rules
-from tf_lbopt.aggregation.replicas import replica_number
+from tf_lbopt.aggregation.replicas import OfReplica
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, optimizer
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.trained import Variable, path_of
 from tf_lbopt.rules.norms import widest
 
-# Norms on their way to an optimizer, by optimizer and replica; each by variable.
-_given: dict[tuple[int, int], dict[str, tf.Tensor]] = {}
+# Norms on their way to an optimizer, by variable.
+_given: OfReplica[dict[str, tf.Tensor]] = OfReplica()
 
 
 class ExampleNorms(Algorithm):
@@ -60,26 +60,19 @@ class ExampleNorms(Algorithm):
                 "`norms` must have one entry per variable. "
                 f"Received: {len(norms)} norms for {len(variables)} variables"
             )
-        key = id(self), replica_number()
-        before = _given.get(key)
-        _given[key] = {
+        by_variable = {
             _compat.key_of(variable): _mean(tf.convert_to_tensor(norm))
             for norm, variable in zip(norms, variables, strict=True)
         }
-        try:
+        with _given.left(self, by_variable):
             yield
-        finally:
-            if before is None:
-                del _given[key]
-            else:
-                _given[key] = before
 
     def _gradient_norms(
         self, variables: Sequence[Variable], loss_scale: Callable[[], tf.Tensor] | None
     ) -> tf.Tensor | None:
         if self.norm_estimator != "per_example":
             return None
-        given = _given.get((id(self), replica_number()))
+        given = _given.get(self)
         if given is None:
             raise ValueError(
                 "CLARS(norm_estimator='per_example') needs the norms of the gradients of single "

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from tf_lbopt.aggregation.replicas import on_each_replica, replica_context_of, replica_number
+from tf_lbopt.aggregation.replicas import OfReplica, on_each_replica, replica_context_of
 from tf_lbopt.optimizers.trained import Trained
 from tf_lbopt.rules.norms import Gradient
 
@@ -136,8 +136,8 @@ class Block:
     graph: tf.Graph | None = dataclasses.field(default_factory=_current_graph)
 
 
-# Those that are open, by optimizer and replica.
-_blocks: dict[tuple[int, int], Block] = {}
+# Those that are open.
+_blocks: OfReplica[Block] = OfReplica()
 
 
 class StepsInBlocks:
@@ -155,18 +155,16 @@ class StepsInBlocks:
     def _in_block(
         self, name: str, indices: Sequence[int] = (), local: bool = False
     ) -> Iterator[Block]:
-        key = id(self), replica_number()
-        if key in _blocks:
+        if _blocks.get(self) is not None:
             raise ValueError(f"`{name}` blocks can not be nested. Received: a block in a block")
-        _blocks[key] = Block(indices, local)
-        try:
-            yield _blocks[key]
-        except BaseException:
-            if tf.executing_eagerly():
-                self.recover()
-            raise
-        finally:
-            del _blocks[key]
+        block = Block(indices, local)
+        with _blocks.left(self, block):
+            try:
+                yield block
+            except BaseException:
+                if tf.executing_eagerly():
+                    self.recover()
+                raise
 
     def _block_of_update(self, name: str, refusal: str) -> Block:
         """The block around an update.
@@ -174,7 +172,7 @@ class StepsInBlocks:
         Raises:
             ValueError: There is none or it had its update; or this one is not in the block itself.
         """
-        block = _blocks.get((id(self), replica_number()))
+        block = _blocks.get(self)
         if block is None or block.applied:
             raise ValueError(refusal)
         if block.graph is not _current_graph():

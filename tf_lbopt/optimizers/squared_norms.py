@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_lbopt import _compat
 from tf_lbopt.aggregation.accumulation import Accumulation
-from tf_lbopt.aggregation.replicas import inside_scope, replica_number
+from tf_lbopt.aggregation.replicas import OfReplica, inside_scope
 from tf_lbopt.optimizers.trained import Trained, Variable
 from tf_lbopt.rules.norms import Gradient, norms, widest
 
@@ -63,8 +63,7 @@ class _Batch:
     norms: dict[str, tf.Tensor] | None = None
 
 
-_batches: dict[tuple[int, int], _Batch] = {}
-"""By optimizer and replica."""
+_batches: OfReplica[_Batch] = OfReplica()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,17 +196,8 @@ class WithSquaredNorms:
         keys = map(_compat.key_of, variables)
         return self._told(norms=dict(zip(keys, of_all, strict=True)))
 
-    @contextlib.contextmanager
-    def _told(self, **what: Any) -> Iterator[None]:
-        key = id(self), replica_number()
-        before = _batches.get(key)
-        _batches[key] = dataclasses.replace(before or _Batch(), **what)
-        try:
-            yield
-        finally:
-            del _batches[key]
-            if before is not None:
-                _batches[key] = before
+    def _told(self, **what: Any) -> contextlib.AbstractContextManager[None]:
+        return _batches.left(self, dataclasses.replace(_batches.get(self) or _Batch(), **what))
 
     # -- in an update ------------------------------------------------------------------------------
 
@@ -226,7 +216,7 @@ class WithSquaredNorms:
                 replicas.
         """
         dtype = self._norms_dtype()
-        batch = _batches.get((id(self), replica_number()), _Batch())
+        batch = _batches.get(self) or _Batch()
         own = tf.cast(norms(gradients), dtype)
         squares = own * own
         live = number = tf.cast(tf.reduce_any(tf.not_equal(own, 0.0)), dtype)
