@@ -51,6 +51,25 @@ def require_same_strategy(
         )
 
 
+def require_new_and_plain(inner: keras.optimizers.Optimizer, refusal: str) -> None:
+    """Raises if an inner optimizer is built, or has a setting that belongs to the pipeline.
+
+    Args:
+        inner: The optimizer.
+        refusal: What is said of such a setting.
+
+    Raises:
+        ValueError: It is or has.
+    """
+    received = f"Received: {type(inner).__name__}"
+    if inner.built:
+        raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")
+    for name in _OF_PIPELINE:
+        if getattr(inner, name, None):
+            value = getattr(inner, name)
+            raise ValueError(f"`{name}` {refusal}. {received} with {name}={value!r}")
+
+
 def load_only_with(outer: SavedState, inner: keras.optimizers.Optimizer) -> None:
     """Has a stock optimizer's state not loaded where that of the one around it was refused.
 
@@ -243,14 +262,7 @@ class PipelineAroundOptimizer(AroundOptimizer):
                 "`inner_optimizer` must not be around another optimizer itself. "
                 f"{received} around {type(inner.inner_optimizer).__name__}"
             )
-        if inner.built:
-            raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")
-        for name in _OF_PIPELINE:
-            if getattr(inner, name, None):
-                raise ValueError(
-                    f"`{name}` must be given to {own} and not to its `inner_optimizer`. "
-                    f"{received} with {name}={getattr(inner, name)!r}"
-                )
+        require_new_and_plain(inner, f"must be given to {own} and not to its `inner_optimizer`")
 
     @property
     def variables(self) -> list[keras.Variable]:

@@ -202,12 +202,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
     # -- the update --------------------------------------------------------------------------------
 
     def _prepared_update(
-        self,
-        grads: Gradients,
-        variables: Sequence[Variable],
-        loss_scale: Callable[[], tf.Tensor] | None = None,
-        after: Callable[[tf.Tensor], None] | None = None,
-        summed: bool = False,
+        self, grads: Gradients, variables: Sequence[Variable], *args: Any, **kwargs: Any
     ) -> Callable[[], tf.Tensor]:
         block = self._block_of_update(
             "extrapolated",
@@ -227,7 +222,7 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         grads = [tf.identity(g) if isinstance(g, Variable) else g for g in grads]
         self._on_each_replica(lambda: self._origin.restore(block.indices))
         block.applied = True
-        return super()._prepared_update(grads, variables, loss_scale, after, summed)
+        return super()._prepared_update(grads, variables, *args, **kwargs)
 
     def _write_own(
         self,

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,13 +17,9 @@ import tensorflow as tf
 from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.pipeline import prepared
 from tf_lbopt.aggregation.replica_state import ReplicaState
-from tf_lbopt.aggregation.replicas import (
-    bundle,
-    on_each_replica,
-    sum_over_replicas,
-)
+from tf_lbopt.aggregation.replicas import bundle, on_each_replica, sum_over_replicas
 from tf_lbopt.optimizers.algorithm import build_at_first_call, without_missing
-from tf_lbopt.optimizers.around import AroundOptimizer
+from tf_lbopt.optimizers.around import AroundOptimizer, require_new_and_plain
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.extrapolation import Extrapolation
 from tf_lbopt.optimizers.local_state import LocalState
@@ -32,16 +29,6 @@ from tf_lbopt.rules.clip import scale
 from tf_lbopt.rules.norms import Gradient, all_finite, compute_dtype, norms
 from tf_lbopt.rules.rule import OWN_GRADIENT
 from tf_lbopt.rules.writer import Writer
-
-# What a local step can not do, or not without mixing up the replicas.
-_REFUSED = (
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "use_ema",
-    "loss_scale_factor",
-    "gradient_accumulation_steps",
-)
 
 
 @keras.saving.register_keras_serializable(package="tf_lbopt")
@@ -416,12 +403,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
     # -- the update --------------------------------------------------------------------------------
 
     def _prepared_update(
-        self,
-        grads: Gradients,
-        variables: Sequence[Variable],
-        loss_scale: Callable[[], tf.Tensor] | None = None,
-        after: Callable[[tf.Tensor], None] | None = None,
-        summed: bool = False,
+        self, grads: Gradients, variables: Sequence[Variable], *args: Any, **kwargs: Any
     ) -> Callable[[], tf.Tensor]:
         block = self._block_of_update(
             "step",
@@ -435,7 +417,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
         ours = isinstance(inner, LargeBatchOptimizer)
         update_by = inner._prepared_update if ours else super()._prepared_update
         if not block.local:
-            return update_by(grads, variables, loss_scale, after, summed)
+            return update_by(grads, variables, *args, **kwargs)
         pairs = without_missing(grads, variables)
         variables = [variable for _, variable in pairs]
         targets = [tensorflow_variable(variable) for variable in variables]
@@ -552,14 +534,10 @@ def _check_inner(inner: object) -> None:
             "sub-batches, and those around others, are not supported in local steps. "
             f"{received}"
         )
-    if inner.built:
-        raise ValueError(f"`inner_optimizer` must not be built yet. {received}, built")
-    for name in _REFUSED:
-        if getattr(inner, name, None):
-            raise ValueError(
-                f"`{name}` is not supported in local steps: the `inner_optimizer` must not have "
-                f"it. {received} with {name}={getattr(inner, name)!r}"
-            )
+    # A local step can not do these, or not without mixing up the replicas.
+    require_new_and_plain(
+        inner, "is not supported in local steps: the `inner_optimizer` must not have it"
+    )
     if getattr(inner, "sub_batches", 1) > 1:
         raise ValueError(
             "`sub_batches` > 1 is not supported in local steps: a replica takes its batch as one. "
