@@ -99,7 +99,19 @@ class ReplicaState(tf.train.experimental.PythonState):
         if self.state() is None:
             return self._pending or {}
         header = self.header()
-        return {} if header is None else self._arrays(header, self._copies())
+        if header is None:
+            return {}
+        copies, replicas = self._copies(), self._strategy.num_replicas_in_sync
+        complete = all(len(local) == replicas for local in copies.values())
+        header = {**header, "replicas": replicas, "complete": complete}
+        return {
+            _HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8),
+            **{
+                f"{name}.{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
+                for name, local in copies.items()
+                for replica, copy in enumerate(local)
+            },
+        }
 
     def lacks_part(self) -> bool:
         """Whether what was loaded last is without what workers keep."""
@@ -113,21 +125,6 @@ class ReplicaState(tf.train.experimental.PythonState):
             self.load(arrays)
         elif missed:
             self.lost(missed)
-
-    def _arrays(
-        self, header: Header, copies: Mapping[str, tuple[tf.Variable, ...]]
-    ) -> dict[str, np.ndarray]:
-        replicas = self._strategy.num_replicas_in_sync
-        complete = all(len(local) == replicas for local in copies.values())
-        header = {**header, "replicas": replicas, "complete": complete}
-        return {
-            _HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8),
-            **{
-                f"{name}.{replica}": tf.cast(copy, _stored_dtype(copy)).numpy()
-                for name, local in copies.items()
-                for replica, copy in enumerate(local)
-            },
-        }
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Restores `arrays`; before the variables exist they are kept until then.

@@ -5,6 +5,7 @@ optimizer.
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
@@ -212,9 +213,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             ValueError: No gradients at all, unknown variables, one that is given twice, or called
                 in the cross-replica context.
         """
-        update = self._checked_update(grads, trainable_variables)
-        if update is not None:
-            update()
+        self._checked_update(grads, trainable_variables)()
 
     def apply_scaled(
         self,
@@ -231,9 +230,7 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
             loss_scale: Reads the scale, on each replica.
             after: Told on each replica, once per update, whether it was finite.
         """
-        update = self._checked_update(grads, trainable_variables, loss_scale, after)
-        if update is not None:
-            update()
+        self._checked_update(grads, trainable_variables, loss_scale, after)()
 
     def _checked_update(
         self,
@@ -241,10 +238,10 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         trainable_variables: Sequence[Variable] | None,
         loss_scale: Callable[[], tf.Tensor] | None = None,
         after: Callable[[tf.Tensor], None] | None = None,
-    ) -> Callable[[], tf.Tensor] | None:
+    ) -> Callable[[], object]:
         grads = list(grads)
         if not grads:
-            return None
+            return lambda: None
         given = build_at_first_call(self, trainable_variables, "trainable_variables")
         variables = self.trained.variables if given is None else given
         if len(grads) != len(variables):
@@ -255,11 +252,8 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         if self._loss_scaled_from_outside:
             self._check_foreign_loss_scaling()
         if loss_scale is None and self.loss_scale_factor is not None:
-            loss_scale = self._constant_loss_scale
+            loss_scale = functools.partial(tf.constant, self.loss_scale_factor, tf.float32)
         return self._prepared_update(grads, variables, loss_scale, after)
-
-    def _constant_loss_scale(self) -> tf.Tensor:
-        return tf.constant(self.loss_scale_factor, tf.float32)
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """Puts their averages into the place of these variables, at the end of `fit`.

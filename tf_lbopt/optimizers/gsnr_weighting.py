@@ -11,7 +11,6 @@ from tf_lbopt import _validation, rules
 from tf_lbopt.aggregation.replicas import inside_scope
 from tf_lbopt.optimizers.algorithm import Algorithm
 from tf_lbopt.optimizers.hyperparameters import Arguments
-from tf_lbopt.optimizers.trained import path_of
 from tf_lbopt.rules.gsnr import SUMMARY, summarize
 
 # With fewer sub-batches the ratio of two random numbers is not that of their means.
@@ -80,12 +79,8 @@ class GSNRWeighting(Algorithm):
         """
         if self._watch is None:
             return {}
-        return {
-            path_of(variable): dict(zip(SUMMARY, map(float, row), strict=True))
-            for variable, row in zip(
-                self.trained.variables, self._watch.numbers.numpy(), strict=True
-            )
-        }
+        rows = zip(self.trained.paths, self._watch.numbers.numpy(), strict=True)
+        return {path: dict(zip(SUMMARY, map(float, row), strict=True)) for path, row in rows}
 
     def _prepared_update(self, *args: Any, **kwargs: Any) -> Callable[[], tf.Tensor]:
         # Not in `build`: a model that was trained on several replicas is loaded on one, too.
