@@ -8,37 +8,34 @@ from tf_lbopt.rules.norms import compute_dtype
 from tf_lbopt.rules.writer import Writer
 
 
-def extrapolate(weights, velocity, noise, rate, momentum):
-    """``x − γ̂ ζ + β v``, the point of the gradient.
+def apply_extrapolation(
+    variable: tf.Variable,
+    velocity: tf.Variable | None,
+    noise: tf.Tensor | None,
+    rate: tf.Tensor,
+    momentum: float,
+) -> None:
+    """Moves a variable to ``x − γ̂ ζ + β v``, the point of the gradient.
 
     Args:
-        weights: x.
+        variable: Holds x.
         velocity: v, or ``None`` for 0.
         noise: ζ, or ``None`` for 0.
         rate: γ̂, a scalar.
         momentum: β.
 
-    Returns:
-        A tensor of the shape of ``weights``.
-
     References:
         Lin et al. 2020, "Extrapolation for Large-batch Training in Deep Learning", Algorithm 1,
         lines 2 and 3, and section 3.2.
     """
-    if noise is not None:
-        weights = weights - rate * noise
-    if velocity is not None:
-        weights = weights + momentum * velocity
-    return weights
-
-
-def apply_extrapolation(variable, velocity, noise, rate, momentum) -> None:
-    """`extrapolate` on a variable, in place; ``velocity`` is a variable or ``None``."""
     dtype = compute_dtype(variable.dtype)
     rate = tf.cast(rate, dtype)
     if dtype != variable.dtype:  # one rounding to half precision, not two
-        slot = None if velocity is None else tf.cast(velocity, dtype)
-        moved = extrapolate(tf.cast(variable, dtype), slot, noise, rate, momentum)
+        moved = tf.cast(variable, dtype)
+        if noise is not None:
+            moved -= rate * noise
+        if velocity is not None:
+            moved += momentum * tf.cast(velocity, dtype)
         variable.assign(tf.cast(moved, variable.dtype))
         return
     writer = Writer()
