@@ -14,6 +14,7 @@ import tf_keras
 from tf_lbopt import _validation
 from tf_lbopt.aggregation.replicas import once_for_all_replicas
 from tf_lbopt.optimizers.algorithm import Algorithm
+from tf_lbopt.optimizers.base import LargeBatchOptimizer as Keras3Optimizer
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
 from tf_lbopt.optimizers.trained import Variable, path_of
 from tf_lbopt.rules.norms import Gradient, compute_dtype
@@ -39,17 +40,10 @@ class LargeBatchOptimizer(Algorithm, tf_keras.optimizers.Optimizer):
     """
 
     common_arguments: ClassVar = {
-        "name": None,
-        "clipnorm": None,
-        "clipvalue": None,
-        "global_clipnorm": None,
-        "use_ema": False,
-        "ema_momentum": 0.99,
-        "ema_overwrite_frequency": None,
-        "gradient_accumulation_steps": None,
-        "jit_compile": "auto",
-        "mesh": None,
-    }
+        name: default
+        for name, default in Keras3Optimizer.common_arguments.items()
+        if name != "loss_scale_factor"
+    } | {"mesh": None}
 
     def __repr__(self) -> str:
         # What Keras 3 says that it can not interpret, where it is given one.
