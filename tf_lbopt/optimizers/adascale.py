@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import keras
+import keras  # noqa: F401  # for the example
 import tensorflow as tf
 
 from tf_lbopt import _compat
@@ -120,9 +120,8 @@ class AdaScale(PipelineAroundOptimizer):
         """The running means with this update in them, and the gain, on one replica."""
         squared = common.squared_norms
         assert squared is not None
-        before = Moments(
-            *(tf.convert_to_tensor(tensorflow_variable(v)) for v in self._means_of_moments())
-        )
+        kept = (self._variance, self._squared_norm)
+        before = Moments(*(tf.convert_to_tensor(tensorflow_variable(v)) for v in kept))
         sums = (tf.reduce_sum(squared.mean_of_squares), tf.reduce_sum(squared.square_of_mean))
         numbers = [tf.cast(number, tf.float32) for number in (*sums, squared.sub_batches)]
         valid = squared.valid & tf.reduce_all(tf.math.is_finite(numbers))
@@ -130,9 +129,6 @@ class AdaScale(PipelineAroundOptimizer):
         gain = tf.where(valid, found.gain(numbers[-1]), 1.0)
         pairs = zip(found, before, strict=True)
         return Moments(*(tf.where(valid, new, old) for new, old in pairs)), gain
-
-    def _means_of_moments(self) -> tuple[keras.Variable, keras.Variable]:
-        return self._variance, self._squared_norm
 
     def _common(self, *args: Any) -> Common:
         common = super()._common(*args)
@@ -146,8 +142,12 @@ class AdaScale(PipelineAroundOptimizer):
         means, gain = self._moments(common)
         fraction = tf.convert_to_tensor(tensorflow_variable(self._fraction)) + gain
         whole = tf.floor(fraction)
-        new = [(self.gain, gain), (self._fraction, fraction - whole)]
-        for variable, value in (*new, *zip(self._means_of_moments(), means, strict=True)):
+        for variable, value in (
+            (self.gain, gain),
+            (self._fraction, fraction - whole),
+            (self._variance, means.variance),
+            (self._squared_norm, means.squared_norm),
+        ):
             target = tensorflow_variable(variable)
             target.assign(tf.where(made, value, tf.convert_to_tensor(target)))
         # One of them the base counts.

@@ -117,9 +117,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         load_only_with(self, inner_optimizer)
         # Keras creates these two in `build` and scales the loss by a constant before: a custom
         # loop traced unbuilt would keep that constant for ever.
-        self.step_counter = self.add_variable(
-            (), dtype="int64", aggregation="only_first_replica", name="step_counter"
-        )
+        self.step_counter = self._add_counter("step_counter")
         self.dynamic_scale = self.add_variable(
             (),
             initializer=keras.initializers.Constant(self.initial_scale),
@@ -131,11 +129,10 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
             inner_optimizer.expect_loss_scaling(right_across_replicas=True)
             self._own_skipped_updates = None
         else:
-            self._own_skipped_updates = self.add_variable(
-                (), dtype="int64", aggregation="only_first_replica", name="skipped_updates"
-            )
+            self._own_skipped_updates = self._add_counter("skipped_updates")
 
     __repr__ = LargeBatchOptimizer.__repr__
+    _add_counter = LargeBatchOptimizer._add_counter
 
     @property
     def skipped_updates(self) -> keras.Variable:
