@@ -227,14 +227,8 @@ class SparseAccumulator(DenseAccumulator):
 def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
     """The factors of S_{n−1}, and of the square in what is subtracted from M_{n−1}, see the top.
 
-    ``R/(n−1)`` and ``−(n−1)/n``; 0 and 0 where nothing came before.
-
-    Args:
-        count: n − 1, how many live micro-steps came before.
-        replicas: R.
-
-    Returns:
-        Scalars of the dtype of ``count``.
+    ``R/(n−1)`` and ``−(n−1)/n``, with n − 1 the count of live micro-steps that came before; 0 and 0
+    where it is 0.
     """
     return tf.math.divide_no_nan(float(replicas), count), -count / (count + 1.0)
 

@@ -126,11 +126,7 @@ class SavedState(_compat.CheckedBeforeRestoring):
 
 
 class _Kind(tf.train.experimental.PythonState):
-    """Has a checkpoint say whose state it is, and refuses that of another optimizer.
-
-    Args:
-        optimizer: Whose state it is.
-    """
+    """Has a checkpoint say whose state it is, and refuses that of another optimizer."""
 
     def __init__(self, optimizer: SavedState):
         super().__init__()

@@ -209,11 +209,8 @@ class WithSquaredNorms:
     ) -> tf.Tensor:
         """The squared norms of this replica's gradients and `_Counts`, as one vector.
 
-        Args:
-            indices: Of the variables that have one.
-            gradients: One each, without repeated indices.
-            scale: What the gradients are multiplied by, beside their division by the number of
-                replicas.
+        The gradients have no repeated indices, and are multiplied by the scale, beside their
+        division by the number of replicas.
         """
         dtype = self._norms_dtype()
         batch = _batches.get(self) or _Batch()
@@ -256,12 +253,8 @@ class WithSquaredNorms:
     ) -> SquaredNorms:
         """The statistic of an update, on one replica.
 
-        Args:
-            indices: Of the variables that have a gradient.
-            sums: Over replicas and micro-steps of `_own_squares`.
-            total_norms: [n], the norms of the gradients' own sums.
-            scale: As there.
-            steps: How many micro-steps the update has.
+        From the sums over replicas and micro-steps of `_own_squares`, and the norms of the
+        gradients' own sums.
         """
         size = len(self.trained.variables)
         squares, counts = sums[:size], _Counts(*tf.unstack(sums[size:], num=len(_Counts._fields)))

@@ -69,15 +69,7 @@ def filter_axes(rank: int, kind: str = "kernel") -> list[int]:
 
 
 def filter_scaled(noise: tf.Tensor, weights: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """``‖filter‖ · ζ̂ / ‖ζ̂‖`` filter by filter, 0 where ζ̂ is.
-
-    Args:
-        noise: ζ̂, raw noise.
-        weights: Of the same shape.
-        axes: Those that a filter extends over; see `filter_axes`.
-
-    Returns:
-        ζ, whose filters have the norms of those of ``weights``.
+    """Raw noise ζ̂ as ``‖filter‖ · ζ̂ / ‖ζ̂‖``, filter by filter; 0 where ζ̂ is.
 
     References:
         Lin et al. 2020, section 3.2.
@@ -89,14 +81,7 @@ def filter_scaled(noise: tf.Tensor, weights: tf.Tensor, axes: Sequence[int]) -> 
 
 
 def raw_noise(distribution: str, shape: Sequence[int], dtype: tf.DType, seed: tf.Tensor):
-    """Noise of a seed alone: standard normal, or uniform in [−1, 1).
-
-    Args:
-        distribution: ``"gaussian"`` or ``"uniform"``.
-        shape: Its shape.
-        dtype: Its dtype.
-        seed: [2] integers.
-    """
+    """Noise of a seed alone: ``"gaussian"``, standard normal, or ``"uniform"`` in [−1, 1)."""
     if distribution == "gaussian":
         return tf.random.stateless_normal(shape, seed, dtype=dtype)
     return tf.random.stateless_uniform(shape, seed, -1.0, 1.0, dtype=dtype)

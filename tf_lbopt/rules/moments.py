@@ -37,18 +37,7 @@ class RunningMean:
 def moments(
     m: tf.Tensor, v: tf.Tensor, gradient: tf.Tensor, first: RunningMean, second: RunningMean
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Adam's moments after a gradient: ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``.
-
-    Args:
-        m: First moment.
-        v: Second moment.
-        gradient: g, of the same shape.
-        first: The running mean of β₁.
-        second: That of β₂.
-
-    Returns:
-        The new m and v.
-    """
+    """Adam's moments after a gradient: ``m ← β₁ m + (1−β₁) g``, ``v ← β₂ v + (1−β₂) g²``."""
     m = first.beta * m + first.rest * gradient
     return m, second.beta * v + second.rest * (gradient * gradient)
 
@@ -60,19 +49,9 @@ def adam(
     second: RunningMean,
     epsilon: tf.Tensor | float,
 ) -> tf.Tensor:
-    """Adam's direction, with bias correction: ``m̂ / (√v̂ + ε)``.
+    """Adam's direction, with bias correction: ``m̂ / (√v̂ + ε)``; 0 where v and ε are 0.
 
     ``m̂ = m / (1−β₁ᵗ)`` and ``v̂ = v / (1−β₂ᵗ)``, with the `moments` after the update's gradient.
-
-    Args:
-        m: First moment.
-        v: Second moment, of the same shape.
-        first: The running mean of β₁.
-        second: That of β₂.
-        epsilon: ε, outside the square root and after bias correction.
-
-    Returns:
-        A tensor of the same shape; 0 where v and ε are 0.
 
     References:
         Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1.
@@ -86,13 +65,6 @@ def preconditioned(
 ) -> tf.Tensor:
     """``g √(1−β₂ᵗ) / (√v + ε)``: a gradient in Adam's units, by the second moment as it stands.
 
-    Args:
-        gradient: g.
-        v: Second moment, of the same shape.
-        second: The running mean of β₂, t being how many gradients v has seen.
-        epsilon: ε, before the bias correction, as in Keras.
-
-    Returns:
-        A tensor of the same shape; 0 where g is 0 (with ε = 0 too).
+    t is how many gradients v has seen. 0 where g is 0 (with ε = 0 too).
     """
     return tf.math.divide_no_nan(gradient * tf.sqrt(second.correction), tf.sqrt(v) + epsilon)

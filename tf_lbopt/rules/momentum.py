@@ -4,16 +4,7 @@ import tensorflow as tf
 
 
 def heavy_ball(buffer: tf.Tensor, direction: tf.Tensor, momentum: tf.Tensor) -> tf.Tensor:
-    """Momentum with the learning rate outside: ``u ← β u + d``, and then ``w ← w − η u``.
-
-    Args:
-        buffer: u, the momentum buffer.
-        direction: d, what one update adds to it.
-        momentum: β in [0, 1).
-
-    Returns:
-        The new u.
-    """
+    """Momentum with the learning rate outside: ``u ← β u + d``, and then ``w ← w − η u``."""
     return momentum * buffer + direction
 
 
@@ -24,14 +15,5 @@ def velocity(
 
     The form of Keras's SGD. With Nesterov's momentum the same formula gives what is added to the
     weights, from the new v: ``w ← w + β v − η d``.
-
-    Args:
-        velocity: v, the velocity.
-        direction: d, the gradient or what stands for it.
-        learning_rate: η, a scalar.
-        momentum: β in [0, 1).
-
-    Returns:
-        The new v.
     """
     return momentum * velocity - learning_rate * direction
