@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tf_lbopt import _compat
 from tf_lbopt.aggregation.sparse import divide, merge_repeated_indices
 from tf_lbopt.rules.clip import clip, scale
-from tf_lbopt.rules.norms import all_finite, compute_dtype, global_norm, norm, norms
+from tf_lbopt.rules.norms import all_finite, compute_dtype, global_norm, norms
 from tf_lbopt.rules.trust_ratio import trust_ratio
 
 LARGE = 20_000  # above the size from which one pass is tried first
@@ -63,7 +63,7 @@ same_magnitude = st.tuples(
 @given(st.one_of(same_magnitude, st.lists(elements, max_size=12)))
 def test_any_elements(values):
     value = np.asarray(values, np.float32)
-    got = norm(tf.constant(value))
+    got = norms([tf.constant(value)])[0]
     assert got.dtype == tf.float32
     # What float32 itself can not hold (below 1e-38) is allowed to be lost.
     np.testing.assert_allclose(float(got), reference(value), rtol=1e-6, atol=1e-37)
@@ -72,7 +72,7 @@ def test_any_elements(values):
 @settings(max_examples=100, deadline=None)
 @given(same_magnitude)
 def test_any_float64_elements(values):
-    got = norm(tf.constant(values, tf.float64))
+    got = norms([tf.constant(values, tf.float64)])[0]
     assert got.dtype == tf.float64
     np.testing.assert_allclose(float(got), reference(values), rtol=1e-13, atol=1e-150)
 
@@ -138,7 +138,9 @@ def test_sum_of_squares_at_the_bounds_of_one_pass(mode):
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_unknown_shape(jit_compile):
     traced_norm = tf.function(
-        norm, input_signature=[tf.TensorSpec(None, tf.float32)], jit_compile=jit_compile
+        lambda value: norms([value])[0],
+        input_signature=[tf.TensorSpec(None, tf.float32)],
+        jit_compile=jit_compile,
     )
     for value in (normal((2, 3), 1e-28), normal((4, 5, 6), 1e28), np.zeros(3, np.float32)):
         np.testing.assert_allclose(float(traced_norm(value)), reference(value), rtol=2e-6)
@@ -283,7 +285,7 @@ def test_merging_repeated_indices(indices, width, dtype):
     np.add.at(table, np.asarray(indices, int), values)
     np.testing.assert_allclose(merged.values.numpy(), table[got], rtol=1e-5, atol=1e-6)
     assert merged.dense_shape.numpy().tolist() == [6, width]
-    np.testing.assert_allclose(float(norm(merged)), reference(table), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(float(norms([merged])[0]), reference(table), rtol=1e-5, atol=1e-6)
 
 
 def test_dense_gradients_are_not_merged():

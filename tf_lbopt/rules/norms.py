@@ -51,28 +51,23 @@ def widest(dtypes: Sequence[tf.DType]) -> tf.DType:
     return tf.float64 if tf.float64 in dtypes else tf.float32
 
 
-def norm(tensor: Gradient) -> tf.Tensor:
-    """Euclidean norm of all elements, a scalar of the compute dtype.
+def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
+    """Euclidean norms of n tensors, each of all its elements.
 
     Args:
-        tensor: Dense, or ``tf.IndexedSlices`` without repeated indices.
+        tensors: Dense, or ``tf.IndexedSlices`` without repeated indices.
 
     Returns:
-        A scalar: float64 for a float64 tensor, else float32. NaN or Inf if an element is.
+        [n]: float64 if a tensor is, else float32. NaN or Inf if an element is.
 
     Example:
         >>> import numpy as np
         >>> x = np.full([4], 1e-30, np.float32)
         >>> float(np.sqrt(np.sum(x * x)))
         0.0
-        >>> f"{float(norm(tf.constant(x))):.2e}"
+        >>> f"{float(norms([tf.constant(x)])[0]):.2e}"
         '2.00e-30'
     """
-    return norms([tensor])[0]
-
-
-def norms(tensors: Sequence[Gradient]) -> tf.Tensor:
-    """Euclidean norms of n tensors, each as `norm` defines it: [n], of the widest dtype."""
     compiled = _compat.in_xla_context()
     groups: dict[tuple[tf.DType, int | None], dict[int, tf.Tensor]] = {}
     for index, tensor in enumerate(tensors):
