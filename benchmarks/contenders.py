@@ -147,7 +147,7 @@ def accumulators_per_parameter(contender: Contender, variables: Sequence[Any]) -
         tf.distribute.get_strategy().run(
             lambda: _apply(accumulating, [tf.ones(v.shape) for v in variables], variables)
         )
-        return _state_like(own.variables(), tiny())
+        return _state_like(list(own.state().values()), tiny())
     without = contender.create()
     without.build(variables)
     return _state_like(accumulating.variables, tiny()) - _state_like(without.variables, tiny())

@@ -398,10 +398,6 @@ class Accumulation(ReplicaState):
         assert self.squares is not None, "who asks for them must have given them"
         return self.squares.read_value()
 
-    def variables(self) -> list[tf.Variable]:
-        """What is kept for the trainable variables."""
-        return [v for accumulator in self.accumulators.values() for v in accumulator.variables()]
-
     # -- saving ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, tf.Variable] | None:
