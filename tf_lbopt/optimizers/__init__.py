@@ -1,18 +1,23 @@
 """The Keras 3 classes."""
 
-from tf_lbopt.optimizers.accumulated import Accumulated
+from tf_lbopt.optimizers.accumulated import Accumulated, Adasum
 from tf_lbopt.optimizers.adascale import AdaScale
-from tf_lbopt.optimizers.adasum import Adasum
 from tf_lbopt.optimizers.clars import CLARS
-from tf_lbopt.optimizers.extrap_adam import ExtrapAdam
-from tf_lbopt.optimizers.extrap_sgd import ExtrapSGD
+from tf_lbopt.optimizers.extrap import ExtrapAdam, ExtrapSGD
 from tf_lbopt.optimizers.layerwise import LAMB, LANS, LARS
 from tf_lbopt.optimizers.loss_scale import LossScaleOptimizer
 from tf_lbopt.optimizers.post_local_sgd import PostLocalSGD
 from tf_lbopt.optimizers.sgd import SGD, Adam, AdamW
 from tf_lbopt.optimizers.sngm import SNGM
-from tf_lbopt.optimizers.variance_reduced import VarianceReduced
-from tf_lbopt.optimizers.vrgd import VRLAMB, VRLANS, VRLARS, VRSGD, VRAdam, VRMomentum
+from tf_lbopt.optimizers.vrgd import (
+    VRLAMB,
+    VRLANS,
+    VRLARS,
+    VRSGD,
+    VarianceReduced,
+    VRAdam,
+    VRMomentum,
+)
 
 __all__ = [
     "CLARS",
