@@ -180,6 +180,10 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
 
     arguments: ClassVar = {"inner_optimizer": REQUIRED}
 
+    def own_slots(self) -> tuple[str, ...]:
+        """None: they are the inner optimizer's."""
+        return ()
+
     def decays(self, variable: Variable) -> bool:
         """Whether the inner optimizer, if one of this package, decays a variable."""
         inner = self.inner_optimizer
@@ -268,10 +272,6 @@ class PipelineAroundOptimizer(AroundOptimizer):
     def variables(self) -> list[keras.Variable]:
         """Its own variables and the inner optimizer's."""
         return [*super().variables, *self.inner_optimizer.variables]
-
-    def own_slots(self) -> tuple[str, ...]:
-        """None: they are the inner optimizer's."""
-        return ()
 
     def _create_variables(self, variables: list[Variable]) -> None:
         self.inner_optimizer.build(variables)

@@ -4,8 +4,8 @@ An algorithm (`tf_lbopt.optimizers.algorithm`) combined with `LargeBatchOptimize
 optimizer.
 """
 
-import dataclasses
 import functools
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
@@ -60,17 +60,6 @@ def check_settable(optimizer: keras.optimizers.Optimizer, learning_rate: Learnin
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _RoundingErrors:
-    """What averages lost by rounding when they were put into the place of half-precision weights.
-
-    A class around the dictionary, because Keras and TensorFlow track a dictionary that is an
-    attribute of an optimizer, and would save what is in it.
-    """
-
-    by_index: dict[int, tf.Tensor] = dataclasses.field(default_factory=dict)
-
-
 class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
     """Base of the optimizers of this package.
 
@@ -113,7 +102,9 @@ class LargeBatchOptimizer(Algorithm, keras.optimizers.Optimizer):
         keras.optimizers.Optimizer.__init__(self, learning_rate, **arguments)
         self.gradient_accumulation_steps = steps
         self._loss_scaled_from_outside = False
-        self._rounding_errors = _RoundingErrors()
+        # What averages lost when they were put into the place of half-precision weights. Not a
+        # dictionary itself, which Keras and TensorFlow would track, and save what is in it.
+        self._rounding_errors = types.SimpleNamespace(by_index={})
 
     def _schedule(self, learning_rate: LearningRate) -> LearningRate:
         if isinstance(learning_rate, dict):

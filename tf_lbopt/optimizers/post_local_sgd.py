@@ -188,10 +188,6 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
             "update: measure with the inner optimizer alone. Received: PostLocalSGD"
         )
 
-    def own_slots(self) -> tuple[str, ...]:
-        """None: they are the inner optimizer's."""
-        return ()
-
     def _create_variables(self, variables: list[Variable]) -> None:
         super()._create_variables(variables)
         inner = self.inner_optimizer

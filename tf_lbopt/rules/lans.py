@@ -43,12 +43,6 @@ class LANS(AdamMoments):
         decay = parameters.constants(self.weight_decay or 0.0)
         weight_norms = parameters.weight_norms()
 
-        def ratios(*directions: list[tf.Tensor]) -> list[tf.Tensor]:
-            return [
-                trust_ratio(weight_norms, lengths, default=self.default_trust_ratio)
-                for lengths in parameters.norms_of(parameters.adapted, *directions)
-            ]
-
         def write(writer: Writer) -> None:
             along_momentum, along_gradient = [], []
             for index, (w, gradient) in enumerate(
@@ -74,7 +68,11 @@ class LANS(AdamMoments):
                 root = tf.sqrt(second.corrected(tf.cast(velocity, w.dtype)))
                 c = tf.math.divide_no_nan(gradient, root + epsilon[w.dtype])
                 along_gradient.append(c if offset is None else c + offset)
-            ratios_of_r, ratios_of_c = ratios(along_momentum, along_gradient)
+            lengths = parameters.norms_of(parameters.adapted, along_momentum, along_gradient)
+            ratios_of_r, ratios_of_c = (
+                trust_ratio(weight_norms, of_all, default=self.default_trust_ratio)
+                for of_all in lengths
+            )
             for variable, r, c, of_r, of_c in zip(
                 parameters.variables,
                 along_momentum,
