@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import keras  # noqa: F401  # for the examples
 import tensorflow as tf
 
 from tf_lbopt.aggregation.adasum import adasum_over_replicas

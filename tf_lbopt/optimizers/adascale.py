@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import keras  # noqa: F401  # for the example
 import tensorflow as tf
 
 from tf_lbopt import _compat

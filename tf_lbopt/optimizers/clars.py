@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
-import keras  # noqa: F401  # for the examples
 import tensorflow as tf
 
 from tf_lbopt import _compat, _validation, rules

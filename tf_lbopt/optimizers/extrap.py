@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import keras  # noqa: F401  # for the examples
 import numpy as np
 import tensorflow as tf
 

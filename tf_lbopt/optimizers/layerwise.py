@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-import keras  # noqa: F401  # for the examples
-
 from tf_lbopt import rules
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, optimizer
 from tf_lbopt.optimizers.declared import REQUIRED

@@ -2,7 +2,6 @@
 
 import re
 
-import tensorflow as tf  # noqa: F401  # for the examples
 import tf_keras
 
 from tf_lbopt.optimizers.base import OPTIMIZERS
