@@ -39,7 +39,8 @@ def optimizer(name: str) -> Callable[[_Class], _Class]:
 
 def registered(cls: _Class) -> _Class:
     """Class decorator: completes the docstring, and has Keras save objects of the class."""
-    cls.__doc__ = completed(cls.__doc__, LargeBatchOptimizer.common_arguments)
+    of_base = cls.__bases__[-1].__doc__
+    cls.__doc__ = completed(cls.__doc__, LargeBatchOptimizer.common_arguments, of_base)
     return keras.saving.register_keras_serializable(package="tf_lbopt")(cls)
 
 

@@ -69,15 +69,19 @@ def common_texts(names: Iterable[str]) -> str:
     return "\n".join(_filled(f"{name}: {_COMMON[name]}") for name in names).lstrip()
 
 
-def completed(docstring: str | None, common_arguments: Iterable[str]) -> str:
+def completed(
+    docstring: str | None, common_arguments: Iterable[str], of_base: str | None = None
+) -> str:
     """A docstring with the texts in the places that it has for them, ``{gamma}`` and so on.
 
     Args:
         docstring: With placeholders.
         common_arguments: The names of the framework's arguments, for ``{common_arguments}``.
+        of_base: The completed docstring of the base class, for ``{base_arguments}``: its own.
     """
-    text = docstring or ""
-    for key, value in {**_TEXTS, "common_arguments": common_texts(common_arguments)}.items():
+    text, common = docstring or "", common_texts(common_arguments)
+    base = (of_base or "").partition("Args:\n")[2].partition(common)[0].strip()
+    for key, value in {**_TEXTS, "common_arguments": common, "base_arguments": base}.items():
         text = text.replace("{" + key + "}", value)
     return _ENTRY.sub(lambda entry: _filled(entry[1]), text)
 

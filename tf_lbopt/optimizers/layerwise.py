@@ -34,7 +34,7 @@ class LARS(LargeBatchOptimizer):
         momentum: β in [0, 1). Defaults to 0.9.
         trust_coefficient: τ > 0. Defaults to 0.001.
         nesterov: Whether to use Nesterov momentum. Defaults to `False`.
-        weight_decay: λ ≥ 0, coupled: part of g and of its norm. Defaults to `None`.
+        weight_decay: λ ≥ 0, coupled: added to the gradient, part of its norm. Defaults to `None`.
         {exclusions} Excluded variables train at the raw rate η. A rate that suits τ = 0.001, such
             as 16, destroys training then. Give `[]`, or set `default_trust_ratio` to τ, or take a
             larger τ and a smaller rate (docs/evidence.md has 0.1 and 0.16).
@@ -94,7 +94,7 @@ class LAMB(LargeBatchOptimizer):
         beta_1: β₁ in [0, 1). Defaults to 0.9.
         beta_2: β₂ in [0, 1). Defaults to 0.999.
         epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
-        weight_decay: λ ≥ 0, part of r and so inside the trust ratio. Defaults to `None`.
+        weight_decay: λ ≥ 0, inside the trust ratio. Defaults to `None`.
         {exclusions}
         {default_trust_ratio}
         {common_arguments}
@@ -152,7 +152,7 @@ class LANS(LargeBatchOptimizer):
         beta_1: β₁ in [0, 1), of the momentum and of its part of the step. Defaults to 0.9.
         beta_2: β₂ in [0, 1). Defaults to 0.999.
         epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
-        weight_decay: λ ≥ 0, part of r and of c and so inside the trust ratios. Defaults to `None`.
+        weight_decay: λ ≥ 0, inside the trust ratios. Defaults to `None`.
         {exclusions}
         {default_trust_ratio}
         {common_arguments}

@@ -160,23 +160,14 @@ class VRLARS(GSNRWeighting, LARS):
     """VR-LARS: `LARS` on the gradient weighted by its signal-to-noise ratio.
 
         r = clip(GSNR / layer mean, γ, 1)      as in `VRSGD`
-        LARS on r ḡ
+        LARS on r ḡ, in the place of ḡ
 
     The authors' own listing, in an appendix, was not at hand. Inferred from section 4.2 of the
     paper: the trust ratio is that of r ḡ, so that where r shrinks a whole layer's gradient the
     ratio undoes it; with ‖ḡ‖ in its place the step would be shorter.
 
     Args:
-        learning_rate: η. {rate}
-        momentum: β in [0, 1). Defaults to 0.9.
-        trust_coefficient: τ > 0. Defaults to 0.001.
-        nesterov: Whether to use Nesterov momentum. Defaults to `False`.
-        weight_decay: λ ≥ 0, coupled: added to r ḡ, part of the norm. Defaults to `None`.
-        exclude_from_weight_decay: As in `LARS`.
-        exclude_from_layer_adaptation: As in `LARS`.
-        trust_ratio_denominator: As in `LARS`, of r ḡ: ‖r ḡ + λ w‖ or ‖r ḡ‖ + λ ‖w‖. Defaults to
-            `"norm_of_sum"`.
-        default_trust_ratio: As in `LARS`. Defaults to 1.0.
+        {base_arguments}
         {gamma}
         {common_arguments}
 
@@ -211,14 +202,7 @@ class VRLAMB(GSNRWeighting, LAMB):
     after the clip.
 
     Args:
-        learning_rate: η. {rate} Defaults to 0.001.
-        beta_1: β₁ in [0, 1). Defaults to 0.9.
-        beta_2: β₂ in [0, 1). Defaults to 0.999.
-        epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
-        weight_decay: λ ≥ 0, inside the trust ratio. Defaults to `None`.
-        exclude_from_weight_decay: As in `LAMB`.
-        exclude_from_layer_adaptation: As in `LAMB`.
-        default_trust_ratio: As in `LAMB`. Defaults to 1.0.
+        {base_arguments}
         beta_3: β₃ in [0, 1), the decay of p. Defaults to 0.9.
         {gamma}
         {common_arguments}
@@ -254,14 +238,7 @@ class VRLANS(GSNRWeighting, LANS):
     and `global_clipnorm` have no effect, as in `LANS`.
 
     Args:
-        learning_rate: η. {rate} Defaults to 0.001.
-        beta_1: β₁ in [0, 1), of the momentum and of its part of the step. Defaults to 0.9.
-        beta_2: β₂ in [0, 1). Defaults to 0.999.
-        epsilon: ε ≥ 0, outside the square root. Defaults to 1e-6.
-        weight_decay: λ ≥ 0, inside the trust ratios. Defaults to `None`.
-        exclude_from_weight_decay: As in `LANS`.
-        exclude_from_layer_adaptation: As in `LANS`.
-        default_trust_ratio: As in `LANS`. Defaults to 1.0.
+        {base_arguments}
         beta_3: β₃ in [0, 1), the decay of p. Defaults to 0.9.
         {gamma}
         {common_arguments}
