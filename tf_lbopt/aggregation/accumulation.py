@@ -184,11 +184,8 @@ class Accumulation(ReplicaState):
     def position(self, micro_step: MicroStep, updates: tf.Variable) -> int | tf.Tensor:
         """How many micro-steps of the current update are in the accumulators.
 
-        To be called in the cross-replica context.
-
-        Args:
-            micro_step: Which one is being traced.
-            updates: Counts the optimizer's updates.
+        To be called in the cross-replica context, with the micro-step that is being traced and the
+        variable that counts the optimizer's updates.
         """
         if self.fixed and micro_step.of == self.steps:
             return micro_step.number
@@ -203,11 +200,7 @@ class Accumulation(ReplicaState):
         return tf.where(belongs, count, 0)
 
     def steps_of_update(self, count: int | tf.Tensor) -> int | tf.Tensor:
-        """How many micro-steps the current update has, in the cross-replica context.
-
-        Args:
-            count: The `position`.
-        """
+        """How many micro-steps the update at this `position` has, in the cross-replica context."""
         if self.in_force is None or self.counted:
             self.counted |= not tf.executing_eagerly()
             return self.steps
@@ -339,14 +332,9 @@ class Accumulation(ReplicaState):
             return tf.cond(count < self.parts, begin, go_on)
 
     def advance(self, count: int | tf.Tensor, updates: tf.Variable) -> tf.Tensor:
-        """Notes, on this replica, that a micro-step was added which is not the last.
+        """Notes, on this replica, that a micro-step was added at this `position`; not the last.
 
-        Args:
-            count: The `position` that it was added at.
-            updates: Counts the optimizer's updates.
-
-        Returns:
-            The new position.
+        Returns the new one.
         """
         made = tf.cast(count + 1, tf.int64)
         self.micro_step.assign(made)

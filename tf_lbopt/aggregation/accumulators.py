@@ -80,9 +80,7 @@ class DenseAccumulator:
     def deviate(self, gradient: Gradient, weights: tuple[tf.Tensor, tf.Tensor]) -> None:
         """Follows the deviations of one more micro-step, before it is added, in place.
 
-        Args:
-            gradient: Of this micro-step.
-            weights: `deviation_weights` of those that came before.
+        The weights are `deviation_weights` of those that came before.
         """
         if self.deviations is None:
             return

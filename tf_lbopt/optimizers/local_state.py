@@ -50,12 +50,7 @@ class LocalState(ReplicaState):
         """Whether replicas have taken local steps, and their slots may differ."""
 
     def create(self, targets: Sequence[tf.Variable], slots: Sequence[tf.Variable]) -> None:
-        """Makes the variables.
-
-        Args:
-            targets: The model's, none on a single replica, which takes no local steps.
-            slots: Those of the rule.
-        """
+        """Makes the variables; without targets on a single replica, which takes no local steps."""
         self.targets, self.slots = list(targets), list(slots)
         self.weights = [variable_like(self._strategy, target) for target in targets]
         self.skipped = tf.Variable(tf.zeros([], tf.int64), trainable=False, name="left_out")
@@ -90,9 +85,7 @@ class LocalState(ReplicaState):
     def leave(self, iterations: tf.Tensor, skipped_updates: tf.Tensor) -> None:
         """Keeps what the model's variables hold as this replica's, and puts the average back.
 
-        Args:
-            iterations: How many updates there were before this step.
-            skipped_updates: How many of them were left out on all replicas.
+        The counters are given as they were before this step.
         """
         with tf.control_dependencies(assign_all(self.weights, self.targets)):
             restored = self.origin.restore()
