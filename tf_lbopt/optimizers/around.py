@@ -15,7 +15,7 @@ from tf_lbopt.optimizers.algorithm import Common
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, check_settable
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
-from tf_lbopt.optimizers.saved_state import SavedState, Store
+from tf_lbopt.optimizers.saved_state import Store
 from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
@@ -29,26 +29,6 @@ _OF_PIPELINE = (
     "use_ema",
     "loss_scale_factor",
 )
-
-
-def require_same_strategy(
-    outer: keras.optimizers.Optimizer,
-    inner: keras.optimizers.Optimizer,
-    strategy: tf.distribute.Strategy,
-) -> None:
-    """Raises if two optimizers were made under different strategies.
-
-    Their counters and scales would be one value here and a value for each replica there.
-
-    Raises:
-        ValueError: They were; the message says what to do.
-    """
-    if not strategy.extended.variable_created_in_scope(tensorflow_variable(_compat.counter(inner))):
-        raise ValueError(
-            "`inner_optimizer` must be created under the same strategy as "
-            f"{type(outer).__name__}: call both constructors inside `with strategy.scope():`. "
-            f"Received: a {type(inner).__name__} from outside of it"
-        )
 
 
 def require_new_and_plain(inner: keras.optimizers.Optimizer, refusal: str) -> None:
@@ -68,23 +48,6 @@ def require_new_and_plain(inner: keras.optimizers.Optimizer, refusal: str) -> No
         if getattr(inner, name, None):
             value = getattr(inner, name)
             raise ValueError(f"`{name}` {refusal}. {received} with {name}={value!r}")
-
-
-def load_only_with(outer: SavedState, inner: keras.optimizers.Optimizer) -> None:
-    """Has a stock optimizer's state not loaded where that of the one around it was refused.
-
-    Keras loads an optimizer that is inside another apart, too, and of a stock one compares no more
-    than the number of variables.
-    """
-    if isinstance(inner, LargeBatchOptimizer):
-        return
-    load = inner.load_own_variables
-
-    def load_own_variables(store: Store) -> None:
-        if not outer.refused_state:
-            load(store)
-
-    inner.load_own_variables = load_own_variables
 
 
 def stock_squares_fit(
@@ -130,6 +93,37 @@ class WithInnerOptimizer:
     """Mix-in of an optimizer around another: one learning rate, decay and list of variables."""
 
     inner_optimizer: keras.optimizers.Optimizer
+    refused_state: bool
+    _strategy: tf.distribute.Strategy
+
+    def _tie_to_inner(self) -> None:
+        """To be called in the constructor, when both optimizers are there.
+
+        Under different strategies their counters and scales would be one value here and a value for
+        each replica there. And a stock optimizer's state must not be loaded where that of the one
+        around it was refused: Keras loads it apart, too, and compares no more than the number of
+        variables.
+
+        Raises:
+            ValueError: They were made under different strategies; the message says what to do.
+        """
+        inner = self.inner_optimizer
+        counter = tensorflow_variable(_compat.counter(inner))
+        if not self._strategy.extended.variable_created_in_scope(counter):
+            raise ValueError(
+                "`inner_optimizer` must be created under the same strategy as "
+                f"{type(self).__name__}: call both constructors inside `with strategy.scope():`. "
+                f"Received: a {type(inner).__name__} from outside of it"
+            )
+        if isinstance(inner, LargeBatchOptimizer):
+            return
+        load = inner.load_own_variables
+
+        def load_own_variables(store: Store) -> None:
+            if not self.refused_state:
+                load(store)
+
+        inner.load_own_variables = load_own_variables
 
     @property
     def learning_rate(self) -> LearningRate:
@@ -196,8 +190,7 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
 
     def _set_up(self, values: Arguments) -> None:
         super()._set_up(values)
-        require_same_strategy(self, self.inner_optimizer, self._strategy)
-        load_only_with(self, self.inner_optimizer)
+        self._tie_to_inner()
 
     @classmethod
     def rule_of(cls, values: Arguments) -> rules.Rule:

@@ -69,9 +69,7 @@ def common_texts(names: Iterable[str]) -> str:
     return "\n".join(_filled(f"{name}: {_COMMON[name]}") for name in names).lstrip()
 
 
-def completed(
-    docstring: str | None, common_arguments: Iterable[str], of_base: str | None = None
-) -> str:
+def completed(docstring: str | None, common_arguments: Iterable[str], of_base: str | None) -> str:
     """A docstring with the texts in the places that it has for them, ``{gamma}`` and so on.
 
     Args:

@@ -16,12 +16,7 @@ from tf_lbopt.aggregation.replicas import (
 )
 from tf_lbopt.aggregation.sparse import divide
 from tf_lbopt.optimizers.algorithm import build_at_first_call, check_floating
-from tf_lbopt.optimizers.around import (
-    WithInnerOptimizer,
-    load_only_with,
-    require_same_strategy,
-    stock_squares_fit,
-)
+from tf_lbopt.optimizers.around import WithInnerOptimizer, stock_squares_fit
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.saved_state import SavedState
@@ -113,8 +108,7 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
         )
         self._let_checkpoints_say_whose()
         self._strategy = tf.distribute.get_strategy()
-        require_same_strategy(self, inner_optimizer, self._strategy)
-        load_only_with(self, inner_optimizer)
+        self._tie_to_inner()
         # Keras creates these two in `build` and scales the loss by a constant before: a custom
         # loop traced unbuilt would keep that constant for ever.
         self.step_counter = self._add_counter("step_counter")
