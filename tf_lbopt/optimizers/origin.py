@@ -55,11 +55,11 @@ class Origin:
         Returns:
             What must be done before `left`: an error in mid-step is recovered from by whole copies.
         """
-        return assign_all(_chosen(self.copies, indices), _chosen(self._variables, indices))
+        return assign_all(self.copies, self._variables, indices)
 
     def restore(self, indices: Sequence[int] | None = None) -> list[tf.Operation]:
         """Puts these variables back; returns what must be done before anything that follows."""
-        restored = assign_all(_chosen(self._variables, indices), _chosen(self.copies, indices))
+        restored = assign_all(self._variables, self.copies, indices)
         with tf.control_dependencies(restored):
             return done(self._moved.assign([False] * len(self.copies), read_value=False))
 
@@ -85,10 +85,6 @@ class Origin:
         return self._strategy.experimental_local_results(variable)
 
 
-def _chosen(variables: list[tf.Variable], indices: Sequence[int] | None) -> list[tf.Variable]:
-    return variables if indices is None else [variables[index] for index in indices]
-
-
 def variable_like(
     strategy: tf.distribute.Strategy, variable: tf.Variable, dtype: tf.DType | None = None
 ) -> tf.Variable:
@@ -99,15 +95,13 @@ def variable_like(
 
 
 def assign_all(
-    targets: Sequence[tf.Variable], sources: Sequence[tf.Variable]
+    targets: Sequence[tf.Variable],
+    sources: Sequence[tf.Variable],
+    indices: Sequence[int] | None = None,
 ) -> list[tf.Operation]:
-    """Assigns variables to others; returns operations to wait for."""
-    return done(
-        *(
-            target.assign(source.read_value(), read_value=False)
-            for target, source in zip(targets, sources, strict=True)
-        )
-    )
+    """Assigns variables, or those at some places, to others; returns operations to wait for."""
+    places = range(len(targets)) if indices is None else indices
+    return done(*(targets[i].assign(sources[i].read_value(), read_value=False) for i in places))
 
 
 def done(*operations: tf.Operation | None) -> list[tf.Operation]:
