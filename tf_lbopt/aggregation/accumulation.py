@@ -77,27 +77,19 @@ class Accumulation(ReplicaState):
         self.steps = steps
         self.statistics = frozenset(statistics)
         self.parts = parts
-        # How many micro-steps of the current update were made: one of the optimizer's variables.
+        # One of the optimizer's variables: how many micro-steps of the current update were made.
         self.micro_step: tf.Variable
-        # What was assigned for the updates that begin from now on, or 0 for `steps`; whether traced
-        # steps read it, and from where: XLA makes less of a number that is no constant.
-        self.assigned = 0
-        self.grows = steps == 1
-        self.in_force: tf.Variable | None = None
-        # Whether training steps were traced that have `steps` micro-steps in an update.
-        self.counted = False
-        # Made with the first accumulators: after how many updates, and micro-steps of the current
-        # one, they were as they are; how many micro-steps were live; which of the optimizer's
-        # variables had a gradient in one of them; how many updates ended since
-        # `take_finished`, which no loading of state changes; and how many micro-steps the current
-        # update has.
-        self.filled: tf.Variable
-        self.live: tf.Variable
-        self.seen: tf.Variable
-        self.finished: tf.Variable
-        # Made with the first of them: the sum of what comes with the gradients of squared norms.
-        self.squares: tf.Variable | None = None
-        self.due: tf.Variable
+        self.assigned = 0  # for the updates that begin from now on; 0 for `steps`
+        self.grows = steps == 1  # whether traced steps read it: of a constant XLA makes more
+        self.in_force: tf.Variable | None = None  # from where they do
+        self.counted = False  # whether steps were traced in which an update has `steps`
+        # Made with the first accumulators:
+        self.filled: tf.Variable  # after how many updates, and micro-steps, they were as they are
+        self.live: tf.Variable  # how many micro-steps were live
+        self.seen: tf.Variable  # which of the optimizer's variables had a gradient in one of them
+        self.finished: tf.Variable  # updates since `take_finished`; no loading of state changes it
+        self.due: tf.Variable  # how many micro-steps the current update has
+        self.squares: tf.Variable | None = None  # sum of squared norms that come with gradients
         self.accumulators: dict[tuple[int, int], DenseAccumulator] = {}
 
     def prepare(

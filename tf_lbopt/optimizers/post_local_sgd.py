@@ -178,11 +178,7 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
         )
 
     def watch_squared_norms(self, rows: int, of_examples: bool = False) -> None:
-        """Refuses: in a local step nothing of the gradients is summed over the replicas.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refused: in a local step nothing of the gradients is summed over the replicas."""
         raise ValueError(
             "GradientNoiseScale needs an optimizer that sums gradients over the replicas in every "
             "update: measure with the inner optimizer alone. Received: PostLocalSGD"

@@ -59,6 +59,6 @@ class Trained:
 
     def __post_init__(self) -> None:
         for number, variable in enumerate(self.variables):
-            self.dtypes.append(compute_dtype(tf.as_dtype(variable.dtype)))
+            self.dtypes.append(compute_dtype(variable.dtype))
             self.paths.append(path_of(variable))
             self.numbers[_compat.key_of(variable)] = number
