@@ -11,12 +11,12 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.aggregation.accumulators import (
     DenseAccumulator,
     ReplicaStatistics,
-    Shape,
     SparseAccumulator,
     any_nonzero,
     deviation_weights,
+    new_variable,
 )
-from tf_lbopt.aggregation.replica_state import Header, ReplicaState, empty
+from tf_lbopt.aggregation.replica_state import Header, ReplicaState
 from tf_lbopt.aggregation.replicas import PerReplica, inside_scope
 from tf_lbopt.aggregation.sparse import added, merge_repeated_indices
 from tf_lbopt.rules.norms import Gradient, compute_dtype, norms, widest
@@ -126,14 +126,14 @@ class Accumulation(ReplicaState):
             return
         with _compat.outside_of_functions(), self._strategy.scope():
             if not self.accumulators:
-                self.filled = _variable([2], tf.int64)
-                self.live = _variable([], tf.float32)
-                self.seen = _variable([size], tf.float32)
-                self.finished = _variable([], tf.int64)
-                self.due = _variable([], tf.int64, self.steps)
+                self.filled = new_variable([2], tf.int64)
+                self.live = new_variable([], tf.float32)
+                self.seen = new_variable([size], tf.float32)
+                self.finished = new_variable([], tf.int64)
+                self.due = new_variable([], tf.int64, self.steps)
             if without_squares:
                 vector = _first(squares)
-                self.squares = _variable(vector.shape, vector.dtype)
+                self.squares = new_variable(vector.shape, vector.dtype)
             for index, variable, gradient in missing:
                 sparse = isinstance(_first(gradient), tf.IndexedSlices)
                 kind = SparseAccumulator if sparse else DenseAccumulator
@@ -143,7 +143,6 @@ class Accumulation(ReplicaState):
                             variable.shape,
                             compute_dtype(variable.dtype),
                             self.statistics,
-                            _variable,
                             self._strategy.num_replicas_in_sync,
                         )
             if missing:
@@ -164,7 +163,7 @@ class Accumulation(ReplicaState):
             return
         with _compat.outside_of_functions(), self._strategy.scope():
             # Not of int32, which TensorFlow keeps on the host: XLA could not read it on a GPU.
-            self.in_force = _variable([], tf.int64, self.assigned or self.steps)
+            self.in_force = new_variable([], tf.int64, self.assigned or self.steps)
 
     def assign_steps(self, steps: int) -> None:
         """Sets how many micro-steps an update has that begins from now on; 0 for `steps`."""
@@ -429,15 +428,6 @@ class Accumulation(ReplicaState):
             "micro-steps since the last update are lost, nothing else.",
             header["replicas"], header["steps"], self._strategy.num_replicas_in_sync, self.steps,
         )  # fmt: skip
-
-
-def _variable(shape: Shape, dtype: tf.DType, value: int = 0) -> tf.Variable:
-    return tf.Variable(
-        empty(shape, dtype) + value,
-        shape=tf.TensorShape(shape),
-        trainable=False,
-        name="gradient_accumulator",
-    )
 
 
 def _ones_at(indices: Iterable[int], size: int) -> tf.Tensor:

@@ -11,7 +11,7 @@ where R x is the gradient: what arrives is divided by the number R of replicas.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 import tensorflow as tf
@@ -24,7 +24,6 @@ from tf_lbopt.rules.rule import MEAN_NORM, VARIANCE
 from tf_lbopt.rules.writer import Writer
 
 Shape: TypeAlias = tf.TensorShape | Sequence[int | None]
-MakeVariable: TypeAlias = Callable[[Shape, tf.DType], tf.Variable]
 
 # Elements from which on a tensor is not looked at where a smaller one tells as much.
 _LARGE = 1 << 12
@@ -54,7 +53,6 @@ class DenseAccumulator:
         shape: The variable's shape.
         dtype: The dtype of the arithmetic.
         statistics: What to keep beside the sum, of `VARIANCE` and `MEAN_NORM`.
-        make_variable: Creates a non-trainable variable of zeros: ``make_variable(shape, dtype)``.
         replicas: R; the gradients that arrive are divided by it.
     """
 
@@ -65,13 +63,12 @@ class DenseAccumulator:
         shape: Shape,
         dtype: tf.DType,
         statistics: Collection[str],
-        make_variable: MakeVariable,
         replicas: int,
     ):
         self._replicas = replicas
-        self.sum = make_variable(shape, dtype)
-        self.deviations = make_variable(shape, dtype) if VARIANCE in statistics else None
-        self.norm_sum = make_variable([], dtype) if MEAN_NORM in statistics else None
+        self.sum = new_variable(shape, dtype)
+        self.deviations = new_variable(shape, dtype) if VARIANCE in statistics else None
+        self.norm_sum = new_variable([], dtype) if MEAN_NORM in statistics else None
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
@@ -148,13 +145,12 @@ class SparseAccumulator(DenseAccumulator):
         shape: Shape,
         dtype: tf.DType,
         statistics: Collection[str],
-        make_variable: MakeVariable,
         replicas: int,
     ):
-        super().__init__([None, *shape[1:]], dtype, statistics, make_variable, replicas)
+        super().__init__([None, *shape[1:]], dtype, statistics, replicas)
         self._dense_shape = list(shape)
-        self.indices = make_variable([None], tf.int64)
-        self.touched = make_variable([None], dtype)
+        self.indices = new_variable([None], tf.int64)
+        self.touched = new_variable([None], dtype)
 
     def variables(self) -> list[tf.Variable]:
         """The state, in the order in which it is saved."""
@@ -220,6 +216,16 @@ class SparseAccumulator(DenseAccumulator):
         mean = total * self._replicas / tf.maximum(touched, 1)
         joined = touched * (1 - touched / count) * tf.square(mean)
         return slices, self.deviations.read_value() + joined
+
+
+def new_variable(shape: Shape, dtype: tf.DType, value: int = 0) -> tf.Variable:
+    """A variable of each replica's own; nothing along dimensions of no fixed size."""
+    return tf.Variable(
+        empty(shape, dtype) + value,
+        shape=tf.TensorShape(shape),
+        trainable=False,
+        name="gradient_accumulator",
+    )
 
 
 def deviation_weights(count: tf.Tensor, replicas: int) -> tuple[tf.Tensor, tf.Tensor]:
