@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import keras
 import numpy as np
@@ -20,6 +20,8 @@ from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.bounds import squares_fit
 from tf_lbopt.rules.norms import Gradient
 from tf_lbopt.rules.writer import Writer
+
+_Optimizer = TypeVar("_Optimizer", bound="WithInnerOptimizer")
 
 _OF_PIPELINE = (
     "gradient_accumulation_steps",
@@ -125,6 +127,17 @@ class WithInnerOptimizer:
 
         inner.load_own_variables = load_own_variables
 
+    @classmethod
+    def from_config(
+        cls: type[_Optimizer], config: Arguments, custom_objects: dict[str, type] | None = None
+    ) -> _Optimizer:
+        """The optimizer that `get_config` describes."""
+        config = copy.deepcopy(config)  # stock optimizers write into theirs
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)  # type: ignore[call-arg]  # of the class with this mix-in
+
     @property
     def learning_rate(self) -> LearningRate:
         """The inner optimizer's current learning rate."""
@@ -197,17 +210,6 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
         """The inner optimizer's."""
         inner = values["inner_optimizer"]
         return inner.rule() if isinstance(inner, LargeBatchOptimizer) else _Stock(inner)
-
-    @classmethod
-    def from_config(
-        cls, config: Arguments, custom_objects: dict[str, type] | None = None
-    ) -> "AroundOptimizer":
-        """The optimizer that `get_config` describes."""
-        config = copy.deepcopy(config)  # stock optimizers write into theirs
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
-        )
-        return cls(inner, **config)
 
 
 class PipelineAroundOptimizer(AroundOptimizer):

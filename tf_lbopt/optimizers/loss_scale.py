@@ -1,6 +1,5 @@
 """Dynamic loss scaling that sees an overflow on every replica."""
 
-import copy
 from collections.abc import Sequence
 
 import keras
@@ -18,7 +17,6 @@ from tf_lbopt.aggregation.sparse import divide
 from tf_lbopt.optimizers.algorithm import build_at_first_call, check_floating
 from tf_lbopt.optimizers.around import WithInnerOptimizer, stock_squares_fit
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
-from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.saved_state import SavedState
 from tf_lbopt.optimizers.trained import Gradients, Variable
 from tf_lbopt.rules.bounds import is_rate
@@ -176,14 +174,6 @@ class LossScaleOptimizer(SavedState, WithInnerOptimizer, keras.optimizers.LossSc
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """The loss times the current scale, in float32 where the loss is of float16."""
         return keras.ops.multiply(loss, self.dynamic_scale)
-
-    @classmethod
-    def from_config(
-        cls, config: Arguments, custom_objects: dict[str, type] | None = None
-    ) -> "LossScaleOptimizer":
-        """The optimizer that `get_config` describes."""
-        # A copy: Keras takes the inner one's out of it, and stock optimizers write into theirs.
-        return super().from_config(copy.deepcopy(config), custom_objects)
 
     @tf.autograph.experimental.do_not_convert
     def apply(
