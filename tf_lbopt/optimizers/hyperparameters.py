@@ -107,7 +107,6 @@ def _choice(*choices: str) -> _Kind:
 
 
 _RATE = _Kind(float, checked_learning_rate)
-_NOT_NEGATIVE = _real(low=0.0)
 _POSITIVE = _real(low=0.0, low_open=True)
 _BELOW_ONE = _real(low=0.0, high=1.0, high_open=True)
 _BOOLEAN = _Kind(bool, _validation.boolean)
@@ -122,7 +121,7 @@ _KINDS = {
     "default_trust_ratio": _POSITIVE,
     "ema_momentum": _real(low=0.0, high=1.0),
     "ema_overwrite_frequency": _integer(low=1),
-    "epsilon": _NOT_NEGATIVE,
+    "epsilon": _real(low=0.0),
     "exclude_from_layer_adaptation": _EXCLUSION,
     "exclude_from_weight_decay": _EXCLUSION,
     "extrapolation_rate": _RATE,

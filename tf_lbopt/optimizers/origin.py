@@ -139,7 +139,6 @@ class StepsInBlocks:
 
     _strategy: tf.distribute.Strategy
     trained: Trained
-    _origin: Origin
 
     def recover(self) -> None:
         """Puts the weights back after a step that ended in an error. `fit` does this by itself."""
