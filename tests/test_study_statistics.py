@@ -102,11 +102,11 @@ def test_paired_differences_are_those_of_scipy():
 
 
 def test_differences_without_a_t_statistic():
-    same = {1: 0.5, 2: 0.6}
+    same = {1: 0.5, 2: 0.6, 3: 0.4}
     assert paired_difference(same, same).p == 1.0
-    assert paired_difference({1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0}).excludes_zero
-    assert paired_difference({1: 0.5}, same) is None
-    assert paired_difference({1: 0.5, 2: -math.inf}, same) is None
+    assert paired_difference({1: 1.5, 2: 2.5, 3: 3.5}, {1: 1.0, 2: 2.0, 3: 3.0}).excludes_zero
+    assert paired_difference({1: 0.5, 2: 0.6}, same) is None
+    assert paired_difference({**same, 2: -math.inf}, same) is None
 
 
 def test_holm():

@@ -67,6 +67,8 @@ def test_what_is_above_the_stored_figures():
     assert above(row, {}) == []
     assert above({**row, "sorts": 4}, row) == []
     assert above({**row, "bytes": 1234567}, row) == ["bytes: 1,234,567, stored 5"]
+    assert above({"bytes": 419_775_366}, {"bytes": 419_775_338}) == []
+    assert above({"bytes": 420_000_000}, {"bytes": 419_775_338}) != []
     assert above({"error": "not compiled"}, row) == ["not compiled"]
 
 

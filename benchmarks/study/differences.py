@@ -10,6 +10,9 @@ CONFIDENCE = 0.95
 LEVEL = 0.05
 """Below it an adjusted p value is one of a difference."""
 
+LEAST_SEEDS = 3
+"""Of fewer there is no difference yet: two that happen to be close have a narrow interval."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -43,13 +46,13 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         second: The same of the other method.
 
     Returns:
-        The difference; ``None`` with fewer than two common seeds, or where a run diverged.
+        The difference; ``None`` with fewer than three common seeds, or where a run diverged.
     """
     from scipy import stats
 
     seeds = sorted(set(first) & set(second))
     differences = [first[seed] - second[seed] for seed in seeds]
-    if len(seeds) < 2 or not all(map(math.isfinite, differences)):
+    if len(seeds) < LEAST_SEEDS or not all(map(math.isfinite, differences)):
         return None
     mean = math.fsum(differences) / len(seeds)
     if max(differences) == min(differences):  # A t statistic of 0 / 0 or x / 0.

@@ -194,7 +194,11 @@ def _draw(axis: Axes, panel: Panel, ticks: int) -> None:
         axis.axhline(0, color="black", linewidth=1)
     if panel.log:
         axis.set_xscale("log", base=2)
-        at = spaced({x for line in lines for x in line.x}, ticks)
+        values = {x for line in lines for x in line.x}
+        if len(values) == 1:  # else the lines, which are set aside a little, are at the ends
+            (only,) = values
+            axis.set_xlim(only / 2, 2 * only)
+        at = spaced(values, ticks)
         axis.set_xticks(at, [f"{x:.2g}" if x < 1 else f"{x:,g}" for x in at])
         axis.minorticks_off()
     else:

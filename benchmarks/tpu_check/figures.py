@@ -17,7 +17,10 @@ COMPARED = (
     "long_divisions",
     "program_bytes",
 )
-"""Figures that must not be above those that are stored; of equal versions they are equal."""
+"""Figures that must not be above those that are stored."""
+
+TOLERANCE = 1e-4
+"""By so much they may be, relative: a few scalars, where one more pass is over a whole layer."""
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4}
 _SIZES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
@@ -92,7 +95,7 @@ def above(row: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {row[name]:,}, stored {stored[name]:,}"
         for name in COMPARED
-        if name in stored and row[name] > stored[name]
+        if name in stored and row[name] > (1 + TOLERANCE) * stored[name]
     ]
 
 
