@@ -144,6 +144,8 @@ def test_the_answer_says_which_coefficients_need_warmup(gain, said):
     known |= {("trust", *key): o for key, o in outcomes(TRUST, Results(TRUST, rows)).items()}
     text = answer.blocks(known, first)["answer-also"]
     assert said in text if said else "So without" not in text
+    assert f"With ρ = 1 warm-up brings at τ = 0.001 {'+10.' if gain else ''}" in text
+    assert "; at τ = 0.1 " in text.partition("With ρ = 1")[2]
 
 
 def test_an_answer_without_rows():

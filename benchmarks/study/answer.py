@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from benchmarks.study.claims import Known
 from benchmarks.study.conditions import COEFFICIENTS, CONDITIONS, trust_label
 from benchmarks.study.conditions_page import FirstDifferences, verdict
-from benchmarks.study.differences import Difference, paired_difference
+from benchmarks.study.differences import LEAST_SEEDS, Difference, paired_difference
 from benchmarks.study.grid import Metric, Outcome
 from benchmarks.study.reduced import REDUCED
 from benchmarks.study.render import shown, with_interval
@@ -166,6 +166,13 @@ def _tau(known: Known) -> str:
                 f" So without warm-up τ is {' or '.join(others)}, "
                 f"not {' or '.join(f'{tau:g}' for tau in worse)}."
             )
+    gains = []
+    for tau in COEFFICIENTS:
+        pair = trust_label("LARS", tau, warmup=True), trust_label("LARS", tau)
+        if all(len(_of(known, "trust", cell, label).final) >= LEAST_SEEDS for label in pair):
+            gains.append(f"at τ = {tau:g} {_difference(known, 'trust', cell, pair)}")
+    if gains:
+        text += f" With ρ = 1 warm-up brings {'; '.join(gains)}."
     return text
 
 
