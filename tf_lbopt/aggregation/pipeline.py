@@ -151,13 +151,13 @@ class Pipeline:
         steps = accumulation.steps_of_update(count)
         factor = accumulation.note(self.indices, self.paths, count)
 
-        def arrived(local: list[Gradient]) -> list[tf.Tensor]:
+        def computed(local: list[Gradient]) -> list[tf.Tensor]:
             with tf.control_dependencies(tf.nest.flatten(local, expand_composites=True)):
                 return [tf.constant(True)]
 
         # Nothing is written before all gradients are there: not where there are none, because a
         # data set of unknown size has ended, nor where one replica's end in an error.
-        (there,) = on_each_replica(strategy, self.anchor, arrived, gradients)
+        (there,) = on_each_replica(strategy, self.anchor, computed, gradients)
         if not isinstance(count, int):  # conditions on it wait; what is in them would not
             with tf.control_dependencies(list(there)):
                 count = tf.identity(count)
