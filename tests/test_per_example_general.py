@@ -179,7 +179,7 @@ def test_sparse_inputs(graph):
     np.testing.assert_allclose(of_bias, expected, rtol=1e-5)
     expected *= np.linalg.norm(dense, axis=1)
     np.testing.assert_allclose(of_kernel, expected, rtol=1e-5)
-    with pytest.raises(TypeError, match=r"must be dense tensors.*Received: a SparseTensor"):
+    with pytest.raises(TypeError, match=r"`x` must be dense tensors.*Received: a SparseTensor"):
         per_example_gradient_norms(model, sparse, normal(BATCH, 3), "mse")
 
 

@@ -158,9 +158,6 @@ def _arrays(name: str, structure: Structure) -> Structure:
     """
     arrays = keras.tree.map_structure(np.asarray, structure)
     if any(array.ndim == 0 for array in keras.tree.flatten(arrays)):
-        raise TypeError(
-            f"`{name}` must be an array with the examples on its first axis, or a structure of "
-            f"such arrays. Received: {name}={_validation.shown(structure)} "
-            f"(of type {type(structure).__name__})"
-        )
+        expected = "an array with the examples on its first axis, or a structure of such arrays"
+        raise _validation.refusal(TypeError, name, expected, structure)
     return arrays

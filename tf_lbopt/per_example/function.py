@@ -1,5 +1,6 @@
 """Per-example gradient norms of a model on a batch, as a function."""
 
+import functools
 import inspect
 
 import keras
@@ -106,7 +107,10 @@ def per_example_gradient_norms(
     training = _validation.boolean("training", training)
     micro = _validation.integer("micro_batch_size", micro_batch_size, low=1, optional=True)
     subset = _validation.integer("subset_size", subset_size, low=1, optional=True)
-    data = keras.tree.map_structure(_dense, (x, y, sample_weight))
+    data = [
+        keras.tree.map_structure(functools.partial(_dense, name), structure)
+        for name, structure in (("x", x), ("y", y), ("sample_weight", sample_weight))
+    ]
     size = _common_batch(*data)
     if micro is not None and size is None:
         raise ValueError(
@@ -152,12 +156,11 @@ def per_example_gradient_norms(
     return [tf.cast(count, own.dtype) * own for own in total], gradients
 
 
-def _dense(leaf: object) -> tf.Tensor | None:
+def _dense(name: str, leaf: object) -> tf.Tensor | None:
     if isinstance(leaf, tf.SparseTensor | tf.RaggedTensor):
         raise TypeError(
-            "`x`, `y` and `sample_weight` must be dense tensors or arrays (`PerExampleTape`, and "
-            "`fit` of a `PerExampleNormsModel`, take a sparse `x`). "
-            f"Received: a {type(leaf).__name__}"
+            f"`{name}` must be dense tensors or arrays (`PerExampleTape`, and `fit` of a "
+            f"`PerExampleNormsModel`, take a sparse `x`). Received: a {type(leaf).__name__}"
         )
     return None if leaf is None else tf.convert_to_tensor(leaf)
 
