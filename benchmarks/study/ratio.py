@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -27,36 +28,46 @@ def measure_ratio(task: Any, batch_size: int, sub_batches: int, gamma: float = 0
         The task.
     """
     evaluate = task.evaluate
+    ratio_of: dict[int, Callable[[], tf.Tensor]] = {}
 
     def with_ratio(model: keras.Model, split: str, *, final: bool) -> dict[str, float]:
         metrics = evaluate(model, split, final=final)
         if split == "train":
-            metrics |= _ratios(task, model, batch_size, sub_batches, gamma)
+            if id(model) not in ratio_of:
+                ratio_of[id(model)] = _mean_ratio(task, model, batch_size, sub_batches, gamma)
+            metrics["mean_ratio"] = float(ratio_of[id(model)]())
         return metrics
 
     task.evaluate = with_ratio
     return task
 
 
-def _ratios(
+def _mean_ratio(
     task: Any, model: keras.Model, batch_size: int, sub_batches: int, gamma: float
-) -> dict[str, float]:
+) -> Callable[[], tf.Tensor]:
+    """Returns what measures it at the weights of the moment."""
     loss = task.loss()
     size = batch_size // sub_batches
-    gradients: list[list[tf.Tensor]] = []
-    for part in range(sub_batches):
-        indices = tf.range(part * size, (part + 1) * size, dtype=tf.int64)
-        images, labels = task.batch(indices, tf.constant([0, part], tf.int64))
+
+    @tf.function
+    def gradients(part: tf.Tensor) -> list[tf.Tensor]:
+        indices = part * size + tf.range(size, dtype=tf.int64)
+        images, labels = task.batch(indices, tf.stack([0, part]))
         with tf.GradientTape() as tape:
             value = loss(labels, model(images, training=True))
-        gradients.append(tape.gradient(value, model.trainable_variables))
-    of_variables = [tf.stack(parts) for parts in zip(*gradients, strict=True)]
-    means = [tf.reduce_mean(parts, 0) for parts in of_variables]
-    deviations = [
-        tf.reduce_sum(tf.square(parts - mean), 0)
-        for parts, mean in zip(of_variables, means, strict=True)
-    ]
-    live = tf.constant(float(sub_batches))
-    ratios = clipped_gsnr(SubBatchStatistics(means, deviations, live, tf.constant(1.0)), gamma)
-    r = tf.concat([tf.reshape(ratio, [-1]) for ratio in ratios], 0)
-    return {"mean_ratio": float(tf.reduce_mean(r))}
+        return tape.gradient(value, model.trainable_variables)
+
+    def measure() -> tf.Tensor:
+        of_parts = [gradients(tf.constant(part, tf.int64)) for part in range(sub_batches)]
+        of_variables = [tf.stack(parts) for parts in zip(*of_parts, strict=True)]
+        means = [tf.reduce_mean(parts, 0) for parts in of_variables]
+        deviations = [
+            tf.reduce_sum(tf.square(parts - mean), 0)
+            for parts, mean in zip(of_variables, means, strict=True)
+        ]
+        live = tf.constant(float(sub_batches))
+        statistics = SubBatchStatistics(means, deviations, live, tf.constant(1.0))
+        ratios = clipped_gsnr(statistics, gamma)
+        return tf.reduce_mean(tf.concat([tf.reshape(ratio, [-1]) for ratio in ratios], 0))
+
+    return measure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -54,6 +54,7 @@ class ImageTask:
             some = evenly_spaced(len(data.train_labels), evaluated_training_images)
             self._evaluated["train"] = (data.train_images[some], data.train_labels[some])
         self._label_smoothing = label_smoothing
+        self._forward: tuple[keras.Model, Callable[[np.ndarray], tf.Tensor]] | None = None
         pixels = data.train_images.reshape(-1, data.train_images.shape[-1])
         # Exact integer sums; an array of floats would take four times the images' memory.
         count = len(pixels)
@@ -114,7 +115,7 @@ class ImageTask:
         """Accuracy and cross-entropy, on one device with the weights that all replicas share."""
         del final
         images, labels = self._evaluated[split]
-        logits = _logits(model, images)
+        logits = self._logits(model, images)
         loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
         return {
             "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
@@ -153,21 +154,26 @@ class ImageTask:
     def predictions(self, model: keras.Model) -> Predictions:
         """A line of each test image: label, likeliest class and the probability of each class."""
         probabilities = keras.ops.convert_to_numpy(
-            keras.ops.softmax(_logits(model, self._data.test_images))
+            keras.ops.softmax(self._logits(model, self._data.test_images))
         )
         lines = ["\t".join(["label", "prediction", *(f"p{i}" for i in range(self._data.classes))])]
         for label, row in zip(self._data.test_labels, probabilities, strict=True):
             lines.append("\t".join([str(label), str(row.argmax()), *(f"{p:.6g}" for p in row)]))
         return Predictions(lines)
 
-
-def _logits(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    return np.concatenate(
-        [
-            keras.ops.convert_to_numpy(model(images[at : at + _TEST_BATCH], training=False))
-            for at in range(0, len(images), _TEST_BATCH)
-        ]
-    )
+    def _logits(self, model: keras.Model, images: np.ndarray) -> np.ndarray:
+        if self._forward is None or self._forward[0] is not model:
+            self._forward = (
+                model,
+                tf.function(lambda batch: model(batch, training=False), reduce_retracing=True),
+            )
+        forward = self._forward[1]
+        return np.concatenate(
+            [
+                keras.ops.convert_to_numpy(forward(images[at : at + _TEST_BATCH]))
+                for at in range(0, len(images), _TEST_BATCH)
+            ]
+        )
 
 
 def shifted_and_mirrored(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
