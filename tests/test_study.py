@@ -191,7 +191,8 @@ def test_tables():
     assert "as base" in lines[4]
     assert shown(ACCURACY, []) == "not run"
     assert shown(ACCURACY, [0.5]) == "50.00 %"
-    assert shown(ACCURACY, [0.5, -math.inf]) == "1 of 2 diverged"
+    assert shown(ACCURACY, [0.5, -math.inf]) == "1 of 2 diverged, else 50.00 %"
+    assert shown(ACCURACY, [-math.inf]) == "1 of 1 diverged"
     assert summary(STUDY, Results(STUDY, rows)).row_count == 3
 
 
@@ -282,7 +283,7 @@ def test_a_loss_is_better_where_it_is_lower():
     assert "0.0100 ± 0.0000" in table[2]
     nothing = tuned_table(study, Results(study, []), CELL, [BASE, FIXED])
     assert nothing.strip() == "Not run yet: base; fixed."
-    assert shown(loss, [1.0, math.inf]) == "1 of 2 diverged"
+    assert shown(loss, [1.0, math.inf]) == "1 of 2 diverged, else 1.00"
 
 
 @pytest.mark.parametrize("inputs", regression.INPUTS)

@@ -134,7 +134,7 @@ def test_a_study_repeats_what_is_near_and_takes_other_seeds_for_the_result():
     assert [(row["value"], row["flags"]["seed"]) for row in final] == [(0.4, s) for s in (1, 2, 3)]
     assert all(row["flags"]["evaluate_every"] == 1 for row in final)
     outcome = outcomes(study, Results(study, rows))["cell", "a"]
-    assert set(outcome.by_seed) == {1, 2, 3}
+    assert set(outcome.by_seed(study.metric)) == {1, 2, 3}
     assert sorted(outcome.repeated) == [0.2, 0.4]
 
 

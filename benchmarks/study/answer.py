@@ -37,7 +37,7 @@ def _updates(outcome: Outcome) -> str:
 
 
 def _between(known: Known, study: str, cell: str, labels: tuple[str, str]) -> Difference | None:
-    return paired_difference(*(_of(known, study, cell, label).by_seed for label in labels))
+    return paired_difference(*(_of(known, study, cell, label).by_seed(_METRIC) for label in labels))
 
 
 def _difference(known: Known, study: str, cell: str, labels: tuple[str, str]) -> str:

@@ -29,7 +29,6 @@ from benchmarks.study.studies import SLOW_SGD, STUDIES
 
 REPRODUCED, IN_DIRECTION, NOT = "reproduced", "in direction", "not"
 _NOT_YET = "not run yet"
-_CHANCE = 0.1
 """The accuracy of a run that diverged, on data of ten classes."""
 
 Known = Mapping[tuple[str, str, str], Outcome]
@@ -66,11 +65,7 @@ class Side:
         """The values there are, by seed; a run that diverged has the accuracy of chance."""
         outcome = known.get((self.study, self.cell, self.label), Outcome({}, None, [], []))
         if self.value is None:
-            chance = STUDIES[self.study].metric is ACCURACY
-            return {
-                seed: _CHANCE if chance and not math.isfinite(score) else score
-                for seed, score in outcome.by_seed.items()
-            }
+            return outcome.by_seed(STUDIES[self.study].metric)
         found = {int(row["flags"]["seed"]): self.value(row) for row in outcome.rows}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -192,8 +187,10 @@ def _training_loss_at_half(row: Row) -> float | None:
 
 
 def _accuracy_at_half(row: Row) -> float | None:
+    if row["diverged"]:
+        return ACCURACY.chance
     evaluations = row["evaluations"]
-    return _CHANCE if row["diverged"] else evaluations[len(evaluations) // 2 - 1]["test_accuracy"]
+    return evaluations[len(evaluations) // 2 - 1]["test_accuracy"]
 
 
 def _log_loss_at_half(row: Row) -> float | None:

@@ -110,7 +110,12 @@ def _mean_of(
     rows: Sequence[Row], value: Callable[[Row], float | None], scale: float, digits: int
 ) -> str:
     values = [v for row in rows if (v := value(row)) is not None and math.isfinite(v)]
-    return f"{scale * statistics.fmean(values):.{digits}f}".replace("-", "−") if values else "–"
+    if not values:
+        return "–"
+    mean = scale * statistics.fmean(values)
+    # Of a run that nearly overflowed the loss has 30 digits.
+    text = f"{mean:.{digits}f}" if abs(mean) < 1e4 else f"{mean:.1e}"
+    return text.replace("-", "−")
 
 
 def _to_target(rows: Sequence[Row], target: float) -> str:
@@ -151,7 +156,7 @@ def claims_table(
     for pair in study.claims:
         keys = [(cell.name, label) for label in pair]
         if all(key in known for key in keys):
-            scores = [_by_seed(known[key], value) for key in keys]
+            scores = [_by_seed(study.metric, known[key], value) for key in keys]
             difference = paired_difference(*scores)
             if difference is not None:
                 found.append((*pair, difference))
@@ -173,9 +178,11 @@ def claims_table(
     return "\n".join(lines)
 
 
-def _by_seed(outcome: Outcome, value: Callable[[Row], float | None] | None) -> dict[int, float]:
+def _by_seed(
+    metric: Metric, outcome: Outcome, value: Callable[[Row], float | None] | None
+) -> dict[int, float]:
     if value is None:
-        return outcome.by_seed
+        return outcome.by_seed(metric)
     found = {int(row["flags"]["seed"]): value(row) for row in outcome.rows}
     return {seed: score for seed, score in found.items() if score is not None}
 
@@ -193,7 +200,7 @@ def first_differences(study: Study, results: Results) -> FirstDifferences:
     for pair in FIRST_CLAIMS:
         for cell, _ in study.comparisons:
             both = [known.get((cell.name, label), Outcome({}, None, [], [])) for label in pair]
-            difference = paired_difference(both[0].by_seed, both[1].by_seed)
+            difference = paired_difference(*(each.by_seed(study.metric) for each in both))
             if difference is not None:
                 found[(*pair, batch_of(cell))] = difference
     adjusted = holm([difference.p for difference in found.values()])
@@ -303,7 +310,7 @@ def plot_scaled(results: Results, path: Path) -> bool:
                 points = []
                 for batch_size in SCALED_BATCHES:
                     key = (f"two-conv, B={batch_size}", scaled_label(label, warmup))
-                    if key in known and (final := _finite(known[key].final)):
+                    if key in known and (final := [*known[key].by_seed(SCALED.metric).values()]):
                         deviation = statistics.stdev(final) if len(final) > 1 else 0.0
                         points.append((batch_size, 100 * statistics.fmean(final), 100 * deviation))
                 if points:
@@ -314,10 +321,6 @@ def plot_scaled(results: Results, path: Path) -> bool:
             )
         rows.append(row)
     return plot_panels(path, rows)
-
-
-def _finite(scores: Sequence[float]) -> list[float]:
-    return [score for score in scores if math.isfinite(score)]
 
 
 def plot_gap(results: Results, path: Path) -> bool:

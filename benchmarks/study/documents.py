@@ -20,10 +20,10 @@ def plot_against_first(
 ) -> None:
     """Draws each contender's difference from the first one, paired by seed, with its interval."""
     known = outcomes(study, results)
-    base = known[cell.name, contenders[0].label].by_seed
+    base = known[cell.name, contenders[0].label].by_seed(study.metric)
     found = []
     for label in (contender.label for contender in contenders[1:]):
-        difference = paired_difference(known[cell.name, label].by_seed, base)
+        difference = paired_difference(known[cell.name, label].by_seed(study.metric), base)
         if difference is not None:
             ends = (difference.mean, difference.low, difference.high)
             found.append(Interval(label, *(study.metric.scale * value for value in ends)))

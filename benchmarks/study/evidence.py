@@ -151,7 +151,8 @@ def plot_answer(study: Study, results: Results, path: Path) -> bool:
         points = [
             (batch_of(cell), 100 * statistics.fmean(final), 100 * _spread(final))
             for cell in cells
-            if (found := known.get((cell.name, label))) and (final := _finite(found.final))
+            if (found := known.get((cell.name, label)))
+            and (final := [*found.by_seed(study.metric).values()])
         ]
         x, y, spread = zip(*points, strict=True) if points else ((), (), ())
         dashed = not optimizer_and_warmup(label)[1]
@@ -242,7 +243,7 @@ def plot_warmup(study: Study, results: Results, path: Path) -> bool:
         label = contender.label
         both = [known.get((cell.name, each)) for each in (f"{label}, warm-up", label)]
         if None not in both:
-            difference = paired_difference(*(each.by_seed for each in both if each))
+            difference = paired_difference(*(each.by_seed(study.metric) for each in both if each))
             if difference is not None:
                 ends = (difference.mean, difference.low, difference.high)
                 text = label + _mark(contender)
@@ -267,7 +268,7 @@ def plot_rates(study: Study, results: Results, path: Path) -> bool:
             values = sorted(tried)
             if best in tried and values[0] < best < values[-1]:
                 for color, step in ((0, -1), (1, 1)):
-                    score = max(tried[values[values.index(best) + step]], 0.1)
+                    score = study.metric.counted(tried[values[values.index(best) + step]])
                     lost[color].append(100 * (score - tried[best]))
         for color, losses in lost.items():
             if losses:

@@ -125,6 +125,7 @@ class Metric:
         unit: Behind a shown value.
         digits: Of a shown value, behind the point.
         label: In tables and plots; the name by default.
+        chance: What a run that diverged counts as in means and differences, if anything.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Metric:
     unit: str = " %"
     digits: int = 2
     label: str = ""
+    chance: float | None = None
 
     @property
     def title(self) -> str:
@@ -145,12 +147,17 @@ class Metric:
         """Of a run that diverged."""
         return math.inf if self.lower_is_better else -math.inf
 
+    def counted(self, value: float) -> float:
+        """A value, or `chance` for that of a run that diverged."""
+        return value if math.isfinite(value) or self.chance is None else self.chance
+
     def shown(self, value: float) -> str:
         """A value as people read it, without its unit."""
         return f"{self.scale * value:.{self.digits}f}"
 
 
-ACCURACY = Metric("accuracy")
+# All image data here have ten classes.
+ACCURACY = Metric("accuracy", chance=0.1)
 
 
 @dataclass(frozen=True)
@@ -253,11 +260,10 @@ class Outcome:
     rows: list[Row] = field(default_factory=list)
     repeated: dict[float, list[float]] = field(default_factory=dict)
 
-    @property
-    def by_seed(self) -> dict[int, float]:
-        """Test scores by seed."""
+    def by_seed(self, metric: Metric) -> dict[int, float]:
+        """Test scores by seed, as they count in means and differences."""
         seeds = [int(row["flags"]["seed"]) for row in self.rows]
-        return dict(zip(seeds, self.final, strict=True))
+        return dict(zip(seeds, map(metric.counted, self.final), strict=True))
 
     def close(self, metric: Metric) -> list[float]:
         """The values around the best one whose validation score is close to its own, rising."""
@@ -323,7 +329,7 @@ def _undecided(study: Study, found: Mapping[tuple[str, str], Outcome]) -> set[tu
             both = [found[key] for key in keys if key in found]
             if len(both) < 2 or any(len(o.rows) < len(cell.final_seeds) for o in both):
                 continue
-            difference = paired_difference(both[0].by_seed, both[1].by_seed)
+            difference = paired_difference(*(outcome.by_seed(study.metric) for outcome in both))
             if (
                 difference is not None
                 and not difference.excludes_zero

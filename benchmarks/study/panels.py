@@ -118,6 +118,9 @@ def plot_panels(path: Path, rows: Sequence[Sequence[Panel]], height: float = 2.6
         pairs = [*zip(axes.flat, (panel for row in rows for panel in row), strict=True)]
         for axis, panel in pairs:
             _draw(axis, panel, ticks=10 if columns == 1 else 3)
+        for of_row, row in zip(axes, rows, strict=True):
+            if not any(line.x for panel in row for line in panel.lines):
+                of_row[0].set_yticks([])
         for axis, panel in pairs:
             if not axis.get_subplotspec().is_first_col():
                 axis.set_ylabel("")

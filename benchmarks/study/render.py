@@ -84,11 +84,12 @@ def comparison_table(
 
 def shown(metric: Metric, scores: Sequence[float]) -> str:
     """Mean and standard deviation of scores, and how many runs diverged."""
-    finite = [score for score in scores if math.isfinite(score)]
     if not scores:
         return "not run"
+    finite = [score for score in scores if math.isfinite(score)]
     if len(finite) < len(scores):
-        return f"{len(scores) - len(finite)} of {len(scores)} diverged"
+        diverged = f"{len(scores) - len(finite)} of {len(scores)} diverged"
+        return f"{diverged}, else {shown(metric, finite)}" if finite else diverged
     mean = metric.shown(statistics.fmean(finite))
     if len(finite) == 1:
         return mean + metric.unit
