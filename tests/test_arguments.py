@@ -2,6 +2,7 @@
 
 import copy
 import fractions
+import functools
 import importlib
 import inspect
 import math
@@ -670,6 +671,19 @@ def test_corollary_2_arguments(argument, value, error, expected):
 )
 def test_skipped_updates_arguments(argument, value, error, expected):
     refused(lambda: tf_lbopt.callbacks.SkippedUpdates(value), error, argument, expected, value)
+
+
+@pytest.mark.parametrize("value", [3, True, ["folder"], b"folder"])
+@pytest.mark.parametrize(
+    "callback",
+    [
+        tf_lbopt.callbacks.GradientNoiseScale,
+        tf_lbopt.callbacks.GradientSignalToNoise,
+        functools.partial(tf_lbopt.callbacks.GradientVarianceFactor, np.ones(2), np.ones(2)),
+    ],
+)
+def test_log_dir_of_callbacks(callback, value):
+    refused(lambda: callback(log_dir=value), TypeError, "log_dir", "a path or None", value)
 
 
 @pytest.mark.parametrize("value", [3, None, ["lars"], b"lars"])

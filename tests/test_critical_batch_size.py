@@ -272,6 +272,7 @@ def of_schedule():
         ({"tolerance": -0.1}, ValueError, ["`tolerance`", ">= 0"]),
         ({"smoothing": 0}, ValueError, ["`smoothing`", ">= 1"]),
         ({"base_batch_size": 0}, ValueError, ["`base_batch_size`", ">= 1"]),
+        ({"folder": 3}, TypeError, ["`folder`", "a path or None", "3 (of type int)"]),
         ({"folder": "/proc/no/folder"}, ValueError, ["`folder`", "/proc/no/folder"]),
     ],
 )

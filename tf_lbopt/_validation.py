@@ -5,6 +5,7 @@ It is a `TypeError` for a value of the wrong type (a bool is no number), else a 
 
 import math
 import numbers
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -102,6 +103,13 @@ def choice(name: str, value: object, choices: Sequence[str]) -> str:
         raise refusal(TypeError, name, expected, value)
     if value not in choices:
         raise refusal(ValueError, name, expected, value)
+    return value
+
+
+def path(name: str, value: object) -> Any:
+    """Checks that ``value`` is a path or `None`."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise refusal(TypeError, name, "a path or None", value)
     return value
 
 

@@ -181,6 +181,7 @@ def measure_critical_batch_size(
     if len(sizes) < 2:
         raise ValueError(f"`batch_sizes` must have two or more. Received: batch_sizes={sizes}")
     examples = _validation.integer("examples", examples, low=1)
+    folder = _validation.path("folder", folder)
     if uneven := [size for size in sizes if examples % size]:
         raise ValueError(
             "`examples` must be a multiple of each batch size. Received: "

@@ -2,10 +2,13 @@
 
 import abc
 import math
+import os
 from typing import TypeAlias
 
 import keras
 import tensorflow as tf
+
+from tf_lbopt import _validation
 
 Logs: TypeAlias = dict[str, float] | None
 
@@ -43,9 +46,9 @@ class EpochNumbers(keras.callbacks.Callback, abc.ABC):
         log_dir: Folder for TensorBoard's event files, which get the finite numbers, or `None`.
     """
 
-    def __init__(self, log_dir: str | None):
+    def __init__(self, log_dir: str | os.PathLike[str] | None):
         super().__init__()
-        self.log_dir = log_dir
+        self.log_dir = _validation.path("log_dir", log_dir)
         self._writer: tf.summary.SummaryWriter | None = None
 
     @abc.abstractmethod

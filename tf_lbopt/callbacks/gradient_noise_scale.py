@@ -1,5 +1,7 @@
 """Measuring which batch size is worth using."""
 
+import os
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -94,7 +96,7 @@ class GradientNoiseScale(EpochNumbers):
         every: int = 10,
         ema: float = 0.95,
         per_layer: bool = False,
-        log_dir: str | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
     ):
         super().__init__(log_dir)
         self.every = _validation.integer("every", every, low=1)

@@ -1,5 +1,7 @@
 """Looking at VRGD's signal-to-noise ratios."""
 
+import os
+
 from tf_lbopt import _validation
 from tf_lbopt.callbacks.common import EpochNumbers, Logs, build_optimizer, without_loss_scale
 from tf_lbopt.optimizers.gsnr_weighting import GSNRWeighting
@@ -25,6 +27,7 @@ class GradientSignalToNoise(EpochNumbers):
         log_dir: Folder for TensorBoard's event files, or `None`.
 
     Raises:
+        TypeError, ValueError: An argument is of the wrong type or outside its range.
         ValueError: When training begins, if the model is not built, or its optimizer is no VRGD
             optimizer.
 
@@ -40,7 +43,7 @@ class GradientSignalToNoise(EpochNumbers):
         (1, True)
     """
 
-    def __init__(self, every: int = 10, log_dir: str | None = None):
+    def __init__(self, every: int = 10, log_dir: str | os.PathLike[str] | None = None):
         super().__init__(log_dir)
         self.every = _validation.integer("every", every, low=1)
 

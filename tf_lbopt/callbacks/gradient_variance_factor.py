@@ -1,5 +1,6 @@
 """Looking at how much a layer's gradient varies from example to example."""
 
+import os
 from collections.abc import Callable
 
 import keras
@@ -69,7 +70,7 @@ class GradientVarianceFactor(EpochNumbers):
         loss: AnyLoss | None = None,
         batch_size: int = 128,
         every: int = 1,
-        log_dir: str | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
     ):
         super().__init__(log_dir)
         self.batch_size = _validation.integer("batch_size", batch_size, low=1)
