@@ -35,6 +35,7 @@ from benchmarks.study.grid import (
     Results,
     Row,
     Study,
+    measured_ratios,
     outcomes,
 )
 from benchmarks.study.panels import Line, Panel, plot_panels
@@ -68,12 +69,19 @@ FIRST_CLAIMS = (
 
 
 def results_table(study: Study, results: Results, cell: Cell) -> str:
-    """Returns the test result of every contender of a cell, its training loss and its gap."""
+    """Returns the test result of every contender of a cell, its training loss and its gap.
+
+    Where r was measured, its mean over the runs and their epochs has a column.
+    """
     known = outcomes(study, results)
     target = TARGETS.get(cell.name)
     headings = ["method", "rate", f"test {study.metric.title}", "training loss", "gap"]
     if target is not None:
         headings.append(f"updates (examples) to {100 * target:g} %")
+    of_cell = [known[cell.name, contender.label].rows for contender in _contenders(study, cell)]
+    weighed = any(measured_ratios(rows) for rows in of_cell)
+    if weighed:
+        headings.append("mean r")
     headings.append("seeds")
     lines = [
         "| " + " | ".join(headings) + " |",
@@ -94,6 +102,9 @@ def results_table(study: Study, results: Results, cell: Cell) -> str:
         ]
         if target is not None:
             values.append(_to_target(outcome.rows, target))
+        if weighed:
+            ratios = measured_ratios(outcome.rows)
+            values.append(f"{statistics.fmean(ratios):.2f}" if ratios else "–")
         lines.append("| " + " | ".join([*values, str(len(outcome.final))]) + " |")
     if len(lines) == 2:
         return NOT_YET

@@ -315,9 +315,14 @@ def outcomes(study: Study, results: Results) -> dict[tuple[str, str], Outcome]:
 
 def mean_ratio(rows: Sequence[Row]) -> float:
     """VRGD's mean r over a run and over runs; 1 if no run came to the first evaluation."""
-    name = "train_mean_ratio"
-    found = [each[name] for row in rows for each in row.get("evaluations", ()) if each.get(name)]
+    found = measured_ratios(rows)
     return statistics.fmean(found) if found else 1.0
+
+
+def measured_ratios(rows: Sequence[Row]) -> list[float]:
+    """VRGD's mean r at every evaluation of the runs at which it was measured."""
+    name = "train_mean_ratio"
+    return [each[name] for row in rows for each in row.get("evaluations", ()) if each.get(name)]
 
 
 def _undecided(study: Study, found: Mapping[tuple[str, str], Outcome]) -> set[tuple[str, str]]:
