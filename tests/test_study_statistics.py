@@ -12,6 +12,7 @@ from test_study import carry_out
 
 from benchmarks.study.choice import Choice, Rule, choose, standard_error
 from benchmarks.study.conditions import CONDITIONS
+from benchmarks.study.conditions_page import results_table
 from benchmarks.study.differences import holm, paired_difference
 from benchmarks.study.grid import (
     FINAL,
@@ -180,6 +181,9 @@ def test_a_rate_of_another_cell_times_the_mean_ratio():
         rows.append({**run.head(), "diverged": False, "final": final, "evaluations": ratios})
     rates = {row["label"]: row["flags"]["learning_rate"] for row in rows if row["stage"] == FINAL}
     assert rates == {"base": 0.2, "weighted": 0.2, "control": pytest.approx(0.4 * 0.2)}
+    heading, _, row, *_ = results_table(study, Results(study, rows), large).splitlines()
+    assert heading.endswith("| mean r | seeds |")
+    assert row.endswith("| 0.40 | 3 |")
 
 
 def test_superseded_rows_stay_in_the_table_and_do_not_count():

@@ -29,7 +29,6 @@ from benchmarks.study.studies import SLOW_SGD, STUDIES
 
 REPRODUCED, IN_DIRECTION, NOT = "reproduced", "in direction", "not"
 _NOT_YET = "not run yet"
-"""The accuracy of a run that diverged, on data of ten classes."""
 
 Known = Mapping[tuple[str, str, str], Outcome]
 Value = Callable[[Row], float | None]
