@@ -20,7 +20,7 @@ from benchmarks.study.claims import (
     claims_of_papers,
     verdict_on_claim,
 )
-from benchmarks.study.conditions import TRUST
+from benchmarks.study.conditions import BEST_COEFFICIENTS, TRUST
 from benchmarks.study.conditions_page import first_differences
 from benchmarks.study.differences import Difference
 from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results, outcomes
@@ -149,6 +149,12 @@ def test_the_answer_says_which_coefficient_is_best_with_warmup_and_without():
     (row,) = [line for line in text.splitlines() if line.startswith("| τ = 0.1 |")]
     means = [float(cell.split()[0]) for cell in row.split("|")[2:5]]
     assert means == pytest.approx([50, 80, 30], abs=0.2)
+
+
+def test_other_batches_have_the_coefficients_that_the_page_finds_best():
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    best = BEST_COEFFICIENTS
+    assert f"best at τ = {best[True]:g} with warm-up, and without at {best[False]:g}" in page
 
 
 def test_an_answer_without_rows():

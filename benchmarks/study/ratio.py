@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,14 +29,15 @@ def measure_ratio(task: Any, batch_size: int, sub_batches: int, gamma: float = 0
         The task.
     """
     evaluate = task.evaluate
-    ratio_of: dict[int, Callable[[], tf.Tensor]] = {}
+
+    @functools.cache
+    def ratio_of(model: keras.Model) -> Callable[[], tf.Tensor]:
+        return _mean_ratio(task, model, batch_size, sub_batches, gamma)
 
     def with_ratio(model: keras.Model, split: str, *, final: bool) -> dict[str, float]:
         metrics = evaluate(model, split, final=final)
         if split == "train":
-            if id(model) not in ratio_of:
-                ratio_of[id(model)] = _mean_ratio(task, model, batch_size, sub_batches, gamma)
-            metrics["mean_ratio"] = float(ratio_of[id(model)]())
+            metrics["mean_ratio"] = float(ratio_of(model)())
         return metrics
 
     task.evaluate = with_ratio
