@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.study.conditions import WEIGHTED, scaled_label, trust_label
+from benchmarks.study.conditions import (
+    NESTEROV_IN_PARTS,
+    WEIGHTED,
+    scaled_label,
+    trust_label,
+)
 from benchmarks.study.conditions_page import GAP_METRIC
 from benchmarks.study.curves import generalization_gap
 from benchmarks.study.differences import LEVEL, Difference, holm, paired_difference
@@ -366,6 +371,9 @@ _CLAIMS = {
         ("Figure 2a: at 8k and a constant rate it needs at most half of SGD's updates",
          _half_of_the_updates(("extrap", "two-conv, B=8192, constant rate"),
                               "two-conv, 8,192, k = 32", _POINTS, "Nesterov momentum")),
+        ("Figure 2a: with BatchNormalization, at a constant rate, EXTRAP-SGD ends ahead of SGD",
+         _in(("extrap", "ResNet-8, B=2048, constant rate"), "ResNet-8, 2,048, k = 32 for both",
+             _POINTS, NESTEROV_IN_PARTS)),
         ("Figure 2b: at 8k and a constant rate EXTRAP-SGD's trajectory is smoother than SGD's",
          _in(_only_cell(SMOOTHNESS), "two-conv, 8,192, k = 32, mean along it", EXTRAP_SMALL,
              NESTEROV, mean_smoothness, metric=SMOOTHNESS_METRIC)),
