@@ -12,7 +12,7 @@ from test_study import carry_out
 
 from benchmarks.study.choice import Choice, Rule, choose, standard_error
 from benchmarks.study.conditions import CONDITIONS
-from benchmarks.study.conditions_page import results_table
+from benchmarks.study.conditions_page import claims_table, results_table
 from benchmarks.study.differences import holm, paired_difference
 from benchmarks.study.grid import (
     FINAL,
@@ -164,6 +164,26 @@ def test_a_claim_that_three_seeds_do_not_settle_gets_five(gain, seeds):
     assert numbers == {"base": seeds, "better": seeds, "other": 3}
 
 
+def test_claims_of_a_cell_take_the_place_of_the_studys():
+    contenders = [Contender(label, {}, values=RATES) for label in ("base", "control", "better")]
+    cells = CELL, dataclasses.replace(CELL, name="own", claims=[("better", "control")])
+    study = Study("study", [(cell, contenders) for cell in cells], claims=[("better", "base")])
+
+    def score(run):
+        noise = {1: 0.02, 2: -0.02}.get(run.seed, 0.0) if run.label == "better" else 0.0
+        return 0.6 - abs(math.log2(run.value / 0.2)) * 0.05 + noise + 0.02 * (run.label == "better")
+
+    results = Results(study, carry_out(study, score))
+    known = outcomes(study, results)
+    seeds = {key: len(outcome.final) for key, outcome in known.items()}
+    expected = {("cell", "base"): 5, ("cell", "control"): 3, ("cell", "better"): 5}
+    expected |= {("own", "base"): 3, ("own", "control"): 5, ("own", "better"): 5}
+    assert seeds == expected
+    for cell, other in zip(cells, ("base", "control"), strict=True):
+        _, _, *rows = claims_table(study, results, cell).splitlines()
+        assert [row.split(" | ")[:2] for row in rows] == [["| better", other]]
+
+
 def test_a_rate_of_another_cell_times_the_mean_ratio():
     small, large = (dataclasses.replace(CELL, name=name, more_seeds=()) for name in ("s", "l"))
     base = Contender("base", {"optimizer": "momentum"}, values=RATES)
@@ -205,7 +225,9 @@ def test_superseded_rows_stay_in_the_table_and_do_not_count():
 def test_what_a_study_compares_is_in_it(study):
     labels = {c.label for _, contenders in study.comparisons for c in contenders}
     assert {label for pair in study.claims for label in pair} <= labels
-    for cell, _ in study.comparisons:
+    for cell, contenders in study.comparisons:
+        own = {label for pair in cell.claims for label in pair}
+        assert own <= {contender.label for contender in contenders}
         assert not {*cell.final_seeds, *cell.more_seeds} & {
             *cell.tuning_seeds,
             *cell.repeated_seeds,

@@ -164,7 +164,7 @@ def claims_table(
     """
     known, metric = outcomes(study, results), metric or study.metric
     found: list[tuple[str, str, Difference]] = []
-    for pair in study.claims:
+    for pair in study.claims_of(cell):
         keys = [(cell.name, label) for label in pair]
         if all(key in known for key in keys):
             scores = [_by_seed(study.metric, known[key], value) for key in keys]

@@ -40,6 +40,7 @@ class Cell:
         final_seeds: The best value is tested with these.
         more_seeds: And with these, where one of the study's claims needs them.
         final_settings: Further flags of the test's runs.
+        claims: In the place of the study's, where it compares others.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Cell:
     repeated_seeds: tuple[int, ...] = ()
     more_seeds: tuple[int, ...] = ()
     final_settings: Mapping[str, Scalar] = field(default_factory=dict)
+    claims: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Study:
         metric: What is tuned for and reported.
         task: A key of `benchmarks.study.runner.TASKS`.
         claims: Labels of contenders to be told apart, the one said to be ahead first; all that
-            are in a cell together.
+            are in a cell together, where it has no claims of its own.
     """
 
     name: str
@@ -178,6 +180,10 @@ class Study:
     metric: Metric = ACCURACY
     task: str = "cifar"
     claims: Sequence[tuple[str, str]] = ()
+
+    def claims_of(self, cell: Cell) -> Sequence[tuple[str, str]]:
+        """The pairs that are told apart in a cell, if it has both."""
+        return cell.claims or self.claims
 
 
 SUPERSEDED = "superseded"
@@ -329,7 +335,7 @@ def _undecided(study: Study, found: Mapping[tuple[str, str], Outcome]) -> set[tu
     """Contenders that a claim needs apart and whose first seeds do not tell apart."""
     undecided: set[tuple[str, str]] = set()
     for cell in {cell.name: cell for cell, _ in study.comparisons}.values():
-        for pair in study.claims if cell.more_seeds else ():
+        for pair in study.claims_of(cell) if cell.more_seeds else ():
             keys = [(cell.name, label) for label in pair]
             both = [found[key] for key in keys if key in found]
             if len(both) < 2 or any(len(o.rows) < len(cell.final_seeds) for o in both):
