@@ -184,18 +184,20 @@ def _by_tau(known: Known) -> str:
     return "\n".join(lines)
 
 
-def _others(first: FirstDifferences) -> str:
+def _others(known: Known, first: FirstDifferences) -> str:
     of_vrgd = [d for (label, *_), (d, _) in first.items() if label.startswith("VR-")]
     above = sum(d.low > 0 for d in of_vrgd)
     below = sum(d.high < 0 for d in of_vrgd)
-    pair = ("EXTRAP-SGD, warm-up", "Nesterov momentum, warm-up")
+    warmed = ("EXTRAP-SGD", "Nesterov momentum")
+    pair = (f"{warmed[0]}, warm-up", f"{warmed[1]}, warm-up")
     ahead = [
         f"{b:,}" for *of, b in sorted(first) if tuple(of) == pair and first[(*pair, b)][0].low > 0
     ]
     return (
         f"**VRGD and EXTRAP:** of {len(of_vrgd)} intervals of VRGD's forms against their tuned "
         f"bases {above} lie above 0 and {below} below. EXTRAP-SGD is ahead of its base, Nesterov's "
-        f"SGD, at {' and '.join(ahead) or 'no batch'} (before the correction)."
+        f"SGD, at {' and '.join(ahead) or 'no batch'} (before the correction); EXTRAP-SGD − its "
+        f"base at 4,096, in points: {_difference(known, 'warmed', 'two-conv, B=4096', warmed)}."
     )
 
 
@@ -211,7 +213,7 @@ def state(known: Known) -> str:
 
 def blocks(known: Known, first: FirstDifferences) -> Mapping[str, str]:
     """Returns the blocks of the page by name."""
-    also = (_warmup(known), _tau(known), _others(first))
+    also = (_warmup(known), _tau(known), _others(known, first))
     return {
         "answer": f"{_resnet(known, first)}\n\n{_bert(known)}",
         "answer-by-batch": _by_batch(known, first),
