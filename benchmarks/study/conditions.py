@@ -209,8 +209,10 @@ TRUST = Study(
 
 # No rate is tuned: one product η τ is the first edition's best, and one half as large.
 _RESNET20_PRODUCTS = (0.008, 0.004)
-_TAU, _WARMED_TAU = (trust_label("LARS", 0.001, warmup=warmup) for warmup in (False, True))
-_ALIKE, _WARMED_ALIKE = (trust_label("LARS", None, warmup=warmup) for warmup in (False, True))
+_LARS, _LARS_WARMED = (trust_label("LARS", 0.001, warmup=warmup) for warmup in (False, True))
+_LARS_ALIKE, _LARS_ALIKE_WARMED = (
+    trust_label("LARS", None, warmup=warmup) for warmup in (False, True)
+)
 
 
 def _at_product(label: str, product: float) -> str:
@@ -247,10 +249,10 @@ TRUST_RESNET20 = Study(
                 )
                 for product in _RESNET20_PRODUCTS
                 for label, tau, ratio, warmup in (
-                    (_TAU, 0.001, 1.0, False),
-                    (_ALIKE, 0.01, 0.01, False),
-                    (_WARMED_TAU, 0.001, 1.0, True),
-                    (_WARMED_ALIKE, 0.01, 0.01, True),
+                    (_LARS, 0.001, 1.0, False),
+                    (_LARS_ALIKE, 0.01, 0.01, False),
+                    (_LARS_WARMED, 0.001, 1.0, True),
+                    (_LARS_ALIKE_WARMED, 0.01, 0.01, True),
                 )
             ],
         )
@@ -259,9 +261,9 @@ TRUST_RESNET20 = Study(
         (_at_product(first, product), _at_product(second, product))
         for product in _RESNET20_PRODUCTS
         for first, second in (
-            (_WARMED_TAU, _TAU),
-            (_WARMED_ALIKE, _ALIKE),
-            (_ALIKE, _TAU),
+            (_LARS_WARMED, _LARS),
+            (_LARS_ALIKE_WARMED, _LARS_ALIKE),
+            (_LARS_ALIKE, _LARS),
         )
     ],
 )
