@@ -20,7 +20,7 @@ from benchmarks.study.claims import (
     claims_of_papers,
     verdict_on_claim,
 )
-from benchmarks.study.conditions import BEST_COEFFICIENTS, TRUST
+from benchmarks.study.conditions import BASELINES, BEST_COEFFICIENTS, TRUST
 from benchmarks.study.conditions_page import first_differences
 from benchmarks.study.differences import Difference
 from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results, outcomes
@@ -149,6 +149,25 @@ def test_the_answer_says_which_coefficient_is_best_with_warmup_and_without():
     (row,) = [line for line in text.splitlines() if line.startswith("| τ = 0.1 |")]
     means = [float(cell.split()[0]) for cell in row.split("|")[2:5]]
     assert means == pytest.approx([50, 80, 30], abs=0.2)
+
+
+def test_the_answer_compares_the_baselines_with_lars():
+    gains = {"Muon": 0.02, "Lion": -0.1}
+    rows = carry_out(
+        BASELINES,
+        lambda run: (
+            0.5 + gains.get(run.label, 0.0) + 0.001 * math.sin(run.seed * ord(run.label[1]))
+        ),
+        limit=5000,
+        at_once=5000,
+    )
+    known, first = made_up({})
+    found = outcomes(BASELINES, Results(BASELINES, rows))
+    known |= {("baselines", *key): outcome for key, outcome in found.items()}
+    text = answer.blocks(known, first)["answer-also"]
+    (line,) = [line for line in text.splitlines() if "Baselines of 2026" in line]
+    assert re.search(r"Muon \+(1.9|2.0|2.1) \[[^]]*\], ahead", line)
+    assert re.search(r"Lion −(9.9|10.0|10.1) \[[^]]*\], behind", line)
 
 
 def test_other_batches_have_the_coefficients_that_the_page_finds_best():

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 from benchmarks.study.claims import Known
-from benchmarks.study.conditions import COEFFICIENTS, CONDITIONS, trust_label
+from benchmarks.study.conditions import BASELINES, COEFFICIENTS, CONDITIONS, trust_label
 from benchmarks.study.conditions_page import FirstDifferences, verdict
 from benchmarks.study.differences import LEAST_SEEDS, Difference, paired_difference
 from benchmarks.study.grid import Metric, Outcome
@@ -201,6 +201,19 @@ def _others(known: Known, first: FirstDifferences) -> str:
     )
 
 
+def _baselines(known: Known) -> str:
+    ((cell, _),) = BASELINES.comparisons
+    differences = "; ".join(
+        f"{label} {_difference(known, BASELINES.name, cell.name, (label, base))}"
+        for label, base in BASELINES.claims
+        if base == "LARS"
+    )
+    return (
+        f"**[Baselines of 2026](#baselines-of-2026)** − LARS at 8,192, all with warm-up, in "
+        f"points: {differences}. Keras's Muon steps by AdamW wherever a variable is not a matrix."
+    )
+
+
 def state(known: Known) -> str:
     """Returns how much of the second edition has been run, a study a row."""
     lines = ["| study | contenders with a result | of |", "|---|---:|---:|"]
@@ -213,7 +226,7 @@ def state(known: Known) -> str:
 
 def blocks(known: Known, first: FirstDifferences) -> Mapping[str, str]:
     """Returns the blocks of the page by name."""
-    also = (_warmup(known), _tau(known), _others(known, first))
+    also = (_warmup(known), _tau(known), _others(known, first), _baselines(known))
     return {
         "answer": f"{_resnet(known, first)}\n\n{_bert(known)}",
         "answer-by-batch": _by_batch(known, first),
