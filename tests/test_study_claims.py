@@ -21,7 +21,7 @@ from benchmarks.study.claims import (
     verdict_on_claim,
 )
 from benchmarks.study.conditions import BASELINES, BEST_COEFFICIENTS, TRUST
-from benchmarks.study.conditions_page import first_differences
+from benchmarks.study.conditions_page import claim_differences, first_differences, verdict
 from benchmarks.study.differences import Difference
 from benchmarks.study.grid import ACCURACY, FINAL, Metric, Outcome, Results, outcomes
 from benchmarks.study.studies import STUDIES, TWO_CONV
@@ -163,11 +163,16 @@ def test_the_answer_compares_the_baselines_with_lars():
     )
     known, first = made_up({})
     found = outcomes(BASELINES, Results(BASELINES, rows))
+    ((cell, _),) = BASELINES.comparisons
     known |= {("baselines", *key): outcome for key, outcome in found.items()}
     text = answer.blocks(known, first)["answer-also"]
     (line,) = [line for line in text.splitlines() if "Baselines of 2026" in line]
-    assert re.search(r"Muon \+(1.9|2.0|2.1) \[[^]]*\], ahead", line)
-    assert re.search(r"Lion −(9.9|10.0|10.1) \[[^]]*\], behind", line)
+    assert re.search(r"Muon \+(1.9|2.0|2.1) \[[^]]*\], ahead;", line)
+    assert re.search(r"Lion −(9.9|10.0|10.1) \[[^]]*\], behind;", line)
+    # What the answer says of a pair, its table says too, after the correction.
+    for pair, (difference, p) in claim_differences(BASELINES, found, cell).items():
+        if pair[1] == "LARS":
+            assert f"], {verdict(ACCURACY, difference, p)}" in line.split(pair[0], 1)[1][:40]
 
 
 def test_other_batches_have_the_coefficients_that_the_page_finds_best():

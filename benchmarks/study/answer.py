@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from benchmarks.study.claims import Known
 from benchmarks.study.conditions import BASELINES, COEFFICIENTS, CONDITIONS, trust_label
-from benchmarks.study.conditions_page import FirstDifferences, verdict
+from benchmarks.study.conditions_page import FirstDifferences, claim_differences, verdict
 from benchmarks.study.differences import LEAST_SEEDS, Difference, paired_difference
-from benchmarks.study.grid import Metric, Outcome
+from benchmarks.study.grid import Outcome
 from benchmarks.study.reduced import REDUCED
 from benchmarks.study.render import shown, with_interval
 from benchmarks.study.studies import STUDIES, TWO_CONV
@@ -42,12 +42,19 @@ def _between(known: Known, study: str, cell: str, labels: tuple[str, str]) -> Di
 
 
 def _difference(known: Known, study: str, cell: str, labels: tuple[str, str]) -> str:
-    """With its interval, of two methods, and what may be said; outside of any correction."""
-    metric: Metric = STUDIES[study].metric
+    """With its interval, of two methods, and what may be said.
+
+    Where the study lists the pair, this is after Holm's correction, as in its table.
+    """
+    of = STUDIES[study]
     difference = _between(known, study, cell, labels)
     if difference is None:
-        return "not run yet"
-    return f"{with_interval(metric, difference)}, {verdict(metric, difference, 1.0)}"
+        begun = all(_of(known, study, cell, label).final for label in labels)
+        return "too few seeds yet" if begun else "not run yet"
+    outcomes = {(c, label): found for (name, c, label), found in known.items() if name == study}
+    place = next(each for each, _ in of.comparisons if each.name == cell)
+    _, adjusted = claim_differences(of, outcomes, place).get(labels, (difference, 1.0))
+    return f"{with_interval(of.metric, difference)}, {verdict(of.metric, difference, adjusted)}"
 
 
 def _taken(first: FirstDifferences, batch: int) -> str:
@@ -209,7 +216,7 @@ def _baselines(known: Known) -> str:
         if base == "LARS"
     )
     return (
-        f"**[Baselines of 2026](#baselines-of-2026)** − LARS at 8,192, all with warm-up, in "
+        "**[Baselines of 2026](#baselines-of-2026)** − LARS at 8,192, all with warm-up, in "
         f"points: {differences}. Keras's Muon steps by AdamW wherever a variable is not a matrix."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study.conditions import (
@@ -146,6 +146,37 @@ def verdict(metric: Metric, difference: Difference, adjusted: float) -> str:
     return ahead if adjusted < LEVEL else f"{ahead}, before the correction"
 
 
+ClaimDifferences = dict[tuple[str, str], tuple[Difference, float]]
+
+
+def claim_differences(
+    study: Study,
+    known: Mapping[tuple[str, str], Outcome],
+    cell: Cell,
+    value: Callable[[Row], float | None] | None = None,
+) -> ClaimDifferences:
+    """The paired differences of a study's claims that there are runs for, by pair of methods.
+
+    Beside each is its p value with Holm's correction for all of them.
+
+    Args:
+        study: Of the runs.
+        known: Its outcomes by cell and method.
+        cell: Where they are compared.
+        value: Of a run's row; the study's test result by default.
+    """
+    found: dict[tuple[str, str], Difference] = {}
+    for pair in study.claims_of(cell):
+        keys = [(cell.name, label) for label in pair]
+        if all(key in known for key in keys):
+            scores = [_by_seed(study.metric, known[key], value) for key in keys]
+            difference = paired_difference(*scores)
+            if difference is not None:
+                found[pair] = difference
+    adjusted = holm([difference.p for difference in found.values()])
+    return {pair: (d, p) for (pair, d), p in zip(found.items(), adjusted, strict=True)}
+
+
 def claims_table(
     study: Study,
     results: Results,
@@ -162,25 +193,17 @@ def claims_table(
         metric: In what; in the study's test result by default.
         value: Of a run's row, where the metric is another one.
     """
-    known, metric = outcomes(study, results), metric or study.metric
-    found: list[tuple[str, str, Difference]] = []
-    for pair in study.claims_of(cell):
-        keys = [(cell.name, label) for label in pair]
-        if all(key in known for key in keys):
-            scores = [_by_seed(study.metric, known[key], value) for key in keys]
-            difference = paired_difference(*scores)
-            if difference is not None:
-                found.append((*pair, difference))
+    metric = metric or study.metric
+    found = claim_differences(study, outcomes(study, results), cell, value)
     if not found:
         return NOT_YET
-    adjusted = holm([difference.p for *_, difference in found])
     lines = [
         f"| method | against | {metric.title}, difference "
         f"[95 % interval] | p | p of Holm, "
         f"{len(found)} comparisons | seeds | the first is |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
-    for (first, second, difference), p in zip(found, adjusted, strict=True):
+    for (first, second), (difference, p) in found.items():
         lines.append(
             f"| {first} | {second} | {with_interval(metric, difference)} | "
             f"{difference.p:.3f} | {p:.3f} | {difference.seeds} | "
