@@ -201,10 +201,11 @@ def _others(known: Known, first: FirstDifferences) -> str:
         f"{b:,}" for *of, b in sorted(first) if tuple(of) == pair and first[(*pair, b)][0].low > 0
     ]
     return (
-        f"**VRGD and EXTRAP:** of {len(of_vrgd)} intervals of VRGD's forms against their tuned "
-        f"bases {above} lie above 0 and {below} below. EXTRAP-SGD is ahead of its base, Nesterov's "
-        f"SGD, at {' and '.join(ahead) or 'no batch'} (before the correction); EXTRAP-SGD − its "
-        f"base at 4,096, in points: {_difference(known, 'warmed', 'two-conv, B=4096', warmed)}."
+        f"**VRGD and EXTRAP:** with warm-up, of {len(of_vrgd)} intervals of VRGD's forms against "
+        f"their tuned bases {above} lie above 0 and {below} below. EXTRAP-SGD is ahead of its "
+        f"base, Nesterov's SGD, at {' and '.join(ahead) or 'no batch'} (before the correction); "
+        "EXTRAP-SGD − its base at 4,096, in points: "
+        f"{_difference(known, 'warmed', 'two-conv, B=4096', warmed)}."
     )
 
 

@@ -7,22 +7,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.study.conditions_page import NOT_YET, batch_of, claims_table, has_results, verdict
-from benchmarks.study.differences import paired_difference
+from benchmarks.study.conditions_page import NOT_YET, batch_of, claims_table, has_results
 from benchmarks.study.grid import Cell, Metric, Outcome, Results, Row, Study, outcomes
 from benchmarks.study.panels import Line, Panel, plot_panels
 from benchmarks.study.reduced import (
     BUDGET,
     COROLLARY,
     CRITEO,
-    EXTRAP_SMALL,
     LOG_LOSS,
     MOMENTUM,
-    NESTEROV,
     SMOOTHNESS,
     SNGM_THEORY,
 )
-from benchmarks.study.render import not_run_yet, shown, with_interval
+from benchmarks.study.render import not_run_yet, shown
 from benchmarks.study.smoothness import largest_msgd_rate, msgd_limits
 from benchmarks.study.studies import TWO_CONV
 from tf_lbopt.schedules import sngm_corollary_1, sngm_corollary_2
@@ -185,27 +182,6 @@ def plot_smoothness(results: Results, path: Path) -> bool:
     return plot_panels(path, [[Panel(title, "update", f"log₁₀ {_RATIO}", lines)]], 3.2)
 
 
-def smoothness_sentence(results: Results) -> str:
-    """What is seen of the paper's Figure 2b, in one sentence."""
-    known = outcomes(SMOOTHNESS, results)
-    cell = SMOOTHNESS.comparisons[0][0]
-    scores = []
-    for label in (EXTRAP_SMALL, NESTEROV):
-        outcome = known[cell.name, label]
-        found = [(int(row["flags"]["seed"]), mean_smoothness(row)) for row in outcome.rows]
-        scores.append({seed: value for seed, value in found if value is not None})
-    difference = paired_difference(*scores)
-    if difference is None:
-        return f"{EXTRAP_SMALL} and {NESTEROV} do not both have two seeds yet."
-    said = verdict(SMOOTHNESS_METRIC, difference, 0.0)
-    words = {"ahead": "smoother", "behind": "less smooth"}
-    return (
-        f"The geometric mean of {_RATIO} along the trajectory of {EXTRAP_SMALL} differs from that "
-        f"of {NESTEROV} ({statistics.fmean(scores[1].values()):.2f}) by "
-        f"{with_interval(SMOOTHNESS_METRIC, difference)}: {words.get(said, said)}."
-    )
-
-
 # --- The page -------------------------------------------------------------------------------------
 
 
@@ -230,7 +206,6 @@ def blocks(results: dict[str, Results]) -> dict[str, str]:
         others = [(SMOOTHNESS_METRIC, mean_smoothness)]
         found[SMOOTHNESS.name] = _joined(
             f"![smoothness by update](images/{_PLOT})",
-            smoothness_sentence(known),
             _results_table(SMOOTHNESS, known, others),
             claims_table(SMOOTHNESS, known, _cell(SMOOTHNESS), *others[0]),
         )
