@@ -200,6 +200,21 @@ def test_around_an_optimizer_of_this_package():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("inner", [keras.optimizers.SGD, tf_lbopt.SGD], ids=["stock", "own"])
+@pytest.mark.parametrize("wrap", [tf_lbopt.Accumulated, tf_lbopt.VarianceReduced])
+@pytest.mark.filterwarnings("ignore:.*sub-batches")
+def test_iterations_that_are_set_move_the_schedule(wrap, inner):
+    schedule = keras.optimizers.schedules.PolynomialDecay(1.0, 10, 0.0)
+    optimizer = wrap(inner(schedule), gradient_accumulation_steps=2)
+    variable = keras.Variable([0.0])
+    optimizer.build([variable])
+    optimizer.iterations.assign(5)
+    for _ in range(2):
+        optimizer.apply([tf.ones([1])], [variable])
+    assert variable.numpy() == pytest.approx([-0.5])
+    assert optimizer.iterations.numpy() == optimizer.inner_optimizer.iterations.numpy() == 6
+
+
 def test_loss_scaling_around_it():
     """An overflow in one micro-step halves the scale once, and the update is discarded."""
     gradients = sub_batch_gradients(2, sub_batches=2)

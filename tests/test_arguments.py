@@ -118,6 +118,21 @@ OWN = {
 EXCLUSION_LIST = "a list of variables or of regular expressions over the variable path"
 
 
+@pytest.mark.parametrize(
+    "cls", [tf_lbopt.SGD, tf_lbopt.SNGM, tf_lbopt.LARS, tf_lbopt.tf_keras.SGD, tf_lbopt.ExtrapSGD]
+)
+def test_momentum_that_is_set_after_build(cls):
+    optimizer = cls(0.1, momentum=0.0)
+    of_keras = isinstance(optimizer, keras.optimizers.Optimizer)
+    variable = (keras.Variable if of_keras else tf.Variable)(np.ones(2, "float32"))
+    optimizer.build([variable])
+    for momentum, message in ((0.9, "Received: momentum=0.9"), (1.0, "`momentum` must be")):
+        optimizer.momentum = momentum
+        with pytest.raises(ValueError, match=message), taking_gradients(optimizer, [variable]):
+            optimizer.apply_gradients([(tf.ones(2), variable)])
+    np.testing.assert_array_equal(variable.numpy(), np.ones(2))
+
+
 @over_optimizers
 @pytest.mark.parametrize(("argument", "value", "error", "expected"), cases(COMMON))
 def test_common_arguments(info, argument, value, error, expected):

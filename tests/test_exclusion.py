@@ -1,5 +1,6 @@
 """What is left out of weight decay and of layer adaptation, however it is said."""
 
+import functools
 import json
 import re
 import warnings
@@ -110,6 +111,48 @@ def test_nothing_excluded(info, copy, nothing):
     optimizer = copy(info.cls(**arguments_of(info), exclude_from_weight_decay=nothing))
     assert optimizer.get_config()["exclude_from_weight_decay"] == nothing
     assert all(optimizer.decays(v) for v in named_variables())
+
+
+def _updated(optimizer, variables):
+    with taking_gradients(optimizer, variables):
+        optimizer.apply([0.5 * tf.ones(v.shape, v.dtype) for v in variables], variables)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("dtypes", [("float64", "float64"), ("float32", "float64")])
+@pytest.mark.parametrize(
+    "excluded",
+    [
+        {"exclude_from_weight_decay": [".*"]},
+        {"exclude_from_weight_decay": ["bias"]},
+        {"exclude_from_layer_adaptation": [".*"]},
+    ],
+    ids=["all from decay", "some from decay", "all from adaptation"],
+)
+@pytest.mark.parametrize("name", [info.name for info in LAYERWISE])
+@pytest.mark.quick(name="lars")
+@pytest.mark.quick(name=("lamb", "clars"), jit_compile=False)
+def test_excluded_variables_of_another_dtype(name, excluded, dtypes, jit_compile):
+    """The norms are of those that are not excluded: of none, or of a narrower dtype."""
+    info = next(info for info in LAYERWISE if info.name == name)
+    results = []
+    for own in (("float32", "float32"), dtypes):
+        variables = [
+            keras.Variable(np.linspace(-1, 1, size), dtype=dtype, name=name)
+            for size, dtype, name in zip((6, 3), own, ("kernel", "bias"), strict=True)
+        ]
+        optimizer = info.cls(**minimal_arguments(info), weight_decay=DECAY, **excluded)
+        optimizer.build(variables)
+
+        update = tf.function(
+            functools.partial(_updated, optimizer, variables), jit_compile=jit_compile
+        )
+        for _ in range(optimizer.gradient_accumulation_steps or 1):
+            update()
+        assert optimizer.iterations.numpy() == 1
+        results.append([v.numpy() for v in variables])
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_allclose(first, second, rtol=2e-4, atol=1e-6)
 
 
 @over_optimizers

@@ -352,6 +352,7 @@ def test_filters_of_other_layers():
         ("embedding/embeddings", rng.normal(size=(7, 4))),
         ("depthwise_conv2d/kernel", rng.normal(size=(3, 3, 5, 2))),
         ("conv2d/kernel", rng.normal(size=(3, 3, 5, 6))),
+        ("conv2d_transpose/kernel", rng.normal(size=(3, 3, 5, 6))),
     ]
     ((x, (point,)),) = points_of(
         lambda: tf_lbopt.ExtrapSGD(0.1, extrapolation_rate=1.0, noise="gaussian", noise_seed=1),
@@ -359,7 +360,7 @@ def test_filters_of_other_layers():
         updates=1,
         variables=variables,
     )
-    for w, p, axes in zip(x, point, [(1,), (0, 1), (0, 1, 2)], strict=True):
+    for w, p, axes in zip(x, point, [(1,), (0, 1), (0, 1, 2), (0, 1, 3)], strict=True):
         np.testing.assert_allclose(
             np.sqrt(np.sum((w - p) ** 2, axis=axes)), np.sqrt(np.sum(w**2, axis=axes)), rtol=1e-4
         )

@@ -434,6 +434,19 @@ def test_a_batch_that_does_not_divide_is_refused():
     unknown = dataset([a[0] for a in batches(1, 4)]).batch(4)
     with pytest.raises(tf.errors.InvalidArgumentError, match="sub_batches=3"):
         model_of(lambda: tf_lbopt.ExtrapSGD(0.1, sub_batches=3)).fit(unknown, verbose=0)
+    # XLA makes no assertions: it must not be able to compile the step.
+    compiled = model_of(lambda: tf_lbopt.ExtrapSGD(0.1, sub_batches=3), jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="multiple_of_parts"):
+        compiled.fit(unknown, verbose=0)
+    assert_close(compiled.get_weights(), initial())
+
+
+def test_a_layer_that_writes_its_weights_is_refused():
+    layer = keras.layers.SpectralNormalization(keras.layers.Dense(3))
+    model = keras.Sequential([keras.Input([5]), layer])
+    model.compile(optimizer=tf_lbopt.ExtrapSGD(0.1), loss="mse")
+    with pytest.raises(ValueError, match=r"Received: a model with the layer 'spectral_norm"):
+        fit(model, batches(1, 4))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from forked_python import python
 
 import tf_lbopt
 from benchmarks.references import clars
+from tf_lbopt import _compat
 
 ARGUMENTS = {"learning_rate": 0.5, "trust_coefficient": 0.05, "weight_decay": 0.01}
 
@@ -155,16 +156,39 @@ def test_a_replica_without_examples():
     assert model.optimizer.skipped_updates.numpy() == 0
 
 
-def test_a_loss_that_is_a_sum():
-    data = batches()
-    model = linear(loss=keras.losses.MeanSquaredError(reduction="sum"))
-    history = fit(model, data)
-    # The loss of one example is a mean over its three outputs.
-    x, y, _ = data
-    expected = reference((x, y, np.ones((5, 8))))
-    assert np.isfinite(history.history["loss"][0])
-    # A factor common to all gradients changes neither direction nor step of CLARS without decay.
-    assert np.abs(model.get_weights()[0] - expected[0]).max() < 0.05
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_loss_that_is_a_sum(replicas):
+    x, y, weights = batches()
+    model = linear(replicas, loss=keras.losses.MeanSquaredError(reduction="sum"))
+    fit(model, (x, y, weights), weighted=True)
+    # One example's loss is a mean over three outputs, that of the batch a sum over eight examples;
+    # up to Keras 3.7 each replica's is taken for a mean over the replicas.
+    factor = 8 if _compat.fit_divides_by_replicas() else 8 / replicas
+    expected = reference((x, y, factor * weights), weighted=True)
+    assert_close(model.get_weights(), expected)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size"])
+def test_a_mask_weighs_by_the_reduction(reduction, jit_compile):
+    """Without layer adaptation the step is that of SGD, whatever the norms are."""
+    x, y = np.array([[1, 2, 0, 0], [3, 0, 0, 0]]), np.zeros((2, 4, 2), "float32")
+    weights = []
+    for norms in ("sub_batch", "per_example"):
+        inputs = keras.Input([4], dtype="int32")
+        hidden = keras.layers.Embedding(5, 3, mask_zero=True, embeddings_initializer="ones")(inputs)
+        outputs = keras.layers.Dense(2, kernel_initializer="ones")(hidden)
+        model = tf_lbopt.PerExampleNormsModel(inputs, outputs)
+        optimizer = tf_lbopt.CLARS(
+            0.001, norm_estimator=norms, exclude_from_layer_adaptation=[".*"]
+        )
+        loss = keras.losses.MeanSquaredError(reduction=reduction)
+        model.compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile)
+        model.fit(x, y, batch_size=2, verbose=0)
+        assert optimizer.skipped_updates.numpy() == 0
+        weights.append(model.get_weights())
+    assert np.abs(weights[0][1] - 1).max() > 1e-3
+    assert_close(*weights)
 
 
 class Net(tf_lbopt.PerExampleNormsModel):
@@ -454,7 +478,8 @@ def test_a_loss_of_another_kind_is_refused():
         model.fit(x[0], y[0], verbose=0)
 
 
-def test_an_overridden_loss_is_noticed():
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_an_overridden_loss_is_noticed(jit_compile):
     class Doubled(tf_lbopt.PerExampleNormsModel):
         def compute_loss(self, *args, **kwargs):
             return 2 * super().compute_loss(*args, **kwargs)
@@ -462,9 +487,15 @@ def test_an_overridden_loss_is_noticed():
     x, y, _ = batches(1, 16)
     inputs = keras.Input([4])
     model = Doubled(inputs, keras.layers.Dense(3)(inputs))
-    model.compile(
-        optimizer=tf_lbopt.CLARS(0.1, norm_estimator="per_example"), loss="mse", jit_compile=False
-    )
+    optimizer = tf_lbopt.CLARS(0.1, norm_estimator="per_example")
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=jit_compile)
+    if jit_compile:  # XLA makes no assertions
+        before = model.get_weights()
+        history = model.fit(x[0], y[0], batch_size=8, verbose=0).history
+        assert history["loss"] == [np.inf]
+        assert (optimizer.iterations.numpy(), optimizer.skipped_updates.numpy()) == (0, 2)
+        assert_close(model.get_weights(), before, rtol=0, atol=0)
+        return
     with pytest.raises(tf.errors.InvalidArgumentError, match="override `example_losses`"):
         model.fit(x[0], y[0], verbose=0)
 

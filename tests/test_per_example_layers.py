@@ -212,7 +212,8 @@ def test_layer_with_low_rank_adapters():
 
 
 @pytest.mark.parametrize("budget", [1, 700])
-@pytest.mark.parametrize(("batch", "jit_compile"), [(5, False), (None, False), (5, True)])
+@pytest.mark.parametrize("batch", [5, None])
+@pytest.mark.parametrize("jit_compile", [False, True])
 def test_parts_of_the_batch(budget, batch, jit_compile, monkeypatch, no_general_way):
     """The batch in parts of one, or of some with a rest, in the while loop of a graph."""
     monkeypatch.setattr(f"{squares_and_sum.__module__}.BUDGET", budget)

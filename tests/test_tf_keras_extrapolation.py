@@ -32,6 +32,23 @@ def _fresh_keras_state():
     tf_keras.mixed_precision.set_global_policy("float32")
 
 
+def test_a_layer_that_writes_its_weights_is_refused():
+    class Normalized(tf_keras.layers.SpectralNormalization):
+        """Without its own code, which works with TF_USE_LEGACY_KERAS=1 only."""
+
+        def build(self, input_shape):
+            self.layer.build(input_shape)
+
+        def call(self, inputs, training=None):
+            return self.layer(inputs)
+
+    layer = Normalized(tf_keras.layers.Dense(3), name="spectral")
+    model = tf_keras.Sequential([tf_keras.Input([5]), layer])
+    model.compile(optimizer=ExtrapSGD(0.1), loss="mse")
+    with pytest.raises(ValueError, match=r"Received: a model with the layer 'spectral'"):
+        model.fit(tf.zeros([4, 5]), tf.zeros([4, 3]), verbose=0)
+
+
 class TfKerasLoop(Loop):
     """The same loop with tf_keras's variables and loss scaling."""
 

@@ -50,6 +50,24 @@ def in_xla_context() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
 
 
+def assert_or_discard(condition: tf.Tensor, data: list[object]) -> tf.Tensor | None:
+    """Asserts a condition of an update; XLA, which makes no assertions, is given a factor instead.
+
+    Args:
+        condition: A boolean scalar.
+        data: What the error says.
+
+    Returns:
+        What to multiply a gradient by, if XLA compiles the step: infinity, by which the update is
+        discarded, where the condition does not hold, else 1. Else ``None``.
+
+    Raises:
+        tf.errors.InvalidArgumentError: When it runs: the condition does not hold.
+    """
+    tf.debugging.Assert(condition, data)
+    return 1.0 / tf.cast(condition, tf.float32) if in_xla_context() else None
+
+
 def in_tpu_replica() -> bool:
     """Whether a replica function of ``TPUStrategy.run`` is being traced.
 
@@ -248,11 +266,16 @@ def as_loss(
 
 
 def unreduced_loss(
-    loss: keras.losses.Loss, y_true: object, y_pred: object, sample_weight: object = None
+    loss: keras.losses.Loss,
+    y_true: object,
+    y_pred: object,
+    sample_weight: object = None,
+    reduction: str = "sum_over_batch_size",
 ) -> tf.Tensor:
     """The values that ``loss(y_true, y_pred, sample_weight)`` reduces, weighted and masked.
 
-    What ``keras.losses.Loss.__call__`` does before its reduction. Checked on Keras 3.15.1.
+    What ``keras.losses.Loss.__call__`` does before such a reduction, on which the weights of a mask
+    depend. Checked on Keras 3.15.1.
     """
     mask = get_keras_mask(y_pred)
     y_pred, y_true = keras.tree.map_structure(
@@ -266,7 +289,7 @@ def unreduced_loss(
         mask = own_mask
     if sample_weight is not None:
         sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype=loss.dtype)
-    weights = keras_loss.apply_mask(sample_weight, mask, values.dtype, "sum_over_batch_size")
+    weights = keras_loss.apply_mask(sample_weight, mask, values.dtype, reduction)
     if weights is None:
         return values
     weights = keras.ops.cast(weights, values.dtype)
@@ -459,19 +482,23 @@ def call_in_training(model: keras.Model, x: object) -> Any:
     return model(x, training=True) if model._call_has_training_arg else model(x)
 
 
-def tracked_loss(
+def trained_loss(
     model: keras.Model, x: object, y: object, y_pred: object, sample_weight: object
 ) -> tf.Tensor:
-    """The loss that a model was compiled with, noted in its ``loss`` metric.
+    """The loss of a model's `compute_loss`, not divided by the replicas.
 
-    What ``train_step`` does between the forward and the backward pass. Checked on Keras 3.15.1.
+    What ``train_step`` takes between the forward and the backward pass. Checked on Keras 3.15.1.
     """
     loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
     if hasattr(keras_loss, "unscale_loss_for_distribution"):  # Keras 3.8
         loss = keras_loss.unscale_loss_for_distribution(loss)
+    return loss
+
+
+def track_loss(model: keras.Model, x: object, loss: tf.Tensor) -> None:
+    """Notes a loss in a model's ``loss`` metric, as ``train_step``. Checked on Keras 3.15.1."""
     first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
     model._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
-    return loss
 
 
 def compiled_loss(

@@ -219,9 +219,9 @@ class Accumulation(ReplicaState):
             count: The `position`.
 
         Returns:
-            What to multiply a gradient by: NaN, by which the update is discarded, if XLA compiles
-            the step, which makes no assertions, and one of those without has had one; else 1.
-            ``None`` where it is 1 in any case.
+            What to multiply a gradient by: infinity, by which the update is discarded, if XLA
+            compiles the step, which makes no assertions, and one of those without has had one;
+            else 1. ``None`` where it is 1 in any case.
 
         Raises:
             tf.errors.InvalidArgumentError: When it runs: one of those without has had one.
@@ -232,11 +232,8 @@ class Accumulation(ReplicaState):
         absent = {index: trained[index] for index in sorted(trained.keys() - set(indices))}
         if absent:
             missing = seen * _ones_at(absent, len(paths))
-            complete = tf.reduce_all(missing == 0.0)
-            if _compat.in_xla_context():
-                factor = tf.where(complete, 1.0, float("nan"))
-            tf.debugging.Assert(  # which XLA drops
-                complete,
+            factor = _compat.assert_or_discard(
+                tf.reduce_all(missing == 0.0),
                 [
                     "All micro-steps of an update must have gradients for the same variables: give "
                     "zeros, not None, where there is none. Expected: gradients for all that had "

@@ -35,6 +35,10 @@ def split(data: _Structure, number: int, argument: str) -> list[_Structure]:
             check = tf.debugging.assert_equal(rest, tf.zeros_like(rest), message("other examples"))
             with tf.control_dependencies([] if check is None else [check]):
                 size = tf.identity(size)
+            if isinstance(tensor, tf.Tensor):
+                # XLA, which makes no assertions, can not compile this if there is a rest.
+                whole = tf.concat([[size - rest], tf.shape(tensor)[1:]], 0)
+                tensor = tf.reshape(tensor, whole, name="batch_must_be_a_multiple_of_parts")
         elif size % number:
             raise ValueError(message(f"{size} examples"))
         length = size // number

@@ -13,7 +13,7 @@ from tf_lbopt.optimizers.base import registered
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.hyperparameters import Arguments
 from tf_lbopt.optimizers.sgd import SGD
-from tf_lbopt.optimizers.trained import tensorflow_variable
+from tf_lbopt.optimizers.trained import Variable, tensorflow_variable
 from tf_lbopt.rules.adascale import Moments
 from tf_lbopt.rules.bounds import is_rate
 from tf_lbopt.rules.rule import MEAN_SQUARED_NORM
@@ -101,6 +101,11 @@ class AdaScale(PipelineAroundOptimizer):
             )
 
     @property
+    def iterations(self) -> Variable:
+        """How many updates were made; skipped ones and micro-steps do not count."""
+        return _compat.counter(self)
+
+    @property
     def scale_invariant_steps(self) -> float:
         """τ, how many updates from one sub-batch each those made so far are worth."""
         return int(_compat.counter(self.inner_optimizer).numpy()) + float(self._fraction.numpy())
@@ -149,7 +154,6 @@ class AdaScale(PipelineAroundOptimizer):
         ):
             target = tensorflow_variable(variable)
             target.assign(tf.where(made, value, tf.convert_to_tensor(target)))
-        # One of them the base counts.
         steps = tensorflow_variable(_compat.counter(self.inner_optimizer))
-        steps.assign_add(tf.where(made, tf.cast(whole, steps.dtype) - 1, 0))
+        steps.assign_add(tf.where(made, tf.cast(whole, steps.dtype), 0))
         return super()._finished(common, made, *args)

@@ -520,6 +520,12 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             `Writer`, and returns whether all was written.
         """
         trained, divisor = self.trained, common.divisor
+        if set(rule.slot_names()) - trained.slots.keys():
+            raise ValueError(
+                "`momentum` was 0 when the optimizer was built, so that it has no variables for "
+                "it. Expected: 0, or a new optimizer. Received: momentum="
+                f"{getattr(self, 'momentum', None)} was set afterwards"
+            )
         means = sums.totals if divisor is None else [divide(g, divisor) for g in sums.totals]
         mean_norms = common.mean_norms
         if places is not None:

@@ -11,7 +11,6 @@ import tensorflow as tf
 from numpy.typing import ArrayLike
 
 from tf_lbopt import _compat, _validation, rules
-from tf_lbopt.optimizers.algorithm import Common
 from tf_lbopt.optimizers.base import LargeBatchOptimizer, check_settable
 from tf_lbopt.optimizers.declared import REQUIRED
 from tf_lbopt.optimizers.hyperparameters import Arguments, LearningRate, checked_new_learning_rate
@@ -187,6 +186,11 @@ class AroundOptimizer(WithInnerOptimizer, LargeBatchOptimizer):
 
     arguments: ClassVar = {"inner_optimizer": REQUIRED}
 
+    @property
+    def iterations(self) -> keras.Variable:
+        """The inner optimizer's, by which its schedule and its bias corrections go."""
+        return _compat.counter(self.inner_optimizer)
+
     def own_slots(self) -> tuple[str, ...]:
         """None: they are the inner optimizer's."""
         return ()
@@ -273,11 +277,6 @@ class PipelineAroundOptimizer(AroundOptimizer):
         super()._create_variables(variables)
         if isinstance(self.inner_optimizer, LargeBatchOptimizer):
             self.trained.slots.update(self.inner_optimizer.trained.slots)
-
-    def _finished(self, common: Common, made: tf.Tensor, *args: Any) -> list[tf.Tensor]:
-        iterations = tensorflow_variable(_compat.counter(self.inner_optimizer))
-        iterations.assign_add(tf.cast(made, iterations.dtype))
-        return super()._finished(common, made, *args)
 
     def get_config(self) -> Arguments:
         """The arguments that make an equal optimizer, for Keras serialization."""

@@ -88,6 +88,8 @@ class SGDExtrapolation(Extrapolation):
         path = path_of(variable)
         if path.endswith("embeddings"):
             return "embedding"
+        if "transpose" in path:
+            return "transposed"
         return "depthwise" if "depthwise" in path else "kernel"
 
     def past_of(self, own: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:

@@ -9,6 +9,8 @@ from tf_lbopt import _compat
 from tf_lbopt.optimizers.base import LargeBatchOptimizer
 from tf_lbopt.optimizers.extrapolation import ExtrapolationAdapter
 
+_TRANSPOSED = tuple(getattr(keras.layers, f"Conv{rank}DTranspose") for rank in (1, 2, 3))
+
 
 class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
     """Base of the Keras 3 optimizers whose algorithm is an `Extrapolation`."""
@@ -30,6 +32,10 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
                 kinds[_compat.key_of(layer.kernel)] = "depthwise"
             elif isinstance(layer, (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)):
                 kinds[_compat.key_of(layer.depthwise_kernel)] = "depthwise"
+            elif isinstance(layer, _TRANSPOSED):
+                kinds[_compat.key_of(layer.kernel)] = "transposed"
+            elif isinstance(layer, keras.layers.SpectralNormalization):
+                self.refuse_layer(layer)
         return kinds
 
     def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:

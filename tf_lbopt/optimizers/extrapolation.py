@@ -46,7 +46,19 @@ class ExtrapolationAdapter(abc.ABC):
 
     @abc.abstractmethod
     def _kinds_of_filters(self, model: Model) -> dict[str, str]:
-        """By `_compat.key_of`, which variables are an ``embedding`` or a ``depthwise`` kernel."""
+        """By `_compat.key_of`, the kinds of `filter_axes` that variables are, where no kernels.
+
+        Raises:
+            ValueError: By `refuse_layer`, a layer writes its own weights.
+        """
+
+    def refuse_layer(self, layer: Any) -> None:
+        """Raises for a layer that writes trainable weights when it is called."""
+        raise ValueError(
+            f"{type(self).__name__} can not train a layer that writes its own trainable weights: "
+            "it takes gradients at other weights and puts the weights back. Expected: no "
+            f"{type(layer).__name__}. Received: a model with the layer {layer.name!r}"
+        )
 
     @abc.abstractmethod
     def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:
@@ -244,10 +256,14 @@ class Extrapolation(StepsInBlocks, ExtrapolationAdapter, Algorithm):
         """Makes sure that a model has variables to be moved, and finds out what its layers are.
 
         For random noise, whose size is that of a filter; without this, variables' names must do.
+        `fit` and the recipes call it.
 
         Args:
             model: The model.
             data: A batch of its inputs, or a tuple that begins with them.
+
+        Raises:
+            ValueError: A layer (`SpectralNormalization`) writes its own weights.
         """
         if model not in self._filters:
             self._build_model(model, data)

@@ -157,11 +157,6 @@ class PostLocalSGD(StepsInBlocks, AroundOptimizer):
     # -- the inner optimizer -----------------------------------------------------------------------
 
     @property
-    def iterations(self) -> keras.Variable:
-        """The inner optimizer's: its schedule and the phases go by the same updates."""
-        return _compat.counter(self.inner_optimizer)
-
-    @property
     def variables(self) -> list[keras.Variable]:
         """The inner optimizer's variables and its own counters."""
         inner = list(self.inner_optimizer.variables)

@@ -163,7 +163,16 @@ class Backward:
             for output in whole.outputs
         ]
         with tf.control_dependencies(checks):
-            gradients = [tf.identity(gradient) for gradient in whole.gradients]
+            rows = tf.shape(self._losses)[:1]
+            # XLA, which makes no assertions, can not compile this for another number of rows.
+            gradients = [
+                tf.reshape(
+                    gradient,
+                    tf.concat([rows, tf.shape(gradient)[1:]], 0),
+                    name="one_row_an_example",
+                )
+                for gradient in whole.gradients
+            ]
         return dataclasses.replace(whole, gradients=gradients)
 
     def _contributions(self, use: Use, gradient: tf.Tensor) -> dict[int, Contribution]:

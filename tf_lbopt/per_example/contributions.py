@@ -242,6 +242,9 @@ def squares_and_sum(
         if size <= most:
             return part(lambda tensor: tensor)
         most = -(-size // -(-size // most))  # as even as can be
+    else:  # XLA, which compiles the loop also where it never runs, can slice no more than there is
+        most = tf.minimum(most, tf.maximum(size, 1))
+    known = most if isinstance(most, int) else None
     whole = size // most
 
     def body(i: tf.Tensor, squares: tf.TensorArray, *total: tf.Tensor) -> Sequence[tf.Tensor]:
@@ -249,13 +252,13 @@ def squares_and_sum(
             # XLA knows the size of this, not that of tensor[i * most : (i + 1) * most].
             others = tensor.shape.rank - 1
             own = tf.slice(tensor, [i * most, *[0] * others], [most, *[-1] * others])
-            return tf.ensure_shape(own, [most, *tensor.shape[1:]])
+            return tf.ensure_shape(own, [known, *tensor.shape[1:]])
 
         own, *summed = part(rows)
         return i + 1, squares.write(i, own), *map(tf.add, total, summed)
 
     dtype = tf.float64 if any(tensor.dtype == tf.float64 for tensor in flat) else tf.float32
-    squares = tf.TensorArray(dtype, size=whole, element_shape=[most])
+    squares = tf.TensorArray(dtype, size=whole, element_shape=[known])
     total = [tf.zeros(shape, dtype)] if with_sum else []
     _, squares, *total = tf.while_loop(
         lambda i, *_: i < whole, body, (tf.constant(0), squares, *total), parallel_iterations=1

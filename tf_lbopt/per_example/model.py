@@ -11,6 +11,7 @@ from tf_lbopt import _compat, _validation
 from tf_lbopt.optimizers.clars import CLARS
 from tf_lbopt.per_example.losses import Structure, example_losses
 from tf_lbopt.per_example.tape import PerExampleTape
+from tf_lbopt.rules.clip import scale
 
 # What the mean of the examples' losses and Keras's own loss may differ by.
 _TOLERANCE = 1e-2
@@ -60,6 +61,9 @@ class PerExampleNormsModel(keras.Model):
     Raises:
         TypeError, ValueError: `norms_subset_size` is set to neither an integer ≥ 1 nor ``None``.
         ValueError: In training: the losses of the examples can not be told from what was compiled.
+        tf.errors.InvalidArgumentError: Likewise: their mean is not the loss that is trained.
+            Compiled by XLA, which makes no assertions, the step discards the update, and the loss
+            that `fit` shows is infinite.
 
     Example:
         >>> import tf_lbopt
@@ -186,10 +190,14 @@ class PerExampleNormsModel(keras.Model):
             scaled_losses = self.optimizer.scale_loss(losses * share)
             scaled_extra = self.optimizer.scale_loss(extra / replicas)
         gradients, norms = tape.gradient(scaled_losses, scaled_extra)
-        loss = _compat.tracked_loss(self, x, y, y_pred, sample_weight)
-        _check_mean(loss, tf.reduce_mean(losses) + tf.cast(extra, losses.dtype))
-        scale = tf.math.reciprocal_no_nan(self.optimizer.scale_loss(tf.cast(share, tf.float32)))
-        norms = [norm * tf.cast(scale, norm.dtype) for norm in norms]
+        loss = _compat.trained_loss(self, x, y, y_pred, sample_weight)
+        factor = _check_mean(loss, tf.reduce_mean(losses) + tf.cast(extra, losses.dtype))
+        if factor is not None:
+            loss *= tf.cast(factor, loss.dtype)
+            gradients = [g if g is None else scale(g, tf.cast(factor, g.dtype)) for g in gradients]
+        _compat.track_loss(self, x, loss)
+        unscale = tf.math.reciprocal_no_nan(self.optimizer.scale_loss(tf.cast(share, tf.float32)))
+        norms = [norm * tf.cast(unscale, norm.dtype) for norm in norms]
         with contextlib.ExitStack() as stack:
             if for_clars:
                 stack.enter_context(optimizer.example_norms(norms, variables))
@@ -229,14 +237,17 @@ def _functional(cls: type, norms_subset_size: int | None = None) -> type:
 def _with_reduction(
     loss: keras.losses.Loss, y: Structure, y_pred: Structure, sample_weight: Structure
 ) -> tf.Tensor:
-    losses = example_losses(loss, y, y_pred, sample_weight)
     reduction = loss.reduction
     if reduction in ("sum_over_batch_size", "mean"):
-        return losses
+        return example_losses(loss, y, y_pred, sample_weight)
     if reduction == "sum":
-        # The loss is the sum of what is averaged here over positions, and then over the batch.
-        values = _compat.unreduced_loss(loss, y, y_pred)
-        return losses * tf.cast(tf.size(values), losses.dtype)
+        values = _compat.unreduced_loss(loss, y, y_pred, sample_weight, reduction)
+        sums = tf.reduce_sum(values, axis=list(range(1, values.shape.rank)))
+        # The mean over the batch is taken of it, and over the replicas, as of the others.
+        examples = tf.shape(values)[0]
+        if _compat.fit_divides_by_replicas():
+            examples *= tf.distribute.get_strategy().num_replicas_in_sync
+        return sums * tf.cast(examples, sums.dtype)
     raise ValueError(
         "PerExampleNormsModel knows the losses of the examples for the reductions "
         "'sum_over_batch_size', 'mean' and 'sum'; override `example_losses` for others. "
@@ -244,11 +255,11 @@ def _with_reduction(
     )
 
 
-def _check_mean(loss: tf.Tensor, mean: tf.Tensor) -> None:
-    """Raises, when the step runs, if the norms are of another loss than the one that is trained."""
+def _check_mean(loss: tf.Tensor, mean: tf.Tensor) -> tf.Tensor | None:
+    """`assert_or_discard` that the norms are of no other loss than the one that is trained."""
     loss, mean = tf.cast(loss, tf.float32), tf.cast(mean, tf.float32)
     near = tf.abs(loss - mean) <= _TOLERANCE * (tf.abs(loss) + tf.abs(mean)) + 1e-6
-    tf.debugging.Assert(
+    return _compat.assert_or_discard(
         near | ~tf.math.is_finite(loss) | ~tf.math.is_finite(mean),
         [
             "PerExampleNormsModel: the mean of `example_losses` must be the loss that is compiled "

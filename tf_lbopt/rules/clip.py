@@ -28,8 +28,8 @@ def clip(
             ``None`` if there are no others.
 
     Returns:
-        The clipped gradients and their norms; NaN, which discards the update, where a gradient is
-        so long that the number to multiply it by would be lost in denormals.
+        The clipped gradients and their norms; infinite or NaN, which discards the update, where a
+        gradient is so long that the number to multiply it by would be lost in denormals.
     """
     if clipvalue is not None:
         clipped = [tf.clip_by_value(gradient, -clipvalue, clipvalue) for gradient in gradients]
@@ -61,4 +61,5 @@ def scale(gradient: Gradient, factor: tf.Tensor) -> Gradient:
 def _shrink(norm: tf.Tensor, limit: float) -> tf.Tensor:
     limit = tf.constant(limit, norm.dtype)
     factor = limit / tf.maximum(norm, limit)
-    return tf.where(factor >= np.finfo(norm.dtype.as_numpy_dtype).tiny, factor, float("nan"))
+    normal = factor >= np.finfo(norm.dtype.as_numpy_dtype).tiny
+    return factor / tf.cast(normal, norm.dtype)

@@ -48,16 +48,19 @@ def apply_extrapolation(
 def filter_axes(rank: int, kind: str = "kernel") -> list[int]:
     """The axes that one filter of a variable extends over.
 
-    A filter is one output unit: a slice along the last axis of a Dense or Conv kernel, one channel
-    of a depthwise kernel, one row of an embedding; a vector is a single filter.
+    A filter is one output unit: a slice along the last axis of a Dense or Conv kernel, along the
+    last but one of a transposed convolution's, one channel of a depthwise kernel, one row of an
+    embedding; a vector is a single filter.
 
     Args:
         rank: The variable's rank.
-        kind: ``"kernel"``, ``"depthwise"`` or ``"embedding"``.
+        kind: ``"kernel"``, ``"transposed"``, ``"depthwise"`` or ``"embedding"``.
 
     Example:
         >>> filter_axes(4), filter_axes(4, "depthwise"), filter_axes(2, "embedding"), filter_axes(1)
         ([0, 1, 2], [0, 1], [1], [0])
+        >>> filter_axes(4, "transposed")
+        [0, 1, 3]
     """
     if rank < 2:
         return list(range(rank))
@@ -65,6 +68,8 @@ def filter_axes(rank: int, kind: str = "kernel") -> list[int]:
         return list(range(1, rank))
     if kind == "depthwise":
         return list(range(rank - 2))
+    if kind == "transposed":
+        return [*range(rank - 2), rank - 1]
     return list(range(rank - 1))
 
 

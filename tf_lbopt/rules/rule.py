@@ -99,6 +99,7 @@ class Parameters:
         if len(lists) > 1 and _compat.in_xla_context():  # without conditions, nothing to share
             return [self.norms_of(chosen, tensors)[0] for tensors in lists]
         found = norms([t for of in lists for t, wanted in zip(of, chosen, strict=True) if wanted])
+        found = tf.cast(found, self.dtype)  # that of all, of which these may be few
         parts = [found] if len(lists) == 1 else tf.split(found, len(lists))
         return [part if all(chosen) else _scattered(part, chosen) for part in parts]
 

@@ -12,6 +12,7 @@ from tf_lbopt.tf_keras.base import LargeBatchOptimizer
 
 _DEPTHWISE = (tf_keras.layers.DepthwiseConv1D, tf_keras.layers.DepthwiseConv2D)
 _SEPARABLE = (tf_keras.layers.SeparableConv1D, tf_keras.layers.SeparableConv2D)
+_TRANSPOSED = tuple(getattr(tf_keras.layers, f"Conv{rank}DTranspose") for rank in (1, 2, 3))
 
 
 class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
@@ -32,6 +33,10 @@ class ExtrapolatedOptimizer(ExtrapolationAdapter, LargeBatchOptimizer):
                 kinds.update({key_of(v): "embedding" for v in layer.trainable_variables})
             elif isinstance(layer, (*_DEPTHWISE, *_SEPARABLE)) and layer.built:
                 kinds[key_of(layer.depthwise_kernel)] = "depthwise"
+            elif isinstance(layer, _TRANSPOSED) and layer.built:
+                kinds[key_of(layer.kernel)] = "transposed"
+            elif isinstance(layer, tf_keras.layers.SpectralNormalization):
+                self.refuse_layer(layer)
         return kinds
 
     def _serialized(self, schedule: Callable[..., tf.Tensor]) -> object:
