@@ -126,10 +126,10 @@ def test_momentum_that_is_set_after_build(cls):
     of_keras = isinstance(optimizer, keras.optimizers.Optimizer)
     variable = (keras.Variable if of_keras else tf.Variable)(np.ones(2, "float32"))
     optimizer.build([variable])
-    for momentum, message in ((0.9, "Received: momentum=0.9"), (1.0, "`momentum` must be")):
-        optimizer.momentum = momentum
-        with pytest.raises(ValueError, match=message), taking_gradients(optimizer, [variable]):
-            optimizer.apply_gradients([(tf.ones(2), variable)])
+    optimizer.momentum = 0.9
+    message = r"`momentum` was 0 when .* Received: momentum=0\.9"
+    with pytest.raises(ValueError, match=message), taking_gradients(optimizer, [variable]):
+        optimizer.apply_gradients([(tf.ones(2), variable)])
     np.testing.assert_array_equal(variable.numpy(), np.ones(2))
 
 

@@ -520,11 +520,12 @@ class Algorithm(WithSquaredNorms, Declared, saved_state.SavedState, abc.ABC):
             `Writer`, and returns whether all was written.
         """
         trained, divisor = self.trained, common.divisor
-        if set(rule.slot_names()) - trained.slots.keys():
+        base = getattr(rule, "base", rule)  # of VRGD
+        momentum = getattr(base, "momentum", 0.0) if "momentum" in base.slots else 0.0
+        if momentum and "momentum" not in trained.slots:
             raise ValueError(
                 "`momentum` was 0 when the optimizer was built, so that it has no variables for "
-                "it. Expected: 0, or a new optimizer. Received: momentum="
-                f"{getattr(self, 'momentum', None)} was set afterwards"
+                f"it. Expected: 0, or a new optimizer. Received: momentum={momentum}"
             )
         means = sums.totals if divisor is None else [divide(g, divisor) for g in sums.totals]
         mean_norms = common.mean_norms

@@ -144,16 +144,9 @@ class Declared:
         return self.rule_of(self.hyperparameters())
 
     def hyperparameters(self) -> Arguments:
-        """The current values of its own arguments, without the learning rate and exclusions.
-
-        Raises:
-            TypeError, ValueError: One that was assigned is of the wrong type or out of range.
-        """
-        return {
-            name: checked(name, getattr(self, name), default)
-            for name, default in self.arguments.items()
-            if name not in _NO_ATTRIBUTES
-        }
+        """The current values of its own arguments, without the learning rate and exclusions."""
+        names = [name for name in self.arguments if name not in _NO_ATTRIBUTES]
+        return {name: getattr(self, name) for name in names}
 
 
 def made_of(rule_class: type[Rule], values: Arguments) -> Rule:

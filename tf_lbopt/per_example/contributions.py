@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import keras
 import tensorflow as tf
 
+from tf_lbopt import _compat
 from tf_lbopt.rules.norms import compute_dtype
 
 BUDGET = 1 << 22
@@ -242,10 +243,11 @@ def squares_and_sum(
         if size <= most:
             return part(lambda tensor: tensor)
         most = -(-size // -(-size // most))  # as even as can be
-    else:  # XLA, which compiles the loop also where it never runs, can slice no more than there is
-        most = tf.minimum(most, tf.maximum(size, 1))
+    elif _compat.in_xla_context():
+        # The loop is compiled also where it never runs, and can slice no more than there is.
+        most = tf.minimum(most, size)
     known = most if isinstance(most, int) else None
-    whole = size // most
+    whole = size // (most if known else tf.maximum(most, 1))
 
     def body(i: tf.Tensor, squares: tf.TensorArray, *total: tf.Tensor) -> Sequence[tf.Tensor]:
         def rows(tensor: tf.Tensor) -> tf.Tensor:
