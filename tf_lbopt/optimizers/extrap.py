@@ -88,7 +88,7 @@ class SGDExtrapolation(Extrapolation):
         path = path_of(variable)
         if path.endswith("embeddings"):
             return "embedding"
-        if "transpose" in path:
+        if "d_transpose" in path:
             return "transposed"
         return "depthwise" if "depthwise" in path else "kernel"
 
